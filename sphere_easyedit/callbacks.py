@@ -1,0 +1,144 @@
+"""What watches an edit run: the interface, and the tracker of hyperspherical energy."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .files import replacing
+from .hyperspherical import hyperspherical_energy
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = ("num_edits", "layer", "energy", "relative_change")
+
+
+@dataclass(frozen=True)
+class EditEvent:
+    """What a callback is told about a batch.
+
+    Attributes:
+        model: the model; not to be changed.
+        weights: edited weights as they stand, by layer, ``(d_out, d_in)`` with neurons as rows; not to be changed.
+        num_edits: edits in the model, this batch included once it has ended.
+        num_batches: batches, likewise.
+        case_ids: of the batch's edits.
+        losses: last loss of each target value (nats); empty before the batch and where the executor tells none.
+        update_norms: Frobenius norm of each layer's change by this batch; empty before it.
+        seconds: wall time of the batch by part; empty before it.
+    """
+
+    model: nn.Module
+    weights: Mapping[int, Tensor]
+    num_edits: int
+    num_batches: int
+    case_ids: Sequence[int | str]
+    losses: Sequence[float] = ()
+    update_norms: Mapping[int, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class EditCallback:
+    """Watches batches; override what is wanted. An exception from a hook undoes the batch."""
+
+    def on_batch_start(self, event: EditEvent) -> None:
+        """Called before a batch changes anything."""
+
+    def on_batch_end(self, event: EditEvent) -> None:
+        """Called with the batch's weights in place."""
+
+
+@dataclass(frozen=True)
+class EnergyRecord:
+    """Hyperspherical energy (Eq. 5) of every tracked layer after ``num_edits`` edits, and its change against the first."""
+
+    num_edits: int
+    energy: dict[int, float]
+    relative_change: dict[int, float]
+
+
+class HETracker(EditCallback):
+    """Records hyperspherical energy before the first batch and after each.
+
+    Args:
+        path: CSV file (num_edits, layer, energy, relative_change), rewritten whole after every record, so that an
+            interrupted run leaves what it measured. A run that goes on from earlier edits continues the file's records.
+        layers: layers to track, None for all that are edited.
+        every: record after every so many batches.
+
+    Attributes:
+        records: one ``EnergyRecord`` before the first batch and one for each recorded batch.
+
+    Raises:
+        ValueError: ``every`` is below 1.
+    """
+
+    def __init__(self, path: str | Path | None = None, layers: Sequence[int] | None = None, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"every is {every}; give 1 to record after each batch, or more")
+        self.path = None if path is None else Path(path)
+        self.layers = None if layers is None else list(layers)
+        self.every = every
+        self.records: list[EnergyRecord] = []
+
+    def on_batch_start(self, event: EditEvent) -> None:
+        if not self.records and event.num_edits > 0 and self.path is not None and self.path.exists():
+            self.records = [record for record in read_energy_csv(self.path) if record.num_edits <= event.num_edits]
+        # Fewer edits than recorded: another run has begun.
+        if not self.records or event.num_edits < self.records[-1].num_edits:
+            self.records = []
+            self._record(event)
+
+    def on_batch_end(self, event: EditEvent) -> None:
+        if event.num_batches % self.every == 0:
+            self._record(event)
+
+    def _record(self, event: EditEvent) -> None:
+        layers = list(event.weights) if self.layers is None else self.layers
+        missing = [layer for layer in layers if layer not in event.weights]
+        if missing:
+            raise ValueError(f"HETracker is to track layers {missing}, edited are {list(event.weights)}: track those")
+        energy = {layer: float(hyperspherical_energy(event.weights[layer])) for layer in layers}
+        first = self.records[0].energy if self.records else energy
+        change = {layer: energy[layer] / first[layer] - 1.0 if first[layer] else 0.0 for layer in layers}
+        self.records.append(EnergyRecord(event.num_edits, energy, change))
+        if self.path is not None:
+            self.to_csv(self.path)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write all records, one line a record and layer."""
+        with replacing(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(_COLUMNS)
+            for record in self.records:
+                for layer, energy in record.energy.items():
+                    writer.writerow([record.num_edits, layer, repr(energy), repr(record.relative_change[layer])])
+
+
+def read_energy_csv(path: Path) -> list[EnergyRecord]:
+    """Read what ``HETracker`` wrote.
+
+    Raises:
+        ValueError: the file has other columns or a line that is no record.
+    """
+    records: list[EnergyRecord] = []
+    with path.open(newline="", encoding="utf-8") as stream:
+        reader = csv.DictReader(stream)
+        if tuple(reader.fieldnames or ()) != _COLUMNS:
+            raise ValueError(f"{path} has columns {reader.fieldnames}, an energy file has {list(_COLUMNS)}")
+        for row in reader:
+            try:
+                num_edits, layer = int(row["num_edits"]), int(row["layer"])
+                energy, change = float(row["energy"]), float(row["relative_change"])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+            if not records or records[-1].num_edits != num_edits:
+                records.append(EnergyRecord(num_edits, {}, {}))
+            records[-1].energy[layer] = energy
+            records[-1].relative_change[layer] = change
+    return records

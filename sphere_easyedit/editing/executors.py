@@ -1,0 +1,224 @@
+"""MEMIT and AlphaEdit natively: from requests to weight changes, in EasyEdit's executor protocol."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..hparams import SPHEREHyperParams
+from ..models import EditableModel, frozen, max_positions
+from .contexts import generate_contexts
+from .covariance import load_moment, load_null_space, moment_path, null_space_basis, second_moments
+from .keys import BatchStates
+from .requests import EditRequest, TokenizedRequest, tokenize_request
+from .session import EditSession
+from .solvers import (
+    CovarianceMetric,
+    KeyHistory,
+    KeyMetric,
+    LowRankUpdate,
+    NullSpaceMetric,
+    adjusted_keys,
+    plain_alphaedit_keys,
+    plain_memit_keys,
+)
+from .target_values import TargetValues, optimise_target_values
+
+logger = logging.getLogger(__name__)
+
+Update = LowRankUpdate | Tensor  # a weight change in factors, or dense (d_out, d_in)
+Shaping = Callable[[int, Update], Update]
+
+
+@dataclass(frozen=True)
+class BatchSolution:
+    """What solving one batch gave; the model's weights are as before it.
+
+    Attributes:
+        updates: weight change by layer, shaped where shaping took place within the solve.
+        history: earlier keys with this batch's behind them, by layer; empty where the method keeps none.
+        target_values: the optimised z with losses and steps.
+        seconds: time spent by part.
+    """
+
+    updates: dict[int, Update]
+    history: dict[int, KeyHistory]
+    target_values: TargetValues
+    seconds: dict[str, float]
+
+
+def is_alphaedit(hparams: SPHEREHyperParams) -> bool:
+    """AlphaEdit's solve; every other native base builds on MEMIT's."""
+    return hparams.base_alg == "AlphaEdit"
+
+
+def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
+                    session: EditSession) -> None:
+    """Give the session what its first batch needs: context templates, key metrics, empty histories.
+
+    Raises:
+        ValueError: statistics or null space do not fit or can't be had.
+    """
+    if session.contexts is None:
+        given = hparams.context_templates
+        with frozen(editable.model):
+            session.contexts = generate_contexts(editable, tok, hparams.seed) if given is None else list(given)
+    if set(session.metrics) != set(editable.layers):
+        session.metrics = _key_metrics(editable, tok, hparams)
+    for layer in editable.layers:
+        history = session.history.get(layer)
+        metric = session.metrics[layer]
+        if history is None:
+            history = KeyHistory.empty(editable.d_in(layer), metric, editable.weight(layer).device)
+        elif history.coordinates is None and metric is not None:  # just loaded
+            history = KeyHistory(history.keys.to(editable.weight(layer).device), metric)
+        session.history[layer] = history
+
+
+def _key_metrics(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams
+                 ) -> dict[int, KeyMetric | None]:
+    if is_alphaedit(hparams):
+        bases = _null_spaces(editable, tok, hparams)
+        return {layer: NullSpaceMetric(basis.to(editable.weight(layer).device), hparams.L2)
+                for layer, basis in bases.items()}
+    moments = second_moments(editable, tok, hparams)
+    metrics: dict[int, KeyMetric | None] = {}
+    for layer, moment in moments.items():
+        try:
+            metrics[layer] = CovarianceMetric(moment.to(editable.weight(layer).device), hparams.mom2_update_weight)
+        except torch.linalg.LinAlgError:
+            logger.warning("layer %d: the second moment of keys is not positive definite; each batch solves densely. "
+                           "More text (mom2_n_samples) would mend it", layer)
+            metrics[layer] = None
+    return metrics
+
+
+def _null_spaces(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams
+                 ) -> dict[int, Tensor]:
+    if hparams.P_loc is not None:
+        path = Path(hparams.P_loc)
+        if path.exists():
+            return load_null_space(path, editable.layers, editable.d_in(editable.layers[0]))
+        logger.info("P_loc %s does not exist: the null space is computed from the keys' second moment", path)
+    share = hparams.nullspace_share
+    threshold = None if share is not None else hparams.nullspace_threshold
+    return {layer: null_space_basis(moment.to(editable.weight(layer).device), threshold, share)
+            for layer, moment in second_moments(editable, tok, hparams).items()}
+
+
+def tokenize_batch(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest],
+                   session: EditSession) -> list[TokenizedRequest]:
+    """Tokenise a batch with the session's context templates.
+
+    Raises:
+        ValueError: a request has an empty target in tokens or exceeds the context.
+    """
+    assert session.contexts is not None
+    limit = max_positions(editable.config)
+    return [tokenize_request(tok, request, session.contexts, limit) for request in requests]
+
+
+@contextmanager
+def restored_after(editable: EditableModel) -> Iterator[dict[int, Tensor]]:
+    """The edited weights as they were, put back bit for bit when the context ends in whatever way."""
+    before = {layer: editable.weight(layer).clone() for layer in editable.layers}
+    try:
+        yield before
+    finally:
+        for layer, weight in before.items():
+            editable.set_weight(layer, weight)
+
+
+def add_update(editable: EditableModel, layer: int, update: Update) -> None:
+    """``W <- W + dW`` in float32 or better, whatever W is stored in.
+
+    Raises:
+        ValueError: the update, or the weight it would leave, is not finite.
+    """
+    weight = editable.weight(layer)
+    dense = update.dense() if isinstance(update, LowRankUpdate) else update
+    changed = (weight.to(torch.promote_types(weight.dtype, torch.float32)) + dense.to(weight.device)).to(weight.dtype)
+    if not bool(torch.isfinite(changed).all()):
+        raise ValueError(f"the update of layer {layer} is not finite in {weight.dtype}: nothing was changed. Look at the "
+                         "statistics, L2 or mom2_update_weight")
+    editable.set_weight(layer, changed)
+
+
+def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams,
+                session: EditSession, shape_in_loop: Shaping | None = None,
+                progress: Callable[[int], None] | None = None) -> BatchSolution:
+    """Solve one batch by the base method's closed form, layer after layer.
+
+    Args:
+        editable: the model, at the weights that the batch starts from; left at them.
+        requests: the tokenised edits.
+        hparams: the method's settings.
+        session: prepared (see ``prepare_session``); not changed.
+        shape_in_loop: applied to each layer's update before the next layer is solved (``projection_stage: layer``).
+        progress: called with the number of finished target values.
+
+    Raises:
+        ValueError: a target value or update is not finite.
+    """
+    seconds = {}
+    with frozen(editable.model), restored_after(editable):
+        started = time.perf_counter()
+        targets = optimise_target_values(editable, requests, hparams, progress)
+        if not bool(torch.isfinite(targets.values).all()):
+            bad = [request.request.case_id for request, value in zip(requests, targets.values, strict=True)
+                   if not bool(torch.isfinite(value).all())]
+            raise ValueError(f"target values of case_id {bad} are not finite; lower v_lr or look at the model's weights")
+        seconds["target_values"] = time.perf_counter() - started
+
+        started = time.perf_counter()
+        states = BatchStates(editable, requests, hparams.token_budget)
+        updates: dict[int, Update] = {}
+        for position, layer in enumerate(editable.layers):
+            keys, now = states.read(layer)  # (n, d_in), (n, hidden)
+            residuals = (targets.values.to(now.device) - now) / (len(editable.layers) - position)
+            update: Update = _solve_layer(editable, layer, keys, residuals, hparams, session)
+            if shape_in_loop is not None:
+                update = shape_in_loop(layer, update)
+            add_update(editable, layer, update)
+            updates[layer] = update
+            if layer != editable.layers[-1]:
+                states.advance(layer, to=editable.layers[position + 1])
+        history = {}
+        if is_alphaedit(hparams) or hparams.keep_previous_keys:
+            for layer, keys in states.read_all().items():
+                history[layer] = session.history[layer].extended(keys.T, session.metrics[layer])
+        seconds["solve"] = time.perf_counter() - started
+    return BatchSolution(updates, history, targets, seconds)
+
+
+def _solve_layer(editable: EditableModel, layer: int, keys: Tensor, residuals: Tensor, hparams: SPHEREHyperParams,
+                 session: EditSession) -> LowRankUpdate:
+    device = editable.weight(layer).device
+    keys = keys.T.to(device)  # K (d_in, n)
+    history, metric = session.history[layer], session.metrics[layer]
+    adjusted = None if metric is None else adjusted_keys(metric, keys, history)
+    if adjusted is None:
+        logger.warning("layer %d: solving densely in the space of %d inputs", layer, len(keys))
+        adjusted = _plain_solve(editable, layer, keys, history, hparams, metric)
+    return LowRankUpdate(residuals.T.to(device), adjusted.float())
+
+
+def _plain_solve(editable: EditableModel, layer: int, keys: Tensor, history: KeyHistory, hparams: SPHEREHyperParams,
+                 metric: KeyMetric | None) -> Tensor:
+    try:
+        if isinstance(metric, NullSpaceMetric):
+            return plain_alphaedit_keys(metric.basis, metric.ridge, keys, history)
+        moment = load_moment(moment_path(editable, hparams, layer), len(keys)).to(keys.device)
+        return plain_memit_keys(moment, hparams.mom2_update_weight, keys, history)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"layer {layer}: the system of keys is singular ({error}); collect statistics from more text "
+                         "(mom2_n_samples), or raise L2 or mom2_update_weight") from error

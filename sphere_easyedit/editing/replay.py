@@ -1,0 +1,221 @@
+"""Running a stretch of decoder blocks again and again on the same tokens.
+
+transformers' models prepare masks and positions once and hand them to every block. Here one run of the model is
+recorded (what each block was called with besides its hidden states), and the blocks are then called directly. That
+leaves out whatever need not be repeated: earlier blocks, earlier tokens, the head. It asks nothing of an
+architecture but that a block takes hidden states first and returns them first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from ..models import EditableModel
+
+KeyValues = dict[int, tuple[Tensor, Tensor]]
+
+
+class _Stop(Exception):
+    """Ends a forward pass at the block after which nothing is wanted."""
+
+
+class PrefixCache(DynamicCache):
+    """Keys and values of the tokens in front, which every call sees and none extends.
+
+    ``key_values[block]`` is a pair ``(rows, heads, prefix tokens, head width)``.
+    """
+
+    def __init__(self, key_values: KeyValues) -> None:
+        super().__init__()
+        self.key_values = key_values
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+               ) -> tuple[Tensor, Tensor]:
+        keys, values = self.key_values[layer_idx]
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows for one forward pass.
+
+    Attributes:
+        input_ids: ``(rows, tokens)``, padded on the right.
+        attention_mask: ``(rows, prefix + tokens)``; a prefix, if any, is padded on the left.
+        position_ids: ``(rows, tokens)``.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+
+
+def pad_rows(sequences: Sequence[Sequence[int]], device: torch.device, starts: Sequence[int] | None = None,
+             prefix_width: int = 0) -> Rows:
+    """Pad token sequences on the right; row ``i`` starts at position ``starts[i]`` behind a prefix of that length."""
+    width = max(len(sequence) for sequence in sequences)
+    starts = [0] * len(sequences) if starts is None else starts
+    input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros(len(sequences), prefix_width + width, dtype=torch.long)
+    for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+        input_ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, prefix_width - start: prefix_width + len(sequence)] = 1
+    positions = torch.tensor(starts).unsqueeze(1) + torch.arange(width)
+    return Rows(input_ids.to(device), mask.to(device), positions.to(device))
+
+
+def first_output(output: Any) -> Tensor:
+    """A block's hidden states, whether it returns them alone or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class BlockReplay:
+    """Blocks ``start .. stop - 1`` of a decoder, ready to be run on rows recorded from it.
+
+    Attributes:
+        start, stop: the blocks it can run; none where both are the same.
+        hidden: ``(rows, tokens, hidden_size)``, what block ``start`` got, or would get.
+        final: the same shape, what block ``stop - 1`` returned.
+    """
+
+    def __init__(self, blocks: list[nn.Module], start: int, calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
+                 hidden: Tensor, final: Tensor) -> None:
+        self._blocks, self._calls = blocks, calls
+        self.start, self.stop = start, start + len(blocks)
+        self.hidden, self.final = hidden, final
+
+    @classmethod
+    @torch.no_grad()
+    def record(cls, editable: EditableModel, rows: Rows, start: int, stop: int,
+               prefix: KeyValues | None = None) -> BlockReplay:
+        """Run the model on ``rows`` up to block ``stop - 1`` and remember how blocks ``start`` onward were called."""
+        blocks = [editable.block(layer) for layer in range(start, stop)]
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        hidden: list[Tensor] = []
+        final: list[Tensor] = []
+        frozen_cache = None if prefix is None else PrefixCache(prefix)
+
+        def note_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs = dict(kwargs)
+            states = args[0] if args else kwargs.pop("hidden_states")
+            hidden.append(states)
+            del hidden[1:]  # only the first block's is wanted
+            replace = [frozen_cache if isinstance(value, Cache) else value for value in args[1:]]
+            named = {name: frozen_cache if isinstance(value, Cache) else value for name, value in kwargs.items()}
+            calls.append((tuple(replace), named))
+
+        def stop_here(_module: nn.Module, _args: Any, output: Any) -> None:
+            final.append(first_output(output))
+            raise _Stop
+
+        handles = [block.register_forward_pre_hook(note_call, with_kwargs=True) for block in blocks]
+        handles.append(editable.block(stop - 1).register_forward_hook(stop_here))
+        try:
+            _run_until_stop(editable, rows, prefix)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return cls(blocks, start, calls, (hidden or final)[0], final[0])
+
+    def run(self, hidden: Tensor, start: int | None = None, stop: int | None = None) -> Tensor:
+        """Output of block ``stop - 1`` for ``hidden`` entering block ``start``; gradients flow where enabled."""
+        first = 0 if start is None else start - self.start
+        last = len(self._blocks) if stop is None else stop - self.start
+        for block, (args, kwargs) in zip(self._blocks[first:last], self._calls[first:last], strict=True):
+            hidden = first_output(block(hidden, *args, **kwargs))
+        return hidden
+
+    def select(self, rows: Tensor) -> BlockReplay:
+        """The same for some of the rows, given by index."""
+        size = self.hidden.shape[0]
+        cut: dict[int, Any] = {}  # blocks share masks and caches: cut each once
+        calls = [(tuple(_select(value, rows, size, cut) for value in args),
+                  {name: _select(value, rows, size, cut) for name, value in kwargs.items()})
+                 for args, kwargs in self._calls]
+        picked = rows.to(self.hidden.device), rows.to(self.final.device)
+        return BlockReplay(self._blocks, self.start, calls, self.hidden[picked[0]], self.final[picked[1]])
+
+
+def _select(value: Any, rows: Tensor, size: int, cut: dict[int, Any]) -> Any:
+    if id(value) not in cut:
+        cut[id(value)] = _select_new(value, rows, size, cut)
+    return cut[id(value)]
+
+
+def _select_new(value: Any, rows: Tensor, size: int, cut: dict[int, Any]) -> Any:
+    if isinstance(value, PrefixCache):
+        return PrefixCache({layer: (keys[rows.to(keys.device)], values[rows.to(values.device)])
+                            for layer, (keys, values) in value.key_values.items()})
+    if isinstance(value, Tensor):
+        # Vectors are per token (cache positions); tensors shared by all rows have a first dimension of 1.
+        per_row = value.dim() >= 2 and value.shape[0] == size
+        return value[rows.to(value.device)] if per_row else value
+    if isinstance(value, tuple):
+        return tuple(_select(item, rows, size, cut) for item in value)
+    return value
+
+
+def _run_until_stop(editable: EditableModel, rows: Rows, prefix: KeyValues | None) -> None:
+    cache = None
+    if prefix is not None:
+        cache = DynamicCache()
+        for layer in sorted(prefix):
+            cache.update(*prefix[layer], layer)
+    try:
+        editable.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, position_ids=rows.position_ids,
+                       past_key_values=cache, use_cache=cache is not None)
+    except _Stop:
+        return
+    raise RuntimeError("the model's forward pass did not reach its decoder blocks: check layer_module_tmp "
+                       f"{editable.names.layer_module_tmp!r}")
+
+
+@torch.no_grad()
+def prefix_key_values(editable: EditableModel, prefixes: Sequence[Sequence[int]], stop: int) -> KeyValues:
+    """Keys and values of token prefixes in blocks ``0 .. stop - 1``, aligned at the prefixes' ends.
+
+    The prefixes run padded on the right, where every row begins with a real token, and are shifted afterwards: rows
+    padded on the left would start with positions that may see nothing, which some attention kernels answer with NaN.
+
+    Returns:
+        Per block a pair of ``(rows, heads, longest prefix, head width)``; zeros where a row's prefix is shorter.
+    """
+    lengths = torch.tensor([len(prefix) for prefix in prefixes])
+    width = int(lengths.max())
+    device = editable.input_device
+    # An empty prefix still needs a token to run on; its states are wiped below.
+    rows = pad_rows([list(prefix) or [0] for prefix in prefixes], device)
+    cache = DynamicCache()
+
+    def stop_here(_module: nn.Module, _args: Any, _output: Any) -> None:
+        raise _Stop
+
+    handle = editable.block(stop - 1).register_forward_hook(stop_here)
+    try:
+        editable.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, position_ids=rows.position_ids,
+                       past_key_values=cache, use_cache=True)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    source = torch.arange(width) - (width - lengths).unsqueeze(1)  # (rows, width): where each aligned token was
+
+    def align(states: Tensor) -> Tensor:
+        index = source.to(states.device)[:, None, :, None]
+        moved = torch.take_along_dim(states, index.clamp(min=0), dim=2)
+        return moved.masked_fill(index < 0, 0.0)
+
+    return {layer: (align(keys), align(values)) for layer, (keys, values) in enumerate(_cache_states(cache))}
+
+
+def _cache_states(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of keys and values by block, from the caches of transformers 4.45 up to 5.x."""
+    if hasattr(cache, "layers"):
+        return [(layer.keys, layer.values) for layer in cache.layers]
+    return list(zip(cache.key_cache, cache.value_cache, strict=True))

@@ -1,0 +1,176 @@
+"""Edit requests, checked and tokenised once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..tokenization import continuation_ids
+
+_ESSENCE_SUFFIX = " is a"  # the drift prompt "{subject} is a" of ROME, whose next-token distribution is kept
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """A fact to write: the prompt split at the subject, and what shall follow it.
+
+    ``target`` begins with a space, as EasyEdit's executors make it.
+    """
+
+    case_id: int | str
+    before: str
+    subject: str
+    after: str
+    target: str
+
+    @property
+    def prompt(self) -> str:
+        """The prompt with the subject filled in."""
+        return self.before + self.subject + self.after
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """Token ids of a prompt and the index of the subject's last token among them."""
+
+    ids: tuple[int, ...]
+    lookup: int
+
+
+@dataclass(frozen=True)
+class TokenizedRequest:
+    """An edit request in tokens.
+
+    Attributes:
+        request: where it came from.
+        plain: the prompt by itself.
+        contexts: the prompt behind each context template.
+        drift: "{subject} is a" up to the subject's last token; nothing after it can influence that position.
+        target_ids: tokens of the target as they follow the plain prompt.
+    """
+
+    request: EditRequest
+    plain: TokenizedPrompt
+    contexts: tuple[TokenizedPrompt, ...]
+    drift: TokenizedPrompt
+    target_ids: tuple[int, ...]
+
+
+def parse_requests(requests: Sequence[Mapping[str, Any]], first_id: int = 0) -> list[EditRequest]:
+    """Check EasyEdit's request dicts.
+
+    Args:
+        requests: dicts with ``prompt`` (holding the subject, or ``{}`` in its place), ``subject``,
+            ``target_new`` and optionally ``case_id``.
+        first_id: requests without a ``case_id`` are numbered from here.
+
+    Raises:
+        ValueError: a field is missing or empty, the subject is not in the prompt, or a case_id occurs twice.
+    """
+    if not requests:
+        raise ValueError("no requests given: pass at least one dict with prompt, subject and target_new")
+    parsed = [_parse_request(raw, position, first_id + position) for position, raw in enumerate(requests)]
+    seen: set[int | str] = set()
+    for request in parsed:
+        if request.case_id in seen:
+            raise ValueError(f"case_id {request.case_id!r} occurs twice in one batch: give each edit its own")
+        seen.add(request.case_id)
+    return parsed
+
+
+def _parse_request(raw: Mapping[str, Any], position: int, default_id: int) -> EditRequest:
+    case_id = raw.get("case_id")
+    case_id = default_id if case_id is None else case_id
+    where = f"request {position} (case_id {case_id!r})"
+    texts = {}
+    for field in ("prompt", "subject", "target_new"):
+        value = raw.get(field)
+        if isinstance(value, Mapping):  # CounterFact's own records hold {"str": ..., "id": ...}
+            value = value.get("str")
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{where}: {field} is {value!r}; a non-empty text is needed")
+        texts[field] = value
+    before, after = _split_at_subject(texts["prompt"], texts["subject"], where)
+    target = texts["target_new"]
+    return EditRequest(case_id, before, texts["subject"], after, target if target[0] == " " else f" {target}")
+
+
+def _split_at_subject(prompt: str, subject: str, where: str) -> tuple[str, str]:
+    """Text before and after the subject; of several mentions the last, where all that was said of it is known."""
+    if "{}" in prompt:
+        before, _, after = prompt.rpartition("{}")
+        return before.replace("{}", subject), after
+    starts = [i for i in range(len(prompt)) if prompt.startswith(subject, i)]
+    if not starts:
+        raise ValueError(f"{where}: subject {subject!r} is not in prompt {prompt!r}; write it there literally, "
+                         "or put {} in its place")
+    # "Rome" inside "Jerome" is no mention, as long as there is a real one.
+    whole = [i for i in starts if _is_whole_word(prompt, i, i + len(subject))]
+    start = (whole or starts)[-1]
+    return prompt[:start], prompt[start + len(subject):]
+
+
+def _is_whole_word(text: str, start: int, end: int) -> bool:
+    glued_left = start > 0 and text[start - 1].isalnum() and text[start].isalnum()
+    glued_right = end < len(text) and text[end].isalnum() and text[end - 1].isalnum()
+    return not (glued_left or glued_right)
+
+
+def tokenize_prompt(tok: PreTrainedTokenizerBase, before: str, subject: str, after: str) -> TokenizedPrompt:
+    """Tokenise ``before + subject + after`` as the tokenizer does it (BOS included) and find the subject's last token.
+
+    The lookup is the last token that holds a part of the subject, by the tokenizer's character offsets: right with
+    and without BOS or prefix spaces, and where the subject's end merges with what follows it.
+    """
+    text = before + subject + after
+    end = len(before) + len(subject.rstrip())
+    if tok.is_fast:
+        encoded = tok(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+        ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+        while ids and special[len(ids) - 1]:  # an appended EOS would cut the prompt from its target
+            ids.pop()
+        covering = [i for i, (start, stop) in enumerate(encoded["offset_mapping"][: len(ids)])
+                    if start < end and stop > start and not special[i]]
+    else:  # without offsets: as many tokens as the text up to the subject's end has
+        ids, _ = continuation_ids(tok, text, "")
+        upto, _ = continuation_ids(tok, text[:end], "")
+        covering = [min(len(upto), len(ids)) - 1] if upto and ids else []
+    if not covering or covering[-1] < 0:
+        raise ValueError(f"subject {subject!r} holds no token in {text!r} for this tokenizer")
+    return TokenizedPrompt(tuple(ids), covering[-1])
+
+
+def tokenize_request(
+    tok: PreTrainedTokenizerBase, request: EditRequest, contexts: Sequence[str], max_positions: int | None
+) -> TokenizedRequest:
+    """Tokenise a request with its context templates.
+
+    Args:
+        tok: the model's tokenizer.
+        request: the edit.
+        contexts: templates with one ``{}`` in the place of the prompt, besides the plain prompt.
+        max_positions: the model's longest context in tokens, None for unlimited.
+
+    Raises:
+        ValueError: the target has no tokens, or a prompt with its target exceeds the model's context.
+    """
+    where = f"case_id {request.case_id!r}"
+    _, target_ids = continuation_ids(tok, request.prompt, request.target)
+    if not target_ids or not tok.decode(target_ids).strip():
+        raise ValueError(f"{where}: target {request.target!r} has no tokens of its own behind {request.prompt!r}")
+    plain = tokenize_prompt(tok, request.before, request.subject, request.after)
+    filled = []
+    for template in contexts:
+        left, _, right = template.partition("{}")
+        filled.append(tokenize_prompt(tok, left + request.before, request.subject, request.after + right))
+    drift = tokenize_prompt(tok, "", request.subject, _ESSENCE_SUFFIX)
+    longest = max(len(prompt.ids) for prompt in (plain, *filled)) + len(target_ids)
+    if max_positions is not None and longest > max_positions:
+        raise ValueError(f"{where}: prompt and target take {longest} tokens with the longest context template, "
+                         f"the model's context holds {max_positions}; shorten the prompt")
+    return TokenizedRequest(
+        request, plain, tuple(filled), TokenizedPrompt(drift.ids[: drift.lookup + 1], drift.lookup), tuple(target_ids)
+    )

@@ -1,0 +1,174 @@
+"""All state that outlives a batch, tied to one model object."""
+
+from __future__ import annotations
+
+import json
+import logging
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..files import replacing
+from ..hparams import SPHEREHyperParams
+from ..models import EditableModel
+from ..projection import PrincipalSpace
+from .solvers import KeyHistory, KeyMetric
+
+logger = logging.getLogger(__name__)
+
+_ATTRIBUTE = "_sphere_session"
+_FORMAT = "sphere-easyedit session 1"
+
+
+class EditSession:
+    """What sequential editing of one model carries from batch to batch.
+
+    Attributes:
+        num_edits, num_batches: edited so far.
+        contexts: context templates, each with one ``{}``; None until made.
+        original: weights ``(d_out, d_in)`` of the edited layers before the first edit, on the CPU.
+        unrestrained: PRUNE's weights that editing goes on from, on the CPU; else empty.
+        history: earlier keys by layer.
+        metrics: how keys are weighed, by layer; rebuilt when needed, not saved.
+        spaces: principal spaces of the original weights, by layer; rebuilt when needed, not saved.
+    """
+
+    def __init__(self) -> None:
+        self._model: weakref.ref[nn.Module] | None = None
+        self._key: str | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.num_edits = 0
+        self.num_batches = 0
+        self.contexts: list[str] | None = None
+        self.original: dict[int, Tensor] = {}
+        self.unrestrained: dict[int, Tensor] = {}
+        self.history: dict[int, KeyHistory] = {}
+        self.metrics: dict[int, KeyMetric | None] = {}
+        self.spaces: dict[int, PrincipalSpace] = {}
+        self._fingerprints: dict[int, Fingerprint] = {}  # of the weights as the last batch left them
+        self._base: dict[int, Fingerprint] = {}  # of the original ones
+
+    def __reduce__(self) -> Any:
+        # A copied or pickled model takes no session along: its history belongs to the model it was made on.
+        return (type(None), ())
+
+    @classmethod
+    def of(cls, model: nn.Module) -> EditSession:
+        """The session that lives on a model object, made if there is none."""
+        session = getattr(model, _ATTRIBUTE, None)
+        if not isinstance(session, cls):
+            session = cls()
+            setattr(model, _ATTRIBUTE, session)
+        return session
+
+    def bind(self, editable: EditableModel, hparams: SPHEREHyperParams) -> None:
+        """Make the session fit the model as it stands, starting afresh where it does not.
+
+        Raises:
+            ValueError: the session belongs to another model object.
+        """
+        if self._model is not None and self._model() is not editable.model:
+            raise ValueError("this EditSession belongs to another model object: give every model a session of its own")
+        key = hparams.session_key()
+        if self._key is not None and self._key != key:
+            logger.info("hyperparameters that shape the session changed after %d edits: starting afresh", self.num_edits)
+            self._clear()
+        elif self._fingerprints and (changed := self._changed_layers(editable)):
+            logger.warning("weights of layers %s were restored or changed from outside after %d edits: starting afresh",
+                           changed, self.num_edits)
+            # Restored to what they were, what was derived from them still holds.
+            kept = (self.contexts, self.metrics, self.spaces) if self._is_restored(editable) else (None, {}, {})
+            self._clear()
+            self.contexts, self.metrics, self.spaces = kept
+        self._model, self._key = weakref.ref(editable.model), key
+        if not self.original:
+            self.original = {layer: editable.weight(layer).to("cpu", copy=True) for layer in editable.layers}
+            self._base = {layer: Fingerprint.of(editable.weight(layer)) for layer in editable.layers}
+
+    def _changed_layers(self, editable: EditableModel) -> list[int]:
+        return [layer for layer, was in self._fingerprints.items() if Fingerprint.of(editable.weight(layer)) != was]
+
+    def _is_restored(self, editable: EditableModel) -> bool:
+        return all(Fingerprint.of(editable.weight(layer)) == was for layer, was in self._base.items())
+
+    def commit(self, editable: EditableModel, num_edits: int, history: dict[int, KeyHistory],
+               unrestrained: dict[int, Tensor]) -> None:
+        """Take over a finished batch; nothing before this call changed the session's state of edits."""
+        fingerprints = {layer: Fingerprint.of(editable.weight(layer)) for layer in editable.layers}
+        self.history, self.unrestrained, self._fingerprints = history, unrestrained, fingerprints
+        self.num_edits += num_edits
+        self.num_batches += 1
+
+    def save(self, path: Path) -> None:
+        """Write counters, contexts, original and unrestrained weights and earlier keys to one safetensors file."""
+        if self._key is None:
+            raise ValueError("the session has not been used yet: there is nothing to save")
+        tensors = {f"original.{layer}": weight for layer, weight in self.original.items()}
+        tensors |= {f"unrestrained.{layer}": weight for layer, weight in self.unrestrained.items()}
+        tensors |= {f"keys.{layer}": history.keys for layer, history in self.history.items()}
+        for kind, prints in (("edited", self._fingerprints), ("base", self._base)):
+            for layer, fingerprint in prints.items():
+                tensors |= {f"{kind}.rows.{layer}": fingerprint.rows, f"{kind}.columns.{layer}": fingerprint.columns}
+        state = {"key": self._key, "num_edits": self.num_edits, "num_batches": self.num_batches,
+                 "contexts": self.contexts}
+        with replacing(path) as temporary:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary,
+                      metadata={"format": _FORMAT, "state": json.dumps(state)})
+
+    @classmethod
+    def load(cls, path: Path) -> EditSession:
+        """Read a saved session; it ties itself to the model of the next batch, whose weights must be those it left.
+
+        Raises:
+            ValueError: the file is damaged or no session.
+        """
+        session = cls()
+        try:
+            with safe_open(path, framework="pt") as stored:
+                metadata = stored.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{path} is no saved session (format {metadata.get('format')!r})")
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} can't be read as a saved session: {error}") from error
+        state = json.loads(metadata["state"])
+        session._key, session.contexts = state["key"], state["contexts"]
+        session.num_edits, session.num_batches = state["num_edits"], state["num_batches"]
+
+        def by_layer(kind: str) -> dict[int, Tensor]:
+            names = [name for name in tensors if name.startswith(f"{kind}.")]
+            return {int(name.rsplit(".", 1)[1]): tensors[name] for name in names}
+
+        session.original, session.unrestrained = by_layer("original"), by_layer("unrestrained")
+        session.history = {layer: KeyHistory(keys, None) for layer, keys in by_layer("keys").items()}
+        for kind, target in (("edited", session._fingerprints), ("base", session._base)):
+            rows, columns = by_layer(f"{kind}.rows"), by_layer(f"{kind}.columns")
+            target.update({layer: Fingerprint(rows[layer], columns[layer]) for layer in rows})
+        return session
+
+
+class Fingerprint:
+    """Exact sums of a weight's bit patterns by row and by column: any change that is no conspiracy shows."""
+
+    def __init__(self, rows: Tensor, columns: Tensor) -> None:
+        self.rows, self.columns = rows, columns  # (d_out,), (d_in,) int64, on the CPU
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Fingerprint:
+        """Of a floating weight ``(d_out, d_in)``."""
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+        bits = weight.detach().view(integer)
+        return cls(bits.sum(dim=1, dtype=torch.int64).cpu(), bits.sum(dim=0, dtype=torch.int64).cpu())
+
+    def __eq__(self, other: object) -> bool:
+        return (isinstance(other, Fingerprint) and torch.equal(self.rows, other.rows)
+                and torch.equal(self.columns, other.columns))
+
+    __hash__ = None  # type: ignore[assignment]

@@ -1,0 +1,429 @@
+"""The hyperparameters of an editing run: EasyEdit's names and defaults, ours beside them, all checked."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from itertools import pairwise
+from numbers import Real
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from transformers import PretrainedConfig
+
+from sphere_easyedit.hparams_files import find_hparams, read_mapping
+from sphere_easyedit.models import ModuleNames, module_names
+
+NATIVE_ALGS = ("AlphaEdit", "MEMIT", "RECT", "PRUNE")
+
+# What EasyEdit's own SPHERE files call gamma and alpha.
+_ALIASES = MappingProxyType({"cumulative_ratio": "gamma", "suppression_strength": "alpha"})
+
+# Typed Any, so that a field that may be left out keeps the plain type which its readers rely on: natively,
+# `__post_init__` fills or refuses every one of these; only with `executor: easyedit` may one stay None.
+_NOT_GIVEN: Any = None
+
+_MODULE_FIELDS = tuple(f.name for f in fields(ModuleNames))
+_MODULE_TEMPLATES = ("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp")
+
+_RANGES = MappingProxyType({
+    "gamma": "[0, 1]", "alpha": "[0, 1]", "v_lr": "(0, inf)", "v_weight_decay": "[0, inf)",
+    "clamp_norm_factor": "(0, inf)", "kl_factor": "[0, inf)", "mom2_update_weight": "(0, inf)",
+    "nullspace_threshold": "(0, inf)", "nullspace_share": "(0, 1]", "L2": "(0, inf)",
+    "rect_keep": "(0, 1]", "prune_log_base": "(1, inf)",
+})
+_SMALLEST = MappingProxyType({
+    "v_num_grad_steps": 1, "v_loss_layer": 0, "mom2_n_samples": 1, "mom2_max_length": 1, "max_length": 1,
+    "batch_size": 1, "token_budget": 1, "seed": 0,
+})
+_FLAGS = ("mom2_adjustment", "model_parallel", "keep_previous_keys")
+_STRINGS = ("alg_name", "model_name", "base_alg", "layer_selection", "fact_token", "mom2_dataset",
+            "mom2_dtype", "stats_dir", "P_loc", *_MODULE_FIELDS)
+_CHOICES = MappingProxyType({
+    "alg_name": ("SPHERE",), "executor": ("native", "easyedit"), "projection_stage": ("layer", "update"),
+    "principal_space": ("current", "pretrained"), "layer_selection": ("all", "random"),
+    "fact_token": ("subject_last", "last", "subject_first", "subject_first_after_last"),
+    "mom2_dtype": ("float32", "float64", "float16"),
+})
+
+_OPTIMISER = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor")
+# Fields that leave keys, null spaces, principal spaces and original weights of a session as they are: where
+# and in what portions one computes, and how a target value is found, of which nothing outlives its batch.
+_NOT_CARRIED = frozenset({
+    "device", "batch_size", "max_length", "token_budget", "model_parallel", *_OPTIMISER,
+})
+
+# Fields that no EasyEdit method asks for, so a key close to one of them is a slip and not the method's own.
+_OURS = ("base_alg", "gamma", "alpha", "projection_stage", "principal_space", "executor", "executor_hparams",
+         "context_templates", "rect_keep", "prune_log_base", "keep_previous_keys", "nullspace_share",
+         "mom2_max_length", "token_budget", *_ALIASES)
+
+_SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
+
+def _nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[near[0]] if near else None
+
+
+def _number(name: str, value: object) -> float:
+    """``value`` as a finite float; text too, since PyYAML reads ``1e-3`` (no dot) as text."""
+    try:
+        number = float(value) if isinstance(value, (Real, str)) and not isinstance(value, bool) else None
+    except (ValueError, OverflowError):
+        number = None
+    if number is None:
+        raise ValueError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {value!r}: give a finite number")
+    return number
+
+
+def _integer(name: str, value: object) -> int:
+    number = _number(name, value)
+    if not number.is_integer():
+        raise ValueError(f"{name} is {value!r}: give a whole number")
+    return int(number)
+
+
+def _check_range(name: str, value: float, interval: str) -> None:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    if not ((low < value or (interval[0] == "[" and value == low))
+            and (value < high or (interval[-1] == "]" and value == high))):
+        raise ValueError(f"{name} is {value!r} but must lie in {interval}: correct its value")
+
+
+def _flat_templates(value: object) -> list[str]:
+    """Context templates, flat or nested as in EasyEdit, as a flat list without the plain prompt."""
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"context_templates must be a list of texts with {{}} in them, not {value!r}; "
+                         "leave it out to have them generated")
+    flat: list[object] = []
+    for item in value:
+        flat.extend(item if isinstance(item, (list, tuple)) else [item])
+    templates = []
+    for item in flat:
+        # Any other brace would trip str.format, which puts the prompt in.
+        if not isinstance(item, str) or item.count("{}") != 1 or item.count("{") + item.count("}") != 2:
+            raise ValueError(f"context_templates holds {item!r}: each must be a text with exactly one {{}}, "
+                             "where the prompt goes, and no other brace")
+        if item != "{}":
+            templates.append(item)
+    return templates
+
+
+@dataclass(kw_only=True)
+class SPHEREHyperParams:
+    """Everything that shapes an edit, checked when made; a wrong value raises ValueError with the remedy.
+
+    Names and defaults are EasyEdit's where EasyEdit has them. A field shown without a default must be given
+    where it is used: all of the optimiser's natively, ``L2`` and ``nullspace_threshold`` (or
+    ``nullspace_share``) for AlphaEdit, ``mom2_update_weight`` for MEMIT, RECT and PRUNE. With
+    ``executor: easyedit`` the wrapped method's own class says what it needs. What that class asks for beyond
+    these fields is in ``executor_hparams`` and can be read as an attribute too; the flat file's unknown keys
+    go there, and a key of the method's that bears the name of a field of ours (WISE's ``alpha``) can be put
+    there under ``executor_hparams:``.
+    """
+
+    model_name: str  # hub name or folder; `smollm2-135m` is ours
+    layers: list[int]  # numbers of the edited blocks, ascending
+    alg_name: str = "SPHERE"
+    device: int | str | None = None  # None: the GPU where there is one, else the CPU
+    max_length: int = 40
+    batch_size: int = 1
+    model_parallel: bool = False
+
+    # The base method and SPHERE on top of it.
+    base_alg: str = "AlphaEdit"
+    executor: str = _NOT_GIVEN  # native | easyedit (wraps EasyEdit's own executor); default native
+    gamma: float = 0.5  # share of the spectrum that the principal space holds; also read as cumulative_ratio
+    alpha: float = _NOT_GIVEN  # share of it taken out of an update; also read as suppression_strength
+    projection_stage: str = _NOT_GIVEN  # layer | update; default layer for AlphaEdit, update for all others
+    principal_space: str = _NOT_GIVEN  # current | pretrained; default current, for PRUNE pretrained
+
+    # Target values.
+    layer_selection: str = "all"
+    fact_token: str = "subject_last"
+    v_num_grad_steps: int = _NOT_GIVEN
+    v_lr: float = _NOT_GIVEN
+    v_loss_layer: int = _NOT_GIVEN  # the last block
+    v_weight_decay: float = _NOT_GIVEN
+    clamp_norm_factor: float = _NOT_GIVEN
+    kl_factor: float = _NOT_GIVEN
+    context_templates: list[str] | None = None  # without the plain "{}"; None: to be generated
+    token_budget: int = 4096  # tokens optimised at once
+    seed: int = 0  # of context templates and generated text
+
+    # Solving.
+    mom2_adjustment: bool = True
+    mom2_update_weight: float = _NOT_GIVEN  # lambda of MEMIT
+    L2: float = _NOT_GIVEN
+    P_loc: str | None = None  # stacked null-space projections; None: computed from the statistics
+    nullspace_threshold: float | None = None  # eigenvalues of C below it span the null space
+    nullspace_share: float | None = None  # share of the d_in dimensions kept instead; overrides the threshold
+    rect_keep: float = 0.4  # share of entries that RECT keeps
+    prune_log_base: float | None = None  # None: natural logarithm
+    keep_previous_keys: bool = False  # MEMIT, RECT, PRUNE: earlier keys join the bracket (the paper's Eq. 69)
+
+    # Statistics.
+    mom2_dataset: str = "wikipedia"  # data set name, local file, or `generated` by the model itself
+    mom2_n_samples: int = 100000
+    mom2_dtype: str = "float32"
+    mom2_max_length: int = 1024  # tokens at which a text is cut
+    stats_dir: str = "./data/stats"
+
+    # Where the model keeps its parts; None (all six): known from its architecture.
+    rewrite_module_tmp: str | None = None
+    layer_module_tmp: str | None = None
+    mlp_module_tmp: str | None = None
+    attn_module_tmp: str | None = None
+    ln_f_module: str | None = None
+    lm_head_module: str | None = None
+
+    executor_hparams: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_hparams(cls, hparams_name_or_path: str | os.PathLike[str]) -> SPHEREHyperParams:
+        """Read a YAML file of ours, or of EasyEdit's ``hparams/SPHERE``.
+
+        Args:
+            hparams_name_or_path: a path, with or without ``.yaml``, or the short name of a shipped file such
+                as ``AlphaEdit/smollm2-135m``.
+
+        Raises:
+            FileNotFoundError: there is no such file; the message says where it was looked for.
+            ValueError: the file is no YAML mapping, or a key or a value is wrong.
+        """
+        file = find_hparams(hparams_name_or_path)
+        mapping = read_mapping(file)
+        try:
+            return cls.from_dict(mapping)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> SPHEREHyperParams:
+        """Hyperparameters from a flat mapping as a YAML file holds it.
+
+        Raises:
+            ValueError: not a mapping, an unknown key, two names of one value that differ, or a wrong value.
+        """
+        if not isinstance(mapping, Mapping):
+            raise ValueError("hyperparameters must be a mapping of names to values, not "
+                             f"{type(mapping).__name__} {mapping!r}")
+        odd = [key for key in mapping if not isinstance(key, str)]
+        if odd:
+            raise ValueError(f"hyperparameter names must be text, not {odd[0]!r}: quote it or remove it")
+        given = dict(mapping)
+        if given.get("projection_stage") is None and any(alias in given for alias in _ALIASES):
+            # EasyEdit's own files know one stage only, and are recognised by these names.
+            given["projection_stage"] = "update"
+        for alias, name in _ALIASES.items():
+            if alias in given:
+                value = given.pop(alias)
+                if name in given and _number(name, given[name]) != _number(alias, value):
+                    raise ValueError(f"{name} is {given[name]!r} but {alias}, another name of it, is "
+                                     f"{value!r}: remove one of the two")
+                given[name] = value
+        known = {f.name for f in fields(cls)}
+        unknown = {key: given.pop(key) for key in list(given) if key not in known}
+        wrapped = given.get("executor") not in (None, "native")  # a misspelt one is reported by its own check
+        for key, value in unknown.items():
+            near = _nearest(key, _OURS, cutoff=0.75) if wrapped else _nearest(key, (*known, *_ALIASES))
+            if not wrapped or near is not None:
+                hint = f": did you mean {near!r}?" if near else f"; known are {', '.join(sorted(known))}."
+                hint += "" if wrapped else " Keys of EasyEdit's own methods need `executor: easyedit`"
+                raise ValueError(f"{key!r} (value {value!r}) is no hyperparameter{hint}")
+        if unknown:
+            nested = given.get("executor_hparams") or {}
+            if not isinstance(nested, Mapping):
+                raise ValueError(f"executor_hparams must be a mapping, not {nested!r}")
+            twice = [key for key in unknown if key in nested and nested[key] != unknown[key]]
+            if twice:
+                raise ValueError(f"{twice[0]} is {unknown[twice[0]]!r} but executor_hparams says "
+                                 f"{nested[twice[0]]!r}: remove one of the two")
+            given["executor_hparams"] = {**nested, **unknown}
+        missing = [f.name for f in fields(cls)
+                   if f.default is MISSING and f.default_factory is MISSING and f.name not in given]
+        if missing:
+            raise ValueError(f"not given: {', '.join(missing)}. Add the missing values")
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, resolved, as plain values: ``from_dict(to_dict())`` gives an equal object."""
+        # Lists are copied, so that a caller who changes one does not change these hyperparameters.
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    def session_key(self) -> str:
+        """Digest of every hyperparameter that shapes the state carried from batch to batch.
+
+        A session goes on while it stays the same. Device, sizes of portions and the target value's optimiser
+        do not count.
+        """
+        carried = {name: value for name, value in self.to_dict().items() if name not in _NOT_CARRIED}
+        return hashlib.sha256(json.dumps(carried, sort_keys=True, default=repr).encode()).hexdigest()
+
+    def module_names(self, config: PretrainedConfig) -> ModuleNames:
+        """Where a model with this config keeps its parts: as given, else as its architecture is known to.
+
+        Raises:
+            ValueError: no names are given and the architecture is unknown.
+        """
+        given = {name: getattr(self, name) for name in _MODULE_FIELDS}
+        if given["rewrite_module_tmp"] is None:
+            return module_names(config)
+        # EasyEdit's FT files name the weight rather than the module.
+        given["rewrite_module_tmp"] = given["rewrite_module_tmp"].removesuffix(".weight")
+        return ModuleNames(**given)
+
+    @property
+    def cumulative_ratio(self) -> float:
+        """``gamma`` under EasyEdit's name."""
+        return self.gamma
+
+    @property
+    def suppression_strength(self) -> float:
+        """``alpha`` under EasyEdit's name."""
+        return self.alpha
+
+    if not TYPE_CHECKING:  # a type checker would take any misspelt attribute for one of these
+
+        def __getattr__(self, name: str) -> Any:
+            # Through __dict__: it is empty while copy and pickle build the object; a look-up would recurse.
+            extras = self.__dict__.get("executor_hparams", {})
+            if name in extras:
+                return extras[name]
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._resolve_method()
+        self._check_extras()
+        if self.executor == "native":
+            self._check_native()
+
+    def _check_types(self) -> None:
+        optional = {f.name for f in fields(self) if f.default is None}
+        for name in (*_STRINGS, *_RANGES, *_SMALLEST, *_FLAGS, *_CHOICES):
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if name in _RANGES:
+                value = _number(name, value)
+                _check_range(name, value, _RANGES[name])
+            elif name in _SMALLEST:
+                value = _integer(name, value)
+                if value < _SMALLEST[name]:
+                    raise ValueError(f"{name} is {value}: it must be at least {_SMALLEST[name]}")
+            elif name in _FLAGS:
+                if not isinstance(value, bool):
+                    raise ValueError(f"{name} must be true or false, not {value!r}")
+            else:
+                value = os.fspath(value) if isinstance(value, Path) else value
+                if not isinstance(value, str) or not value:
+                    raise ValueError(f"{name} must be a text that is not empty, not {value!r}")
+                if value not in _CHOICES.get(name, (value,)):
+                    near = _nearest(value, _CHOICES[name])
+                    raise ValueError(f"{name} is {value!r} but must be {' or '.join(_CHOICES[name])}"
+                                     + (f": did you mean {near!r}?" if near else ""))
+            setattr(self, name, value)
+        device: object = self.device
+        usable = device is None or (isinstance(device, (int, str)) and not isinstance(device, bool))
+        if not usable or device == "":
+            raise ValueError(f"device is {device!r}: give the number of a GPU, a name (cpu, cuda:0), or null")
+        if not isinstance(self.layers, (list, tuple)) or not self.layers:
+            raise ValueError(f"layers must be a list of layer numbers such as [4, 5, 6], not {self.layers!r}")
+        self.layers = [_integer("layers", layer) for layer in self.layers]
+        if self.layers[0] < 0 or any(b <= a for a, b in pairwise(self.layers)):
+            raise ValueError(f"layers is {self.layers}: numbers must be 0 or more and ascend without "
+                             "repetition, since residuals are shared from the first layer to the last")
+        if self.context_templates is not None:
+            self.context_templates = _flat_templates(self.context_templates)
+        missing = [name for name in _MODULE_FIELDS if getattr(self, name) is None]
+        if missing and len(missing) < len(_MODULE_FIELDS):
+            raise ValueError(f"module names given without {', '.join(missing)}: give all of "
+                             f"{', '.join(_MODULE_FIELDS)}, or none for an architecture that is known")
+        for name in () if missing else _MODULE_TEMPLATES:
+            template = getattr(self, name)
+            if template.count("{}") != 1:
+                raise ValueError(f"{name} is {template!r}: put exactly one {{}} where the layer number goes")
+
+    def _resolve_method(self) -> None:
+        """Fill what depends on the base method, and refuse what does not go together."""
+        if self.executor != "easyedit" and self.base_alg not in NATIVE_ALGS:
+            near = _nearest(self.base_alg, NATIVE_ALGS)
+            hint = f" Did you mean {near!r}?" if near else ""
+            raise ValueError(f"base_alg is {self.base_alg!r}, but built in are {', '.join(NATIVE_ALGS)}."
+                             f"{hint} To wrap a method of EasyEdit's say `executor: easyedit`")
+        self.executor = self.executor or "native"
+        if self.executor == "easyedit" and self.base_alg in ("RECT", "PRUNE"):
+            raise ValueError(f"base_alg is {self.base_alg}, which EasyEdit does not have: "
+                             "say `executor: native`")
+        if self.base_alg == "SPHERE":
+            raise ValueError("base_alg is SPHERE, which can't wrap itself: name the method below it, such as "
+                             "AlphaEdit")
+        if self.alpha is None:
+            self.alpha = 0.5 if self.base_alg == "AlphaEdit" else 0.8
+        if self.executor == "easyedit" and self.projection_stage == "layer":
+            raise ValueError("projection_stage is layer, which needs executor native, since EasyEdit's "
+                             "executors solve all layers in one call: say `projection_stage: update`")
+        if self.base_alg == "PRUNE" and self.projection_stage == "layer":
+            raise ValueError("projection_stage is layer, but PRUNE restrains the whole change since the "
+                             "pretrained weight and SPHERE comes after it: say `projection_stage: update`")
+        if self.base_alg == "PRUNE" and self.principal_space == "current":
+            raise ValueError("principal_space is current, but with PRUNE SPHERE projects the whole change "
+                             "since the pretrained weight: say `principal_space: pretrained`")
+        if self.projection_stage is None:
+            layerwise = self.base_alg == "AlphaEdit" and self.executor == "native"
+            self.projection_stage = "layer" if layerwise else "update"
+        if self.principal_space is None:
+            self.principal_space = "pretrained" if self.base_alg == "PRUNE" else "current"
+
+    def _check_extras(self) -> None:
+        if not isinstance(self.executor_hparams, Mapping):
+            raise ValueError(f"executor_hparams must be a mapping, not {self.executor_hparams!r}")
+        if self.executor_hparams and self.executor == "native":
+            raise ValueError(f"executor_hparams {dict(self.executor_hparams)!r} are for a wrapped method of "
+                             "EasyEdit's: say `executor: easyedit` or remove them")
+        # EasyEdit's classes take numbers as they come, so what PyYAML left as text must be a number by then.
+        self.executor_hparams = {
+            key: float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
+            for key, value in self.executor_hparams.items()
+        }
+
+    def _check_native(self) -> None:
+        needed = list(_OPTIMISER) + (["L2"] if self.base_alg == "AlphaEdit" else ["mom2_update_weight"])
+        missing = [name for name in needed if getattr(self, name) is None]
+        if self.base_alg == "AlphaEdit" and self.nullspace_threshold is None and self.nullspace_share is None:
+            missing.append("nullspace_threshold (or nullspace_share)")
+        if missing:
+            raise ValueError(f"{self.base_alg} needs {', '.join(missing)}: add the missing values; "
+                             "`sphere-easyedit hparams MODEL` writes a complete file")
+        if self.fact_token != "subject_last":
+            raise ValueError(f"fact_token is {self.fact_token!r} but only subject_last is built in: say "
+                             "`fact_token: subject_last`, or `executor: easyedit` to use EasyEdit's executor")
+        if self.layer_selection != "all":
+            raise ValueError(f"layer_selection is {self.layer_selection!r} but only all is built in: say "
+                             "`layer_selection: all`")
+        if self.v_loss_layer < self.layers[-1]:
+            raise ValueError(f"v_loss_layer is {self.v_loss_layer}, before the last edited layer "
+                             f"{self.layers[-1]}, so the loss would not see the edit: give the number of the "
+                             "model's last block")
+        if self.rewrite_module_tmp is not None:
+            self.rewrite_module_tmp = self.rewrite_module_tmp.removesuffix(".weight")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

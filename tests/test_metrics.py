@@ -1,0 +1,504 @@
+"""Protocol `paper` against an obvious reimplementation: one prompt, one token, one full forward at a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, normalizers
+from tokenizers.models import Unigram
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from sphere_easyedit.evaluation.datasets import (
+    EditRecord,
+    EvaluationPrompt,
+    load_counterfact,
+    load_records,
+    load_zsre,
+)
+from sphere_easyedit.evaluation.metrics import (
+    CaseScores,
+    evaluate_records,
+    generate_continuations,
+    summarise,
+)
+from sphere_easyedit.tokenization import continuation_ids, continuation_ids_batch, leading_special_ids
+
+GOLDEN = Path(__file__).parent / "golden"
+DATA = Path(os.environ.get("SPHERE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+FOLDERS = {"llama": GOLDEN / "llama" / "tiny-llama", "gpt2": GOLDEN / "gpt2" / "tiny-gpt2-xl"}
+# What a tokenizer puts around a text: kind -> (in front, behind). Token 0 is <|endoftext|>.
+AROUND: dict[str, tuple[list[int], list[int]]] = {
+    "plain": ([], []),
+    "bos": ([0], []),
+    "eos": ([], [0]),
+    "both": ([0], [0]),
+}
+
+
+def tokenizer(kind: str) -> Any:
+    tok = AutoTokenizer.from_pretrained(FOLDERS["llama"])
+    front, behind = AROUND[kind]
+    if front or behind:
+        template = " ".join(["<|endoftext|>"] * len(front) + ["$A"] + ["<|endoftext|>"] * len(behind))
+        tok.backend_tokenizer.post_processor = TemplateProcessing(
+            single=template, special_tokens=[("<|endoftext|>", 0)]
+        )
+    assert tok("The mother").input_ids == front + tok("The mother", add_special_tokens=False).input_ids + behind
+    return tok
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return AutoModelForCausalLM.from_pretrained(FOLDERS[request.param]).eval()
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return AutoModelForCausalLM.from_pretrained(FOLDERS["llama"]).eval()
+
+
+# --- the obvious way ----------------------------------------------------------------------------------------
+
+
+def next_token(model: Any, ids: list[int]) -> int:
+    with torch.no_grad():
+        return int(model(torch.tensor([ids])).logits[0, -1].argmax())
+
+
+def target_hits(model: Any, tok: Any, front: list[int], prompt: str, target: str) -> list[bool]:
+    prompt_ids = tok(prompt, add_special_tokens=False).input_ids
+    whole = tok(prompt + " " + target, add_special_tokens=False).input_ids
+    assert whole[: len(prompt_ids)] == prompt_ids
+    hits = []
+    for end in range(len(prompt_ids), len(whole)):
+        hits.append(next_token(model, front + whole[:end]) == whole[end])
+    return hits
+
+
+def slow_scores(model: Any, tok: Any, front: list[int], record: EditRecord) -> dict[str, list[float]]:
+    pairs = {
+        "efficacy": [(record.prompt.replace("{}", record.subject), record.target_new)],
+        "generalization": [(text, record.target_new) for text in record.paraphrase_prompts],
+        "specificity": [(prompt.text, prompt.target) for prompt in record.neighborhood_prompts],
+    }
+    scores: dict[str, list[float]] = {}
+    for metric, questions in pairs.items():
+        scores[metric] = []
+        for prompt, target in questions:
+            hits = target_hits(model, tok, front, prompt, target)
+            if record.dataset == "zsre":
+                scores[metric].append(hits.count(True) / len(hits))
+            else:
+                scores[metric].append(0.0 if False in hits else 1.0)
+    return scores
+
+
+def assert_equal_to_slow(scores: list[CaseScores], records: list[EditRecord], model: Any, tok: Any,
+                         front: list[int]) -> None:
+    assert [score.case_id for score in scores] == [record.case_id for record in records]
+    for score, record in zip(scores, records, strict=True):
+        expected = slow_scores(model, tok, front, record)
+        for metric, values in expected.items():
+            assert list(getattr(score, f"{metric}_prompts")) == pytest.approx(values), (record.case_id, metric)
+            mean = getattr(score, metric)
+            assert mean == (pytest.approx(sum(values) / len(values)) if values else None)
+        assert (score.protocol, score.dataset) == ("paper", record.dataset)
+
+
+# --- records whose targets the model itself would say -------------------------------------------------------
+
+
+def own_words(model: Any, tok: Any, front: list[int], prompt: str, most: int = 3) -> str | None:
+    """The model's greedy continuation as far as its tokens are also those of its text."""
+    ids = tok(prompt, add_special_tokens=False).input_ids
+    new: list[int] = []
+    said = None
+    while len(new) < most:
+        new.append(next_token(model, front + ids + new))
+        text = tok.decode(new)
+        same = tok(prompt + text, add_special_tokens=False).input_ids == ids + new
+        if not (text.startswith(" ") and text[1:].strip() == text[1:] != "" and same):
+            break
+        said = text[1:]
+    return said
+
+
+def mixed_records(model: Any, tok: Any, front: list[int], folder: Path) -> list[EditRecord]:
+    """CounterFact and ZsRE records through their loaders, some targets being what the model says."""
+    counterfact: list[dict[str, Any]] = []
+    zsre: list[dict[str, Any]] = []
+    for number, record in enumerate(load_records("demo", None, 30, seed=3)):
+        texts = [record.edit_prompt, *record.paraphrase_prompts[:2]]
+        neighbours = [prompt.text for prompt in record.neighborhood_prompts[:3]]
+        said_new = own_words(model, tok, front, texts[number % len(texts)])
+        said_true = own_words(model, tok, front, neighbours[0])
+        counterfact.append({
+            "case_id": 100 + number,
+            "requested_rewrite": {
+                "prompt": record.prompt,
+                "subject": record.subject,
+                "target_new": {"str": said_new or record.target_new},
+                "target_true": {"str": said_true or record.target_true},
+            },
+            "paraphrase_prompts": texts[1:] if number else [],
+            "neighborhood_prompts": neighbours,
+        })
+        question, other = f"Who knows {record.subject}?", f"{record.subject} is known to whom?"
+        said = own_words(model, tok, front, question)
+        loc = f"nq question: where is number {number}"
+        said_loc = own_words(model, tok, front, loc + "?")
+        zsre.append({
+            "subject": record.subject,
+            "src": question,
+            "rephrase": other,
+            # One target in two goes wrong after what the model says: a share of its tokens is hit.
+            "answers": [(said or "nobody") + " Wrong" * (number % 2)],
+            "loc": loc,
+            "loc_ans": (said_loc or record.target_new) + " Otherwise" * (number % 2),
+        })
+    paths = []
+    for name, raw in (("cf.json", counterfact), ("zsre.json", zsre)):
+        paths.append(folder / name)
+        paths[-1].write_text(json.dumps(raw), encoding="utf-8")
+    return load_counterfact(paths[0]) + load_zsre(paths[1])
+
+
+# --- the metrics --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", list(AROUND))
+def test_equal_to_the_obvious_way_case_by_case(model: Any, kind: str, tmp_path: Path) -> None:
+    tok, front = tokenizer(kind), AROUND[kind][0]
+    records = mixed_records(model, tok, front, tmp_path)
+    scores = evaluate_records(model, tok, records)
+    assert_equal_to_slow(scores, records, model, tok, front)
+    # The comparison means something only where hits, misses and shares all occur.
+    for dataset in ("counterfact", "zsre"):
+        prompts = {
+            metric: [value for score in scores if score.dataset == dataset
+                     for value in getattr(score, f"{metric}_prompts")]
+            for metric in ("efficacy", "generalization", "specificity")
+        }
+        if dataset == "counterfact":
+            assert all(set(values) == {0.0, 1.0} for values in prompts.values())
+        else:
+            for metric in ("efficacy", "specificity"):
+                assert {0.0, 1.0} <= set(prompts[metric])
+                assert any(0 < value < 1 for value in prompts[metric])
+    lengths = [len(continuation_ids(tok, r.edit_prompt, " " + r.target_new)[1]) for r in records]
+    assert max(lengths) > 2 and min(lengths) >= 1
+    assert scores[0].generalization is None and scores[1].generalization is not None
+
+
+def test_batching_changes_nothing(model: Any, tmp_path: Path) -> None:
+    tok = tokenizer("bos")
+    records = mixed_records(model, tok, [0], tmp_path)
+    alone = evaluate_records(model, tok, records, token_budget=1)
+    assert evaluate_records(model, tok, records, token_budget=8192) == alone
+    assert evaluate_records(model, tok, records, token_budget=100) == alone
+    backwards = evaluate_records(model, tok, records[::-1], token_budget=300)
+    assert backwards[::-1] == alone
+
+
+def test_built_models_on_real_records(tmp_path: Path) -> None:
+    path = DATA / "zsre_mend_eval.json"
+    if not path.is_file():
+        pytest.skip(f"real data not here: {path} (set SPHERE_DATA to its folder)")
+    tok = tokenizer("plain")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": len(tok), "bos_token_id": 0, "eos_token_id": 0}
+    models = [
+        LlamaForCausalLM(LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, initializer_range=0.3, max_position_embeddings=256, **sizes,
+        )),
+        GPT2LMHeadModel(GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3, resid_pdrop=0.5,
+            embd_pdrop=0.5, attn_pdrop=0.5, **sizes,
+        )),
+    ]
+    records = load_zsre(path)[:6] + load_counterfact(DATA / "counterfact.json")[:4]
+    for built in models:
+        built.eval()
+        hit = []
+        for record in records:
+            said = own_words(built, tok, [], record.edit_prompt, most=1)
+            hit.append(replace(record, target_new=f"{said} {record.target_new}") if said else record)
+        expected = [slow_scores(built, tok, [], record) for record in hit]
+        built.train()  # with dropout on, two runs would differ
+        scores = evaluate_records(built, tok, hit)
+        for score, values in zip(scores, expected, strict=True):
+            for metric in values:
+                assert list(getattr(score, f"{metric}_prompts")) == pytest.approx(values[metric])
+        assert built.training
+        assert any(value > 0 for score in scores for value in score.efficacy_prompts)
+
+
+@pytest.fixture
+def watched(llama: Any) -> Iterator[tuple[Any, list[torch.Size]]]:
+    """A model and the shapes of the inputs that it was run on."""
+    shapes: list[torch.Size] = []
+
+    def note(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        shapes.append(kwargs["input_ids"].shape)
+
+    handle = llama.register_forward_pre_hook(note, with_kwargs=True)
+    yield llama, shapes
+    handle.remove()
+
+
+def test_equal_rows_run_once_within_the_budget(watched: tuple[Any, list[torch.Size]]) -> None:
+    model, shapes = watched
+    tok = tokenizer("plain")
+    records = load_records("demo", None, 40, seed=1)
+    twins = [replace(record, case_id=1000 + record.case_id) for record in records]
+    pairs = {
+        pair
+        for record in records
+        for pair in [(record.edit_prompt, record.target_new)]
+        + [(text, record.target_new) for text in record.paraphrase_prompts]
+        + [(prompt.text, prompt.target) for prompt in record.neighborhood_prompts]
+    }
+    seen: list[tuple[int, int]] = []
+    scores = evaluate_records(model, tok, records + twins, token_budget=500,
+                              progress=lambda done, total: seen.append((done, total)))
+    assert sum(shape[0] for shape in shapes) == len(pairs)
+    assert all(shape.numel() <= 500 for shape in shapes)
+    assert sum(shape.numel() for shape in shapes) > 0.6 * 500 * len(shapes)  # batches are well filled
+    assert [shape[1] for shape in shapes] == sorted((shape[1] for shape in shapes), reverse=True)
+    assert len(seen) == len(shapes) and seen[-1] == (len(pairs), len(pairs))
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert [replace(score, case_id=0) for score in scores[:40]] == [replace(s, case_id=0) for s in scores[40:]]
+
+
+def test_logits_are_bounded_too(llama: Any) -> None:
+    rows: list[int] = []
+    handle = llama.lm_head.register_forward_hook(lambda _m, _a, out: rows.append(out.shape[1]))
+    try:
+        evaluate_records(llama, tokenizer("plain"), load_records("demo", None, 40, seed=1), token_budget=400)
+    finally:
+        handle.remove()
+    assert 25 < max(rows) <= 50  # an eighth of the budget
+
+
+def test_model_and_tokenizer_stay_as_they_are(llama: Any) -> None:
+    tok, model = tokenizer("bos"), copy.deepcopy(llama)
+    tok.pad_token = None
+    tok.padding_side = "right"
+    model.train()
+    model.model.layers[0].eval()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    settings = repr(tok)
+    evaluate_records(model, tok, load_records("demo", None, 3))
+    generate_continuations(model, tok, ["The mother tongue", "A", "Who is here today?"], 4)
+    assert (tok.pad_token, tok.padding_side, repr(tok)) == (None, "right", settings)
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def record_of(prompt: str, target: str, case_id: int = 31) -> EditRecord:
+    return EditRecord(case_id, "{}" + prompt, "X", target, None, (), (), (), "demo")
+
+
+def test_prompt_over_the_context_names_the_case(model: Any) -> None:
+    tok = tokenizer("plain")
+    assert model.config.max_position_embeddings == 256
+    fitting = record_of(" a" * 255, "is")
+    assert [len(ids) for ids in continuation_ids(tok, fitting.edit_prompt, " is")] == [256, 1]
+    (score,) = evaluate_records(model, tok, [fitting])  # the target's last token is never fed
+    assert score.specificity is None
+    fine = record_of(" a", "is", case_id=1)
+    with pytest.raises(ValueError, match=r"case 31 \(demo\), efficacy prompt .*257 tokens.*context is 256"):
+        evaluate_records(model, tok, [fine, record_of(" a" * 256, "is")])
+    neighbour = replace(fine, case_id=32, neighborhood_prompts=(EvaluationPrompt(" a" * 300, "is"),))
+    with pytest.raises(ValueError, match=r"case 32 \(demo\), specificity prompt"):
+        evaluate_records(model, tok, [neighbour])
+
+
+def test_target_of_nothing_is_refused(llama: Any) -> None:
+    tok = tokenizer("plain")
+    for target in ("", "  "):
+        with pytest.raises(ValueError, match=r"case 31 \(demo\), efficacy prompt .* has no tokens"):
+            evaluate_records(llama, tok, [record_of(" is", target)])
+    tok.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace("\u00f8", ""), normalizers.Strip(left=False, right=True)]
+    )
+    with pytest.raises(ValueError, match="target '\u00f8' has no tokens"):
+        evaluate_records(llama, tok, [record_of(" is", "\u00f8")])
+    bare = replace(record_of(" is", "so"), neighborhood_prompts=(EvaluationPrompt("\u00f8", "so"),))
+    with pytest.raises(ValueError, match="specificity prompt .* the prompt has no tokens"):
+        evaluate_records(llama, tok, [bare])
+
+
+def test_wrong_arguments(llama: Any) -> None:
+    tok, record = tokenizer("plain"), record_of(" is", "so")
+    unknown: Any = "papier"
+    with pytest.raises(ValueError, match="protocol 'papier' is not known: choose one of paper"):
+        evaluate_records(llama, tok, [record], protocol=unknown)
+    with pytest.raises(ValueError, match="token_budget is 0"):
+        evaluate_records(llama, tok, [record], token_budget=0)
+    assert evaluate_records(llama, tok, []) == []
+
+
+# --- where the target's tokens begin ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", list(AROUND))
+def test_continuation_ids(kind: str) -> None:
+    tok, (front, _) = tokenizer(kind), AROUND[kind]
+
+    def bare(text: str) -> list[int]:
+        ids: list[int] = tok(text, add_special_tokens=False).input_ids
+        return ids
+
+    prompt, target = "The mother tongue of", " Danielle Darrieux"
+    ids = continuation_ids(tok, prompt, target)
+    assert ids == (front + bare(prompt), bare(prompt + target)[len(bare(prompt)) :])
+    assert 0 not in ids[1] and len(ids[1]) > 1
+    assert tok.decode(ids[1]) == target
+    assert continuation_ids(tok, "", "The") == (front, bare("The"))
+    assert continuation_ids(tok, prompt, "") == (front + bare(prompt), [])
+    assert leading_special_ids(tok) == front
+    pairs = [(prompt, target), ("A", " b"), (prompt, " French")]
+    batch = continuation_ids_batch(tok, [p for p, _ in pairs], [c for _, c in pairs])
+    assert batch == [continuation_ids(tok, p, c) for p, c in pairs]
+    with pytest.raises(ValueError, match="2 prompts but 1 continuations"):
+        continuation_ids_batch(tok, ["a", "b"], ["c"])
+
+
+@pytest.mark.parametrize("kind", list(AROUND))
+def test_tokens_merged_across_the_seam(kind: str) -> None:
+    tok, (front, _) = tokenizer(kind), AROUND[kind]
+    prompt, rest = "The moth", "er tongue"
+    whole = tok(prompt + rest, add_special_tokens=False).input_ids
+    own = tok(prompt, add_special_tokens=False).input_ids
+    assert whole[: len(own)] != own  # or this tests nothing
+    expected = tok(rest, add_special_tokens=False).input_ids
+    assert continuation_ids(tok, prompt, rest) == (front + own, expected)
+
+
+def test_a_tokenizers_own_space_is_no_target_token() -> None:
+    # As Llama 2's: a space before any text, and pieces that span words.
+    pieces = ["<unk>", "\u2581", "\u2581New", "\u2581York", "\u2581New\u2581York", "s"]
+    backend = Tokenizer(Unigram([(piece, -10.0 if index < 2 else -1.0) for index, piece in enumerate(pieces)], 0))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert tok("New York").input_ids == [4] and tok(" York").input_ids == [1, 3]
+    assert continuation_ids(tok, "New", " York") == ([2], [3])
+    assert continuation_ids(tok, "York", " New") == ([3], [2])
+
+
+# --- summary ------------------------------------------------------------------------------------------------
+
+
+def score_of(case_id: int, efficacy: float, specificity: float | None = None, protocol: str = "paper") -> CaseScores:
+    return CaseScores(case_id, "demo", protocol, efficacy, None, specificity, (efficacy,), (), ())
+
+
+def test_summary_means_and_missing_metrics() -> None:
+    summary = summarise([score_of(0, 1.0, 0.25), score_of(1, 0.0), score_of(2, 0.5, 0.75), score_of(3, 1.0, 0.5)])
+    assert summary["efficacy"]["mean"] == pytest.approx(62.5) and summary["efficacy"]["n"] == 4
+    assert summary["specificity"]["mean"] == pytest.approx(50.0) and summary["specificity"]["n"] == 3
+    assert summary["generalization"] == {"mean": None, "ci95": None, "n": 0}
+    assert list(summary) == ["efficacy", "generalization", "specificity"]
+    json.dumps(summary)  # goes into summary.json as it is
+
+
+def test_bootstrap_interval() -> None:
+    scores = [score_of(index, float(index % 10 < 3)) for index in range(400)]
+    summary = summarise(scores, seed=4)
+    assert summary == summarise(scores, seed=4)
+    assert summary != summarise(scores, seed=5)
+    interval = summary["efficacy"]["ci95"]
+    assert interval is not None
+    half = 1.96 * 100 * (0.3 * 0.7 / 400) ** 0.5
+    assert interval[0] == pytest.approx(30 - half, abs=1.0)
+    assert interval[1] == pytest.approx(30 + half, abs=1.0)
+    fewer = summarise(scores[:40])["efficacy"]["ci95"]
+    assert fewer is not None and fewer[1] - fewer[0] > 2 * (interval[1] - interval[0])
+    assert summarise([score_of(0, 1.0)])["efficacy"] == {"mean": 100.0, "ci95": [100.0, 100.0], "n": 1}
+
+
+def test_summary_refuses() -> None:
+    with pytest.raises(ValueError, match="no scores"):
+        summarise([])
+    with pytest.raises(ValueError, match="protocols other, paper"):
+        summarise([score_of(0, 1.0), score_of(1, 1.0, protocol="other")])
+    with pytest.raises(ValueError, match="resamples is 0"):
+        summarise([score_of(0, 1.0)], resamples=0)
+
+
+# --- examples -----------------------------------------------------------------------------------------------
+
+PROMPTS = ["The mother tongue of Danielle Darrieux is", "A", "Who", "The capital", "Who is here today, and why?"]
+
+
+def slow_greedy(model: Any, ids: list[int], steps: int) -> list[int]:
+    new: list[int] = []
+    for _ in range(steps):
+        new.append(next_token(model, ids + new))
+    return new
+
+
+@pytest.mark.parametrize("kind", ["plain", "both"])
+def test_continuations_are_greedy(model: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tok, front = tokenizer(kind), AROUND[kind][0]
+    tok.pad_token = None
+    for name, value in (("repetition_penalty", 5.0), ("do_sample", True), ("eos_token_id", None)):
+        monkeypatch.setattr(model.generation_config, name, value)
+    ids = [front + tok(prompt, add_special_tokens=False).input_ids for prompt in PROMPTS]
+    assert len({len(one) for one in ids}) > 1
+    expected = [slow_greedy(model, one, 12) for one in ids]
+    texts = generate_continuations(model, tok, PROMPTS, max_new_tokens=12)
+    assert texts == [decoded(tok, one, new) for one, new in zip(ids, expected, strict=True)]
+    assert len(set(texts)) > 1
+    # One end token of the model's, where the first prompt's continuation says it first.
+    end = expected[0][5]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [end, 7])
+    cut = [new[: next((i for i, token in enumerate(new) if token in (end, 7)), len(new))] for new in expected]
+    assert len(cut[0]) <= 5
+    texts = generate_continuations(model, tok, PROMPTS, max_new_tokens=12)
+    assert texts == [decoded(tok, one, new) for one, new in zip(ids, cut, strict=True)]
+
+
+def decoded(tok: Any, prompt_ids: list[int], new_ids: list[int]) -> str:
+    head = tok.decode(prompt_ids, skip_special_tokens=True)
+    whole = tok.decode(prompt_ids + new_ids, skip_special_tokens=True)
+    assert whole.startswith(head)
+    return whole[len(head) :]
+
+
+def test_continuations_refuse(llama: Any) -> None:
+    tok = tokenizer("plain")
+    assert generate_continuations(llama, tok, []) == []
+    cases: list[tuple[Callable[[], object], str]] = [
+        (lambda: generate_continuations(llama, tok, ["A"], 0), "max_new_tokens is 0"),
+        (lambda: generate_continuations(llama, tok, ["A", ""]), r"prompt 1 \(''\) has no tokens"),
+        (lambda: generate_continuations(llama, tok, ["X" + " a" * 250], 10), "passes the model's context of 256"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert len(generate_continuations(llama, tok, ["X" + " a" * 250], 6)) == 1

@@ -1,0 +1,488 @@
+"""The principal space against a dense reference, Theorem 4, and EasyEdit's own projections."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy.linalg  # type: ignore[import-untyped]
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sphere_easyedit.projection import PrincipalSpace
+
+GOLDEN = Path(__file__).resolve().parent / "golden" / "llama"
+PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
+SEEDS = st.integers(0, 2**31 - 1)
+SIZES = st.integers(1, 14)
+GAMMAS = st.floats(0.02, 0.98)
+ALPHAS = st.floats(0.0, 1.0)
+SHAPES = [(20, 50), (50, 20), (30, 30)]  # wide, tall, square
+
+
+def gaussian(seed: int, rows: int, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def decaying(seed: int, rows: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A weight whose spectrum falls as 1 / k, so that the rank at a gamma is unmistakable."""
+    side = min(rows, width)
+    left, right = (torch.linalg.qr(gaussian(seed + i, n, side)).Q for i, n in enumerate((rows, width)))
+    return ((left / torch.arange(1, side + 1).double().sqrt()) @ right.T).to(dtype)
+
+
+def reference(weight: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (descending) and U, from the ``d_in x d_in`` matrix in float64, as the authors' code does it."""
+    rows = weight.to(torch.float64)
+    norms = rows.norm(dim=1, keepdim=True)
+    unit = torch.where(norms > 0, rows / norms, 0.0)
+    values, vectors = torch.linalg.eigh(unit.T @ unit / len(unit))
+    values, vectors = values.flip(0), vectors.flip(1)
+    rank = int((values.cumsum(0) / values.sum() <= gamma).sum()) + 1
+    return values, vectors[:, :rank]
+
+
+def projector(weight: Tensor, gamma: float, alpha: float) -> Tensor:
+    basis = reference(weight, gamma)[1]
+    return torch.eye(weight.shape[1], dtype=torch.float64) - alpha * basis @ basis.T
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+# --- parity -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "golden.safetensors")
+
+
+@pytest.fixture(scope="module")
+def golden_weight() -> Tensor:
+    return load_file(GOLDEN / "tiny-llama" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+
+
+@pytest.mark.parametrize("gamma", ["0.3", "0.5", "0.9"])
+def test_golden_projection(gamma: str, golden: dict[str, Tensor], golden_weight: Tensor) -> None:
+    space = PrincipalSpace.from_weight(golden_weight, gamma=float(gamma))
+    assert space.rank == int(golden[f"projection.rank.eta{gamma}"])
+    update = golden["memit.update.0.1"]
+    for alpha in ("0.5", "0.8", "1.0"):
+        expected = golden[f"projection.eta{gamma}.alpha{alpha}"]
+        assert relative(space.suppress(update, alpha=float(alpha)), expected) < 1e-4
+        fresh = PrincipalSpace.from_gram(golden_weight, golden_weight @ golden_weight.T, gamma=float(gamma))
+        assert fresh.rank == space.rank
+        assert relative(fresh.suppress_keys(update.T.contiguous(), alpha=float(alpha)).T, expected) < 1e-4
+
+
+# --- the space ----------------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(SEEDS, SIZES, SIZES, GAMMAS)
+def test_space_equals_dense_reference(seed: int, rows: int, width: int, gamma: float) -> None:
+    weight = gaussian(seed, rows, width)
+    values, basis = reference(weight, gamma)
+    gram = weight @ weight.T
+    for space in (PrincipalSpace.from_weight(weight, gamma), PrincipalSpace.from_gram(weight, gram, gamma)):
+        assert space.rank == basis.shape[1]
+        found = space.spectrum[: min(rows, width)]
+        torch.testing.assert_close(found, values[: len(found)], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(space.directions @ space.directions.T, basis @ basis.T, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("gamma", [0.2, 0.5, 0.9])
+def test_every_dtype_and_shape(shape: tuple[int, int], dtype: torch.dtype, gamma: float) -> None:
+    weight = gaussian(1, *shape, dtype)
+    values, basis = reference(weight, gamma)
+    space = PrincipalSpace.from_weight(weight, gamma)
+    assert (space.rank, space.gamma, space.d_in) == (basis.shape[1], gamma, shape[1])
+    assert space.directions.shape == (shape[1], space.rank)
+    assert space.directions.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    overlap = space.directions.T @ space.directions
+    assert float((overlap - torch.eye(space.rank)).abs().max()) < 1e-5
+    assert relative(space.directions @ space.directions.T, basis @ basis.T) < 1e-5
+    assert space.spectrum.dtype == torch.float64
+    assert bool((space.spectrum.diff() <= 0).all())
+    assert space.spectrum.sum().item() == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(600, 700), (700, 600)])
+@pytest.mark.parametrize("gamma", [0.5, 0.75, 0.95])
+def test_partial_eigenproblem_finds_the_same_space(shape: tuple[int, int], gamma: float) -> None:
+    weight = decaying(2, *shape)
+    basis = reference(weight, gamma)[1]
+    space = PrincipalSpace.from_weight(weight, gamma)
+    assert space.rank == basis.shape[1]
+    assert relative(space.directions @ space.directions.T, basis @ basis.T) < 1e-5
+    assert len(space.spectrum) < 600 or gamma > 0.9
+
+
+@pytest.mark.parametrize(("gamma", "rank"), [(0.5, 301), (0.8, 481), (0.31, 187)])
+def test_flat_spectrum_asks_for_more_eigenpairs(gamma: float, rank: int) -> None:
+    # 600 equal eigenvalues: round shares must not be decided by rounding, and a third of them is not enough.
+    weight = torch.linalg.qr(gaussian(3, 640, 600)).Q.T
+    space = PrincipalSpace.from_weight(weight, gamma)
+    assert space.rank == rank
+    overlap = space.directions.T @ space.directions
+    assert float((overlap - torch.eye(rank)).abs().max()) < 1e-8
+
+
+def test_large_float32_eigenproblem() -> None:
+    weight = decaying(4, 1100, 1200)
+    basis = reference(weight, 0.5)[1]
+    keys = gaussian(5, 1200, 3, torch.float32)
+    for space in (
+        PrincipalSpace.from_weight(weight, 0.5),
+        PrincipalSpace.from_gram(weight, weight @ weight.T, 0.5),
+    ):
+        assert space.rank == basis.shape[1]
+        expected = keys.double() - basis @ (basis.T @ keys.double())
+        assert relative(space.suppress_keys(keys, 1.0), expected) < 1e-4  # thin products
+        assert relative(space.directions @ space.directions.T, basis @ basis.T) < 1e-4
+        assert float((space.directions.T @ space.directions - torch.eye(space.rank)).abs().max()) < 1e-5
+
+
+def test_failing_partial_solver_falls_back_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight = decaying(6, 520, 530)
+    expected = PrincipalSpace.from_weight(weight).rank
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise scipy.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(scipy.linalg, "eigh", fail)
+    with caplog.at_level(logging.WARNING):
+        assert PrincipalSpace.from_weight(weight).rank == expected
+    assert "did not converge" in caplog.text
+
+
+@PROPERTY
+@given(SEEDS, SIZES, SIZES, GAMMAS)
+def test_row_scaling_and_order_do_not_change_the_space(
+    seed: int, rows: int, width: int, gamma: float
+) -> None:
+    weight = gaussian(seed, rows, width)
+    scale = gaussian(seed + 1, rows, 1).exp()
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    first, second = (PrincipalSpace.from_weight(w, gamma) for w in (weight, (weight * scale)[order]))
+    assert first.rank == second.rank
+    torch.testing.assert_close(
+        first.directions @ first.directions.T, second.directions @ second.directions.T, rtol=0, atol=1e-7
+    )
+
+
+# --- gamma at its ends; zero and duplicate rows -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gamma_zero_projects_nothing(shape: tuple[int, int]) -> None:
+    weight = gaussian(7, *shape, torch.float32)
+    update = gaussian(8, *shape, torch.float32)
+    for space in (
+        PrincipalSpace.from_weight(weight, 0.0),
+        PrincipalSpace.from_gram(weight, weight @ weight.T, 0.0),
+    ):
+        assert space.rank == 0 and space.directions.shape == (shape[1], 0) and len(space.spectrum) == 0
+        assert torch.equal(space.suppress(update, 1.0), update)
+        assert torch.equal(space.suppress_keys(update.T, 1.0), update.T)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_gamma_one_is_the_row_space(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = gaussian(9, *shape, dtype)
+    for space in (
+        PrincipalSpace.from_weight(weight, 1.0),
+        PrincipalSpace.from_gram(weight, weight.double() @ weight.double().T, 1.0),
+    ):
+        assert space.rank == int(torch.linalg.matrix_rank(weight.double())) == min(shape)
+        left = space.suppress(weight, 1.0)
+        assert float(left.double().norm()) < 1e-5 * float(weight.double().norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rank_is_capped_at_the_rank_of_the_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = (gaussian(10, shape[0], 5) @ gaussian(11, 5, shape[1])).to(dtype)
+    for gamma in (0.999999, 1.0):
+        for space in (
+            PrincipalSpace.from_weight(weight, gamma),
+            PrincipalSpace.from_gram(weight, weight @ weight.T, gamma),
+        ):
+            assert space.rank == 5
+            assert float((space.directions.T @ space.directions - torch.eye(5)).abs().max()) < 1e-5
+            assert float(space.suppress(weight, 1.0).norm()) < 1e-5 * float(weight.norm())
+
+
+def test_tiny_gamma_keeps_one_direction() -> None:
+    weight = gaussian(12, 12, 9)
+    space = PrincipalSpace.from_weight(weight, 1e-9)
+    assert space.rank == 1
+    leading = reference(weight, 1e-9)[1][:, 0]
+    assert abs(float(space.directions[:, 0] @ leading)) == pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ill_conditioned_rows_still_give_orthonormal_directions(shape: tuple[int, int]) -> None:
+    # Rows that nearly coincide: the least eigenvalues are some 1e-9 of the largest, where S^-1/2 magnifies.
+    weight = (gaussian(13, 1, shape[1]) + 1e-4 * gaussian(14, *shape)).double()
+    space = PrincipalSpace.from_weight(weight, 1.0)
+    assert space.rank == min(shape)
+    overlap = space.directions.T @ space.directions
+    assert float((overlap - torch.eye(space.rank)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_zero_rows_change_nothing_but_the_scale_of_the_spectrum(shape: tuple[int, int]) -> None:
+    weight = gaussian(15, *shape)
+    padded = torch.zeros(shape[0] + 4, shape[1], dtype=torch.float64)
+    padded[2:-2] = weight
+    plain = PrincipalSpace.from_weight(weight, 0.6)
+    for space in (
+        PrincipalSpace.from_weight(padded, 0.6),
+        PrincipalSpace.from_gram(padded, padded @ padded.T, 0.6),
+    ):
+        assert space.rank == plain.rank
+        torch.testing.assert_close(
+            space.directions @ space.directions.T, plain.directions @ plain.directions.T, rtol=0, atol=1e-8
+        )
+        share = shape[0] / (shape[0] + 4)
+        torch.testing.assert_close(space.spectrum[: plain.rank], plain.spectrum[: plain.rank] * share)
+
+
+def test_a_zero_weight_has_no_principal_space() -> None:
+    space = PrincipalSpace.from_weight(torch.zeros(3, 4), 0.5)
+    assert space.rank == 0 and space.directions.shape == (4, 0)
+    assert PrincipalSpace.from_gram(torch.zeros(3, 4), torch.zeros(3, 3), 0.5).rank == 0
+
+
+def test_duplicate_rows_weigh_twice() -> None:
+    weight = torch.eye(4, dtype=torch.float64)[[0, 0, 0, 1, 2, 3]]
+    space = PrincipalSpace.from_weight(weight, 0.4)
+    assert space.rank == 1 and abs(float(space.directions[0, 0])) == pytest.approx(1.0)
+    assert PrincipalSpace.from_weight(weight, 1.0).rank == 4
+
+
+# --- suppression --------------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(SEEDS, SIZES, SIZES, st.integers(0, 6), GAMMAS, ALPHAS)
+def test_suppress_equals_dense_projection(
+    seed: int, rows: int, width: int, count: int, gamma: float, alpha: float
+) -> None:
+    weight, update = gaussian(seed, rows, width), gaussian(seed + 1, count, width)
+    expected = update @ projector(weight, gamma, alpha)
+    space = PrincipalSpace.from_weight(weight, gamma)
+    torch.testing.assert_close(space.suppress_keys(update.T, alpha).T, expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(space.suppress(update, alpha), expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(space.suppress_keys(update.T, alpha).T, expected, rtol=1e-7, atol=1e-7)
+
+
+@PROPERTY
+@given(
+    SEEDS,
+    SIZES,
+    SIZES,
+    GAMMAS,
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+)
+def test_alpha_zero_is_the_identity(
+    seed: int, rows: int, width: int, gamma: float, dtype: torch.dtype
+) -> None:
+    weight, update = gaussian(seed, rows, width), gaussian(seed + 1, rows, width, dtype)
+    space = PrincipalSpace.from_weight(weight, gamma)
+    for result, given_ in (
+        (space.suppress(update, 0.0), update),
+        (space.suppress_keys(update.T, 0.0), update.T),
+    ):
+        assert torch.equal(result, given_) and result.dtype == dtype
+        assert result.data_ptr() != given_.data_ptr()
+
+
+@PROPERTY
+@given(SEEDS, SIZES, SIZES, GAMMAS)
+def test_alpha_one_leaves_nothing_and_is_idempotent(seed: int, rows: int, width: int, gamma: float) -> None:
+    weight, update = gaussian(seed, rows, width), gaussian(seed + 1, rows, width)
+    space = PrincipalSpace.from_weight(weight, gamma)
+    once = space.suppress(update, 1.0)
+    assert float((once @ space.directions).norm()) < 1e-7 * float(update.norm())
+    torch.testing.assert_close(space.suppress(once, 1.0), once, rtol=1e-7, atol=1e-7)
+
+
+@PROPERTY
+@given(SEEDS, SIZES, SIZES, GAMMAS, ALPHAS)
+def test_theorem_4_norm_never_grows(seed: int, rows: int, width: int, gamma: float, alpha: float) -> None:
+    weight, update = gaussian(seed, rows, width), gaussian(seed + 1, rows, width)
+    space = PrincipalSpace.from_weight(weight, gamma)
+    before, after = update.square().sum().item(), space.suppress(update, alpha).square().sum().item()
+    assert after <= before * (1 + 1e-12)
+    # What exactly is lost; so nothing is, for alpha above 0, only where dW U = 0.
+    principal = (update @ space.directions).square().sum().item()
+    assert before - after == pytest.approx((2 * alpha - alpha**2) * principal, rel=1e-6, abs=1e-7 * before)
+
+
+@PROPERTY
+@given(SEEDS, st.integers(2, 14), st.integers(2, 14), GAMMAS, st.floats(0.1, 1.0))
+def test_theorem_4_equality_iff_nothing_is_principal(
+    seed: int, rows: int, width: int, gamma: float, alpha: float
+) -> None:
+    weight = gaussian(seed, rows, width)
+    basis = reference(weight, gamma)[1]
+    inside = gaussian(seed + 1, 3, basis.shape[1]) @ basis.T
+    space = PrincipalSpace.from_weight(weight, gamma)
+    assert float(space.suppress(inside, alpha).norm()) == pytest.approx(
+        (1 - alpha) * float(inside.norm()), abs=1e-7 * float(inside.norm())
+    )
+    update = gaussian(seed + 2, 3, width)
+    outside = update - update @ basis @ basis.T
+    torch.testing.assert_close(space.suppress(outside, alpha), outside, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 6e-3), (torch.float32, 1e-6)]
+)
+def test_narrow_updates_keep_shape_and_dtype(
+    shape: tuple[int, int], dtype: torch.dtype, tolerance: float
+) -> None:
+    weight, update = gaussian(16, *shape, dtype), gaussian(17, *shape, dtype)
+    expected = update.double() @ projector(weight, 0.5, 0.8)
+    space = PrincipalSpace.from_weight(weight, 0.5)
+    keys = space.suppress_keys(update.T, 0.8)
+    result = space.suppress(update, 0.8)
+    assert result.shape == update.shape and result.dtype == dtype
+    assert keys.shape == update.T.shape and keys.dtype == dtype
+    assert relative(result, expected) < tolerance
+    assert relative(keys.T, expected) < tolerance
+
+
+def test_projecting_keys_projects_a_low_rank_update() -> None:
+    weight, keys, residuals = gaussian(18, 20, 50), gaussian(19, 50, 4), gaussian(20, 20, 4)
+    space = PrincipalSpace.from_weight(weight, 0.5)
+    by_keys = residuals @ space.suppress_keys(keys, 0.8).T
+    torch.testing.assert_close(by_keys, space.suppress(residuals @ keys.T, 0.8), rtol=1e-9, atol=1e-9)
+
+
+def test_arguments_are_left_alone_and_no_graph_is_kept() -> None:
+    weight = torch.nn.Parameter(gaussian(21, 6, 9, torch.float32))
+    update = gaussian(22, 6, 9, torch.float32).requires_grad_()
+    copies = weight.detach().clone(), update.detach().clone()
+    space = PrincipalSpace.from_weight(weight, 0.5)
+    result = space.suppress(update, 0.5)
+    assert not result.requires_grad and not space.directions.requires_grad
+    assert torch.equal(weight, copies[0]) and torch.equal(update, copies[1])
+
+
+# --- a space and its weight ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_weight_changed_behind_a_space_is_noticed(through_data: bool) -> None:
+    weight = torch.nn.Parameter(gaussian(23, 20, 50, torch.float32))
+    update = gaussian(24, 20, 50, torch.float32)
+    early, late = PrincipalSpace.from_weight(weight, 0.5), PrincipalSpace.from_weight(weight, 0.5)
+    expected = early.suppress(update, 0.5)
+    with torch.no_grad():
+        (weight.data if through_data else weight)[3] += 0.01
+    assert torch.equal(early.suppress(update, 0.5), expected)  # its directions were formed in time
+    with pytest.raises(RuntimeError, match="weight was changed"):
+        late.suppress(update, 0.5)
+    with pytest.raises(RuntimeError, match="weight was changed"):
+        late.suppress_keys(update.T, 0.5)
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
+def test_directions_outlive_the_weight(shape: tuple[int, int]) -> None:
+    weight = gaussian(25, *shape)
+    update = gaussian(26, *shape)
+    expected = update @ projector(weight, 0.5, 1.0)
+    space = PrincipalSpace.from_weight(weight, 0.5)
+    assert space.directions is space.directions
+    weight.zero_()
+    torch.testing.assert_close(space.suppress(update, 1.0), expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(space.suppress_keys(update.T, 1.0), expected.T, rtol=1e-7, atol=1e-7)
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+GOOD = gaussian(27, 4, 6, torch.float32)
+GRAM = GOOD @ GOOD.T
+NAN = GOOD.clone()
+NAN[1, 2] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(3),), r"weight must be 2-D .*\(3,\)"),
+        ((torch.ones(0, 3),), r"not empty, got shape \(0, 3\)"),
+        ((torch.ones(3, 4, dtype=torch.int8),), "floating point, got torch.int8"),
+        ((None,), "torch.Tensor, got NoneType"),
+        ((NAN,), "weight must be finite, but 1 of its 4 rows"),
+        ((GOOD, -0.1), r"gamma must be a number in \[0, 1\], got -0.1"),
+        ((GOOD, 1.5), r"gamma must be a number in \[0, 1\], got 1.5"),
+        ((GOOD, math.nan), "gamma must be .* got nan"),
+        ((GOOD, "half"), "gamma must be .* got 'half'"),
+        ((GOOD, True), "gamma must be .* got True"),
+    ],
+)
+def test_bad_weight_or_gamma_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PrincipalSpace.from_weight(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("gram", "message"),
+    [
+        (GOOD.T @ GOOD, r"gram must be W W\^T, \(4, 4\) .* got \(6, 6\)"),
+        (GRAM.half(), "float32 or float64, got torch.float16"),
+        (NAN @ NAN.T, "gram must be finite"),
+        (GRAM * 1.1, "4 of its diagonal's 4 entries"),
+        (None, "gram must be a torch.Tensor"),
+    ],
+)
+def test_a_gram_of_another_weight_is_refused(gram: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PrincipalSpace.from_gram(GOOD, gram, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("suppress", (GOOD.T,), r"update must be \(rows, 6\), got shape \(6, 4\)"),
+        ("suppress", (GOOD[0],), r"update must be \(rows, 6\), got shape \(6,\)"),
+        ("suppress", (NAN,), "update must be finite"),
+        ("suppress", (GOOD.long(),), "update must be floating point"),
+        ("suppress", (GOOD, 1.01), r"alpha must be a number in \[0, 1\], got 1.01"),
+        ("suppress", (GOOD, -1.0), r"alpha must be a number in \[0, 1\], got -1.0"),
+        ("suppress_keys", (GOOD,), r"keys must be \(6, n\), got shape \(4, 6\)"),
+        ("suppress_keys", (NAN.T,), "keys must be finite"),
+        ("suppress_keys", (GOOD.T, math.inf), "alpha must be .* got inf"),
+    ],
+)
+def test_bad_operands_are_refused(method: str, arguments: tuple[Any, ...], message: str) -> None:
+    space = PrincipalSpace.from_weight(GOOD, 0.5)
+    with pytest.raises(ValueError, match=message):
+        getattr(space, method)(*arguments)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_equals_cpu() -> None:
+    weight, update = decaying(28, 600, 700), gaussian(29, 5, 700, torch.float32)
+    here, there = PrincipalSpace.from_weight(weight, 0.5), PrincipalSpace.from_weight(weight.cuda(), 0.5)
+    assert there.rank == here.rank and there.directions.is_cuda
+    assert relative(there.suppress(update.cuda(), 0.8).cpu(), here.suppress(update, 0.8)) < 1e-5
