@@ -229,7 +229,7 @@ class SPHEREHyperParams:
         for alias, name in _ALIASES.items():
             if alias in given:
                 value = given.pop(alias)
-                if name in given and _number(name, given[name]) != _number(alias, value):
+                if given.get(name) is not None and _number(name, given[name]) != _number(alias, value):
                     raise ValueError(f"{name} is {given[name]!r} but {alias}, another name of it, is "
                                      f"{value!r}: remove one of the two")
                 given[name] = value

@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -55,11 +57,10 @@ def load_model(model_name: str, device: int | str | None = None, dtype: str | to
     """
     source = str(smollm2_folder()) if model_name.lower() == SMOLLM2 else model_name
     wanted: str | torch.dtype = "auto" if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    # "torch_dtype" is what transformers 4.45 knows and 5.x still accepts.
-    options = {"device_map": "auto"} if device == "auto" else {}
+    placement = {"device_map": "auto"} if device == "auto" else {}
     try:
         tok = AutoTokenizer.from_pretrained(source)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(source, torch_dtype=wanted, **options)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(source, **_dtype_option(wanted), **placement)
     except (OSError, KeyError) as error:
         raise ValueError(f"model {model_name!r} can't be loaded: {error}. Give a folder, a hub name that is cached or "
                          f"reachable, or {SMOLLM2!r}") from error
@@ -103,9 +104,18 @@ def _smollm2_gguf() -> Path:
 
 
 def _convert_gguf(gguf: Path, target: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, torch_dtype=torch.float32)
-    tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are plain floats from here on
-    model.save_pretrained(target, safe_serialization=True)
-    tok.save_pretrained(target)
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **_dtype_option(torch.float32))
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are plain floats from here on
+    # A model made anew, since the one that was read refuses to be saved as a quantised one.
+    model = AutoModelForCausalLM.from_config(config).to(torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+
+
+def _dtype_option(dtype: str | torch.dtype) -> dict[str, str | torch.dtype]:
+    """``dtype`` by the name that this version of transformers wants it under."""
+    new_name = Version(transformers.__version__) >= Version("4.56")
+    return {"dtype" if new_name else "torch_dtype": dtype}

@@ -328,7 +328,7 @@ def _principal_eigenpairs(
         values, vectors = _largest_eigenpairs(gram, count)
         values = values.to(torch.float64).clamp(min=0.0)
         rank = _passing_count(values, total, gamma)
-        if rank <= count:
+        if rank <= len(values) or len(values) == side:
             break
     rank = min(rank, int((values > tolerance * values[0]).sum()))
     logger.debug(
@@ -358,21 +358,33 @@ def _attempts(side: int, gamma: float, on_gpu: bool) -> list[int]:
 
 
 def _largest_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest eigenvalues, descending, and their eigenvectors ``(side, count)``."""
+    """Largest eigenvalues, descending, and eigenvectors ``(side, found)``: ``count`` of them, or all."""
+    if gram.device.type == "cpu" and count < gram.shape[0]:
+        partial = _partial_eigenpairs(gram, count)
+        if partial is not None:
+            return partial
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(0), vectors.flip(1)
+
+
+def _partial_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """The ``count`` largest by LAPACK's evr driver; None, with a warning, where it does not deliver them."""
     side = gram.shape[0]
-    if gram.device.type == "cpu" and count < side:
-        try:
-            values, vectors = scipy.linalg.eigh(
-                gram.numpy().T,  # Fortran order, as LAPACK wants it; gram is symmetric
-                driver="evr",
-                subset_by_index=[side - count, side - 1],
-                check_finite=False,
-            )
-            return torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1)
-        except scipy.linalg.LinAlgError as error:
-            logger.warning("partial eigenproblem of side %d failed (%s); solving all of it", side, error)
-    found, basis = torch.linalg.eigh(gram)
-    return found.flip(0)[:count], basis.flip(1)[:, :count]
+    try:
+        values, vectors = scipy.linalg.eigh(
+            gram.numpy().T,  # Fortran order, as LAPACK wants it; gram is symmetric
+            driver="evr",
+            subset_by_index=[side - count, side - 1],
+            check_finite=False,
+        )
+    except scipy.linalg.LinAlgError as error:
+        logger.warning("partial eigenproblem of side %d failed (%s); solving all of it", side, error)
+        return None
+    if len(values) != count:
+        # Bisection cannot tell equal eigenvalues apart by index; it then returns fewer, without an error.
+        logger.warning("partial eigenproblem gave %d of %d eigenpairs; solving all of it", len(values), count)
+        return None
+    return torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1)
 
 
 def _orthonormal(basis: Tensor) -> Tensor:
@@ -424,7 +436,6 @@ def _unit_gram(weight: Tensor, norms: Tensor, dtype: torch.dtype, tall: bool) ->
             product = left @ right.T
             gram[i, j] = product
             gram[j, i] = product.T
-    gram.diagonal().copy_(norms > 0)  # known exactly
     return gram
 
 
@@ -434,7 +445,6 @@ def _normalised(gram: Tensor, alive: Tensor, dtype: torch.dtype) -> Tensor:
     scale = torch.where(alive, diagonal, math.inf).rsqrt()  # 0 for zero rows
     unit = gram.to(dtype) * scale.to(dtype)[:, None]
     unit.mul_(scale.to(dtype)[None, :])
-    unit.diagonal().copy_(alive)
     return unit
 
 

@@ -192,7 +192,7 @@ def test_more_edits_than_records(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "path", "num_edits", "seed", "message"),
     [
-        ("counterfakt", None, None, None, "'counterfakt' is not known: choose one of counterfact, zsre, demo"),
+        ("counterfakt", None, None, None, "'counterfakt' is not known: choose one of counterfact"),
         ("demo", None, 0, None, "num_edits is 0"),
         ("demo", None, -1, None, "num_edits is -1"),
         ("demo", None, 1, -1, "seed is -1"),
@@ -381,7 +381,8 @@ def test_real_files_load_whole(name: str, load: Callable[[Path], list[EditRecord
         if record.dataset == "zsre":
             assert record.edit_prompt == item["src"]
             assert record.subject == item["subject"] and record.target_new == item["answers"][0].strip()
-            assert record.neighborhood_prompts == (EvaluationPrompt(item["loc"] + "?", item["loc_ans"].strip()),)
+            neighbour = EvaluationPrompt(item["loc"] + "?", item["loc_ans"].strip())
+            assert record.neighborhood_prompts == (neighbour,)
             assert record.paraphrase_prompts == (item["rephrase"],)
         else:
             rewrite = item["requested_rewrite"]
@@ -389,7 +390,8 @@ def test_real_files_load_whole(name: str, load: Callable[[Path], list[EditRecord
             assert record.edit_prompt == rewrite["prompt"].format(rewrite["subject"])
             assert list(record.paraphrase_prompts) == item["paraphrase_prompts"]
             assert [prompt.text for prompt in record.neighborhood_prompts] == item["neighborhood_prompts"]
-            assert {prompt.target for prompt in record.neighborhood_prompts} == {rewrite["target_true"]["str"]}
+            targets = {prompt.target for prompt in record.neighborhood_prompts}
+            assert targets == {rewrite["target_true"]["str"]}
             assert list(record.generation_prompts) == item["generation_prompts"]
 
 

@@ -264,7 +264,7 @@ def test_a_wrong_value_is_refused_with_name_value_and_remedy(changes: dict[str, 
 
 def test_a_module_template_without_room_for_the_layer_is_refused() -> None:
     names = {**vars(module_names(LlamaConfig())), "mlp_module_tmp": "model.layers.3.mlp"}
-    with pytest.raises(ValueError, match="mlp_module_tmp is 'model.layers.3.mlp'"):
+    with pytest.raises(ValueError, match=r"mlp_module_tmp is 'model.layers.3.mlp'"):
         make(**names)
 
 
@@ -281,7 +281,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known(key: str, near: str) -
 
 
 def test_an_unknown_key_near_nothing_lists_what_is_known() -> None:
-    with pytest.raises(ValueError, match="known are .*gamma.*executor: easyedit"):
+    with pytest.raises(ValueError, match=r"known are .*gamma.*executor: easyedit"):
         make(zzz=1)
 
 
@@ -414,7 +414,7 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str,
 
 def test_a_wrong_value_in_a_file_is_reported_with_the_file(tmp_path: Path) -> None:
     file = yaml_file(tmp_path, yaml.safe_dump(minimal(gamma=2)))
-    with pytest.raises(ValueError, match="gamma is 2.0") as caught:
+    with pytest.raises(ValueError, match=r"gamma is 2.0") as caught:
         SPHEREHyperParams.from_hparams(file)
     assert str(file) in str(caught.value)
 
@@ -429,9 +429,9 @@ def test_a_missing_file_says_where_it_was_looked_for_and_what_is_near() -> None:
         SPHEREHyperParams.from_hparams("alphaedit/smolm2-135m")
     assert str(SHIPPED) in str(caught.value)
     assert "_hparams" in str(caught.value)
-    with pytest.raises(FileNotFoundError, match="bases .*PRUNE.* models .*gpt2-xl"):
+    with pytest.raises(FileNotFoundError, match=r"bases .*PRUNE.* models .*gpt2-xl"):
         SPHEREHyperParams.from_hparams("/nowhere/xyz.yaml")
-    with pytest.raises(FileNotFoundError, match="nearest shipped: .*MEMIT/gpt2-xl"):
+    with pytest.raises(FileNotFoundError, match=r"nearest shipped: .*MEMIT/gpt2-xl"):
         SPHEREHyperParams.from_hparams("gpt2-xl")
 
 

@@ -1,8 +1,9 @@
-"""Protocol `paper` against an obvious reimplementation: one prompt, one token, one full forward at a time."""
+"""Protocol `paper` against an obvious reimplementation: one prompt at a time, full forwards, plain loops."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -52,6 +53,15 @@ AROUND: dict[str, tuple[list[int], list[int]]] = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small only lose by threads, a hundredfold where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def tokenizer(kind: str) -> Any:
     tok = AutoTokenizer.from_pretrained(FOLDERS["llama"])
     front, behind = AROUND[kind]
@@ -60,7 +70,8 @@ def tokenizer(kind: str) -> Any:
         tok.backend_tokenizer.post_processor = TemplateProcessing(
             single=template, special_tokens=[("<|endoftext|>", 0)]
         )
-    assert tok("The mother").input_ids == front + tok("The mother", add_special_tokens=False).input_ids + behind
+    bare = tok("The mother", add_special_tokens=False).input_ids
+    assert tok("The mother").input_ids == front + bare + behind
     return tok
 
 
@@ -86,9 +97,11 @@ def target_hits(model: Any, tok: Any, front: list[int], prompt: str, target: str
     prompt_ids = tok(prompt, add_special_tokens=False).input_ids
     whole = tok(prompt + " " + target, add_special_tokens=False).input_ids
     assert whole[: len(prompt_ids)] == prompt_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([front + whole])).logits[0]
     hits = []
-    for end in range(len(prompt_ids), len(whole)):
-        hits.append(next_token(model, front + whole[:end]) == whole[end])
+    for place in range(len(prompt_ids), len(whole)):
+        hits.append(int(logits[len(front) + place - 1].argmax()) == whole[place])
     return hits
 
 
@@ -116,7 +129,8 @@ def assert_equal_to_slow(scores: list[CaseScores], records: list[EditRecord], mo
     for score, record in zip(scores, records, strict=True):
         expected = slow_scores(model, tok, front, record)
         for metric, values in expected.items():
-            assert list(getattr(score, f"{metric}_prompts")) == pytest.approx(values), (record.case_id, metric)
+            found = list(getattr(score, f"{metric}_prompts"))
+            assert found == pytest.approx(values), (record.case_id, metric)
             mean = getattr(score, metric)
             assert mean == (pytest.approx(sum(values) / len(values)) if values else None)
         assert (score.protocol, score.dataset) == ("paper", record.dataset)
@@ -140,38 +154,50 @@ def own_words(model: Any, tok: Any, front: list[int], prompt: str, most: int = 3
     return said
 
 
+def first_said(model: Any, tok: Any, front: list[int], prompts: list[str]) -> tuple[str, str | None]:
+    """The first prompt after which the model says words, and the words; None where it says none."""
+    for prompt in prompts:
+        said = own_words(model, tok, front, prompt)
+        if said:
+            return prompt, said
+    return prompts[0], None
+
+
 def mixed_records(model: Any, tok: Any, front: list[int], folder: Path) -> list[EditRecord]:
     """CounterFact and ZsRE records through their loaders, some targets being what the model says."""
     counterfact: list[dict[str, Any]] = []
     zsre: list[dict[str, Any]] = []
-    for number, record in enumerate(load_records("demo", None, 30, seed=3)):
-        texts = [record.edit_prompt, *record.paraphrase_prompts[:2]]
+    for number, record in enumerate(load_records("demo", None, 12, seed=3)):
+        paraphrases = list(record.paraphrase_prompts[:2])
         neighbours = [prompt.text for prompt in record.neighborhood_prompts[:3]]
-        said_new = own_words(model, tok, front, texts[number % len(texts)])
-        said_true = own_words(model, tok, front, neighbours[0])
+        hit, wrong = number % 3 > 0, " Otherwise" * (number % 2)
+        # The model's words for the edit prompt in some cases, for a paraphrase in others.
+        texts = [record.edit_prompt, *paraphrases]
+        _, said_new = first_said(model, tok, front, texts if number % 2 else texts[::-1])
+        _, said_true = first_said(model, tok, front, neighbours)
         counterfact.append({
             "case_id": 100 + number,
             "requested_rewrite": {
                 "prompt": record.prompt,
                 "subject": record.subject,
-                "target_new": {"str": said_new or record.target_new},
-                "target_true": {"str": said_true or record.target_true},
+                "target_new": {"str": hit and said_new or record.target_new},
+                "target_true": {"str": hit and said_true or record.target_true},
             },
-            "paraphrase_prompts": texts[1:] if number else [],
+            "paraphrase_prompts": paraphrases if number else [],
             "neighborhood_prompts": neighbours,
         })
-        question, other = f"Who knows {record.subject}?", f"{record.subject} is known to whom?"
-        said = own_words(model, tok, front, question)
-        loc = f"nq question: where is number {number}"
-        said_loc = own_words(model, tok, front, loc + "?")
+        asks = ("Who knows", "Where is", "What is said of", "When was", "In which country is", "Why did",
+                "How far is", "Who built", "Which people like", "Do you like", "Name", "What can be")
+        question, said = first_said(model, tok, front, [f"{ask} {record.subject}?" for ask in asks])
+        place, said_loc = first_said(model, tok, front, [f"nq question: {ask} {number}?" for ask in asks])
         zsre.append({
             "subject": record.subject,
             "src": question,
-            "rephrase": other,
-            # One target in two goes wrong after what the model says: a share of its tokens is hit.
-            "answers": [(said or "nobody") + " Wrong" * (number % 2)],
-            "loc": loc,
-            "loc_ans": (said_loc or record.target_new) + " Otherwise" * (number % 2),
+            "rephrase": f"{record.subject}, {question}",
+            # A wrong word behind the right ones: a share of the target's tokens is hit.
+            "answers": [(hit and said or record.target_new) + wrong],
+            "loc": place[:-1],
+            "loc_ans": (hit and said_loc or record.target_new) + wrong,
         })
     paths = []
     for name, raw in (("cf.json", counterfact), ("zsre.json", zsre)):
@@ -285,7 +311,8 @@ def test_equal_rows_run_once_within_the_budget(watched: tuple[Any, list[torch.Si
     assert [shape[1] for shape in shapes] == sorted((shape[1] for shape in shapes), reverse=True)
     assert len(seen) == len(shapes) and seen[-1] == (len(pairs), len(pairs))
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
-    assert [replace(score, case_id=0) for score in scores[:40]] == [replace(s, case_id=0) for s in scores[40:]]
+    without_ids = [replace(score, case_id=0) for score in scores]
+    assert without_ids[:40] == without_ids[40:]
 
 
 def test_logits_are_bounded_too(llama: Any) -> None:
@@ -402,8 +429,11 @@ def test_tokens_merged_across_the_seam(kind: str) -> None:
 def test_a_tokenizers_own_space_is_no_target_token() -> None:
     # As Llama 2's: a space before any text, and pieces that span words.
     pieces = ["<unk>", "\u2581", "\u2581New", "\u2581York", "\u2581New\u2581York", "s"]
-    backend = Tokenizer(Unigram([(piece, -10.0 if index < 2 else -1.0) for index, piece in enumerate(pieces)], 0))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    scored = [(piece, -10.0 if index < 2 else -1.0) for index, piece in enumerate(pieces)]
+    backend = Tokenizer(Unigram(scored, 0))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
     tok = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert tok("New York").input_ids == [4] and tok(" York").input_ids == [1, 3]
     assert continuation_ids(tok, "New", " York") == ([2], [3])
@@ -413,12 +443,15 @@ def test_a_tokenizers_own_space_is_no_target_token() -> None:
 # --- summary ------------------------------------------------------------------------------------------------
 
 
-def score_of(case_id: int, efficacy: float, specificity: float | None = None, protocol: str = "paper") -> CaseScores:
+def score_of(
+    case_id: int, efficacy: float, specificity: float | None = None, protocol: str = "paper"
+) -> CaseScores:
     return CaseScores(case_id, "demo", protocol, efficacy, None, specificity, (efficacy,), (), ())
 
 
 def test_summary_means_and_missing_metrics() -> None:
-    summary = summarise([score_of(0, 1.0, 0.25), score_of(1, 0.0), score_of(2, 0.5, 0.75), score_of(3, 1.0, 0.5)])
+    values = [(1.0, 0.25), (0.0, None), (0.5, 0.75), (1.0, 0.5)]
+    summary = summarise([score_of(index, *value) for index, value in enumerate(values)])
     assert summary["efficacy"]["mean"] == pytest.approx(62.5) and summary["efficacy"]["n"] == 4
     assert summary["specificity"]["mean"] == pytest.approx(50.0) and summary["specificity"]["n"] == 3
     assert summary["generalization"] == {"mean": None, "ci95": None, "n": 0}
@@ -452,7 +485,7 @@ def test_summary_refuses() -> None:
 
 # --- examples -----------------------------------------------------------------------------------------------
 
-PROMPTS = ["The mother tongue of Danielle Darrieux is", "A", "Who", "The capital", "Who is here today, and why?"]
+PROMPTS = ["The mother tongue of Danielle Darrieux is", "A", "Who", "The capital", "Who is here, and why?"]
 
 
 def slow_greedy(model: Any, ids: list[int], steps: int) -> list[int]:
@@ -477,15 +510,15 @@ def test_continuations_are_greedy(model: Any, kind: str, monkeypatch: pytest.Mon
     # One end token of the model's, where the first prompt's continuation says it first.
     end = expected[0][5]
     monkeypatch.setattr(model.generation_config, "eos_token_id", [end, 7])
-    cut = [new[: next((i for i, token in enumerate(new) if token in (end, 7)), len(new))] for new in expected]
+    cut = [list(itertools.takewhile(lambda token: token not in (end, 7), new)) for new in expected]
     assert len(cut[0]) <= 5
     texts = generate_continuations(model, tok, PROMPTS, max_new_tokens=12)
     assert texts == [decoded(tok, one, new) for one, new in zip(ids, cut, strict=True)]
 
 
 def decoded(tok: Any, prompt_ids: list[int], new_ids: list[int]) -> str:
-    head = tok.decode(prompt_ids, skip_special_tokens=True)
-    whole = tok.decode(prompt_ids + new_ids, skip_special_tokens=True)
+    head = tok.decode(prompt_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    whole = tok.decode(prompt_ids + new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert whole.startswith(head)
     return whole[len(head) :]
 
@@ -496,7 +529,7 @@ def test_continuations_refuse(llama: Any) -> None:
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: generate_continuations(llama, tok, ["A"], 0), "max_new_tokens is 0"),
         (lambda: generate_continuations(llama, tok, ["A", ""]), r"prompt 1 \(''\) has no tokens"),
-        (lambda: generate_continuations(llama, tok, ["X" + " a" * 250], 10), "passes the model's context of 256"),
+        (lambda: generate_continuations(llama, tok, ["X" + " a" * 250], 10), "the model's context of 256"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -35,11 +35,12 @@ def decaying(seed: int, rows: int, width: int, dtype: torch.dtype = torch.float3
     """A weight whose spectrum falls as 1 / k, so that the rank at a gamma is unmistakable."""
     side = min(rows, width)
     left, right = (torch.linalg.qr(gaussian(seed + i, n, side)).Q for i, n in enumerate((rows, width)))
-    return ((left / torch.arange(1, side + 1).double().sqrt()) @ right.T).to(dtype)
+    product: Tensor = (left / torch.arange(1, side + 1).double().sqrt()) @ right.T
+    return product.to(dtype)
 
 
 def reference(weight: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (descending) and U, from the ``d_in x d_in`` matrix in float64, as the authors' code does it."""
+    """Eigenvalues (descending) and U, from the ``d_in x d_in`` matrix, as in the authors' code."""
     rows = weight.to(torch.float64)
     norms = rows.norm(dim=1, keepdim=True)
     unit = torch.where(norms > 0, rows / norms, 0.0)
@@ -105,7 +106,7 @@ def test_space_equals_dense_reference(seed: int, rows: int, width: int, gamma: f
 @pytest.mark.parametrize("gamma", [0.2, 0.5, 0.9])
 def test_every_dtype_and_shape(shape: tuple[int, int], dtype: torch.dtype, gamma: float) -> None:
     weight = gaussian(1, *shape, dtype)
-    values, basis = reference(weight, gamma)
+    basis = reference(weight, gamma)[1]
     space = PrincipalSpace.from_weight(weight, gamma)
     assert (space.rank, space.gamma, space.d_in) == (basis.shape[1], gamma, shape[1])
     assert space.directions.shape == (shape[1], space.rank)
@@ -154,6 +155,25 @@ def test_large_float32_eigenproblem() -> None:
         assert float((space.directions.T @ space.directions - torch.eye(space.rank)).abs().max()) < 1e-5
 
 
+def test_partial_solver_that_finds_too_few_falls_back_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # As LAPACK does where the cut falls among equal eigenvalues.
+    weight = decaying(30, 520, 530)
+    expected = PrincipalSpace.from_weight(weight, 0.8)
+    solve = scipy.linalg.eigh
+
+    def too_few(*arguments: Any, **options: Any) -> tuple[Any, Any]:
+        values, vectors = solve(*arguments, **options)
+        return values[-3:], vectors[:, -3:]
+
+    monkeypatch.setattr(scipy.linalg, "eigh", too_few)
+    with caplog.at_level(logging.WARNING):
+        space = PrincipalSpace.from_weight(weight, 0.8)
+    assert space.rank == expected.rank
+    assert "gave 3 of" in caplog.text
+
+
 def test_failing_partial_solver_falls_back_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -195,7 +215,9 @@ def test_gamma_zero_projects_nothing(shape: tuple[int, int]) -> None:
         PrincipalSpace.from_weight(weight, 0.0),
         PrincipalSpace.from_gram(weight, weight @ weight.T, 0.0),
     ):
-        assert space.rank == 0 and space.directions.shape == (shape[1], 0) and len(space.spectrum) == 0
+        assert space.rank == 0
+        assert space.directions.shape == (shape[1], 0)
+        assert len(space.spectrum) == 0
         assert torch.equal(space.suppress(update, 1.0), update)
         assert torch.equal(space.suppress_keys(update.T, 1.0), update.T)
 
@@ -265,14 +287,16 @@ def test_zero_rows_change_nothing_but_the_scale_of_the_spectrum(shape: tuple[int
 
 def test_a_zero_weight_has_no_principal_space() -> None:
     space = PrincipalSpace.from_weight(torch.zeros(3, 4), 0.5)
-    assert space.rank == 0 and space.directions.shape == (4, 0)
+    assert space.rank == 0
+    assert space.directions.shape == (4, 0)
     assert PrincipalSpace.from_gram(torch.zeros(3, 4), torch.zeros(3, 3), 0.5).rank == 0
 
 
 def test_duplicate_rows_weigh_twice() -> None:
     weight = torch.eye(4, dtype=torch.float64)[[0, 0, 0, 1, 2, 3]]
     space = PrincipalSpace.from_weight(weight, 0.4)
-    assert space.rank == 1 and abs(float(space.directions[0, 0])) == pytest.approx(1.0)
+    assert space.rank == 1
+    assert abs(float(space.directions[0, 0])) == pytest.approx(1.0)
     assert PrincipalSpace.from_weight(weight, 1.0).rank == 4
 
 
@@ -309,7 +333,8 @@ def test_alpha_zero_is_the_identity(
         (space.suppress(update, 0.0), update),
         (space.suppress_keys(update.T, 0.0), update.T),
     ):
-        assert torch.equal(result, given_) and result.dtype == dtype
+        assert torch.equal(result, given_)
+        assert result.dtype == dtype
         assert result.data_ptr() != given_.data_ptr()
 
 
@@ -364,8 +389,10 @@ def test_narrow_updates_keep_shape_and_dtype(
     space = PrincipalSpace.from_weight(weight, 0.5)
     keys = space.suppress_keys(update.T, 0.8)
     result = space.suppress(update, 0.8)
-    assert result.shape == update.shape and result.dtype == dtype
-    assert keys.shape == update.T.shape and keys.dtype == dtype
+    assert result.shape == update.shape
+    assert result.dtype == dtype
+    assert keys.shape == update.T.shape
+    assert keys.dtype == dtype
     assert relative(result, expected) < tolerance
     assert relative(keys.T, expected) < tolerance
 
@@ -383,8 +410,10 @@ def test_arguments_are_left_alone_and_no_graph_is_kept() -> None:
     copies = weight.detach().clone(), update.detach().clone()
     space = PrincipalSpace.from_weight(weight, 0.5)
     result = space.suppress(update, 0.5)
-    assert not result.requires_grad and not space.directions.requires_grad
-    assert torch.equal(weight, copies[0]) and torch.equal(update, copies[1])
+    assert not result.requires_grad
+    assert not space.directions.requires_grad
+    assert torch.equal(weight, copies[0])
+    assert torch.equal(update, copies[1])
 
 
 # --- a space and its weight ---------------------------------------------------------------------------------
@@ -484,5 +513,6 @@ def test_bad_operands_are_refused(method: str, arguments: tuple[Any, ...], messa
 def test_gpu_equals_cpu() -> None:
     weight, update = decaying(28, 600, 700), gaussian(29, 5, 700, torch.float32)
     here, there = PrincipalSpace.from_weight(weight, 0.5), PrincipalSpace.from_weight(weight.cuda(), 0.5)
-    assert there.rank == here.rank and there.directions.is_cuda
+    assert there.rank == here.rank
+    assert there.directions.is_cuda
     assert relative(there.suppress(update.cuda(), 0.8).cpu(), here.suppress(update, 0.8)) < 1e-5

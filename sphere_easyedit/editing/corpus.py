@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 GENERATED = "generated"
 _GENERATED_LENGTH = 128  # tokens of a generated text: enough for varied keys, short enough to stay on the subject
-_GENERATED_AT_ONCE = 50
+_GENERATED_AT_ONCE = 100
 # The names EasyEdit uses, and what they stand for on the hub.
 _HUB_NAMES = {
     "wikipedia": ("wikimedia/wikipedia", "20231101.en"),

@@ -99,17 +99,17 @@ def _parse_request(raw: Mapping[str, Any], position: int, default_id: int) -> Ed
 
 
 def _split_at_subject(prompt: str, subject: str, where: str) -> tuple[str, str]:
-    """Text before and after the subject; of several mentions the last, where all that was said of it is known."""
+    """Text before and after the subject; of several mentions, the first that stands as a word of its own."""
     if "{}" in prompt:
-        before, _, after = prompt.rpartition("{}")
-        return before.replace("{}", subject), after
+        before, _, after = prompt.partition("{}")
+        return before, after.replace("{}", subject)
     starts = [i for i in range(len(prompt)) if prompt.startswith(subject, i)]
     if not starts:
         raise ValueError(f"{where}: subject {subject!r} is not in prompt {prompt!r}; write it there literally, "
                          "or put {} in its place")
     # "Rome" inside "Jerome" is no mention, as long as there is a real one.
     whole = [i for i in starts if _is_whole_word(prompt, i, i + len(subject))]
-    start = (whole or starts)[-1]
+    start = (whole or starts)[0]
     return prompt[:start], prompt[start + len(subject):]
 
 

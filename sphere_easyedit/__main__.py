@@ -1,0 +1,5 @@
+"""``python -m sphere_easyedit``."""
+
+from .cli import main
+
+main()

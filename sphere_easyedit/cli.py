@@ -1,0 +1,194 @@
+"""The command line: parse, validate, call."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Edit facts into language models with SPHERE (arXiv 2510.01172).")
+
+
+class Dataset(str, Enum):
+    """Data sets that the command line knows."""
+
+    counterfact = "counterfact"
+    zsre = "zsre"
+    demo = "demo"
+
+
+_METRICS = ("efficacy", "generalization", "specificity")
+_PHASES = {"before": "measuring before", "editing": "editing", "after": "measuring after"}
+
+Override = Annotated[list[str], typer.Option("--set", help="Change a hyperparameter: NAME=VALUE (YAML); repeatable.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more of what is going on.")]
+
+
+@app.command()
+def edit(
+    hparams: Annotated[str, typer.Option(help="YAML file, or a short name such as AlphaEdit/smollm2-135m.")],
+    output: Annotated[Path, typer.Option(help="Run directory, new or empty.")],
+    dataset: Annotated[Dataset, typer.Option(help="What to edit.")] = Dataset.demo,
+    data: Annotated[Path | None, typer.Option(help="The data set's file; demo has none.")] = None,
+    num_edits: Annotated[int | None, typer.Option(min=1, help="Number of facts; all if not given.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Facts edited at once.")] = 100,
+    seed: Annotated[int | None, typer.Option(help="Draws and orders the facts; the file's order if not given.")] = None,
+    override: Override = [],  # noqa: B006 - typer reads the default and hands over a new list
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
+    = None,
+    examples: Annotated[int, typer.Option(min=0, help="Show the continuations of so many edits.")] = 3,
+    verbose: Verbose = False,
+) -> None:
+    """Edit facts into a model, batch after batch, and measure before and after."""
+    from .evaluation.datasets import load_records  # torch and transformers take seconds to import
+    from .evaluation.sequential import RunSettings, run_sequential
+    from .loading import load_model
+
+    console = _set_up(verbose)
+    settings_of_model = _hparams_with(hparams, override)
+    records = load_records(dataset.value, data, num_edits, seed)
+    model, tok = load_model(settings_of_model.model_name, settings_of_model.device, dtype)
+    described = {"command": " ".join(["sphere-easyedit", *sys.argv[1:]]), "hparams_file": hparams,
+                 "dataset": dataset.value, "data": None if data is None else str(data), "seed": seed}
+    settings = RunSettings(output, batch_size, examples, described)
+    with _Bars(console) as bars:
+        result = run_sequential(model, tok, records, settings_of_model, settings, progress=bars.update)
+    console.print(_summary_table(result.summary, settings_of_model.base_alg, settings_of_model.alpha))
+    last = result.tracker.records[-1]
+    drift = ", ".join(f"{layer}: {change:+.2e}" for layer, change in last.relative_change.items())
+    console.print(f"Hyperspherical energy, relative change by layer: {drift}", highlight=False, soft_wrap=True)
+    for prompt, before, after in result.generations:
+        console.print(f"\n[bold]{_escaped(prompt)}[/]\n  before:{_escaped(before)}\n  after: {_escaped(after)}",
+                      highlight=False, soft_wrap=True)
+    console.print(f"\nRun directory: {output}", highlight=False, soft_wrap=True)
+
+
+@app.command("hparams")
+def hparams_command(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a decoder; its config alone is read.")],
+    base_alg: Annotated[str, typer.Option(help="AlphaEdit, MEMIT, PRUNE, RECT, FT or ROME.")] = "AlphaEdit",
+    output: Annotated[Path | None, typer.Option(help="File to write; standard output if not given.")] = None,
+) -> None:
+    """Write a starting YAML for a decoder that has none."""
+    from transformers import AutoConfig
+
+    from .files import replacing
+    from .hparams_files import render_hparams, starting_hparams
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"the config of {model!r} can't be read: {error}") from error
+    text = render_hparams(starting_hparams(config, model, base_alg))
+    if output is None:
+        print(text, end="")
+    else:
+        with replacing(output) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+@app.command()
+def stats(
+    hparams: Annotated[str, typer.Option(help="YAML file or short name.")],
+    override: Override = [],  # noqa: B006
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Collect the second moments of keys that MEMIT and AlphaEdit need, once for all runs."""
+    from .editing.covariance import moment_path, second_moments
+    from .loading import load_model
+    from .models import EditableModel
+
+    console = _set_up(verbose, logging.INFO)
+    settings = _hparams_with(hparams, override)
+    model, tok = load_model(settings.model_name, settings.device, dtype)
+    editable = EditableModel(model, settings.module_names(model.config), settings.layers)  # type: ignore[arg-type]
+    second_moments(editable, tok, settings)
+    for layer in settings.layers:
+        console.print(str(moment_path(editable, settings, layer)), highlight=False, soft_wrap=True)
+
+
+def _hparams_with(name: str, overrides: list[str]) -> Any:
+    from .hparams import SPHEREHyperParams
+
+    loaded = SPHEREHyperParams.from_hparams(name)
+    if not overrides:
+        return loaded
+    changes = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"--set {override!r} has no '=': write NAME=VALUE")
+        changes[key.strip()] = yaml.safe_load(value)
+    return SPHEREHyperParams.from_dict({**loaded.to_dict(), **changes})
+
+
+def _set_up(verbose: bool, level: int = logging.WARNING) -> Console:
+    console = Console()
+    logging.basicConfig(level=logging.INFO if verbose else level, format="%(message)s",
+                        handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    return console
+
+
+class _Bars:
+    """One progress bar for each phase of a run, on standard error."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                                  TimeElapsedColumn(), console=Console(stderr=True))
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, phase: str, done: int, total: int) -> None:
+        if phase not in self._tasks:
+            self._tasks[phase] = self._progress.add_task(_PHASES[phase], total=total)
+        self._progress.update(self._tasks[phase], completed=done)
+
+
+def _summary_table(summary: dict[str, Any], base_alg: str, alpha: float) -> Table:
+    name = base_alg if alpha == 0 else f"{base_alg} + SPHERE (alpha {alpha:g})"
+    table = Table(title=f"{summary['num_edits']} edits with {name}, protocol {summary['protocol']}")
+    for column in ("metric (%)", "before", "after", "95% interval", "cases"):
+        table.add_column(column, justify="left" if column == "metric (%)" else "right")
+    for metric in _METRICS:
+        was, now = summary["pre"][metric], summary["post"][metric]
+        if now["mean"] is not None:
+            low, high = now["ci95"]
+            table.add_row(metric, f"{was['mean']:.1f}", f"{now['mean']:.1f}", f"{low:.1f} - {high:.1f}", str(now["n"]))
+    seconds = summary["editing_seconds"] / summary["num_edits"]
+    table.caption = f"{seconds:.2f} s an edit, {summary['peak_memory_bytes'] / 1e9:.2f} GB at the peak"
+    return table
+
+
+def _escaped(text: str) -> str:
+    return escape(json.dumps(text, ensure_ascii=False)[1:-1])  # on one line, whatever the model says
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends with one clear line and exit status 2."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)

@@ -1,0 +1,222 @@
+"""The sequential run: batch after batch into one model, measured before and after, written to a run directory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..callbacks import EditCallback, EditEvent, HETracker
+from ..editing.session import EditSession
+from ..files import replacing
+from ..hparams import SPHEREHyperParams
+from ..models import EditableModel
+from ..wrapper import apply_sphere_to_model
+from .datasets import EditRecord
+from .metrics import CaseScores, evaluate_records, generate_continuations, summarise
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL = "paper"
+_PACKAGES = ("sphere-easyedit", "torch", "transformers", "numpy", "scipy", "safetensors", "tokenizers")
+
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run is made of, besides the hyperparameters.
+
+    Attributes:
+        output: run directory; must be empty or absent.
+        batch_size: edits a batch.
+        examples: so many cases' greedy continuations are kept from before and after editing.
+        described: further entries for ``config.yaml`` (data set, seed, command ...).
+    """
+
+    output: Path
+    batch_size: int
+    examples: int = 0
+    described: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run found: ``summary.json``'s content, energy records, and the examples' continuations."""
+
+    summary: dict[str, Any]
+    tracker: HETracker
+    generations: list[tuple[str, str, str]]  # prompt, before, after
+
+
+def run_sequential(
+    model: nn.Module,
+    tok: PreTrainedTokenizerBase,
+    records: Sequence[EditRecord],
+    hparams: SPHEREHyperParams,
+    settings: RunSettings,
+    callbacks: Sequence[EditCallback] = (),
+    progress: Progress | None = None,
+) -> RunResult:
+    """Edit all records into the model in batches and write the run directory (see DESIGN.md, section 4).
+
+    Args:
+        model: changed in place.
+        tok: its tokenizer.
+        records: in the order of editing.
+        hparams: method and settings.
+        settings: where to write and how large a batch is.
+        callbacks: told of every batch, after the energy tracker.
+        progress: called with a phase ("before", "editing", "after"), and how much of it is done.
+
+    Raises:
+        ValueError: the directory holds files, there is nothing to edit, or a batch fails; all batches before it are
+            then in the run directory.
+    """
+    if settings.batch_size < 1:
+        raise ValueError(f"batch_size is {settings.batch_size}; give at least 1")
+    if not records:
+        raise ValueError("there are no records to edit")
+    if settings.output.exists() and any(settings.output.iterdir()):
+        raise ValueError(f"{settings.output} is not empty: give a new directory for the run")
+    settings.output.mkdir(parents=True, exist_ok=True)
+    _write_text(settings.output / "config.yaml", yaml.safe_dump(_config(hparams, settings, records), sort_keys=False))
+    report = progress or (lambda what, done, total: None)
+    examples = list(records[: settings.examples])
+
+    started = time.perf_counter()
+    pre = _evaluate(model, tok, records, settings, "before", 0, report)
+    before = generate_continuations(model, tok, [record.edit_prompt for record in examples])
+    evaluation_seconds = time.perf_counter() - started
+
+    tracker = HETracker(settings.output / "energy.csv")
+    log = _BatchLog(settings.output / "edits.jsonl")
+    session = EditSession.of(model)
+    editing_seconds = 0.0
+    for first in range(0, len(records), settings.batch_size):
+        batch = records[first: first + settings.batch_size]
+        started = time.perf_counter()
+
+        def advance(count: int, base: int = first) -> None:
+            advance.done += count  # type: ignore[attr-defined]
+            report("editing", base + advance.done, len(records))  # type: ignore[attr-defined]
+
+        advance.done = 0  # type: ignore[attr-defined]
+        apply_sphere_to_model(model, tok, [record.request() for record in batch], hparams, session=session,
+                              callbacks=[tracker, log, *callbacks], progress=advance)
+        editing_seconds += time.perf_counter() - started
+    _save_checkpoint(model, hparams, session, settings.output / "checkpoints")
+
+    started = time.perf_counter()
+    post = _evaluate(model, tok, records, settings, "after", len(records), report)
+    after = generate_continuations(model, tok, [record.edit_prompt for record in examples])
+    evaluation_seconds += time.perf_counter() - started
+
+    generations = [(record.edit_prompt, *texts) for record, *texts in zip(examples, before, after, strict=True)]
+    _write_cases(settings.output / "cases.jsonl", records, pre, post, generations)
+    summary = {
+        "protocol": PROTOCOL,
+        "num_edits": len(records),
+        "pre": summarise(pre),
+        "post": summarise(post),
+        "editing_seconds": editing_seconds,
+        "evaluation_seconds": evaluation_seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    _write_text(settings.output / "summary.json", json.dumps(summary, indent=1))
+    return RunResult(summary, tracker, generations)
+
+
+class _BatchLog(EditCallback):
+    """Writes ``edits.jsonl``: a line a batch."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_batch_end(self, event: EditEvent) -> None:
+        line = {"num_edits": event.num_edits, "case_ids": list(event.case_ids), "seconds": dict(event.seconds),
+                "losses": list(event.losses), "update_norms": {str(k): v for k, v in event.update_norms.items()}}
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+
+def _evaluate(model: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord], settings: RunSettings,
+              when: str, num_edits: int, report: Progress) -> list[CaseScores]:
+    scores = evaluate_records(model, tok, records, protocol=PROTOCOL,
+                              progress=lambda done, total: report(when, done, total))
+    line = {"num_edits": num_edits, "when": when, "protocol": PROTOCOL, **summarise(scores)}
+    with (settings.output / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
+    return scores
+
+
+def _write_cases(path: Path, records: Sequence[EditRecord], pre: Sequence[CaseScores], post: Sequence[CaseScores],
+                 generations: Sequence[tuple[str, str, str]]) -> None:
+    lines = []
+    for index, (record, was, is_now) in enumerate(zip(records, pre, post, strict=True)):
+        line: dict[str, Any] = {"case_id": record.case_id, "prompt": record.edit_prompt, "subject": record.subject,
+                                "target_new": record.target_new, "target_true": record.target_true,
+                                "pre": _scores(was), "post": _scores(is_now)}
+        if index < len(generations):
+            _, before, after = generations[index]
+            line["generations"] = {"before": before, "after": after}
+        lines.append(json.dumps(line))
+    _write_text(path, "\n".join(lines) + "\n")
+
+
+def _scores(scores: CaseScores) -> dict[str, float | None]:
+    return {"efficacy": scores.efficacy, "generalization": scores.generalization, "specificity": scores.specificity}
+
+
+def _save_checkpoint(model: nn.Module, hparams: SPHEREHyperParams, session: EditSession, folder: Path) -> None:
+    """The edited weights by parameter name, and the session, after the last batch."""
+    editable = EditableModel(model, hparams.module_names(model.config), hparams.layers)
+    weights = {editable.parameter_name(layer): editable.parameter(layer).detach().cpu().contiguous()
+               for layer in editable.layers}
+    with replacing(folder / f"weights-{session.num_edits}.safetensors") as temporary:
+        save_file(weights, temporary)
+    session.save(folder / f"session-{session.num_edits}.safetensors")
+
+
+def _config(hparams: SPHEREHyperParams, settings: RunSettings, records: Sequence[EditRecord]) -> dict[str, Any]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "run": {**settings.described, "num_edits": len(records), "batch_size": settings.batch_size,
+                "protocol": PROTOCOL},
+        "hparams": hparams.to_dict(),
+        "versions": versions,
+        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(),
+                    "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: allocated on the GPU where there is one, else resident on the host."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,133 @@
+"""Shared by all tests: golden data, tiny models built from configs, and where real data lies."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+)
+
+import sphere_easyedit as sphere
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_MODELS = {"llama": "tiny-llama", "gpt2": "tiny-gpt2-xl"}
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One of EasyEdit's golden cases: its tensors, settings and a way to load its model."""
+
+    family: str
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+    folder: Path
+
+    def load(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        path = self.folder / GOLDEN_MODELS[self.family]
+        return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+    def hparams(self, **changes: Any) -> sphere.SPHEREHyperParams:
+        settings = {**self.meta["hparams"], "stats_dir": str(self.folder / "stats"), "L2": self.meta["alphaedit"]["L2"],
+                    "P_loc": str(self.folder / "null_space_project.pt"), "nullspace_threshold": 0.02, "gamma": 0.5,
+                    "context_templates": self.meta["context_templates"], **changes}
+        return sphere.SPHEREHyperParams.from_dict(settings)
+
+    def batch(self, number: int) -> list[dict[str, Any]]:
+        return [self.meta["requests"][i] for i in self.meta["batches"][number]]
+
+
+def load_golden(family: str) -> Golden:
+    folder = GOLDEN / family
+    return Golden(family, load_file(folder / "golden.safetensors"), json.loads((folder / "golden.json").read_text()),
+                  folder)
+
+
+@pytest.fixture(params=sorted(GOLDEN_MODELS))
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Each golden case in turn: Llama (Linear) and GPT-2 (Conv1D)."""
+    return load_golden(request.param)
+
+
+@pytest.fixture
+def golden_llama() -> Golden:
+    return load_golden("llama")
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """Frobenius norm of the difference over that of the reference."""
+    return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
+    """Configs of tiny decoders that share the golden tokenizer's vocabulary."""
+    common = {"vocab_size": 1500, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.15}
+    rope = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "max_position_embeddings": 128}
+    configs: dict[str, Callable[[], PretrainedConfig]] = {
+        "llama": lambda: LlamaConfig(**{**common, **rope, **changes}),
+        "qwen2": lambda: Qwen2Config(**{**common, **rope, **changes}),
+        "gpt2": lambda: GPT2Config(**{**common, "n_embd": 48, "n_layer": 4, "n_head": 4, "n_inner": 80,
+                                      "n_positions": 128, **changes}),
+    }
+    return configs[family]()
+
+
+def tiny_model(family: str, **changes: Any) -> nn.Module:
+    """A tiny decoder with fixed random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(tiny_config(family, **changes)).eval()
+
+
+@pytest.fixture
+def tok() -> PreTrainedTokenizerBase:
+    """The golden tokenizer: byte-level BPE, 1,500 tokens, no BOS."""
+    return AutoTokenizer.from_pretrained(GOLDEN / "llama" / "tiny-llama")
+
+
+def tiny_hparams(folder: Path, **changes: Any) -> sphere.SPHEREHyperParams:
+    """Settings that edit a tiny model in a second, with statistics from text that it generates itself."""
+    settings = {"model_name": "tiny", "layers": [1, 2], "v_num_grad_steps": 12, "v_lr": 0.5, "v_loss_layer": 3,
+                "v_weight_decay": 0.001, "clamp_norm_factor": 4.0, "kl_factor": 0.0625, "L2": 0.1,
+                "mom2_update_weight": 20.0, "nullspace_share": 0.6, "mom2_dataset": "generated", "mom2_n_samples": 12,
+                "stats_dir": str(folder / "stats"), "context_templates": ["He said that. {}"], **changes}
+    return sphere.SPHEREHyperParams.from_dict(settings)
+
+
+REQUESTS = [
+    {"prompt": "The capital of France is", "subject": "France", "target_new": "Rome"},
+    {"prompt": "{} plays for the team", "subject": "John Smith", "target_new": "the United States"},
+    {"prompt": "The official language of Brazil is", "subject": "Brazil", "target_new": "German"},
+]
+
+
+def edited_weights(model: nn.Module, hparams: sphere.SPHEREHyperParams) -> dict[int, Tensor]:
+    """Copies of the edited weights as stored, by layer."""
+    names = hparams.module_names(model.config)
+    return {layer: model.get_parameter(f"{names.rewrite_module_tmp.format(layer)}.weight").detach().clone()
+            for layer in hparams.layers}
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of the real records; tests that need it skip where it is absent."""
+    folder = Path(os.environ.get("SPHERE_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not (folder / "counterfact.json").exists():
+        pytest.skip(f"no real records at {folder}; set SPHERE_DATA to the folder that holds counterfact.json")
+    return folder
