@@ -10,7 +10,7 @@ HPARAMS = "sphere_easyedit._hparams"
 setup(
     name="sphere-easyedit",
     version="0.1.0",
-    description="SPHERE for EasyEdit: edit thousands of facts into a language model, batch after batch, and keep it sound",
+    description="SPHERE for EasyEdit: edit thousands of facts into a language model and keep it sound",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -42,10 +42,10 @@ setup(
         "eval": ["lm-eval>=0.4.5", "datasets>=2.20", "scikit-learn>=1.4"],
         # What EasyEdit's main branch imports; EasyEdit itself is a checkout (EASYEDIT_HOME), since the release on PyPI
         # pins what can't be installed beside a current torch.
-        "easyedit": ["datasets", "einops", "higher", "hydra-core", "matplotlib", "nltk", "omegaconf", "openai", "pandas",
-                     "rouge", "scikit-learn", "sentence-transformers", "sentencepiece", "timm"],
-        "test": ["pytest>=8", "pytest-cov>=5", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "types-PyYAML",
-                 "build>=1.2"],
+        "easyedit": ["datasets", "einops", "higher", "hydra-core", "matplotlib", "nltk", "omegaconf", "openai",
+                     "pandas", "rouge", "scikit-learn", "sentence-transformers", "sentencepiece", "timm"],
+        "test": ["pytest>=8", "pytest-cov>=5", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "setuptools>=68",
+                 "wheel"],
     },
     entry_points={"console_scripts": ["sphere-easyedit=sphere_easyedit.cli:main"]},
     classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3"],

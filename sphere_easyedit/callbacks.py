@@ -55,7 +55,7 @@ class EditCallback:
 
 @dataclass(frozen=True)
 class EnergyRecord:
-    """Hyperspherical energy (Eq. 5) of every tracked layer after ``num_edits`` edits, and its change against the first."""
+    """Hyperspherical energy (Eq. 5) of tracked layers after ``num_edits`` edits, and its change since the first."""
 
     num_edits: int
     energy: dict[int, float]

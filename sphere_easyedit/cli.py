@@ -109,12 +109,11 @@ def stats(
     """Collect the second moments of keys that MEMIT and AlphaEdit need, once for all runs."""
     from .editing.covariance import moment_path, second_moments
     from .loading import load_model
-    from .models import EditableModel
 
     console = _set_up(verbose, logging.INFO)
     settings = _hparams_with(hparams, override)
     model, tok = load_model(settings.model_name, settings.device, dtype)
-    editable = EditableModel(model, settings.module_names(model.config), settings.layers)  # type: ignore[arg-type]
+    editable = settings.editable(model)
     second_moments(editable, tok, settings)
     for layer in settings.layers:
         console.print(str(moment_path(editable, settings, layer)), highlight=False, soft_wrap=True)
@@ -141,7 +140,7 @@ def _set_up(verbose: bool, level: int = logging.WARNING) -> Console:
                         handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return console
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import PretrainedConfig
 
-from sphere_easyedit.hparams_files import find_hparams, read_mapping
-from sphere_easyedit.models import ModuleNames, module_names
+from .hparams_files import find_hparams, read_mapping
+from .models import EditableModel, ModuleNames, module_names
 
 NATIVE_ALGS = ("AlphaEdit", "MEMIT", "RECT", "PRUNE")
 
@@ -283,6 +284,19 @@ class SPHEREHyperParams:
         # EasyEdit's FT files name the weight rather than the module.
         given["rewrite_module_tmp"] = given["rewrite_module_tmp"].removesuffix(".weight")
         return ModuleNames(**given)
+
+    def editable(self, model: nn.Module) -> EditableModel:
+        """The model with its parts and the layers to edit at hand.
+
+        Raises:
+            ValueError: see ``EditableModel``; or ``v_loss_layer`` is past the last block.
+        """
+        config: Any = model.config
+        editable = EditableModel(model, self.module_names(config), self.layers)
+        if self.executor == "native" and self.v_loss_layer >= editable.num_blocks:
+            raise ValueError(f"v_loss_layer is {self.v_loss_layer}, past the model's last block: give "
+                             f"{editable.num_blocks - 1}")
+        return editable
 
     @property
     def cumulative_ratio(self) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 from transformers import PretrainedConfig
 
 from sphere_easyedit.models import ModuleNames, module_names, num_blocks
@@ -131,7 +131,7 @@ def read_mapping(file: Traversable) -> dict[str, Any]:
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"{type(content).__name__} {str(content)[:60]!r}"
         raise ValueError(f"{file}: hyperparameters must be a YAML mapping of names to values, found {found}")
-    keys = [key.value for key, _ in node.value]
+    keys = [] if node is None else [key.value for key, _ in node.value]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise ValueError(f"{file}: {', '.join(twice)} given twice: remove one, since YAML would "

@@ -63,14 +63,6 @@ def _names_by_model_type() -> dict[str, ModuleNames]:
     names["gemma3"] = _llama_names("model.language_model")
     names["gpt2"] = _gpt_names("c_proj")
     names["gptj"] = _gpt_names("fc_out")
-    names["gpt_neox"] = ModuleNames(
-        rewrite_module_tmp="gpt_neox.layers.{}.mlp.dense_4h_to_h",
-        layer_module_tmp="gpt_neox.layers.{}",
-        mlp_module_tmp="gpt_neox.layers.{}.mlp",
-        attn_module_tmp="gpt_neox.layers.{}.attention",
-        ln_f_module="gpt_neox.final_layer_norm",
-        lm_head_module="embed_out",
-    )
     return names
 
 
@@ -138,7 +130,7 @@ class EditableModel:
         if sorted(set(self.layers)) != self.layers:
             raise ValueError(f"layers {self.layers} must ascend without repetition: residuals are shared from "
                              "the first to the last")
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.final_norm = self._module(names.ln_f_module)
         self.lm_head = self._module(names.lm_head_module)
         for layer in self.layers:
@@ -210,13 +202,16 @@ class EditableModel:
     @property
     def input_device(self) -> torch.device:
         """Device that token ids go to."""
-        embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
-        return embeddings.weight.device  # type: ignore[union-attr, return-value]
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        device: torch.device = embeddings.weight.device
+        return device
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``(n, vocabulary)`` in float32 of last-block outputs ``hidden`` ``(n, hidden_size)``."""
+        config = text_config(self.config)
         out: Tensor = self.lm_head(self.final_norm(hidden)).float()
-        cap = getattr(text_config(self.config), "final_logit_softcapping", None)
+        out = out / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma
         return out if cap is None else torch.tanh(out / cap) * cap
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-import scipy.linalg  # type: ignore[import-untyped]
+import scipy.linalg
 import torch
 from torch import Tensor
 

@@ -69,7 +69,7 @@ def apply_sphere_to_model(
     if copy:
         model = copying.deepcopy(model)
     _check_executor(hparams, executor)
-    editable = EditableModel(model, hparams.module_names(model.config), hparams.layers)
+    editable = hparams.editable(model)
     session = EditSession.of(model) if session is None else session
     session.bind(editable, hparams)
     parsed = parse_requests(requests, first_id=session.num_edits)
@@ -104,8 +104,8 @@ def apply_sphere_to_model(
 
 def _check_executor(hparams: SPHEREHyperParams, executor: Executor | None) -> None:
     if hparams.executor == "easyedit" and executor is None:
-        raise ValueError(f"base_alg {hparams.base_alg!r} with executor 'easyedit' runs EasyEdit's own function: hand it "
-                         "over as executor=, or choose a native base_alg")
+        raise ValueError(f"base_alg {hparams.base_alg!r} with executor 'easyedit' runs EasyEdit's own function: hand "
+                         "it over as executor=, or choose a native base_alg")
 
 
 @contextmanager

@@ -16,14 +16,21 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
     LlamaConfig,
+    MistralConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     Qwen2Config,
+    Qwen3Config,
 )
 
 import sphere_easyedit as sphere
+
+# Tiny models gain nothing from threads, and lose much where test processes share the cores.
+torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_MODELS = {"llama": "tiny-llama", "gpt2": "tiny-gpt2-xl"}
@@ -79,11 +86,18 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
     common = {"vocab_size": 1500, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.15}
     rope = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4,
             "num_key_value_heads": 2, "max_position_embeddings": 128}
+    gpt = {"n_embd": 48, "n_layer": 4, "n_head": 4, "n_inner": 80, "n_positions": 128}
     configs: dict[str, Callable[[], PretrainedConfig]] = {
         "llama": lambda: LlamaConfig(**{**common, **rope, **changes}),
         "qwen2": lambda: Qwen2Config(**{**common, **rope, **changes}),
-        "gpt2": lambda: GPT2Config(**{**common, "n_embd": 48, "n_layer": 4, "n_head": 4, "n_inner": 80,
-                                      "n_positions": 128, **changes}),
+        "qwen3": lambda: Qwen3Config(**{**common, **rope, "head_dim": 12, **changes}),
+        "mistral": lambda: MistralConfig(**{**common, **rope, **changes}),
+        # Sliding and full attention, each with its own rotary base, by turns.
+        "gemma3_text": lambda: Gemma3TextConfig(**{**common, **rope, "head_dim": 12, "sliding_window": 16,
+                                                   "layer_types": ["sliding_attention", "full_attention"] * 2,
+                                                   **changes}),
+        "gpt2": lambda: GPT2Config(**{**common, **gpt, **changes}),
+        "gptj": lambda: GPTJConfig(**{**common, **gpt, "rotary_dim": 8, **changes}),
     }
     return configs[family]()
 

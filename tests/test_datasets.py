@@ -135,7 +135,8 @@ def test_generation_prompts_and_empty_lists_are_optional(tmp_path: Path) -> None
     raw["paraphrase_prompts"] = []
     raw["neighborhood_prompts"] = []
     (record,) = load_counterfact(written(tmp_path, [raw]))
-    assert record.generation_prompts == record.paraphrase_prompts == record.neighborhood_prompts == ()
+    assert record.generation_prompts == record.paraphrase_prompts == ()
+    assert record.neighborhood_prompts == ()
 
 
 def test_other_braces_are_text(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def generate_contexts(editable: EditableModel, tok: PreTrainedTokenizerBase, see
             out = editable.model.generate(  # type: ignore[operator]
                 input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], do_sample=True, top_k=_TOP_K,
                 max_new_tokens=_NEW_TOKENS, pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else 0)
-            text = tok.decode(out[0], skip_special_tokens=True)
+            text = str(tok.decode(out[0], skip_special_tokens=True))
             # Braces would be taken for the place of the prompt.
             templates.append(text.replace("{", " ").replace("}", " ") + ". {}")
     return templates

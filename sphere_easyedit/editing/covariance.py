@@ -90,7 +90,7 @@ def _collect(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPH
     with frozen(editable.model):
         sequences = token_sequences(editable, tok, hparams, limit)
         tokens = sum(len(sequence) for sequence in sequences)
-        logger.info("second moments of layers %s: %d texts, %d tokens, about %.1e floating-point operations; kept in %s",
+        logger.info("second moments of layers %s: %d texts, %d tokens, about %.1e operations; kept in %s",
                     sorted(paths), len(sequences), tokens, 2.0 * tokens * _parameters_below(editable, max(paths)),
                     next(iter(paths.values())).parent)
         thin = [layer for layer in paths if tokens < 2 * editable.d_in(layer)]
@@ -165,7 +165,8 @@ def null_space_basis(moment: Tensor, threshold: float | None = None, share: floa
     if kept == 0:
         raise ValueError(f"no eigenvalue of the keys' second moment is below nullspace_threshold {threshold} (the "
                          f"smallest is {float(values[0]):.3g}): raise it, or set nullspace_share")
-    return vectors[:, :kept].contiguous()
+    basis: Tensor = vectors[:, :kept].contiguous()
+    return basis
 
 
 def load_null_space(path: Path, layers: Sequence[int], d_in: int) -> dict[int, Tensor]:

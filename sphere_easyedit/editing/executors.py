@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +94,7 @@ def _key_metrics(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams:
     for layer, moment in moments.items():
         try:
             metrics[layer] = CovarianceMetric(moment.to(editable.weight(layer).device), hparams.mom2_update_weight)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             logger.warning("layer %d: the second moment of keys is not positive definite; each batch solves densely. "
                            "More text (mom2_n_samples) would mend it", layer)
             metrics[layer] = None
@@ -148,8 +147,8 @@ def add_update(editable: EditableModel, layer: int, update: Update) -> None:
     dense = update.dense() if isinstance(update, LowRankUpdate) else update
     changed = (weight.to(torch.promote_types(weight.dtype, torch.float32)) + dense.to(weight.device)).to(weight.dtype)
     if not bool(torch.isfinite(changed).all()):
-        raise ValueError(f"the update of layer {layer} is not finite in {weight.dtype}: nothing was changed. Look at the "
-                         "statistics, L2 or mom2_update_weight")
+        raise ValueError(f"the update of layer {layer} is not finite in {weight.dtype}: nothing was changed. Look at "
+                         "the statistics, L2 or mom2_update_weight")
     editable.set_weight(layer, changed)
 
 
@@ -176,7 +175,7 @@ def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], h
         if not bool(torch.isfinite(targets.values).all()):
             bad = [request.request.case_id for request, value in zip(requests, targets.values, strict=True)
                    if not bool(torch.isfinite(value).all())]
-            raise ValueError(f"target values of case_id {bad} are not finite; lower v_lr or look at the model's weights")
+            raise ValueError(f"target values of case_id {bad} are not finite; lower v_lr, or look at the weights")
         seconds["target_values"] = time.perf_counter() - started
 
         started = time.perf_counter()
@@ -219,6 +218,6 @@ def _plain_solve(editable: EditableModel, layer: int, keys: Tensor, history: Key
             return plain_alphaedit_keys(metric.basis, metric.ridge, keys, history)
         moment = load_moment(moment_path(editable, hparams, layer), len(keys)).to(keys.device)
         return plain_memit_keys(moment, hparams.mom2_update_weight, keys, history)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError(f"layer {layer}: the system of keys is singular ({error}); collect statistics from more text "
                          "(mom2_n_samples), or raise L2 or mom2_update_weight") from error

@@ -66,13 +66,16 @@ def pad_rows(sequences: Sequence[Sequence[int]], device: torch.device, starts: S
     for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
         input_ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
         mask[row, prefix_width - start: prefix_width + len(sequence)] = 1
-    positions = torch.tensor(starts).unsqueeze(1) + torch.arange(width)
+    # Padding repeats the last position, so that none is past the model's table of positions.
+    last = torch.tensor([[len(sequence) - 1] for sequence in sequences])
+    positions = torch.tensor(starts).unsqueeze(1) + torch.minimum(torch.arange(width), last)
     return Rows(input_ids.to(device), mask.to(device), positions.to(device))
 
 
 def first_output(output: Any) -> Tensor:
     """A block's hidden states, whether it returns them alone or first in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 class BlockReplay:

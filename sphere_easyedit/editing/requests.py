@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +73,15 @@ def parse_requests(requests: Sequence[Mapping[str, Any]], first_id: int = 0) -> 
     """
     if not requests:
         raise ValueError("no requests given: pass at least one dict with prompt, subject and target_new")
-    parsed = [_parse_request(raw, position, first_id + position) for position, raw in enumerate(requests)]
+    if isinstance(requests, Mapping | str) or not all(isinstance(raw, Mapping) for raw in requests):
+        raise ValueError("requests must be a list of dicts with prompt, subject and target_new")
+    given = [raw.get("case_id") for raw in requests]
+    odd = [case_id for case_id in given if not isinstance(case_id, int | str | None)]
+    if odd:
+        raise ValueError(f"case_id {odd[0]!r} is neither a number nor a text")
+    free = (number for number in itertools.count(first_id) if number not in given)
+    parsed = [_parse_request(raw, position, next(free) if case_id is None else case_id)
+              for position, (raw, case_id) in enumerate(zip(requests, given, strict=True))]
     seen: set[int | str] = set()
     for request in parsed:
         if request.case_id in seen:
@@ -81,9 +90,7 @@ def parse_requests(requests: Sequence[Mapping[str, Any]], first_id: int = 0) -> 
     return parsed
 
 
-def _parse_request(raw: Mapping[str, Any], position: int, default_id: int) -> EditRequest:
-    case_id = raw.get("case_id")
-    case_id = default_id if case_id is None else case_id
+def _parse_request(raw: Mapping[str, Any], position: int, case_id: int | str) -> EditRequest:
     where = f"request {position} (case_id {case_id!r})"
     texts = {}
     for field in ("prompt", "subject", "target_new"):
@@ -133,7 +140,7 @@ def tokenize_prompt(tok: PreTrainedTokenizerBase, before: str, subject: str, aft
         while ids and special[len(ids) - 1]:  # an appended EOS would cut the prompt from its target
             ids.pop()
         covering = [i for i, (start, stop) in enumerate(encoded["offset_mapping"][: len(ids)])
-                    if start < end and stop > start and not special[i]]
+                    if start < end and stop > max(start, len(before)) and not special[i]]
     else:  # without offsets: as many tokens as the text up to the subject's end has
         ids, _ = continuation_ids(tok, text, "")
         upto, _ = continuation_ids(tok, text[:end], "")
@@ -159,7 +166,7 @@ def tokenize_request(
     """
     where = f"case_id {request.case_id!r}"
     _, target_ids = continuation_ids(tok, request.prompt, request.target)
-    if not target_ids or not tok.decode(target_ids).strip():
+    if not target_ids or not str(tok.decode(target_ids)).strip():
         raise ValueError(f"{where}: target {request.target!r} has no tokens of its own behind {request.prompt!r}")
     plain = tokenize_prompt(tok, request.before, request.subject, request.after)
     filled = []

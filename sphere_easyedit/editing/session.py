@@ -78,7 +78,8 @@ class EditSession:
             raise ValueError("this EditSession belongs to another model object: give every model a session of its own")
         key = hparams.session_key()
         if self._key is not None and self._key != key:
-            logger.info("hyperparameters that shape the session changed after %d edits: starting afresh", self.num_edits)
+            logger.info("hyperparameters that shape the session changed after %d edits: starting afresh",
+                        self.num_edits)
             self._clear()
         elif self._fingerprints and (changed := self._changed_layers(editable)):
             logger.warning("weights of layers %s were restored or changed from outside after %d edits: starting afresh",

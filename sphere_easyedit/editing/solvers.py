@@ -119,7 +119,8 @@ class KeyHistory:
 
     def gram_with(self, coordinates: Tensor) -> Tensor:
         """``Y^T Y`` ``(m + n, m + n)`` of the earlier keys and ``n`` new ones, given by coordinates."""
-        assert self._gram is not None and self.coordinates is not None
+        assert self._gram is not None  # made with the coordinates, which the caller has found to be there
+        assert self.coordinates is not None
         return _bordered(self._gram, self.coordinates.T @ coordinates, coordinates.T @ coordinates)
 
 
@@ -144,8 +145,10 @@ def adjusted_keys(metric: KeyMetric, keys: Tensor, history: KeyHistory | None = 
     wide = every.shape[1] > every.shape[0]
     if wide:
         system = every @ every.T
+    elif earlier is None or history is None:
+        system = new.T @ new
     else:
-        system = new.T @ new if earlier is None or history is None else history.gram_with(new)
+        system = history.gram_with(new)
     system.diagonal().add_(metric.ridge)
     factor, failed = torch.linalg.cholesky_ex(system)
     if int(failed):

@@ -24,13 +24,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..hparams import SPHEREHyperParams
-from ..models import EditableModel
+from ..models import EditableModel, logits_at
 from .replay import BlockReplay, KeyValues, pad_rows, prefix_key_values
 from .requests import TokenizedPrompt, TokenizedRequest
 
 logger = logging.getLogger(__name__)
 
 _LOSS_REACHED = 0.05  # EasyEdit's: below it an edit is done
+_TOKENS_PER_PASS = 64  # a pass over the weights costs about as much as so many tokens
 _REPACK_SHARE = 0.75  # rows are packed anew once at most this share of them is still being optimised
 
 
@@ -116,7 +117,9 @@ def optimise_target_values(
     """
     values = torch.empty(len(requests), editable.hidden_size)
     losses, steps = [0.0] * len(requests), [0] * len(requests)
-    use_prefix = _prefix_is_exact(editable, requests[0])
+    longest = max((prompt for request in requests for prompt in _rewriting_prompts(request)), key=lambda p: p.lookup)
+    _check_head(editable, longest)
+    use_prefix = _prefix_is_exact(editable, longest)
     for batch in _micro_batches(requests, hparams.token_budget):
         group = [requests[i] for i in batch]
         result = _MicroBatch(editable, group, hparams, use_prefix).optimise()
@@ -133,7 +136,7 @@ def _rewriting_prompts(request: TokenizedRequest) -> list[TokenizedPrompt]:
 
 
 def _micro_batches(requests: Sequence[TokenizedRequest], token_budget: int) -> list[list[int]]:
-    """Indices in groups whose padded rows hold at most ``token_budget`` tokens, like lengths together."""
+    """Indices in groups whose padded rows hold at most ``token_budget`` tokens, cut so that padding costs least."""
 
     def extent(request: TokenizedRequest) -> tuple[int, int, int]:
         prompts = _rewriting_prompts(request)
@@ -141,21 +144,47 @@ def _micro_batches(requests: Sequence[TokenizedRequest], token_budget: int) -> l
         return suffix, max(p.lookup for p in prompts), len(prompts)
 
     extents = [extent(request) for request in requests]
+    order = sorted(range(len(requests)), key=lambda i: extents[i])
+    # Shortest path over where to cut: best[stop] is the least cost of the first `stop` requests in order.
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for stop in range(1, len(order) + 1):
+        rows = prefix = 0
+        suffix = extents[order[stop - 1]][0]  # ascending, so the last is the widest
+        candidates: list[tuple[float, int]] = []
+        for start in range(stop - 1, -1, -1):
+            rows, prefix = rows + extents[order[start]][2], max(prefix, extents[order[start]][1])
+            if candidates and rows * (suffix + prefix) > token_budget:
+                break
+            candidates.append((best[start][0] + rows * suffix + _TOKENS_PER_PASS, start))
+        best.append(min(candidates))
     batches: list[list[int]] = []
-    rows = suffix = prefix = 0
-    for i in sorted(range(len(requests)), key=lambda i: extents[i]):
-        rows, suffix, prefix = rows + extents[i][2], max(suffix, extents[i][0]), max(prefix, extents[i][1])
-        if not batches or rows * (suffix + prefix) > token_budget:
-            batches.append([])
-            suffix, prefix, rows = extents[i]
-        batches[-1].append(i)
-    return batches
+    stop = len(order)
+    while stop:
+        start = best[stop][1]
+        batches.append(order[start:stop])
+        stop = start
+    return batches[::-1]
 
 
 @torch.no_grad()
-def _prefix_is_exact(editable: EditableModel, request: TokenizedRequest) -> bool:
+def _check_head(editable: EditableModel, prompt: TokenizedPrompt) -> None:
+    """Refuse a model whose logits are more than its LM head on its last norm: z would serve another distribution."""
+    rows = pad_rows([prompt.ids], editable.input_device)
+    last = torch.tensor([len(prompt.ids) - 1])
+    own = logits_at(editable.model, rows.input_ids, rows.attention_mask, torch.tensor([0]), last)
+    final = BlockReplay.record(editable, rows, editable.num_blocks, editable.num_blocks).final
+    rebuilt = editable.logits(final[0, last]).to(own.device)
+    difference = float((own - rebuilt).norm() / own.norm())
+    if math.isfinite(difference) and difference > 0.05:
+        raise ValueError(f"the logits of {type(editable.model).__name__} are not what {editable.names.ln_f_module!r} "
+                         f"and {editable.names.lm_head_module!r} make of its last block ({difference:.1%} apart): correct "
+                         "these module names; if they are right, this architecture is not supported")
+
+
+@torch.no_grad()
+def _prefix_is_exact(editable: EditableModel, prompt: TokenizedPrompt) -> bool:
     """Whether running the tokens in front through a cache gives what running all of them gives, on this model."""
-    ids, cut, stop = request.plain.ids, request.plain.lookup, editable.num_blocks
+    ids, cut, stop = prompt.ids, prompt.lookup, editable.num_blocks
     if cut == 0:
         return True
     device = editable.input_device
@@ -257,7 +286,8 @@ class _MicroBatch:
         drifted = (after.exp() * (after - self._drift_before[drift.owner.to(after.device)])).sum(dim=1)
         loss = loss.index_add(0, drift.owner.to(device), hparams.kl_factor * drifted.to(device))
         penalty = hparams.v_weight_decay * delta.norm(dim=1) / self._initial.norm(dim=1) ** 2
-        return loss + penalty.to(device)
+        total: Tensor = loss + penalty.to(device)
+        return total
 
     def _check_finite(self, losses: Tensor, active: Tensor) -> None:
         bad = [request.request.case_id for request, loss, running in

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import yaml
@@ -31,7 +32,7 @@ from .metrics import CaseScores, evaluate_records, generate_continuations, summa
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = "paper"
+PROTOCOL: Final = "paper"
 _PACKAGES = ("sphere-easyedit", "torch", "transformers", "numpy", "scipy", "safetensors", "tokenizers")
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -93,6 +94,7 @@ def run_sequential(
         raise ValueError("there are no records to edit")
     if settings.output.exists() and any(settings.output.iterdir()):
         raise ValueError(f"{settings.output} is not empty: give a new directory for the run")
+    editable = hparams.editable(model)
     settings.output.mkdir(parents=True, exist_ok=True)
     _write_text(settings.output / "config.yaml", yaml.safe_dump(_config(hparams, settings, records), sort_keys=False))
     report = progress or (lambda what, done, total: None)
@@ -110,23 +112,24 @@ def run_sequential(
     for first in range(0, len(records), settings.batch_size):
         batch = records[first: first + settings.batch_size]
         started = time.perf_counter()
+        counter = itertools.count(first)  # callers are told of edits in the whole run, the optimiser tells of its own
 
-        def advance(count: int, base: int = first) -> None:
-            advance.done += count  # type: ignore[attr-defined]
-            report("editing", base + advance.done, len(records))  # type: ignore[attr-defined]
+        def advance(count: int, counter: Iterator[int] = counter) -> None:
+            for _ in range(count):
+                report("editing", next(counter) + 1, len(records))
 
-        advance.done = 0  # type: ignore[attr-defined]
         apply_sphere_to_model(model, tok, [record.request() for record in batch], hparams, session=session,
                               callbacks=[tracker, log, *callbacks], progress=advance)
         editing_seconds += time.perf_counter() - started
-    _save_checkpoint(model, hparams, session, settings.output / "checkpoints")
+    _save_checkpoint(editable, session, settings.output / "checkpoints")
 
     started = time.perf_counter()
     post = _evaluate(model, tok, records, settings, "after", len(records), report)
     after = generate_continuations(model, tok, [record.edit_prompt for record in examples])
     evaluation_seconds += time.perf_counter() - started
 
-    generations = [(record.edit_prompt, *texts) for record, *texts in zip(examples, before, after, strict=True)]
+    generations = [(record.edit_prompt, was, is_now)
+                   for record, was, is_now in zip(examples, before, after, strict=True)]
     _write_cases(settings.output / "cases.jsonl", records, pre, post, generations)
     summary = {
         "protocol": PROTOCOL,
@@ -158,7 +161,7 @@ def _evaluate(model: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[
               when: str, num_edits: int, report: Progress) -> list[CaseScores]:
     scores = evaluate_records(model, tok, records, protocol=PROTOCOL,
                               progress=lambda done, total: report(when, done, total))
-    line = {"num_edits": num_edits, "when": when, "protocol": PROTOCOL, **summarise(scores)}
+    line = {"num_edits": num_edits, "when": when, "protocol": PROTOCOL} | dict(summarise(scores))
     with (settings.output / "metrics.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(line) + "\n")
     return scores
@@ -182,9 +185,8 @@ def _scores(scores: CaseScores) -> dict[str, float | None]:
     return {"efficacy": scores.efficacy, "generalization": scores.generalization, "specificity": scores.specificity}
 
 
-def _save_checkpoint(model: nn.Module, hparams: SPHEREHyperParams, session: EditSession, folder: Path) -> None:
+def _save_checkpoint(editable: EditableModel, session: EditSession, folder: Path) -> None:
     """The edited weights by parameter name, and the session, after the last batch."""
-    editable = EditableModel(model, hparams.module_names(model.config), hparams.layers)
     weights = {editable.parameter_name(layer): editable.parameter(layer).detach().cpu().contiguous()
                for layer in editable.layers}
     with replacing(folder / f"weights-{session.num_edits}.safetensors") as temporary:

@@ -1,0 +1,130 @@
+"""The sequential run from records to run directory, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import edited_weights, tiny_hparams, tiny_model
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from sphere_easyedit import EditCallback, EditEvent, EditSession
+from sphere_easyedit.callbacks import read_energy_csv
+from sphere_easyedit.evaluation.datasets import EditRecord, load_records
+from sphere_easyedit.evaluation.metrics import evaluate_records, summarise
+from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
+from sphere_easyedit.tokenization import continuation_ids
+
+
+def _target_log_prob(model: torch.nn.Module, tok: PreTrainedTokenizerBase, records: list[EditRecord]) -> float:
+    """Mean log probability of the targets' first tokens."""
+    found = []
+    for record in records:
+        prompt, target = continuation_ids(tok, record.edit_prompt, " " + record.target_new)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt])).logits
+        found.append(float(logits[0, -1].log_softmax(-1)[target[0]]))
+    return sum(found) / len(found)
+
+
+def test_run_directory_holds_what_the_design_says(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    model, hparams = tiny_model("llama"), tiny_hparams(tmp_path)
+    records = load_records("demo", None, 5, 0)
+    before = summarise(evaluate_records(model, tok, records))
+    likely_before = _target_log_prob(model, tok, records)
+    phases: list[str] = []
+    result = run_sequential(model, tok, records, hparams, RunSettings(tmp_path / "run", 2, examples=1),
+                            progress=lambda what, done, total: phases.append(f"{what} {done}/{total}"))
+    run = tmp_path / "run"
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["hparams"] == hparams.to_dict()
+    assert config["run"]["num_edits"] == 5
+    assert config["versions"]["torch"] == torch.__version__
+
+    batches = [json.loads(line) for line in (run / "edits.jsonl").read_text().splitlines()]
+    assert [batch["num_edits"] for batch in batches] == [2, 4, 5]
+    assert [case for batch in batches for case in batch["case_ids"]] == [record.case_id for record in records]
+    assert all(norm > 0 for batch in batches for norm in batch["update_norms"].values())
+    assert [len(batch["losses"]) for batch in batches] == [2, 2, 1]
+
+    energies = read_energy_csv(run / "energy.csv")
+    assert [record.num_edits for record in energies] == [0, 2, 4, 5]
+    assert energies == result.tracker.records
+
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["when"], line["num_edits"], line["protocol"]) for line in metrics] == [
+        ("before", 0, "paper"), ("after", 5, "paper")]
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary == result.summary
+    assert summary["pre"] == before
+    assert summary["post"] == summarise(evaluate_records(model, tok, records))
+    assert _target_log_prob(model, tok, records) > likely_before + 0.3  # nats; argmax is out of reach of a random model
+    assert summary["num_edits"] == 5
+    assert summary["protocol"] == "paper"
+    assert min(summary["editing_seconds"], summary["evaluation_seconds"], summary["peak_memory_bytes"]) > 0
+
+    cases = [json.loads(line) for line in (run / "cases.jsonl").read_text().splitlines()]
+    assert [case["case_id"] for case in cases] == [record.case_id for record in records]
+    assert cases[0]["generations"]["before"] == result.generations[0][1]
+    assert "generations" not in cases[1]
+
+    saved = load_file(run / "checkpoints" / "weights-5.safetensors")
+    for layer, weight in edited_weights(model, hparams).items():
+        assert torch.equal(saved[f"model.layers.{layer}.mlp.down_proj.weight"], weight)
+    assert EditSession.load(run / "checkpoints" / "session-5.safetensors").num_edits == 5
+    assert {phase.split()[0] for phase in phases} == {"before", "editing", "after"}
+    assert "editing 5/5" in phases
+    assert not list(run.rglob(".*"))  # no temporary file is left
+
+
+def test_same_seed_same_bits(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    hparams = tiny_hparams(tmp_path, context_templates=None)
+    weights = []
+    for name in ("one", "two"):
+        model = tiny_model("llama")
+        run_sequential(model, tok, load_records("demo", None, 4, 3), hparams, RunSettings(tmp_path / name, 2))
+        weights.append(edited_weights(model, hparams))
+    for layer in hparams.layers:
+        assert torch.equal(weights[0][layer], weights[1][layer])
+
+
+def test_refuses_a_directory_in_use(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        run_sequential(tiny_model("llama"), tok, load_records("demo", None, 2, 0), tiny_hparams(tmp_path),
+                       RunSettings(tmp_path / "run", 2))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_refuses_an_impossible_batch_size(tmp_path: Path, tok: PreTrainedTokenizerBase, batch_size: int) -> None:
+    with pytest.raises(ValueError, match="batch_size"):
+        run_sequential(tiny_model("llama"), tok, load_records("demo", None, 2, 0), tiny_hparams(tmp_path),
+                       RunSettings(tmp_path / "run", batch_size))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_batch_leaves_the_batches_before_it(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    class FailsInSecondBatch(EditCallback):
+        def on_batch_end(self, event: EditEvent) -> None:
+            if event.num_batches == 1:
+                after_first.update({layer: weight.clone() for layer, weight in event.weights.items()})
+            else:
+                raise RuntimeError("as planned")
+
+    after_first: dict[int, torch.Tensor] = {}
+    model, hparams = tiny_model("llama"), tiny_hparams(tmp_path)
+    with pytest.raises(RuntimeError, match="as planned"):
+        run_sequential(model, tok, load_records("demo", None, 4, 0), hparams, RunSettings(tmp_path / "run", 2),
+                       callbacks=[FailsInSecondBatch()])
+    for layer, weight in edited_weights(model, hparams).items():
+        assert torch.equal(weight, after_first[layer])
+    first_line = (tmp_path / "run" / "edits.jsonl").read_text().splitlines()[0]
+    assert json.loads(first_line)["num_edits"] == 2
+    assert not (tmp_path / "run" / "summary.json").exists()

@@ -1,0 +1,361 @@
+"""The closed forms against dense float64 algebra, and the plain solve that takes over where they fail."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REQUESTS, edited_weights, relative_error, tiny_hparams, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+import sphere_easyedit as sphere
+from sphere_easyedit.editing import executors
+from sphere_easyedit.editing.covariance import load_moment, moment_path, save_moment
+from sphere_easyedit.editing.solvers import (
+    CovarianceMetric,
+    KeyHistory,
+    KeyMetric,
+    LowRankUpdate,
+    NullSpaceMetric,
+    adjusted_keys,
+    plain_alphaedit_keys,
+    plain_memit_keys,
+)
+from sphere_easyedit.models import EditableModel
+
+PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
+SEEDS = st.integers(0, 2**31 - 1)
+WIDTH = 12  # d_in
+COUNTS = st.integers(1, 30)  # keys of a batch: fewer and more than d_in
+EARLIER = st.integers(0, 30)
+DUPLICATES = st.booleans()
+RIDGES = st.floats(0.05, 20.0)
+
+
+def gaussian(seed: int, rows: int, columns: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+
+
+def some_keys(seed: int, count: int, duplicates: bool) -> Tensor:
+    """Keys ``(WIDTH, count)`` float32; with duplicates, the second half repeats the first."""
+    keys = gaussian(seed, WIDTH, count)
+    if duplicates and count > 1:
+        keys[:, count // 2:] = keys[:, : count - count // 2]
+    return keys.float()
+
+
+def orthonormal(seed: int, columns: int) -> Tensor:
+    return torch.linalg.qr(gaussian(seed, WIDTH, columns)).Q
+
+
+def some_moment(seed: int) -> Tensor:
+    samples = gaussian(seed, WIDTH, 3 * WIDTH)
+    return (samples @ samples.T / samples.shape[1]).float()
+
+
+def dense_keys(metric: Tensor, ridge: float, every: Tensor, keys: Tensor) -> Tensor:
+    """``(M A A^T + c I)^-1 M K`` by an explicit inverse."""
+    every, keys = every.double(), keys.double()
+    system = metric @ every @ every.T + ridge * torch.eye(len(metric), dtype=torch.float64)
+    return torch.linalg.inv(system) @ metric @ keys
+
+
+def assert_close(found: Tensor | None, expected: Tensor) -> None:
+    assert found is not None
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=1e-8)
+
+
+# --- the closed forms ---------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(SEEDS, COUNTS, EARLIER, DUPLICATES, st.integers(1, WIDTH), RIDGES)
+def test_alphaedit_equals_dense_formula(
+    seed: int, count: int, earlier: int, duplicates: bool, columns: int, ridge: float
+) -> None:
+    basis = orthonormal(seed, columns)
+    metric = NullSpaceMetric(basis, ridge)
+    keys, old = some_keys(seed + 1, count, duplicates), some_keys(seed + 2, earlier, duplicates)
+    history = KeyHistory(old, metric)
+    found = adjusted_keys(metric, keys, history)
+    assert_close(found, dense_keys(basis @ basis.T, ridge, torch.cat([old, keys], dim=1), keys))
+    assert_close(found, plain_alphaedit_keys(basis, ridge, keys, history))
+    if earlier == 0:
+        assert_close(adjusted_keys(metric, keys), plain_alphaedit_keys(basis, ridge, keys))
+
+
+@PROPERTY
+@given(SEEDS, COUNTS, EARLIER, DUPLICATES, st.floats(0.5, 1000.0))
+def test_memit_equals_dense_formula(seed: int, count: int, earlier: int, duplicates: bool, weight: float) -> None:
+    moment = some_moment(seed)
+    metric = CovarianceMetric(moment, weight)
+    keys, old = some_keys(seed + 1, count, duplicates), some_keys(seed + 2, earlier, duplicates)
+    history = KeyHistory(old, metric)
+    every = torch.cat([old, keys], dim=1).double()
+    found = adjusted_keys(metric, keys, history)
+    direct = torch.linalg.inv(weight * moment.double() + every @ every.T) @ keys.double()
+    assert_close(found, direct)
+    assert_close(found, dense_keys(torch.linalg.inv(weight * moment.double()), 1.0, every, keys))
+    assert_close(found, plain_memit_keys(moment, weight, keys, history))
+    if earlier == 0:
+        assert_close(adjusted_keys(metric, keys), plain_memit_keys(moment, weight, keys))
+
+
+@PROPERTY
+@given(SEEDS, COUNTS, EARLIER, st.integers(1, WIDTH - 1))
+def test_alphaedit_stays_in_the_null_space(seed: int, count: int, earlier: int, columns: int) -> None:
+    basis = orthonormal(seed, columns)
+    metric = NullSpaceMetric(basis, 0.3)
+    keys, old = some_keys(seed + 1, count, False), some_keys(seed + 2, earlier, False)
+    found = adjusted_keys(metric, keys, KeyHistory(old, metric))
+    assert found is not None
+    update = LowRankUpdate(gaussian(seed + 3, 5, count), found).dense()
+    outside = torch.eye(WIDTH, dtype=torch.float64) - basis @ basis.T
+    assert float(update.norm()) > 0
+    assert float((update @ outside).norm()) < 1e-10 * float(update.norm())
+
+
+def test_earlier_keys_matter() -> None:
+    """Without this, every comparison above would hold for a solver that forgot them."""
+    keys, old = some_keys(1, 3, False), some_keys(2, 4, False)
+    for metric in (NullSpaceMetric(orthonormal(3, 8), 0.5), CovarianceMetric(some_moment(4), 2.0)):
+        alone, after = adjusted_keys(metric, keys), adjusted_keys(metric, keys, KeyHistory(old, metric))
+        assert alone is not None
+        assert after is not None
+        assert relative_error(after, alone) > 0.05
+
+
+def test_float32_basis_is_accurate_enough() -> None:
+    """Wide weights keep their null space in float32."""
+    basis, keys = orthonormal(0, 7), some_keys(1, 5, False)
+    found = adjusted_keys(NullSpaceMetric(basis.float(), 0.5), keys)
+    assert found is not None
+    assert relative_error(found, plain_alphaedit_keys(basis, 0.5, keys)) < 1e-5
+
+
+def test_memit_with_a_huge_weight_changes_nothing() -> None:
+    moment, keys = some_moment(0), some_keys(1, 4, False)
+    norms = []
+    for weight in (1.0, 1e4, 1e8, 1e12):
+        found = adjusted_keys(CovarianceMetric(moment, weight), keys)
+        assert found is not None
+        norms.append(float(found.norm()))
+    assert norms == sorted(norms, reverse=True)
+    # In the limit the bracket is lambda C alone.
+    limit = torch.linalg.inv(moment.double()) @ keys.double() / 1e12
+    assert norms[-1] == pytest.approx(float(limit.norm()), rel=1e-6)
+
+
+def test_zero_keys_have_zero_adjusted_keys() -> None:
+    found = adjusted_keys(NullSpaceMetric(orthonormal(0, 7), 0.5), torch.zeros(WIDTH, 3))
+    assert found is not None
+    assert torch.equal(found, torch.zeros(WIDTH, 3, dtype=torch.float64))
+
+
+def test_nearly_parallel_keys() -> None:
+    """A system of condition 1e10 is still solved, or handed on, but never answered wrongly."""
+    keys = some_keys(0, 1, False).repeat(1, 6).double()
+    keys += 1e-5 * gaussian(1, WIDTH, 6)
+    basis = orthonormal(2, WIDTH)
+    found = adjusted_keys(NullSpaceMetric(basis, 1e-8), keys)
+    expected = dense_keys(torch.eye(WIDTH, dtype=torch.float64), 1e-8, keys, keys)
+    assert found is None or relative_error(found, expected) < 1e-4
+
+
+# --- updates in factors, earlier keys -----------------------------------------------------------------------
+
+
+def test_low_rank_update_dense() -> None:
+    values, keys = gaussian(0, 5, 3), gaussian(1, WIDTH, 3)
+    dense = LowRankUpdate(values, keys).dense()
+    expected = sum(torch.outer(values[:, i], keys[:, i]) for i in range(3))
+    torch.testing.assert_close(dense, expected, rtol=1e-12, atol=1e-12)
+    assert dense.shape == (5, WIDTH)
+
+
+@PROPERTY
+@given(SEEDS, st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans())
+def test_extended_history_equals_one_built_at_once(seed: int, counts: list[int], memit: bool) -> None:
+    metric: KeyMetric = NullSpaceMetric(orthonormal(seed, 7), 0.4)
+    if memit:
+        metric = CovarianceMetric(some_moment(seed), 3.0)
+    parts = [some_keys(seed + i, count, False) for i, count in enumerate(counts)]
+    grown = KeyHistory.empty(WIDTH, metric, torch.device("cpu"))
+    for part in parts:
+        shorter, length = grown, grown.keys.shape[1]
+        grown = grown.extended(part, metric)
+        assert shorter.keys.shape[1] == length  # the shorter one is left as it was
+    whole = KeyHistory(torch.cat(parts, dim=1), metric)
+    assert torch.equal(grown.keys, whole.keys)
+    assert grown.coordinates is not None
+    assert whole.coordinates is not None
+    torch.testing.assert_close(grown.coordinates, whole.coordinates, rtol=1e-10, atol=1e-10)
+    new = metric.coordinates(some_keys(seed + 99, 2, False))
+    every = torch.cat([whole.coordinates, new], dim=1)
+    for history in (grown, whole):
+        torch.testing.assert_close(history.gram_with(new), every.T @ every, rtol=1e-10, atol=1e-10)
+
+
+def test_history_without_a_metric_keeps_its_keys() -> None:
+    first, second = some_keys(0, 2, False), some_keys(1, 3, False)
+    history = KeyHistory.empty(WIDTH, None, torch.device("cpu")).extended(first, None).extended(second, None)
+    assert history.coordinates is None
+    assert torch.equal(history.keys, torch.cat([first, second], dim=1))
+
+
+# --- where the factored way fails ---------------------------------------------------------------------------
+
+
+class _Metric:
+    """A metric with a given ridge and lift-free coordinates, to bring about failures."""
+
+    def __init__(self, ridge: float, scale: float = 1.0) -> None:
+        self.ridge, self._scale = ridge, scale
+
+    def coordinates(self, keys: Tensor) -> Tensor:
+        return self._scale * keys.double()
+
+    def lift(self, coordinates: Tensor) -> Tensor:
+        return coordinates
+
+
+@pytest.mark.parametrize("count", [3, WIDTH + 3])  # both forms of the system
+def test_failed_factorisation_gives_none(count: int, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert adjusted_keys(_Metric(ridge=-1e6), some_keys(0, count, False)) is None
+    assert "Cholesky factorisation" in caplog.text
+    assert str(min(count, WIDTH)) in caplog.text
+
+
+def test_large_residual_gives_none(caplog: pytest.LogCaptureFixture) -> None:
+    """Duplicate keys with a ridge far below rounding: Cholesky may pass, its solution is worthless."""
+    keys = some_keys(0, 1, False).repeat(1, 8).double()
+    keys += 3e-8 * gaussian(1, WIDTH, 8)  # the squares of these differences are at rounding
+    with caplog.at_level(logging.WARNING):
+        assert adjusted_keys(_Metric(ridge=1e-15, scale=10.0), keys) is None
+    assert caplog.records
+
+
+def test_non_finite_keys_give_none(caplog: pytest.LogCaptureFixture) -> None:
+    keys = some_keys(0, 3, False)
+    keys[0, 0] = float("nan")
+    with caplog.at_level(logging.WARNING):
+        assert adjusted_keys(_Metric(ridge=1.0), keys) is None
+    assert caplog.records
+
+
+def test_moment_that_is_not_positive_definite() -> None:
+    with pytest.raises(torch.linalg.LinAlgError):
+        CovarianceMetric(torch.zeros(WIDTH, WIDTH), 1.0)
+    with pytest.raises(torch.linalg.LinAlgError):
+        CovarianceMetric(-some_moment(0), 1.0)
+
+
+# --- through the executors ----------------------------------------------------------------------------------
+
+
+def _updates(tok: PreTrainedTokenizerBase, hparams: sphere.SPHEREHyperParams, batches: int = 2) -> dict[int, Tensor]:
+    """Whole change of a tiny Llama by some batches."""
+    model = tiny_model("llama")
+    before = edited_weights(model, hparams)
+    for _ in range(batches):
+        sphere.apply_sphere_to_model(model, tok, REQUESTS, hparams)
+    return {layer: weight - before[layer] for layer, weight in edited_weights(model, hparams).items()}
+
+
+def _moment_paths(hparams: sphere.SPHEREHyperParams) -> tuple[EditableModel, dict[int, Path]]:
+    model = tiny_model("llama")
+    editable = EditableModel(model, hparams.module_names(model.config), hparams.layers)
+    return editable, {layer: moment_path(editable, hparams, layer) for layer in hparams.layers}
+
+
+@pytest.mark.parametrize("settings_", [
+    {"base_alg": "AlphaEdit"}, {"base_alg": "MEMIT"}, {"base_alg": "MEMIT", "keep_previous_keys": True},
+], ids=["AlphaEdit", "MEMIT", "MEMIT_seq"])
+def test_dense_solve_takes_over(settings_: dict[str, object], tok: PreTrainedTokenizerBase, tmp_path: Path,
+                                monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A batch whose factored solve fails is edited as if it had not."""
+    hparams = tiny_hparams(tmp_path, alpha=0.0, v_num_grad_steps=4, **settings_)
+    expected = _updates(tok, hparams)
+    monkeypatch.setattr(executors, "adjusted_keys", lambda *_: None)
+    with caplog.at_level(logging.WARNING):
+        found = _updates(tok, hparams)
+    assert "layer 1: solving densely in the space of 80 inputs" in caplog.text
+    for layer, update in expected.items():
+        assert relative_error(found[layer], update) < 1e-4
+        assert float(update.norm()) > 0
+
+
+def test_singular_moment_is_solved_densely(tok: PreTrainedTokenizerBase, tmp_path: Path,
+                                           caplog: pytest.LogCaptureFixture) -> None:
+    """C of low rank has no Cholesky factor; with enough keys, lambda C + K K^T still has an inverse."""
+    hparams = tiny_hparams(tmp_path, base_alg="MEMIT", alpha=0.0, v_num_grad_steps=4, keep_previous_keys=True)
+    _updates(tok, hparams, batches=1)  # collects the statistics
+    editable, paths = _moment_paths(hparams)
+    for layer, path in paths.items():
+        moment = load_moment(path, 80).double()
+        values, vectors = torch.linalg.eigh(moment)
+        values[0] = -1e-3 * values[-1]  # indefinite: invertible, but without a factor
+        save_moment(path, ((vectors * values) @ vectors.T * 100).float(), 100, hparams.mom2_n_samples)
+        assert editable.d_in(layer) == 80
+    with caplog.at_level(logging.WARNING):
+        found = _updates(tok, hparams, batches=1)
+    assert "layer 1: the second moment of keys is not positive definite" in caplog.text
+    assert "mom2_n_samples" in caplog.text
+    assert "solving densely" in caplog.text
+    assert all(bool(torch.isfinite(update).all()) and float(update.norm()) > 0 for update in found.values())
+
+
+def test_singular_system_is_refused(tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """A zero second moment and fewer keys than inputs leave a system of rank 3: an answer to it is made of rounding."""
+    hparams = tiny_hparams(tmp_path, base_alg="MEMIT", alpha=0.0, v_num_grad_steps=2)
+    _, paths = _moment_paths(hparams)
+    for path in paths.values():
+        save_moment(path, torch.zeros(80, 80), 100, hparams.mom2_n_samples)
+    model = tiny_model("llama")
+    before = edited_weights(model, hparams)
+    with pytest.raises(ValueError, match=r"layer 1.*singular.*mom2_n_samples.*mom2_update_weight"):
+        sphere.apply_sphere_to_model(model, tok, REQUESTS, hparams)
+    assert all(torch.equal(before[layer], weight) for layer, weight in edited_weights(model, hparams).items())
+    assert sphere.EditSession.of(model).num_edits == 0
+
+
+def test_dense_solve_that_fails_names_the_remedy(tok: PreTrainedTokenizerBase, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Tensor:
+        raise torch.linalg.LinAlgError("exactly singular")
+
+    hparams = tiny_hparams(tmp_path, base_alg="AlphaEdit", alpha=0.0, v_num_grad_steps=2)
+    monkeypatch.setattr(executors, "adjusted_keys", lambda *_: None)
+    monkeypatch.setattr(executors, "plain_alphaedit_keys", fail)
+    model = tiny_model("llama")
+    before = edited_weights(model, hparams)
+    with pytest.raises(ValueError, match=r"layer 1: .*singular \(exactly singular\).*mom2_n_samples.*raise L2"):
+        sphere.apply_sphere_to_model(model, tok, REQUESTS, hparams)
+    assert all(torch.equal(before[layer], weight) for layer, weight in edited_weights(model, hparams).items())
+
+
+def test_alphaedit_through_a_model_stays_in_the_null_space(tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    hparams = tiny_hparams(tmp_path, base_alg="AlphaEdit", alpha=0.0, v_num_grad_steps=4)
+    updates = _updates(tok, hparams)
+    _, paths = _moment_paths(hparams)
+    for layer, update in updates.items():
+        vectors = torch.linalg.eigh(load_moment(paths[layer], 80).double()).eigenvectors
+        outside = vectors[:, int(0.6 * 80):]
+        assert float(update.norm()) > 0.1
+        assert float((update.double() @ outside).norm()) < 1e-5 * float(update.norm())
+
+
+def test_memit_through_a_model_with_a_huge_weight(tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    small = _updates(tok, tiny_hparams(tmp_path, base_alg="MEMIT", alpha=0.0, v_num_grad_steps=4), batches=1)
+    huge = _updates(tok, tiny_hparams(tmp_path, base_alg="MEMIT", alpha=0.0, v_num_grad_steps=4,
+                                      mom2_update_weight=1e9), batches=1)
+    for layer, update in small.items():
+        assert float(huge[layer].norm()) < 1e-4 * float(update.norm())
