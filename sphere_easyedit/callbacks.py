@@ -88,9 +88,13 @@ class HETracker(EditCallback):
 
     def on_batch_start(self, event: EditEvent) -> None:
         if not self.records and event.num_edits > 0 and self.path is not None and self.path.exists():
-            self.records = [record for record in read_energy_csv(self.path) if record.num_edits <= event.num_edits]
-        # Fewer edits than recorded: another run has begun.
-        if not self.records or event.num_edits < self.records[-1].num_edits:
+            self.records = read_energy_csv(self.path)
+            if self.records and set(self.records[0].energy) != set(self._tracked(event)):
+                raise ValueError(f"{self.path} tracks layers {sorted(self.records[0].energy)}, this run "
+                                 f"{self._tracked(event)}: give the tracker another path, or the same layers")
+        # Later records are of batches that were undone, or of another run; without edits every run begins anew.
+        self.records = [record for record in self.records if record.num_edits <= event.num_edits]
+        if event.num_edits == 0 or not self.records:
             self.records = []
             self._record(event)
 
@@ -98,11 +102,15 @@ class HETracker(EditCallback):
         if event.num_batches % self.every == 0:
             self._record(event)
 
-    def _record(self, event: EditEvent) -> None:
+    def _tracked(self, event: EditEvent) -> list[int]:
         layers = list(event.weights) if self.layers is None else self.layers
         missing = [layer for layer in layers if layer not in event.weights]
         if missing:
             raise ValueError(f"HETracker is to track layers {missing}, edited are {list(event.weights)}: track those")
+        return layers
+
+    def _record(self, event: EditEvent) -> None:
+        layers = self._tracked(event)
         energy = {layer: float(hyperspherical_energy(event.weights[layer])) for layer in layers}
         first = self.records[0].energy if self.records else energy
         change = {layer: energy[layer] / first[layer] - 1.0 if first[layer] else 0.0 for layer in layers}

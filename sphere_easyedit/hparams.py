@@ -41,7 +41,7 @@ _RANGES = MappingProxyType({
     "rect_keep": "(0, 1]", "prune_log_base": "(1, inf)",
 })
 _SMALLEST = MappingProxyType({
-    "v_num_grad_steps": 1, "v_loss_layer": 0, "mom2_n_samples": 1, "mom2_max_length": 1, "max_length": 1,
+    "v_num_grad_steps": 1, "v_loss_layer": 0, "mom2_n_samples": 1, "mom2_max_length": 2, "max_length": 1,
     "batch_size": 1, "token_budget": 1, "seed": 0,
 })
 _FLAGS = ("mom2_adjustment", "model_parallel", "keep_previous_keys")

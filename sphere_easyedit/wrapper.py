@@ -71,32 +71,36 @@ def apply_sphere_to_model(
     _check_executor(hparams, executor)
     editable = hparams.editable(model)
     session = EditSession.of(model) if session is None else session
-    session.bind(editable, hparams)
-    parsed = parse_requests(requests, first_id=session.num_edits)
-    started = time.perf_counter()
-    tokenized: list[TokenizedRequest] = []
-    if executor is None:
-        prepare_session(editable, tok, hparams, session)
-        tokenized = tokenize_batch(editable, tok, parsed, session)
-    seconds = {"preparation": time.perf_counter() - started}
-    weights = {layer: editable.weight(layer) for layer in editable.layers}
-    event = EditEvent(model, weights, session.num_edits, session.num_batches, [request.case_id for request in parsed])
-    for callback in callbacks:
-        callback.on_batch_start(event)
-
-    with _undone_on_error(editable) as before:
-        shaping = Shaping(editable, hparams, session)
+    with session.unchanged_on_error():
+        session.bind(editable, hparams)
+        parsed = parse_requests(requests, first_id=session.num_edits)
+        started = time.perf_counter()
+        tokenized: list[TokenizedRequest] = []
         if executor is None:
-            losses, history = _edit_natively(editable, tokenized, hparams, session, shaping, seconds, progress)
-        else:
-            losses, history = [], {}
-            _edit_by(executor, editable, tok, requests, hparams, shaping, seconds, kwargs)
-        norms = {layer: float((weights[layer].double() - before[layer].double()).norm()) for layer in editable.layers}
-        event = replace(event, num_edits=session.num_edits + len(parsed), num_batches=session.num_batches + 1,
-                        losses=losses, update_norms=norms, seconds=seconds)
+            prepare_session(editable, tok, hparams, session)
+            tokenized = tokenize_batch(editable, tok, parsed, session)
+        seconds = {"preparation": time.perf_counter() - started}
+        weights = {layer: editable.weight(layer) for layer in editable.layers}
+        event = EditEvent(model, weights, session.num_edits, session.num_batches,
+                          [request.case_id for request in parsed])
         for callback in callbacks:
-            callback.on_batch_end(event)
-        session.commit(editable, len(parsed), history, shaping.unrestrained)
+            callback.on_batch_start(event)
+
+        with _undone_on_error(editable) as before:
+            shaping = Shaping(editable, hparams, session)
+            shaping.resume_unrestrained()
+            if executor is None:
+                losses, history = _edit_natively(editable, tokenized, hparams, session, shaping, seconds, progress)
+            else:
+                losses, history = [], session.history
+                _edit_by(executor, editable, tok, requests, hparams, shaping, seconds, kwargs)
+            norms = {layer: float((weight.double() - before[layer].double()).norm())
+                     for layer, weight in weights.items()}
+            event = replace(event, num_edits=session.num_edits + len(parsed), num_batches=session.num_batches + 1,
+                            losses=losses, update_norms=norms, seconds=seconds)
+            for callback in callbacks:
+                callback.on_batch_end(event)
+            session.commit(editable, len(parsed), history, shaping.unrestrained)
     originals = {editable.parameter_name(layer): editable.orient(layer, weight).contiguous()
                  for layer, weight in before.items()} if return_orig_weights else {}
     return model, originals
@@ -106,6 +110,9 @@ def _check_executor(hparams: SPHEREHyperParams, executor: Executor | None) -> No
     if hparams.executor == "easyedit" and executor is None:
         raise ValueError(f"base_alg {hparams.base_alg!r} with executor 'easyedit' runs EasyEdit's own function: hand "
                          "it over as executor=, or choose a native base_alg")
+    if executor is not None and hparams.projection_stage == "layer":
+        raise ValueError("projection_stage 'layer' projects within the native solve and can't reach into an executor: "
+                         "set projection_stage to 'update'")
 
 
 @contextmanager
@@ -125,7 +132,6 @@ def _edit_natively(
     shaping: Shaping, seconds: dict[str, float], progress: Callable[[int], None] | None,
 ) -> tuple[list[float], dict[int, KeyHistory]]:
     """Solve and write one batch; returns the target values' losses and the key histories to commit."""
-    shaping.resume_unrestrained()
     in_loop = hparams.projection_stage == "layer"
     solution = solve_batch(editable, requests, hparams, session, shaping.shape if in_loop else None, progress)
     started = time.perf_counter()
@@ -148,13 +154,14 @@ def _edit_by(
     seconds["executor"] = time.perf_counter() - started
     started = time.perf_counter()
     for layer, weight in after.items():
-        if shaping.is_identity:  # the executor's own bits, not a sum that rounds to them
-            _check_finite(layer, weight)
+        _check_finite(layer, weight)
+        if shaping.leaves_updates:  # the executor's own bits, not a sum that rounds to them
             editable.set_weight(layer, weight)
         else:
             precise = torch.promote_types(weight.dtype, torch.float32)
             change = weight.to(precise) - before[layer].to(precise)
             add_update(editable, layer, shaping.shape(layer, change))
+    shaping.read_out()
     seconds["projection"] = time.perf_counter() - started
 
 
@@ -180,9 +187,9 @@ class Shaping:
         self.unrestrained: dict[int, Tensor] = {}
 
     @property
-    def is_identity(self) -> bool:
-        """Whether updates are left as they are."""
-        return not self._projects and self._hparams.base_alg not in ("RECT", "PRUNE")
+    def leaves_updates(self) -> bool:
+        """Whether ``shape`` gives every update back as it is."""
+        return self._prunes or (not self._projects and self._hparams.base_alg != "RECT")
 
     def resume_unrestrained(self) -> None:
         """Put PRUNE's unrestrained weights in place of those read out."""

@@ -25,13 +25,13 @@ import sphere_easyedit as sphere
 from sphere_easyedit.models import EditableModel, frozen, logits_at, max_positions, module_names, num_blocks
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gpt2", "gptj")
-KNOWN = (*FAMILIES, "gemma", "gemma2", "gemma3", "gpt_neox", "granite", "olmo", "olmo2", "phi3", "smollm3", "stablelm")
+KNOWN = (*FAMILIES, "gemma", "gemma2", "gemma3", "granite", "olmo", "olmo2", "phi3", "smollm3", "stablelm")
 SIZES: dict[str, Any] = {"vocab_size": 100, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
                          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12,
                          "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
                          "initializer_range": 0.15}
 # What makes a model's logits something else than its head's output.
-LOGIT_CONFIGS = [(family, {}) for family in (*FAMILIES, "gpt_neox")] + [
+LOGIT_CONFIGS = [(family, {}) for family in FAMILIES] + [
     ("gemma2", {"final_logit_softcapping": 3.0}), ("gemma3_text", {"final_logit_softcapping": 3.0}),
     ("granite", {"logits_scaling": 4.0})]
 

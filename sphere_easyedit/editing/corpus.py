@@ -59,28 +59,41 @@ def _read_texts(dataset: str, samples: int, seed: int) -> list[str]:
         if not path.is_file():
             raise ValueError(f"mom2_dataset {dataset!r} is no file; {_REMEDY}")
         texts = list(_file_texts(path))
-        if not texts:
-            raise ValueError(f"mom2_dataset {dataset!r} holds no text; {_REMEDY}")
+        _refuse_none(texts, dataset)
         order = np.random.default_rng(seed).permutation(len(texts))[:samples]
         return [texts[i] for i in order]
-    return _hub_texts(dataset, samples, seed)
+    texts = _hub_texts(dataset, samples, seed)
+    _refuse_none(texts, dataset)
+    return texts
+
+
+def _refuse_none(texts: list[str], dataset: str) -> None:
+    if not texts:
+        raise ValueError(f"mom2_dataset {dataset!r} holds no text; {_REMEDY}")
 
 
 def _file_texts(path: Path) -> Iterator[str]:
     """Paragraphs of a .txt file (separated by line breaks), or the ``text`` fields of a .jsonl file."""
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            if path.suffix == ".txt":
-                yield line.strip()
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: no JSON object with a 'text' field ({error})") from error
-            if isinstance(text, str) and text.strip():
-                yield text
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}): convert it") from error
+    yield from _texts_of_lines(path, text.splitlines())
+
+
+def _texts_of_lines(path: Path, lines: list[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if path.suffix == ".txt":
+            yield line.strip()
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: no JSON object with a 'text' field ({error})") from error
+        if isinstance(text, str) and text.strip():
+            yield text
 
 
 def _hub_texts(dataset: str, samples: int, seed: int) -> list[str]:

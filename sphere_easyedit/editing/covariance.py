@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -47,8 +48,8 @@ def load_moment(path: Path, d_in: int) -> Tensor:
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
-            total, count = stored["mom2.mom2"], int(stored["mom2.count"])
-    except (OSError, KeyError, ValueError, EOFError) as error:
+            total, count = np.asarray(stored["mom2.mom2"], dtype=np.float64), int(stored["mom2.count"].item())
+    except (OSError, KeyError, ValueError, TypeError, EOFError, OverflowError, AttributeError, BadZipFile) as error:
         raise ValueError(f"{path} is no statistics file of EasyEdit's layout ({error}); remove it to have it "
                          "collected anew") from error
     if total.shape != (d_in, d_in):
@@ -56,7 +57,7 @@ def load_moment(path: Path, d_in: int) -> Tensor:
                          f"{(d_in, d_in)}: it belongs to another model; set stats_dir or remove the file")
     if count <= 0 or not np.isfinite(total).all():
         raise ValueError(f"{path} holds non-finite entries or no samples; remove it to have it collected anew")
-    return torch.from_numpy(total).float() / count
+    return (torch.from_numpy(total) / count).float()
 
 
 def save_moment(path: Path, total: Tensor, count: int, samples: int) -> None:
@@ -99,8 +100,13 @@ def _collect(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPH
                            editable.d_in(thin[0]))
         totals = _sum_outer_products(editable, sequences, sorted(paths))
     dtype = getattr(torch, hparams.mom2_dtype)
+    filed = {layer: total.to(dtype) for layer, total in totals.items()}
+    too_large = [layer for layer, total in filed.items() if not bool(torch.isfinite(total).all())]
+    if too_large:
+        raise ValueError(f"the second moments of layers {too_large} do not fit mom2_dtype {hparams.mom2_dtype} (or the "
+                         "model's states are not finite): set mom2_dtype to float32")
     for layer, path in paths.items():
-        save_moment(path, totals[layer].to(dtype), tokens, hparams.mom2_n_samples)
+        save_moment(path, filed[layer], tokens, hparams.mom2_n_samples)
 
 
 def _parameters_below(editable: EditableModel, layer: int) -> int:
@@ -183,6 +189,8 @@ def load_null_space(path: Path, layers: Sequence[int], d_in: int) -> dict[int, T
         found = tuple(stacked.shape) if isinstance(stacked, Tensor) else type(stacked).__name__
         raise ValueError(f"P_loc {path} holds {found}; layers {list(layers)} with keys of width {d_in} need "
                          f"{(len(layers), d_in, d_in)}")
+    if not stacked.is_floating_point() or not bool(torch.isfinite(stacked).all()):
+        raise ValueError(f"P_loc {path} holds {stacked.dtype} or non-finite entries: no projections")
     bases = {}
     for layer, projection in zip(layers, stacked, strict=True):
         dtype = torch.float64 if d_in <= 4096 else torch.float32

@@ -46,13 +46,15 @@ def prune(change: Tensor, original: Tensor, log_base: float | None = None) -> Te
         log_base: b, above 1; None for the natural logarithm.
 
     Raises:
-        ValueError: the base is not above 1, or the shapes differ.
+        ValueError: the base is not above 1, the shapes differ, or the original weight is zero.
     """
     if log_base is not None and not log_base > 1.0:
         raise ValueError(f"prune_log_base is {log_base}; give a base above 1, or null for the natural logarithm")
     if change.shape != original.shape:
         raise ValueError(f"change {tuple(change.shape)} and original {tuple(original.shape)} differ in shape")
     limit = torch.linalg.matrix_norm(original.to(change.dtype), ord=2)
+    if not bool(limit > 0):
+        raise ValueError("the original weight is all zero: PRUNE has no singular value to bound the change by")
     left, values, right = torch.linalg.svd(change, full_matrices=False)
     above = values > limit
     if not bool(above.any()):

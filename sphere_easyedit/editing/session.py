@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,17 @@ class EditSession:
             self.original = {layer: editable.weight(layer).to("cpu", copy=True) for layer in editable.layers}
             self._base = {layer: Fingerprint.of(editable.weight(layer)) for layer in editable.layers}
 
+    @contextmanager
+    def unchanged_on_error(self) -> Iterator[None]:
+        """Everything the session holds is as before if the context ends in an error."""
+        saved = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
+        try:
+            yield
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(saved)
+            raise
+
     def _changed_layers(self, editable: EditableModel) -> list[int]:
         return [layer for layer, was in self._fingerprints.items() if Fingerprint.of(editable.weight(layer)) != was]
 
@@ -130,15 +143,19 @@ class EditSession:
         Raises:
             ValueError: the file is damaged or no session.
         """
-        session = cls()
         try:
-            with safe_open(path, framework="pt") as stored:
-                metadata = stored.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"{path} is no saved session (format {metadata.get('format')!r})")
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} can't be read as a saved session: {error}") from error
+            return cls._read(path)
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} can't be read as a saved session ({type(error).__name__}: {error})") from error
+
+    @classmethod
+    def _read(cls, path: Path) -> EditSession:
+        session = cls()
+        with safe_open(path, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{path} is no saved session (format {metadata.get('format')!r})")
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         state = json.loads(metadata["state"])
         session._key, session.contexts = state["key"], state["contexts"]
         session.num_edits, session.num_batches = state["num_edits"], state["num_batches"]

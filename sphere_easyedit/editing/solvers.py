@@ -169,11 +169,20 @@ def adjusted_keys(metric: KeyMetric, keys: Tensor, history: KeyHistory | None = 
 
 
 def plain_memit_keys(moment: Tensor, weight: float, keys: Tensor, history: KeyHistory | None = None) -> Tensor:
-    """``(lambda C + A A^T)^-1 K`` by one dense solve in the space of d_in, where the factored way fails."""
+    """``(lambda C + A A^T)^-1 K`` by one dense solve in the space of d_in, where the factored way fails.
+
+    Raises:
+        torch.linalg.LinAlgError: the matrix is singular to the precision that C is known to.
+    """
     system = weight * moment.double()
     for part in (keys, None if history is None else history.keys):
         if part is not None:
             system = system + part.double() @ part.double().T
+    sizes = torch.linalg.eigvalsh(system).abs()
+    # C comes in float32: below its rounding an eigenvalue is noise, and dividing by it no solution.
+    if not bool(sizes.min() > torch.finfo(torch.float32).eps * sizes.max()):
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            f"eigenvalues between {float(sizes.min()):.1e} and {float(sizes.max()):.1e}")
     solved: Tensor = torch.linalg.solve(system, keys.double())
     return solved
 

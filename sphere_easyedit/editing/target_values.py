@@ -177,8 +177,8 @@ def _check_head(editable: EditableModel, prompt: TokenizedPrompt) -> None:
     difference = float((own - rebuilt).norm() / own.norm())
     if math.isfinite(difference) and difference > 0.05:
         raise ValueError(f"the logits of {type(editable.model).__name__} are not what {editable.names.ln_f_module!r} "
-                         f"and {editable.names.lm_head_module!r} make of its last block ({difference:.1%} apart): correct "
-                         "these module names; if they are right, this architecture is not supported")
+                         f"and {editable.names.lm_head_module!r} make of its last block ({difference:.1%} apart): "
+                         "correct these module names; if they are right, this architecture is not supported")
 
 
 @torch.no_grad()
