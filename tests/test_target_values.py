@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import REQUESTS, relative_error, tiny_hparams, tiny_model
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -257,6 +259,8 @@ def test_sliding_windows(
     family: str, changes: dict[str, Any], tok: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     """Windows that end within the prefix, and prefixes of other lengths beside them."""
+    if family == "qwen2" and Version(transformers.__version__) < Version("4.50"):
+        pytest.skip(f"transformers {transformers.__version__} has no sliding window for qwen2 here, and says so")
     requests, hparams = _tokenized(tok, NEAR, NEAR_CONTEXTS), tiny_hparams(tmp_path, v_num_grad_steps=6)
     assert max(request.plain.lookup for request in requests) > 20
     references = _check(_model(family, **changes), requests, hparams)
