@@ -210,7 +210,8 @@ class EditableModel:
         """Logits ``(n, vocabulary)`` in float32 of last-block outputs ``hidden`` ``(n, hidden_size)``."""
         config = text_config(self.config)
         out: Tensor = self.lm_head(self.final_norm(hidden)).float()
-        out = out / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        scaling = getattr(config, "logits_scaling", None)  # Granite
+        out = out if scaling is None else out / scaling
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma
         return out if cap is None else torch.tanh(out / cap) * cap
 

@@ -31,7 +31,7 @@ from .requests import TokenizedPrompt, TokenizedRequest
 logger = logging.getLogger(__name__)
 
 _LOSS_REACHED = 0.05  # EasyEdit's: below it an edit is done
-_TOKENS_PER_PASS = 64  # a pass over the weights costs about as much as so many tokens
+_TOKENS_PER_STEP = 160  # reading the weights in a step costs about as much as so many tokens
 _REPACK_SHARE = 0.75  # rows are packed anew once at most this share of them is still being optimised
 
 
@@ -155,7 +155,7 @@ def _micro_batches(requests: Sequence[TokenizedRequest], token_budget: int) -> l
             rows, prefix = rows + extents[order[start]][2], max(prefix, extents[order[start]][1])
             if candidates and rows * (suffix + prefix) > token_budget:
                 break
-            candidates.append((best[start][0] + rows * suffix + _TOKENS_PER_PASS, start))
+            candidates.append((best[start][0] + rows * suffix + _TOKENS_PER_STEP, start))
         best.append(min(candidates))
     batches: list[list[int]] = []
     stop = len(order)
@@ -221,7 +221,8 @@ class _MicroBatch:
         plain = [next(i for i, row in enumerate(rewriting) if row.edit == edit) for edit in range(len(requests))]
         self._initial = self._rewriting.at_lookup(self._rewriting.replay.hidden)[plain].float()  # (edits, hidden)
         with torch.no_grad():
-            self._drift_before = self._drift_log_probs(self._drift.at_lookup(self._drift.replay.final))
+            final = self._drift.at_lookup(self._drift.replay.final)
+            self._drift_before = F.log_softmax(editable.logits(final), dim=-1)  # (edits, vocabulary)
 
     def _record(self, rows: list[_Row]) -> _Packed:
         stop = self._editable.num_blocks
@@ -233,9 +234,6 @@ class _MicroBatch:
         padded = pad_rows([row.suffix for row in rows], self._editable.input_device,
                           [len(row.prefix) for row in rows], width)
         return _Packed(rows, BlockReplay.record(self._editable, padded, self._layer + 1, stop, prefix))
-
-    def _drift_log_probs(self, final: Tensor) -> Tensor:
-        return F.log_softmax(self._editable.logits(final), dim=-1)
 
     def optimise(self) -> TargetValues:
         """Run all steps; edits that reach the loss stand still from then on and leave the computation."""
@@ -276,15 +274,16 @@ class _MicroBatch:
         """Loss ``(edits,)`` of every edit still packed; of the others only the norm penalty, which is not used."""
         editable, hparams = self._editable, self._hparams
         hidden = rewriting.run(delta, stop=max(int(hparams.v_loss_layer), self._layer) + 1)
+        final = drift.at_lookup(drift.run(delta, stop=editable.num_blocks))
         rows, columns, tokens, owners, weights = rewriting.predictions
-        log_probs = F.log_softmax(editable.logits(hidden[rows, columns]), dim=-1)
+        # One call of the head for both: on few rows it costs what reading its weight costs.
+        states = torch.cat([hidden[rows, columns].to(final.device), final])
+        log_probs, after = F.log_softmax(editable.logits(states), dim=-1).split([len(rows), len(final)])
         device = log_probs.device
         chosen = log_probs.gather(1, tokens.to(device).unsqueeze(1))[:, 0]
         loss = torch.zeros(len(delta), device=device).index_add(0, owners.to(device), -chosen * weights.to(device))
-
-        after = self._drift_log_probs(drift.at_lookup(drift.run(delta, stop=editable.num_blocks)))
-        drifted = (after.exp() * (after - self._drift_before[drift.owner.to(after.device)])).sum(dim=1)
-        loss = loss.index_add(0, drift.owner.to(device), hparams.kl_factor * drifted.to(device))
+        drifted = (after.exp() * (after - self._drift_before[drift.owner.to(device)])).sum(dim=1)
+        loss = loss.index_add(0, drift.owner.to(device), hparams.kl_factor * drifted)
         penalty = hparams.v_weight_decay * delta.norm(dim=1) / self._initial.norm(dim=1) ** 2
         total: Tensor = loss + penalty.to(device)
         return total
