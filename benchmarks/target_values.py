@@ -108,13 +108,15 @@ def main() -> None:
             plain = [plain_target_value(editable, requests[i], hparams) for i in share]
             plain_seconds.append(time.perf_counter() - started)
             errors += [float((ours.values[i] - z).norm() / z.norm()) for i, z in zip(share, plain, strict=True)]
-            print(f"ours {ours_seconds[-1] / args.batch:.2f} s an edit, plain {plain_seconds[-1] / len(share):.2f} s an "
-                  f"edit on {len(share)} of the {args.batch}; relative difference of z up to {max(errors):.1e}", flush=True)
+            seconds = ours_seconds[-1] / args.batch, plain_seconds[-1] / len(share)
+            print(f"seconds an edit: ours {seconds[0]:.2f}, plain {seconds[1]:.2f} on {len(share)} of {args.batch}; "
+                  f"z differs by up to {max(errors):.1e}", flush=True)
     ours_per_edit = [seconds / args.batch for seconds in ours_seconds]
     figures = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
         "transformers": transformers.__version__, "hparams": args.hparams, "changes": changes, "edits": args.batch,
-        "contexts": 1 + len(contexts), "steps": hparams.v_num_grad_steps, "mean_steps_taken": statistics.mean(ours.steps),
+        "contexts": 1 + len(contexts), "steps": hparams.v_num_grad_steps,
+        "mean_steps_taken": statistics.mean(ours.steps),
         "ours_seconds_an_edit": [statistics.median(ours_per_edit), min(ours_per_edit), max(ours_per_edit)],
         "plain_seconds_an_edit": sum(plain_seconds) / args.batch,
         "ratio": sum(plain_seconds) / statistics.median(ours_seconds),

@@ -59,7 +59,8 @@ def edit(
     console = _set_up(verbose)
     settings_of_model = _hparams_with(hparams, override)
     records = load_records(dataset.value, data, num_edits, seed)
-    model, tok = load_model(settings_of_model.model_name, settings_of_model.device, dtype)
+    device = "auto" if settings_of_model.model_parallel else settings_of_model.device
+    model, tok = load_model(settings_of_model.model_name, device, dtype)
     described = {"command": " ".join(["sphere-easyedit", *sys.argv[1:]]), "hparams_file": hparams,
                  "dataset": dataset.value, "data": None if data is None else str(data), "seed": seed}
     settings = RunSettings(output, batch_size, examples, described)
@@ -86,9 +87,10 @@ def hparams_command(
 
     from .files import replacing
     from .hparams_files import render_hparams, starting_hparams
+    from .loading import model_source
 
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model_source(model))
     except (OSError, KeyError) as error:
         raise ValueError(f"the config of {model!r} can't be read: {error}") from error
     text = render_hparams(starting_hparams(config, model, base_alg))
@@ -110,7 +112,7 @@ def stats(
     from .editing.covariance import moment_path, second_moments
     from .loading import load_model
 
-    console = _set_up(verbose, logging.INFO)
+    console = _set_up(verbose)
     settings = _hparams_with(hparams, override)
     model, tok = load_model(settings.model_name, settings.device, dtype)
     editable = settings.editable(model)
@@ -134,10 +136,12 @@ def _hparams_with(name: str, overrides: list[str]) -> Any:
     return SPHEREHyperParams.from_dict({**loaded.to_dict(), **changes})
 
 
-def _set_up(verbose: bool, level: int = logging.WARNING) -> Console:
+def _set_up(verbose: bool) -> Console:
     console = Console()
-    logging.basicConfig(level=logging.INFO if verbose else level, format="%(message)s",
-                        handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s",
+                        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)])
+    # What takes time says so before it starts.
+    logging.getLogger("sphere_easyedit").setLevel(logging.DEBUG if verbose else logging.INFO)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -55,10 +55,12 @@ _CHOICES = MappingProxyType({
 })
 
 _OPTIMISER = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor")
-# Fields that leave keys, null spaces, principal spaces and original weights of a session as they are: where
-# and in what portions one computes, and how a target value is found, of which nothing outlives its batch.
+# Fields that leave keys, null spaces and original weights of a session as they are: where and in what portions one
+# computes, how a target value is found, and how an update is shaped, of which nothing outlives its batch. (Principal
+# spaces know their gamma.)
 _NOT_CARRIED = frozenset({
-    "device", "batch_size", "max_length", "token_budget", "model_parallel", *_OPTIMISER,
+    "alg_name", "model_name", "device", "batch_size", "max_length", "token_budget", "model_parallel", "stats_dir",
+    "gamma", "alpha", "projection_stage", "principal_space", "rect_keep", "prune_log_base", *_OPTIMISER,
 })
 
 # Fields that no EasyEdit method asks for, so a key close to one of them is a slip and not the method's own.

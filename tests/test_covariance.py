@@ -473,11 +473,26 @@ def test_generated_text(family: str, tok: PreTrainedTokenizerBase, tmp_path: Pat
     assert token_sequences(editable, tok, other, 30) != first
 
 
-def test_corpus_names() -> None:
-    assert corpus_name("/some/where/my.texts.jsonl") == "my.texts"
-    assert corpus_name("texts.txt") == "texts"
-    assert corpus_name("wikipedia") == "wikipedia"
-    assert corpus_name("someone/texts") == "someone_texts"
+@pytest.mark.parametrize(("dataset", "name"), [
+    ("/some/where/my.texts.jsonl", "my.texts"), ("texts.txt", "texts"), ("wikipedia", "wikipedia"),
+    ("someone/texts", "someone_texts"), ("generated", "generated-seed3-t40")])
+def test_corpus_names(tmp_path: Path, dataset: str, name: str) -> None:
+    assert corpus_name(tiny_hparams(tmp_path, mom2_dataset=dataset, mom2_max_length=40, seed=3)) == name
+
+
+def test_statistics_come_from_the_unedited_weights(tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Collected in the middle of a run, they are filed under the same name as before it: they must be the same."""
+    hparams = tiny_hparams(tmp_path, stats_dir=str(tmp_path / "before"))
+    model = tiny_model("llama")
+    sphere.apply_sphere_to_model(model, tok, REQUESTS, hparams)
+    changed = tiny_hparams(tmp_path, stats_dir=str(tmp_path / "later"))
+    sphere.EditSession.of(model).metrics = {}
+    sphere.apply_sphere_to_model(model, tok, REQUESTS, changed)
+    assert sphere.EditSession.of(model).num_edits == 2 * len(REQUESTS)
+    editable = hparams.editable(model)
+    for layer in hparams.layers:
+        moments = [load_moment(moment_path(editable, settings, layer), 80) for settings in (hparams, changed)]
+        assert torch.equal(*moments)
 
 
 # --- null spaces --------------------------------------------------------------------------------------------

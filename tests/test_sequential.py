@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,12 +120,30 @@ def test_a_failed_batch_leaves_the_batches_before_it(tmp_path: Path, tok: PreTra
                 raise RuntimeError("as planned")
 
     after_first: dict[int, torch.Tensor] = {}
-    model, hparams = tiny_model("llama"), tiny_hparams(tmp_path)
+    model, hparams, run = tiny_model("llama"), tiny_hparams(tmp_path), tmp_path / "run"
     with pytest.raises(RuntimeError, match="as planned"):
-        run_sequential(model, tok, load_records("demo", None, 4, 0), hparams, RunSettings(tmp_path / "run", 2),
+        run_sequential(model, tok, load_records("demo", None, 4, 0), hparams, RunSettings(run, 2),
                        callbacks=[FailsInSecondBatch()])
+    saved = load_file(run / "checkpoints" / "weights-2.safetensors")
     for layer, weight in edited_weights(model, hparams).items():
         assert torch.equal(weight, after_first[layer])
-    first_line = (tmp_path / "run" / "edits.jsonl").read_text().splitlines()[0]
-    assert json.loads(first_line)["num_edits"] == 2
-    assert not (tmp_path / "run" / "summary.json").exists()
+        assert torch.equal(weight, saved[f"model.layers.{layer}.mlp.down_proj.weight"])
+    assert [json.loads(line)["num_edits"] for line in (run / "edits.jsonl").read_text().splitlines()] == [2]
+    assert [record.num_edits for record in read_energy_csv(run / "energy.csv")] == [0, 2]
+    assert not (run / "summary.json").exists()
+
+
+def test_bad_records_are_refused_before_anything_is_written(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    records = load_records("demo", None, 3, 0)
+    too_long = replace(records[2], prompt="so " * 200 + "{} is")
+    with pytest.raises(ValueError, match="context"):
+        run_sequential(tiny_model("llama"), tok, [*records[:2], too_long], tiny_hparams(tmp_path),
+                       RunSettings(tmp_path / "run", 2))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_with_edits_is_refused(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    model, hparams, records = tiny_model("llama"), tiny_hparams(tmp_path), load_records("demo", None, 4, 0)
+    run_sequential(model, tok, records[:2], hparams, RunSettings(tmp_path / "one", 2))
+    with pytest.raises(ValueError, match="holds 2 edits"):
+        run_sequential(model, tok, records[2:], hparams, RunSettings(tmp_path / "two", 2))

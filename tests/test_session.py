@@ -292,7 +292,7 @@ def test_fingerprint_notices_signs_of_zero_and_exchanges() -> None:
 
 @pytest.mark.parametrize("changes", [
     {"L2": 0.2}, {"nullspace_share": 0.5}, {"layers": [1]}, {"seed": 1}, {"context_templates": ["Well, {}"]},
-    {"base_alg": "MEMIT"}, {"gamma": 0.4}, {"mom2_n_samples": 11}], ids=str)
+    {"base_alg": "MEMIT"}, {"mom2_n_samples": 11}], ids=str)
 def test_settings_that_shape_the_state_start_afresh(
     changes: dict[str, Any], tok: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture,
     hparams_of: Callable[..., sphere.SPHEREHyperParams],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -692,3 +693,52 @@ def test_tracker_survives_an_undone_batch(tok: PreTrainedTokenizerBase, make: Ma
     edit(model, tok, hparams, requests=SECOND, callbacks=[tracker])
     assert [record.num_edits for record in tracker.records] == [0, 3, 4]
     assert tracker.records[0] == start
+
+
+def test_executor_that_swaps_storage_is_measured(tok: PreTrainedTokenizerBase, make: MakeHparams) -> None:
+    """An executor may put another tensor into the parameter; events must tell of the weights that then count."""
+
+    def swap(model: nn.Module, _tok: Any, _requests: Any, hparams: Any, **_: Any) -> Any:
+        for layer in hparams.layers:
+            parameter = model.get_parameter(f"model.layers.{layer}.mlp.down_proj.weight")
+            parameter.data = parameter.data + 0.5
+        return model, {}
+
+    hparams = make(alpha=0.0, projection_stage="update")
+    tracker = sphere.HETracker()
+    sphere.apply_sphere_to_model(tiny_model("llama"), tok, REQUESTS, hparams, executor=swap, callbacks=[tracker])
+    assert all(change != 0.0 for change in tracker.records[-1].relative_change.values())
+
+
+def test_executor_that_returns_a_copy_is_refused(tok: PreTrainedTokenizerBase, make: MakeHparams) -> None:
+    model, hparams = tiny_model("llama"), make(projection_stage="update")
+    before = edited_weights(model, hparams)
+    with pytest.raises(ValueError, match="in place"):
+        sphere.apply_sphere_to_model(model, tok, REQUESTS, hparams,
+                                     executor=lambda m, *_, **__: (copy.deepcopy(m), {}))
+    assert all(torch.equal(before[layer], weight) for layer, weight in edited_weights(model, hparams).items())
+    assert sphere.EditSession.of(model).num_edits == 0
+
+
+def test_executor_that_reaches_further_is_undone_and_refused(tok: PreTrainedTokenizerBase, make: MakeHparams) -> None:
+    def further(model: nn.Module, *_: Any, **__: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+        name = "model.layers.0.mlp.down_proj.weight"
+        original = {name: model.get_parameter(name).detach().clone()}
+        with torch.no_grad():
+            model.get_parameter(name).add_(1.0)
+        return model, original
+
+    model = tiny_model("llama")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match="layers.0"):
+        sphere.apply_sphere_to_model(model, tok, REQUESTS, make(projection_stage="update"), executor=further)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_values_set_after_construction_are_checked(tok: PreTrainedTokenizerBase, make: MakeHparams) -> None:
+    model, hparams = tiny_model("llama"), make()
+    hparams.alpha = -0.5
+    before = edited_weights(model, hparams)
+    with pytest.raises(ValueError, match="alpha"):
+        sphere.apply_sphere_to_model(model, tok, REQUESTS, hparams)
+    assert all(torch.equal(before[layer], weight) for layer, weight in edited_weights(model, hparams).items())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -12,6 +15,14 @@ _NEW_TOKENS = 9
 _TOP_K = 5
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers by ``seed`` inside the context; the global state, on every device, as before it afterwards."""
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+        torch.manual_seed(seed)
+        yield
+
+
 @torch.no_grad()
 def generate_contexts(editable: EditableModel, tok: PreTrainedTokenizerBase, seed: int) -> list[str]:
     """One continuation of each opening, sampled from the five likeliest tokens, as a template ``"... . {}"``.
@@ -20,8 +31,7 @@ def generate_contexts(editable: EditableModel, tok: PreTrainedTokenizerBase, see
     """
     device = editable.input_device
     templates = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed):
         for opening in _OPENINGS:
             encoded = tok(opening, return_tensors="pt").to(device)
             out = editable.model.generate(  # type: ignore[operator]

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel
+from .contexts import seeded
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,11 @@ _HUB_NAMES = {
 _REMEDY = "set mom2_dataset to a local .txt or .jsonl file, or to 'generated' for text by the model itself"
 
 
-def corpus_name(dataset: str) -> str:
-    """Name of a text source in statistics files: a file's stem, else the name itself."""
+def corpus_name(hparams: SPHEREHyperParams) -> str:
+    """Name of a text source in statistics files: a file's stem, else the name; generated text is told by its seed."""
+    dataset = hparams.mom2_dataset
+    if dataset == GENERATED:
+        return f"{GENERATED}-seed{hparams.seed}-t{min(hparams.mom2_max_length, _GENERATED_LENGTH)}"
     path = Path(dataset)
     return path.stem if path.suffix in {".txt", ".jsonl"} else dataset.replace("/", "_")
 
@@ -129,9 +133,7 @@ def _generate(editable: EditableModel, tok: PreTrainedTokenizerBase, samples: in
     device = editable.input_device
     logger.info("the model writes %d texts of %d tokens for its statistics", samples, length)
     sequences: list[list[int]] = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), \
-            tqdm(total=samples, desc="generating text", unit="text", leave=False) as bar:
-        torch.manual_seed(seed)
+    with seeded(seed), tqdm(total=samples, desc="generating text", unit="text", leave=False) as bar:
         while len(sequences) < samples:
             count = min(_GENERATED_AT_ONCE, samples - len(sequences))
             prompt = torch.full((count, 1), start, device=device)

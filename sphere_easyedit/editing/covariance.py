@@ -37,7 +37,7 @@ def moment_path(editable: EditableModel, hparams: SPHEREHyperParams, layer: int)
     model_name = str(editable.config._name_or_path).rstrip("/").rsplit("/", maxsplit=1)[-1] or "model"
     module = editable.names.rewrite_module_tmp.format(layer)
     name = f"{module}_{hparams.mom2_dtype}_mom2_{hparams.mom2_n_samples}.npz"
-    return Path(hparams.stats_dir) / model_name / f"{corpus_name(hparams.mom2_dataset)}_stats" / name
+    return Path(hparams.stats_dir) / model_name / f"{corpus_name(hparams)}_stats" / name
 
 
 def load_moment(path: Path, d_in: int) -> Tensor:
@@ -89,11 +89,12 @@ def _collect(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPH
              paths: dict[int, Path]) -> None:
     limit = min(hparams.mom2_max_length, max_positions(editable.config) or hparams.mom2_max_length)
     with frozen(editable.model):
+        logger.info("second moments of layers %s are missing: collecting them from up to %d texts of %s, at most %.1e "
+                    "operations", sorted(paths), hparams.mom2_n_samples, hparams.mom2_dataset,
+                    2.0 * hparams.mom2_n_samples * limit * _parameters_below(editable, max(paths)))
         sequences = token_sequences(editable, tok, hparams, limit)
         tokens = sum(len(sequence) for sequence in sequences)
-        logger.info("second moments of layers %s: %d texts, %d tokens, about %.1e operations; kept in %s",
-                    sorted(paths), len(sequences), tokens, 2.0 * tokens * _parameters_below(editable, max(paths)),
-                    next(iter(paths.values())).parent)
+        logger.info("%d texts, %d tokens; kept in %s", len(sequences), tokens, next(iter(paths.values())).parent)
         thin = [layer for layer in paths if tokens < 2 * editable.d_in(layer)]
         if thin:
             logger.warning("%d tokens are few for keys of width %d: take more text (mom2_n_samples)", tokens,

@@ -1,4 +1,4 @@
-"""MEMIT and AlphaEdit natively: from requests to weight changes, in EasyEdit's executor protocol."""
+"""MEMIT and AlphaEdit natively: from requests to the weight changes of a batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .target_values import TargetValues, optimise_target_values
 logger = logging.getLogger(__name__)
 
 Update = LowRankUpdate | Tensor  # a weight change in factors, or dense (d_out, d_in)
-Shaping = Callable[[int, Update], Update]
+ShapeUpdate = Callable[[int, Update], Update]
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,16 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
         given = hparams.context_templates
         with frozen(editable.model):
             session.contexts = generate_contexts(editable, tok, hparams.seed) if given is None else list(given)
+    if any(history.keys.device != editable.weight(layer).device for layer, history in session.history.items()):
+        logger.info("the model moved to another device: the session follows")
+        session.metrics, session.spaces = {}, {}
+        session.history = {layer: KeyHistory(history.keys, None) for layer, history in session.history.items()}
     if set(session.metrics) != set(editable.layers):
-        session.metrics = _key_metrics(editable, tok, hparams)
+        with restored_after(editable):
+            # The statistics are filed as the unedited model's, so it is the unedited model they must come from.
+            for layer, weight in session.original.items():
+                editable.set_weight(layer, weight)
+            session.metrics = _key_metrics(editable, tok, hparams)
     for layer in editable.layers:
         history = session.history.get(layer)
         metric = session.metrics[layer]
@@ -153,7 +161,7 @@ def add_update(editable: EditableModel, layer: int, update: Update) -> None:
 
 
 def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams,
-                session: EditSession, shape_in_loop: Shaping | None = None,
+                session: EditSession, shape_in_loop: ShapeUpdate | None = None,
                 progress: Callable[[int], None] | None = None) -> BatchSolution:
     """Solve one batch by the base method's closed form, layer after layer.
 

@@ -156,8 +156,10 @@ def _select_new(value: Any, rows: Tensor, size: int, cut: dict[int, Any]) -> Any
         return PrefixCache({layer: (keys[rows.to(keys.device)], values[rows.to(values.device)])
                             for layer, (keys, values) in value.key_values.items()})
     if isinstance(value, Tensor):
-        # Vectors are per token (cache positions); tensors shared by all rows have a first dimension of 1.
-        per_row = value.dim() >= 2 and value.shape[0] == size
+        # Vectors are per token (cache positions), and so may matrices of floats be (rotary tables); tensors that all
+        # rows share have a first dimension of 1.
+        least = 3 if value.is_floating_point() else 2
+        per_row = value.dim() >= least and value.shape[0] == size
         return value[rows.to(value.device)] if per_row else value
     if isinstance(value, tuple):
         return tuple(_select(item, rows, size, cut) for item in value)

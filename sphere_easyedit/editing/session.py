@@ -30,6 +30,8 @@ _FORMAT = "sphere-easyedit session 1"
 class EditSession:
     """What sequential editing of one model carries from batch to batch.
 
+    It notices changes from outside in the weights of the edited layers, not in the rest of the model.
+
     Attributes:
         num_edits, num_batches: edited so far.
         contexts: context templates, each with one ``{}``; None until made.
@@ -58,8 +60,8 @@ class EditSession:
         self._base: dict[int, Fingerprint] = {}  # of the original ones
 
     def __reduce__(self) -> Any:
-        # A copied or pickled model takes no session along: its history belongs to the model it was made on.
-        return (type(None), ())
+        # A copied or pickled model starts with an empty session: the history belongs to the model it was made on.
+        return (EditSession, ())
 
     @classmethod
     def of(cls, model: nn.Module) -> EditSession:
@@ -80,8 +82,8 @@ class EditSession:
             raise ValueError("this EditSession belongs to another model object: give every model a session of its own")
         key = hparams.session_key()
         if self._key is not None and self._key != key:
-            logger.info("hyperparameters that shape the session changed after %d edits: starting afresh",
-                        self.num_edits)
+            logger.warning("hyperparameters that shape the session changed after %d edits: starting afresh",
+                           self.num_edits)
             self._clear()
         elif self._fingerprints and (changed := self._changed_layers(editable)):
             logger.warning("weights of layers %s were restored or changed from outside after %d edits: starting afresh",

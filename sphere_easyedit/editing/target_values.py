@@ -278,7 +278,7 @@ class _MicroBatch:
         rows, columns, tokens, owners, weights = rewriting.predictions
         # One call of the head for both: on few rows it costs what reading its weight costs.
         states = torch.cat([hidden[rows, columns].to(final.device), final])
-        log_probs, after = F.log_softmax(editable.logits(states), dim=-1).split([len(rows), len(final)])
+        log_probs, after = F.log_softmax(editable.logits(states), dim=-1).tensor_split([len(rows)])
         device = log_probs.device
         chosen = log_probs.gather(1, tokens.to(device).unsqueeze(1))[:, 0]
         loss = torch.zeros(len(delta), device=device).index_add(0, owners.to(device), -chosen * weights.to(device))

@@ -9,7 +9,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..editing.session import EditSession
 from ..files import replacing
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel
-from ..wrapper import apply_sphere_to_model
+from ..wrapper import apply_sphere_to_model, prepare
 from .datasets import EditRecord
 from .metrics import CaseScores, evaluate_records, generate_continuations, summarise
 
@@ -81,12 +81,12 @@ def run_sequential(
         records: in the order of editing.
         hparams: method and settings.
         settings: where to write and how large a batch is.
-        callbacks: told of every batch, after the energy tracker.
+        callbacks: told of every batch, before it is written down: a batch that one of them undoes leaves no line.
         progress: called with a phase ("before", "editing", "after"), and how much of it is done.
 
     Raises:
         ValueError: the directory holds files, there is nothing to edit, or a batch fails; all batches before it are
-            then in the run directory.
+            then in the run directory, and a checkpoint of them.
     """
     if settings.batch_size < 1:
         raise ValueError(f"batch_size is {settings.batch_size}; give at least 1")
@@ -95,8 +95,16 @@ def run_sequential(
     if settings.output.exists() and any(settings.output.iterdir()):
         raise ValueError(f"{settings.output} is not empty: give a new directory for the run")
     editable = hparams.editable(model)
+    session = EditSession.of(model)
+    if session.num_edits:
+        raise ValueError(f"the model holds {session.num_edits} edits already: start a run from a model just loaded")
+    # All that can be refused is refused, and what takes long is collected, before anything is measured or changed.
+    started = time.perf_counter()
+    prepare(editable, tok, [record.request() for record in records], hparams, session)
+    preparation_seconds = time.perf_counter() - started
     settings.output.mkdir(parents=True, exist_ok=True)
-    _write_text(settings.output / "config.yaml", yaml.safe_dump(_config(hparams, settings, records), sort_keys=False))
+    config = _config(model, hparams, settings, records)
+    _write_text(settings.output / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     report = progress or (lambda what, done, total: None)
     examples = list(records[: settings.examples])
 
@@ -106,22 +114,14 @@ def run_sequential(
     evaluation_seconds = time.perf_counter() - started
 
     tracker = HETracker(settings.output / "energy.csv")
-    log = _BatchLog(settings.output / "edits.jsonl")
-    session = EditSession.of(model)
-    editing_seconds = 0.0
-    for first in range(0, len(records), settings.batch_size):
-        batch = records[first: first + settings.batch_size]
-        started = time.perf_counter()
-        counter = itertools.count(first)  # callers are told of edits in the whole run, the optimiser tells of its own
-
-        def advance(count: int, counter: Iterator[int] = counter) -> None:
-            for _ in range(count):
-                report("editing", next(counter) + 1, len(records))
-
-        apply_sphere_to_model(model, tok, [record.request() for record in batch], hparams, session=session,
-                              callbacks=[tracker, log, *callbacks], progress=advance)
-        editing_seconds += time.perf_counter() - started
-    _save_checkpoint(editable, session, settings.output / "checkpoints")
+    log = _BatchLog(settings.output / "edits.jsonl", tracker)
+    started = time.perf_counter()
+    try:
+        _edit_all(model, tok, records, hparams, settings, [*callbacks, tracker, log], report)
+    finally:
+        if session.num_edits:
+            _save_checkpoint(editable, session, settings.output / "checkpoints")
+    editing_seconds = time.perf_counter() - started
 
     started = time.perf_counter()
     post = _evaluate(model, tok, records, settings, "after", len(records), report)
@@ -136,23 +136,39 @@ def run_sequential(
         "num_edits": len(records),
         "pre": summarise(pre),
         "post": summarise(post),
+        "preparation_seconds": preparation_seconds,
         "editing_seconds": editing_seconds,
         "evaluation_seconds": evaluation_seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(model),
     }
     _write_text(settings.output / "summary.json", json.dumps(summary, indent=1))
     return RunResult(summary, tracker, generations)
 
 
+def _edit_all(model: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord],
+              hparams: SPHEREHyperParams, settings: RunSettings, callbacks: Sequence[EditCallback], report: Progress
+              ) -> None:
+    done = itertools.count(1)
+
+    def advance(count: int) -> None:
+        for _ in range(count):
+            report("editing", next(done), len(records))
+
+    for first in range(0, len(records), settings.batch_size):
+        requests = [record.request() for record in records[first: first + settings.batch_size]]
+        apply_sphere_to_model(model, tok, requests, hparams, callbacks=callbacks, progress=advance)
+
+
 class _BatchLog(EditCallback):
     """Writes ``edits.jsonl``: a line a batch."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, tracker: HETracker) -> None:
+        self._path, self._tracker = path, tracker
 
     def on_batch_end(self, event: EditEvent) -> None:
         line = {"num_edits": event.num_edits, "case_ids": list(event.case_ids), "seconds": dict(event.seconds),
-                "losses": list(event.losses), "update_norms": {str(k): v for k, v in event.update_norms.items()}}
+                "losses": list(event.losses), "update_norms": dict(event.update_norms),
+                "energy": self._tracker.records[-1].energy}
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
@@ -194,7 +210,8 @@ def _save_checkpoint(editable: EditableModel, session: EditSession, folder: Path
     session.save(folder / f"session-{session.num_edits}.safetensors")
 
 
-def _config(hparams: SPHEREHyperParams, settings: RunSettings, records: Sequence[EditRecord]) -> dict[str, Any]:
+def _config(model: nn.Module, hparams: SPHEREHyperParams, settings: RunSettings, records: Sequence[EditRecord]
+            ) -> dict[str, Any]:
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -206,15 +223,19 @@ def _config(hparams: SPHEREHyperParams, settings: RunSettings, records: Sequence
                 "protocol": PROTOCOL},
         "hparams": hparams.to_dict(),
         "versions": versions,
+        "model": {"devices": sorted({str(parameter.device) for parameter in model.parameters()}),
+                  "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
+                  "context_templates": EditSession.of(model).contexts},
         "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(),
                     "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
     }
 
 
-def peak_memory_bytes() -> int:
-    """Peak memory of this process: allocated on the GPU where there is one, else resident on the host."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+def peak_memory_bytes(model: nn.Module) -> int:
+    """Peak memory of this process: allocated on the GPUs that hold the model, else resident on the host."""
+    gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    if gpus:
+        return sum(int(torch.cuda.max_memory_allocated(gpu)) for gpu in gpus)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 
