@@ -1,8 +1,8 @@
 """Time of a target value: our batched optimiser against a plain loop, in one run, with the same result.
 
 The plain loop is written here, from the same mathematics: one edit at a time, the whole model on all tokens in every
-step, logits everywhere. Both do the same edits in float32 with the same threads, taking turns: in each turn ours does
-the whole batch and the plain loop its share of it.
+step, logits everywhere. Both run in float32 with the same threads, taking turns: in each turn ours does the whole batch
+and the plain loop some of its edits, which over all turns are spread evenly over the batch sorted by length.
 
     python benchmarks/target_values.py --data ../shared/data/counterfact.json
 """
@@ -82,8 +82,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hparams", default="MEMIT/smollm2-135m")
     parser.add_argument("--data", type=Path, required=True, help="CounterFact file")
-    parser.add_argument("--batch", type=int, default=20, help="edits")
-    parser.add_argument("--turns", type=int, default=5, help="turns in which the plain loop gets through the batch")
+    parser.add_argument("--batch", type=int, default=50, help="edits that ours optimises at once")
+    parser.add_argument("--plain-edits", type=int, default=12, help="of them, edits that the plain loop does")
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a hyperparameter")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
@@ -94,13 +95,14 @@ def main() -> None:
     model, tok = load_model(hparams.model_name, "cpu", "float32")
     editable = EditableModel(model, hparams.module_names(model.config), hparams.layers)
     records = load_records("counterfact", args.data, args.batch, seed=0)
-    shares = [list(range(args.batch))[turn :: args.turns] for turn in range(args.turns)]
     ours_seconds, plain_seconds, errors = [], [], []  # seconds of each turn
     with frozen(model):
         contexts = generate_contexts(editable, tok, hparams.seed)
         requests = [tokenize_request(tok, request, contexts, None)
                     for request in parse_requests([record.request() for record in records])]
-        for share in shares:
+        by_length = sorted(range(args.batch), key=lambda i: len(requests[i].plain.ids) + len(requests[i].target_ids))
+        spread = [by_length[int((k + 0.5) * args.batch / args.plain_edits)] for k in range(args.plain_edits)]
+        for share in (spread[turn :: args.turns] for turn in range(args.turns)):
             started = time.perf_counter()
             ours = optimise_target_values(editable, requests, hparams)
             ours_seconds.append(time.perf_counter() - started)
@@ -118,9 +120,10 @@ def main() -> None:
         "contexts": 1 + len(contexts), "steps": hparams.v_num_grad_steps,
         "mean_steps_taken": statistics.mean(ours.steps),
         "ours_seconds_an_edit": [statistics.median(ours_per_edit), min(ours_per_edit), max(ours_per_edit)],
-        "plain_seconds_an_edit": sum(plain_seconds) / args.batch,
-        "ratio": sum(plain_seconds) / statistics.median(ours_seconds),
-        "ratio_range": [sum(plain_seconds) / max(ours_seconds), sum(plain_seconds) / min(ours_seconds)],
+        "plain_edits": args.plain_edits,
+        "plain_seconds_an_edit": sum(plain_seconds) / args.plain_edits,
+        "ratio": sum(plain_seconds) / args.plain_edits / statistics.median(ours_per_edit),
+        "ratio_range": [sum(plain_seconds) / args.plain_edits / extreme(ours_per_edit) for extreme in (max, min)],
         "z_error": {"median": statistics.median(errors), "max": max(errors)},
     }
     print(json.dumps(figures, indent=1))

@@ -31,7 +31,7 @@ from .requests import TokenizedPrompt, TokenizedRequest
 logger = logging.getLogger(__name__)
 
 _LOSS_REACHED = 0.05  # EasyEdit's: below it an edit is done
-_TOKENS_PER_STEP = 160  # reading the weights in a step costs about as much as so many tokens
+_TOKENS_PER_STEP = 80  # reading the weights in a step costs about as much as so many tokens
 _REPACK_SHARE = 0.75  # rows are packed anew once at most this share of them is still being optimised
 
 
