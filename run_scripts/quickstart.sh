@@ -8,4 +8,4 @@ setup_venv demo
 
 output="runs/quickstart-$(date +%Y%m%d-%H%M%S)-$$"
 .venv/bin/sphere-easyedit edit --hparams AlphaEdit/smollm2-135m --dataset demo --num-edits 60 --batch-size 20 \
-  --seed 0 --examples 3 --verbose --output "$output" "$@"
+  --seed 0 --examples 3 --output "$output" "$@"
