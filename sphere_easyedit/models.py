@@ -102,6 +102,13 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return None if limit is None else int(limit)
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Device that a model's token ids go to: where its embeddings are."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    device: torch.device = embeddings.weight.device
+    return device
+
+
 class EditableModel:
     """A decoder with its parts at hand and its edited weights in one orientation.
 
@@ -202,9 +209,7 @@ class EditableModel:
     @property
     def input_device(self) -> torch.device:
         """Device that token ids go to."""
-        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
-        device: torch.device = embeddings.weight.device
-        return device
+        return input_device(self.model)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``(n, vocabulary)`` in float32 of last-block outputs ``hidden`` ``(n, hidden_size)``."""

@@ -24,14 +24,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, get_args
+from typing import Literal, TypedDict, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..models import frozen, logits_at, max_positions
+from ..models import frozen, input_device, logits_at, max_positions
 from ..tokenization import continuation_ids_batch
 from .datasets import EditRecord
 
@@ -208,7 +208,7 @@ def _score_rows(
     model: nn.Module, rows: list[_Row], token_budget: int, progress: Progress | None
 ) -> list[list[bool]]:
     """For each row, whether each of its target tokens is the argmax."""
-    device = _input_device(model)
+    device = input_device(model)
     hits: list[list[bool]] = [[] for _ in rows]
     done = 0
     with frozen(model):
@@ -266,12 +266,6 @@ def _score_batch(model: nn.Module, rows: list[_Row], device: torch.device) -> li
         found.append(equal[start : start + len(row.target)])
         start += len(row.target)
     return found
-
-
-def _input_device(model: nn.Module) -> torch.device:
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    device: torch.device = embeddings.weight.device
-    return device
 
 
 def summarise(
@@ -345,7 +339,7 @@ def generate_continuations(
                 f"{max_new_tokens} it passes the model's context of {context}; shorten it or ask for fewer"
             )
         by_length.setdefault(len(ids), []).append(index)
-    device = _input_device(model)
+    device = input_device(model)
     ends = _end_ids(model, tok)
     texts = [""] * len(prompts)
     with frozen(model), torch.no_grad():
