@@ -1,6 +1,7 @@
 """SPHERE for EasyEdit: sequential model editing on hyperspheres (arXiv 2510.01172)."""
 
 from .callbacks import EditCallback, EditEvent, HETracker
+from .easyedit import register, track, unregister
 from .editing.session import EditSession
 from .hparams import SPHEREHyperParams
 from .hyperspherical import hyperspherical_energy
@@ -18,4 +19,7 @@ __all__ = [
     "SPHEREHyperParams",
     "apply_sphere_to_model",
     "hyperspherical_energy",
+    "register",
+    "track",
+    "unregister",
 ]

@@ -20,9 +20,12 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .hparams_files import find_hparams, read_mapping
+from .loading import resolve_device
 from .models import EditableModel, ModuleNames, module_names
 
 NATIVE_ALGS = ("AlphaEdit", "MEMIT", "RECT", "PRUNE")
+# Methods that EasyEdit lacks and the plugin gives it under their own names, without SPHERE on top.
+PLAIN_ALGS = ("PRUNE", "RECT")
 
 # What EasyEdit's own SPHERE files call gamma and alpha.
 _ALIASES = MappingProxyType({"cumulative_ratio": "gamma", "suppression_strength": "alpha"})
@@ -44,11 +47,11 @@ _SMALLEST = MappingProxyType({
     "v_num_grad_steps": 1, "v_loss_layer": 0, "mom2_n_samples": 1, "mom2_max_length": 2, "max_length": 1,
     "batch_size": 1, "token_budget": 1, "seed": 0,
 })
-_FLAGS = ("mom2_adjustment", "model_parallel", "keep_previous_keys")
+_FLAGS = ("mom2_adjustment", "model_parallel", "keep_previous_keys", "batched_target_values")
 _STRINGS = ("alg_name", "model_name", "base_alg", "layer_selection", "fact_token", "mom2_dataset",
-            "mom2_dtype", "stats_dir", "P_loc", *_MODULE_FIELDS)
+            "mom2_dtype", "stats_dir", "P_loc", "target_values_dir", *_MODULE_FIELDS)
 _CHOICES = MappingProxyType({
-    "alg_name": ("SPHERE",), "executor": ("native", "easyedit"), "projection_stage": ("layer", "update"),
+    "alg_name": ("SPHERE", *PLAIN_ALGS), "executor": ("native", "easyedit"), "projection_stage": ("layer", "update"),
     "principal_space": ("current", "pretrained"), "layer_selection": ("all", "random"),
     "fact_token": ("subject_last", "last", "subject_first", "subject_first_after_last"),
     "mom2_dtype": ("float32", "float64", "float16"),
@@ -60,13 +63,14 @@ _OPTIMISER = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "cla
 # spaces know their gamma.)
 _NOT_CARRIED = frozenset({
     "alg_name", "model_name", "device", "batch_size", "max_length", "token_budget", "model_parallel", "stats_dir",
-    "gamma", "alpha", "projection_stage", "principal_space", "rect_keep", "prune_log_base", *_OPTIMISER,
+    "batched_target_values", "target_values_dir", "gamma", "alpha", "projection_stage", "principal_space", "rect_keep",
+    "prune_log_base", *_OPTIMISER,
 })
 
 # Fields that no EasyEdit method asks for, so a key close to one of them is a slip and not the method's own.
 _OURS = ("base_alg", "gamma", "alpha", "projection_stage", "principal_space", "executor", "executor_hparams",
-         "context_templates", "rect_keep", "prune_log_base", "keep_previous_keys", "nullspace_share",
-         "mom2_max_length", "token_budget", *_ALIASES)
+         "batched_target_values", "target_values_dir", "context_templates", "rect_keep", "prune_log_base",
+         "keep_previous_keys", "nullspace_share", "mom2_max_length", "token_budget", *_ALIASES)
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
@@ -138,17 +142,17 @@ class SPHEREHyperParams:
 
     model_name: str  # hub name or folder; `smollm2-135m` is ours
     layers: list[int]  # numbers of the edited blocks, ascending
-    alg_name: str = "SPHERE"
+    alg_name: str = "SPHERE"  # or RECT, PRUNE: that method by itself, alpha 0
     device: int | str | None = None  # None: the GPU where there is one, else the CPU
     max_length: int = 40
     batch_size: int = 1
     model_parallel: bool = False
 
     # The base method and SPHERE on top of it.
-    base_alg: str = "AlphaEdit"
+    base_alg: str = _NOT_GIVEN  # default AlphaEdit
     executor: str = _NOT_GIVEN  # native | easyedit (wraps EasyEdit's own executor); default native
     gamma: float = 0.5  # share of the spectrum that the principal space holds; also read as cumulative_ratio
-    alpha: float = _NOT_GIVEN  # share of it taken out of an update; also read as suppression_strength
+    alpha: float = _NOT_GIVEN  # share of it taken out of an update, 0 for none; also read as suppression_strength
     projection_stage: str = _NOT_GIVEN  # layer | update; default layer for AlphaEdit, update for all others
     principal_space: str = _NOT_GIVEN  # current | pretrained; default current, for PRUNE pretrained
 
@@ -163,6 +167,10 @@ class SPHEREHyperParams:
     kl_factor: float = _NOT_GIVEN
     context_templates: list[str] | None = None  # without the plain "{}"; None: to be generated
     token_budget: int = 4096  # tokens optimised at once
+    # With executor easyedit, for MEMIT and AlphaEdit: target values by our optimiser, many at a time, handed over in
+    # EasyEdit's cache files. None: where SPHERE is on; with alpha 0 EasyEdit's method is left to the bit as it is.
+    batched_target_values: bool | None = None
+    target_values_dir: str | None = None  # keeps those files; None: a temporary folder
     seed: int = 0  # of context templates and generated text
 
     # Solving.
@@ -301,6 +309,11 @@ class SPHEREHyperParams:
         return editable
 
     @property
+    def projects(self) -> bool:
+        """Whether anything is taken out of an update."""
+        return self.alpha > 0.0 and self.gamma > 0.0
+
+    @property
     def cumulative_ratio(self) -> float:
         """``gamma`` under EasyEdit's name."""
         return self.gamma
@@ -355,6 +368,10 @@ class SPHEREHyperParams:
         usable = device is None or (isinstance(device, (int, str)) and not isinstance(device, bool))
         if not usable or device == "":
             raise ValueError(f"device is {device!r}: give the number of a GPU, a name (cpu, cuda:0), or null")
+        if isinstance(device, str) and device.isdigit():
+            self.device = device = int(device)
+        if isinstance(device, int) and resolve_device(device).type == "cpu":
+            self.device = "cpu"  # EasyEdit would ask for a GPU that is not there
         if not isinstance(self.layers, (list, tuple)) or not self.layers:
             raise ValueError(f"layers must be a list of layer numbers such as [4, 5, 6], not {self.layers!r}")
         self.layers = [_integer("layers", layer) for layer in self.layers]
@@ -374,6 +391,13 @@ class SPHEREHyperParams:
 
     def _resolve_method(self) -> None:
         """Fill what depends on the base method, and refuse what does not go together."""
+        if self.alg_name in PLAIN_ALGS:
+            if self.base_alg not in (None, self.alg_name) or self.alpha:
+                raise ValueError(f"alg_name is {self.alg_name}, which is that method by itself, but base_alg is "
+                                 f"{self.base_alg!r} and alpha {self.alpha!r}: say `alg_name: SPHERE` with "
+                                 f"`base_alg: {self.alg_name}`")
+            self.base_alg, self.alpha = self.alg_name, 0.0
+        self.base_alg = self.base_alg or "AlphaEdit"
         if self.executor != "easyedit" and self.base_alg not in NATIVE_ALGS:
             near = _nearest(self.base_alg, NATIVE_ALGS)
             hint = f" Did you mean {near!r}?" if near else ""

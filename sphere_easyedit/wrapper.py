@@ -23,6 +23,7 @@ from .editing.solvers import KeyHistory, LowRankUpdate
 from .hparams import SPHEREHyperParams
 from .models import EditableModel
 from .projection import PrincipalSpace
+from .wrapped import WrappedExecutor
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ def apply_sphere_to_model(
         session: state carried from batch to batch; None for the one that lives on the model object.
         callbacks: told before and after the batch.
         executor: a function of EasyEdit's protocol whose weight change is taken in place of the native solve. It gets
-            the requests and ``hparams`` as they are, and ``kwargs``.
+            the requests and ``hparams`` as they are, and ``kwargs``. With ``executor: easyedit`` in the hyperparameters
+            it is EasyEdit's own for ``base_alg``, if not given.
         progress: called with the number of edits whose target values are finished (native only).
         kwargs: handed to ``executor``; EasyEdit's ``keep_original_weight`` and the like mean nothing to native solves.
 
@@ -65,12 +67,17 @@ def apply_sphere_to_model(
     Raises:
         ValueError: a request, hyperparameter, statistics file or result is unusable. Whatever is raised, the model and
             the session are as before the call.
+        ImportError: ``executor: easyedit``, and EasyEdit can't be imported.
     """
     if copy:
         model = copying.deepcopy(model)
-    _check_executor(hparams, executor)
     editable = hparams.editable(model)
     session = EditSession.of(model) if session is None else session
+    if executor is None and hparams.executor == "easyedit":
+        executor = _easyedits_executor(hparams, session)
+    if executor is not None and hparams.projection_stage == "layer":
+        raise ValueError("projection_stage 'layer' projects within the native solve and can't reach into an executor: "
+                         "set projection_stage to 'update'")
     hparams_as_given = hparams
     hparams = SPHEREHyperParams.from_dict(hparams.to_dict())  # checked again: attributes may have been set since
     with session.unchanged_on_error():
@@ -113,25 +120,27 @@ def apply_sphere_to_model(
 
 def prepare(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Sequence[Mapping[str, Any]],
             hparams: SPHEREHyperParams, session: EditSession) -> list[TokenizedRequest]:
-    """Check and tokenise requests for native editing, and give the session what it needs (statistics, templates).
+    """Check and tokenise requests, and give the session what native editing needs (statistics, templates).
+
+    Returns:
+        The tokenised requests; none with ``executor: easyedit``, whose executor does that itself.
 
     Raises:
-        ValueError: what ``apply_sphere_to_model`` would refuse before it changes anything.
+        ValueError, ImportError: what ``apply_sphere_to_model`` would refuse before it changes anything.
     """
-    _check_executor(hparams, None)
     session.bind(editable, hparams)
     parsed = parse_requests(requests, first_id=session.num_edits)
+    if hparams.executor == "easyedit":
+        _easyedits_executor(hparams, session).check(hparams, editable)
+        return []
     prepare_session(editable, tok, hparams, session)
     return tokenize_batch(editable, tok, parsed, session)
 
 
-def _check_executor(hparams: SPHEREHyperParams, executor: Executor | None) -> None:
-    if hparams.executor == "easyedit" and executor is None:
-        raise ValueError(f"base_alg {hparams.base_alg!r} with executor 'easyedit' runs EasyEdit's own function: hand "
-                         "it over as executor=, or choose a native base_alg")
-    if executor is not None and hparams.projection_stage == "layer":
-        raise ValueError("projection_stage 'layer' projects within the native solve and can't reach into an executor: "
-                         "set projection_stage to 'update'")
+def _easyedits_executor(hparams: SPHEREHyperParams, session: EditSession) -> WrappedExecutor:
+    from .easyedit import wrapped_executor  # which imports this file, to register it
+
+    return wrapped_executor(hparams.base_alg, session)
 
 
 @contextmanager
@@ -218,7 +227,7 @@ class Shaping:
     def __init__(self, editable: EditableModel, hparams: SPHEREHyperParams, session: EditSession) -> None:
         self._editable, self._hparams, self._session = editable, hparams, session
         self._prunes = hparams.base_alg == "PRUNE"
-        self._projects = hparams.alpha > 0.0 and hparams.gamma > 0.0
+        self._projects = hparams.projects
         self.unrestrained: dict[int, Tensor] = {}
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -410,10 +411,15 @@ def test_prune_around_an_executor_is_done_or_refused(tok: PreTrainedTokenizerBas
         assert relative_error(after[layer] - before[layer], suppressed(before[layer], shaped, hparams)) < 1e-5
 
 
-def test_easyedits_executor_needs_a_function(tok: PreTrainedTokenizerBase, make: MakeHparams) -> None:
+def test_easyedits_executor_needs_easyedit(tok: PreTrainedTokenizerBase, make: MakeHparams, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "easyeditor"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "easyeditor.py").write_text("raise ImportError('no torchvision')")
+    monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path))
     model = tiny_model("llama")
     before = state_of(model)
-    with pytest.raises(ValueError, match=r"'FT' with executor 'easyedit'.*executor="):
+    with pytest.raises(ImportError, match=r"EASYEDIT_HOME=.*no torchvision.*checkout of its main"):
         edit(model, tok, make("FT", executor="easyedit"))
     assert equal(state_of(model), before)
 

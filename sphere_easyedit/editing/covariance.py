@@ -32,12 +32,16 @@ _EASYEDIT_CLASS = "easyeditor.util.runningstats.SecondMoment()"
 _TOKENS_AT_ONCE = 8192
 
 
+def model_folder(editable: EditableModel) -> str:
+    """The model's name in paths of statistics: the last component of its own path."""
+    return str(editable.config._name_or_path).rstrip("/").rsplit("/", maxsplit=1)[-1] or "model"
+
+
 def moment_path(editable: EditableModel, hparams: SPHEREHyperParams, layer: int) -> Path:
     """Where the second moment of a layer's keys is kept, as EasyEdit names it."""
-    model_name = str(editable.config._name_or_path).rstrip("/").rsplit("/", maxsplit=1)[-1] or "model"
     module = editable.names.rewrite_module_tmp.format(layer)
     name = f"{module}_{hparams.mom2_dtype}_mom2_{hparams.mom2_n_samples}.npz"
-    return Path(hparams.stats_dir) / model_name / f"{corpus_name(hparams)}_stats" / name
+    return Path(hparams.stats_dir) / model_folder(editable) / f"{corpus_name(hparams)}_stats" / name
 
 
 def load_moment(path: Path, d_in: int) -> Tensor:
@@ -177,21 +181,12 @@ def null_space_basis(moment: Tensor, threshold: float | None = None, share: floa
 
 
 def load_null_space(path: Path, layers: Sequence[int], d_in: int) -> dict[int, Tensor]:
-    """Bases ``V`` ``(d_in, q)`` from EasyEdit's ``P_loc`` file: projections stacked as ``(layers, d_in, d_in)``.
+    """Bases ``V`` ``(d_in, q)`` of the projections in EasyEdit's ``P_loc`` file.
 
     Raises:
         ValueError: the file is no such tensor, or its matrices are no orthogonal projections.
     """
-    try:
-        stacked = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds; every one means an unusable or unsafe file
-        raise ValueError(f"P_loc {path} can't be read as a plain tensor: {error}") from error
-    if not isinstance(stacked, Tensor) or tuple(stacked.shape) != (len(layers), d_in, d_in):
-        found = tuple(stacked.shape) if isinstance(stacked, Tensor) else type(stacked).__name__
-        raise ValueError(f"P_loc {path} holds {found}; layers {list(layers)} with keys of width {d_in} need "
-                         f"{(len(layers), d_in, d_in)}")
-    if not stacked.is_floating_point() or not bool(torch.isfinite(stacked).all()):
-        raise ValueError(f"P_loc {path} holds {stacked.dtype} or non-finite entries: no projections")
+    stacked = load_projections(path, layers, d_in)
     bases = {}
     for layer, projection in zip(layers, stacked, strict=True):
         dtype = torch.float64 if d_in <= 4096 else torch.float32
@@ -203,3 +198,22 @@ def load_null_space(path: Path, layers: Sequence[int], d_in: int) -> dict[int, T
             raise ValueError(f"P_loc {path}, layer {layer}: the null space is empty")
         bases[layer] = vectors[:, inside].contiguous()
     return bases
+
+
+def load_projections(path: Path, layers: Sequence[int], d_in: int) -> Tensor:
+    """What EasyEdit's ``P_loc`` file holds: null-space projections stacked as ``(layers, d_in, d_in)``.
+
+    Raises:
+        ValueError: the file is no such tensor.
+    """
+    try:
+        stacked = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; every one means an unusable or unsafe file
+        raise ValueError(f"P_loc {path} can't be read as a plain tensor: {error}") from error
+    if not isinstance(stacked, Tensor) or tuple(stacked.shape) != (len(layers), d_in, d_in):
+        found = tuple(stacked.shape) if isinstance(stacked, Tensor) else type(stacked).__name__
+        raise ValueError(f"P_loc {path} holds {found}; layers {list(layers)} with keys of width {d_in} need "
+                         f"{(len(layers), d_in, d_in)}")
+    if not stacked.is_floating_point() or not bool(torch.isfinite(stacked).all()):
+        raise ValueError(f"P_loc {path} holds {stacked.dtype} or non-finite entries: no projections")
+    return stacked

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_sphere_session"
 _FORMAT = "sphere-easyedit session 1"
+_EXECUTOR = "executor"
+_DERIVED = ("contexts", "metrics", "spaces", "executor_caches")
 
 
 class EditSession:
@@ -40,6 +42,8 @@ class EditSession:
         history: earlier keys by layer.
         metrics: how keys are weighed, by layer; rebuilt when needed, not saved.
         spaces: principal spaces of the original weights, by layer; rebuilt when needed, not saved.
+        executor_caches: what a wrapped executor derived from the original model; rebuilt when needed, not saved.
+        executor_history: what a wrapped executor adds to with every batch (its tensors on the CPU).
     """
 
     def __init__(self) -> None:
@@ -56,6 +60,8 @@ class EditSession:
         self.history: dict[int, KeyHistory] = {}
         self.metrics: dict[int, KeyMetric | None] = {}
         self.spaces: dict[int, PrincipalSpace] = {}
+        self.executor_caches: dict[str, Any] = {}
+        self.executor_history: dict[str, Tensor] = {}
         self._fingerprints: dict[int, Fingerprint] = {}  # of the weights as the last batch left them
         self._base: dict[int, Fingerprint] = {}  # of the original ones
 
@@ -86,12 +92,15 @@ class EditSession:
                            self.num_edits)
             self._clear()
         elif self._fingerprints and (changed := self._changed_layers(editable)):
-            logger.warning("weights of layers %s were restored or changed from outside after %d edits: starting afresh",
-                           changed, self.num_edits)
-            # Restored to what they were, what was derived from them still holds.
-            kept = (self.contexts, self.metrics, self.spaces) if self._is_restored(editable) else (None, {}, {})
+            restored = self._is_restored(editable)
+            # EasyEdit restores after every edit that is not sequential; any other change is worth a warning.
+            logger.log(logging.INFO if restored else logging.WARNING,
+                       "weights of layers %s were %s from outside after %d edits: starting afresh", changed,
+                       "restored" if restored else "changed", self.num_edits)
+            # What was derived from the original weights still holds where they are back.
+            kept = dict(vars(self)) if restored else {}
             self._clear()
-            self.contexts, self.metrics, self.spaces = kept
+            vars(self).update({name: kept[name] for name in _DERIVED if name in kept})
         self._model, self._key = weakref.ref(editable.model), key
         if not self.original:
             self.original = {layer: editable.weight(layer).to("cpu", copy=True) for layer in editable.layers}
@@ -129,6 +138,7 @@ class EditSession:
         tensors = {f"original.{layer}": weight for layer, weight in self.original.items()}
         tensors |= {f"unrestrained.{layer}": weight for layer, weight in self.unrestrained.items()}
         tensors |= {f"keys.{layer}": history.keys for layer, history in self.history.items()}
+        tensors |= {f"{_EXECUTOR}.{name}": tensor for name, tensor in self.executor_history.items()}
         for kind, prints in (("edited", self._fingerprints), ("base", self._base)):
             for layer, fingerprint in prints.items():
                 tensors |= {f"{kind}.rows.{layer}": fingerprint.rows, f"{kind}.columns.{layer}": fingerprint.columns}
@@ -166,6 +176,8 @@ class EditSession:
             names = [name for name in tensors if name.startswith(f"{kind}.")]
             return {int(name.rsplit(".", 1)[1]): tensors[name] for name in names}
 
+        session.executor_history = {name.partition(".")[2]: tensor for name, tensor in tensors.items()
+                                    if name.startswith(f"{_EXECUTOR}.")}
         session.original, session.unrestrained = by_layer("original"), by_layer("unrestrained")
         session.history = {layer: KeyHistory(keys, None) for layer, keys in by_layer("keys").items()}
         for kind, target in (("edited", session._fingerprints), ("base", session._base)):

@@ -1,0 +1,315 @@
+"""SPHERE inside EasyEdit: found, registered with it, and watched while it edits.
+
+The only file that imports ``easyeditor``. It touches EasyEdit's ``ALG_DICT`` (in place),
+``BatchEditor.is_batchable_method``, and an editor's own ``apply_algo``, nothing else.
+"""
+
+from __future__ import annotations
+
+import copy as copying
+import dataclasses
+import difflib
+import importlib
+import inspect
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from .callbacks import EditCallback, EditEvent
+from .editing.session import EditSession
+from .hparams import PLAIN_ALGS, SPHEREHyperParams
+from .loading import load_model, model_source
+from .models import module_names, num_blocks
+from .wrapped import WrappedExecutor, hparams_class
+from .wrapper import apply_sphere_to_model
+
+logger = logging.getLogger(__name__)
+
+SPHERE = "SPHERE"
+HOME = "EASYEDIT_HOME"
+
+
+def load_easyedit() -> ModuleType:
+    """EasyEdit's package: the one already imported, else from ``EASYEDIT_HOME``, else as installed.
+
+    Raises:
+        ImportError: there is none, it does not import, or it is a release without ``sequential_edit``.
+    """
+    loaded = sys.modules.get("easyeditor")
+    if loaded is not None and hasattr(loaded, "ALG_DICT"):
+        return loaded
+    home = os.environ.get(HOME)
+    if home:
+        sys.path.insert(0, home)
+    try:
+        package = importlib.import_module("easyeditor")
+    except ImportError as error:
+        where = f"{HOME}={home}" if home else f"this Python, and {HOME} is not set"
+        raise ImportError(f"EasyEdit can't be imported from {where} ({error}). Set {HOME} to a checkout of its main "
+                          "branch, and install what its requirements.txt lists") from error
+    finally:
+        if home:
+            sys.path.remove(home)
+    if not has_sequential_edit(package):
+        raise ImportError(f"EasyEdit at {package.__file__} has no BaseEditor.edit(..., sequential_edit=): set {HOME} "
+                          "to a checkout of its main branch")
+    return package
+
+
+def has_sequential_edit(package: ModuleType) -> bool:
+    """Whether this EasyEdit edits sequentially, which its release on PyPI does not."""
+    return "sequential_edit" in inspect.signature(package.BaseEditor.edit).parameters
+
+
+class RegisteredExecutor:
+    """What ``ALG_DICT`` holds under our names; ``replaced`` is what it held there before."""
+
+    def __init__(self, replaced: Any = None) -> None:
+        self.replaced = replaced
+
+    def __call__(self, model: nn.Module, tok: PreTrainedTokenizerBase, requests: Sequence[Mapping[str, Any]],
+                 hparams: Any, copy: bool = False, return_orig_weights: bool = False, **kwargs: Any
+                 ) -> tuple[nn.Module, dict[str, Tensor]]:
+        """``apply_sphere_to_model``, for EasyEdit's own hyperparameter objects too."""
+        return apply_sphere_to_model(model, tok, requests, _sphere_hparams(hparams), copy, return_orig_weights,
+                                     **kwargs)
+
+
+def _sphere_hparams(hparams: Any) -> SPHEREHyperParams:
+    if isinstance(hparams, SPHEREHyperParams):
+        return hparams
+    if not dataclasses.is_dataclass(hparams) or isinstance(hparams, type):
+        raise ValueError(f"hyperparameters must be a SPHEREHyperParams, not {type(hparams).__name__}: read them with "
+                         "SPHEREHyperParams.from_hparams")
+    return SPHEREHyperParams.from_dict(dataclasses.asdict(hparams))
+
+
+def register() -> None:
+    """Make EasyEdit know SPHERE, PRUNE and RECT. Safe to call twice; ``unregister`` undoes it.
+
+    EasyEdit's own SPHERE (AlphaEdit only, one edit at a time) is replaced.
+
+    Raises:
+        ImportError: there is no EasyEdit, or an old one.
+        ValueError: one of the names is taken by something else; nothing was registered.
+    """
+    package = load_easyedit()
+    algorithms = package.ALG_DICT
+    names = [name for name in (SPHERE, *PLAIN_ALGS) if not isinstance(algorithms.get(name), RegisteredExecutor)]
+    for name in names:
+        if name in algorithms and not (name == SPHERE and _is_easyedits(algorithms[name], package)):
+            found = algorithms[name]
+            raise ValueError(f"EasyEdit's ALG_DICT already has {name!r}, from {getattr(found, '__module__', found)}: "
+                             "remove it, or unregister what put it there")
+    for name in names:
+        if name in algorithms:
+            logger.warning("EasyEdit's own %s is replaced by sphere_easyedit's; unregister() gives it back", name)
+        algorithms[name] = RegisteredExecutor(algorithms.get(name))
+    editor = _batch_editor(package)
+    installed = vars(editor)["is_batchable_method"]
+    if not isinstance(installed, _Batchable):
+        editor.is_batchable_method = _Batchable(installed)
+
+
+def unregister() -> None:
+    """Undo ``register``: EasyEdit is as it was. Without effect where nothing is registered."""
+    package = sys.modules.get("easyeditor")
+    if package is None or not hasattr(package, "ALG_DICT"):
+        return
+    algorithms = package.ALG_DICT
+    for name, entry in list(algorithms.items()):
+        if isinstance(entry, RegisteredExecutor):
+            if entry.replaced is None:
+                del algorithms[name]
+            else:
+                algorithms[name] = entry.replaced
+    editor = _batch_editor(package)
+    installed = vars(editor)["is_batchable_method"]
+    if isinstance(installed, _Batchable):
+        editor.is_batchable_method = installed.replaced
+
+
+class _Batchable(staticmethod):  # type: ignore[type-arg]
+    """``BatchEditor.is_batchable_method`` that knows our names too."""
+
+    def __init__(self, replaced: staticmethod) -> None:  # type: ignore[type-arg]
+        def is_batchable_method(alg_name: str) -> bool:
+            return alg_name in (SPHERE, *PLAIN_ALGS) or bool(replaced.__func__(alg_name))
+
+        super().__init__(is_batchable_method)
+        self.replaced = replaced
+
+
+def _batch_editor(package: ModuleType) -> Any:
+    return importlib.import_module(f"{package.__name__}.editors.batch_editor").BatchEditor
+
+
+def _is_easyedits(entry: Any, package: ModuleType) -> bool:
+    return str(getattr(entry, "__module__", "")).startswith(f"{package.__name__}.models.")
+
+
+def wrapped_executor(base_alg: str, session: EditSession) -> WrappedExecutor:
+    """EasyEdit's executor of a method, ready to be wrapped.
+
+    Raises:
+        ImportError: there is no EasyEdit, or an old one.
+        ValueError: EasyEdit has no such method, or it can't be wrapped.
+    """
+    package = load_easyedit()
+    algorithms = package.ALG_DICT
+    if base_alg not in algorithms:
+        near = difflib.get_close_matches(base_alg, algorithms, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(algorithms))}"
+        raise ValueError(f"base_alg is {base_alg!r}, which EasyEdit does not have: {hint}")
+    return WrappedExecutor(base_alg, algorithms[base_alg], session,
+                           _batch_editor(package).is_batchable_method(base_alg))
+
+
+def wrappable(package: ModuleType) -> list[str]:
+    """Methods of EasyEdit that ``executor: easyedit`` takes, sorted."""
+    return sorted(name for name, function in package.ALG_DICT.items()
+                  if name != SPHERE and hparams_class(function) is not None)
+
+
+def make_editor(hparams: SPHEREHyperParams, dtype: str | torch.dtype | None = torch.float32) -> Any:
+    """EasyEdit's ``BaseEditor`` for any decoder that transformers loads, whatever its name.
+
+    ``BaseEditor.from_hparams`` picks its loader by substrings of the path and refuses names that hold none of them.
+
+    Args:
+        hparams: as for ``BaseEditor.from_hparams``.
+        dtype: of the weights; EasyEdit's own is float32. None for the checkpoint's.
+
+    Raises:
+        ImportError: there is no EasyEdit, or an old one.
+        ValueError: the model can't be loaded.
+    """
+    package = load_easyedit()
+    model, tok = load_model(hparams.model_name, "auto" if hparams.model_parallel else hparams.device, dtype)
+    if tok.pad_token is None:
+        tok.pad_token = tok.eos_token
+    given = copying.copy(hparams)
+    given.model_name = (model, tok)  # type: ignore[assignment]
+    editor = package.BaseEditor.from_hparams(given)
+    # Evaluation asks the model's name for its family as text.
+    editor.model_name = model_source(hparams.model_name)
+    editor.hparams = hparams
+    return editor
+
+
+@contextmanager
+def track(editor: Any, callbacks: Sequence[EditCallback]) -> Iterator[None]:
+    """Have callbacks told of every batch that an EasyEdit editor edits inside the context, by whatever algorithm.
+
+    With SPHERE the callbacks learn losses and times by part; for any other algorithm they see the weights
+    (down-projections of the layers that its hyperparameters name, else of all blocks), their change and the time.
+    Batches are numbered through the whole context, restored in between or not.
+
+    Args:
+        editor: a ``BaseEditor`` (or anything with an ``apply_algo`` of EasyEdit's protocol).
+        callbacks: told before and after each batch; an exception from one undoes the batch.
+    """
+    original = editor.apply_algo
+    told = [_Numbered(callbacks)]
+    if isinstance(original, RegisteredExecutor):
+        editor.apply_algo = partial(original, callbacks=told)
+    else:
+        editor.apply_algo = partial(_apply_tracked, original, told)
+    try:
+        yield
+    finally:
+        editor.apply_algo = original
+
+
+class _Numbered(EditCallback):
+    """Passes events on with one count through a context, also where editing starts afresh in between."""
+
+    def __init__(self, callbacks: Sequence[EditCallback]) -> None:
+        self.callbacks = list(callbacks)
+        self.num_edits: int | None = None
+        self.num_batches = 0
+        self._edits_before = self._batches_before = 0
+
+    def on_batch_start(self, event: EditEvent) -> None:
+        if self.num_edits is not None:
+            self._edits_before = self.num_edits - event.num_edits
+            self._batches_before = self.num_batches - event.num_batches
+        event = self._numbered(event)
+        for callback in self.callbacks:
+            callback.on_batch_start(event)
+
+    def on_batch_end(self, event: EditEvent) -> None:
+        event = self._numbered(event)
+        for callback in self.callbacks:
+            callback.on_batch_end(event)
+        self.num_edits, self.num_batches = event.num_edits, event.num_batches
+
+    def _numbered(self, event: EditEvent) -> EditEvent:
+        return replace(event, num_edits=event.num_edits + self._edits_before,
+                       num_batches=event.num_batches + self._batches_before)
+
+
+def _apply_tracked(original: Callable[..., Any], callbacks: Sequence[_Numbered], model: Any, tok: Any,
+                   requests: Sequence[Mapping[str, Any]], hparams: Any, *args: Any, **kwargs: Any) -> Any:
+    """Any of EasyEdit's executors as it is, with events before and after it."""
+    weights = _tracked_weights(model, hparams)
+    first = callbacks[0].num_edits or 0
+    case_ids = [request.get("case_id", first + i) for i, request in enumerate(requests)]
+    event = EditEvent(_decoder(model), weights, first, callbacks[0].num_batches, case_ids)
+    for callback in callbacks:
+        callback.on_batch_start(event)
+    before = {layer: weight.clone() for layer, weight in weights.items()}
+    started = time.perf_counter()
+    result = original(model, tok, requests, hparams, *args, **kwargs)
+    seconds = {"executor": time.perf_counter() - started}
+    edited, originals = result if isinstance(result, tuple) and len(result) == 2 else (model, None)
+    weights = _tracked_weights(edited, hparams)
+    norms = {layer: float((weight.double() - before[layer].double()).norm()) for layer, weight in weights.items()}
+    event = replace(event, model=_decoder(edited), weights=weights, num_edits=first + len(requests),
+                    num_batches=event.num_batches + 1, update_norms=norms, seconds=seconds)
+    try:
+        for callback in callbacks:
+            callback.on_batch_end(event)
+    except BaseException:
+        if isinstance(originals, Mapping):
+            with torch.no_grad():
+                for name, weight in originals.items():
+                    edited.get_parameter(name).copy_(weight)
+        raise
+    return result
+
+
+def _decoder(model: Any) -> nn.Module:
+    """The transformers model inside whatever an algorithm returned (adapters, EasyEdit's method objects)."""
+    while not hasattr(model, "config") and hasattr(model, "model"):
+        model = model.model
+    decoder: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return decoder
+
+
+def _tracked_weights(model: Any, hparams: Any) -> dict[int, Tensor]:
+    """Down-projections ``(d_out, d_in)`` by layer, also where a method has put a module of its own around them."""
+    decoder = _decoder(model)
+    config: Any = decoder.config
+    template = getattr(hparams, "rewrite_module_tmp", None) or module_names(config).rewrite_module_tmp
+    template = template.removesuffix(".weight")
+    layers = list(getattr(hparams, "layers", None) or range(num_blocks(config)))
+    weights = {}
+    for layer in layers:
+        inner = [module for module in decoder.get_submodule(template.format(layer)).modules()
+                 if isinstance(module, (nn.Linear, Conv1D))]
+        weight = inner[0].weight.detach()
+        weights[layer] = weight.T if isinstance(inner[0], Conv1D) else weight
+    return weights
