@@ -42,8 +42,10 @@ setup(
         "eval": ["lm-eval>=0.4.5", "datasets>=2.20", "scikit-learn>=1.4"],
         # What EasyEdit's main branch imports; EasyEdit itself is a checkout (EASYEDIT_HOME), since the release on PyPI
         # pins what can't be installed beside a current torch.
-        "easyedit": ["datasets", "einops", "higher", "hydra-core", "matplotlib", "nltk", "omegaconf", "openai",
-                     "pandas", "rouge", "scikit-learn", "sentence-transformers", "sentencepiece", "timm"],
+        "easyedit": ["av", "cachetools", "datasets", "einops", "fairscale", "gpustat", "higher", "httpx", "hydra-core",
+                     "importlib-metadata", "iopath", "matplotlib", "nltk", "omegaconf", "openai",
+                     "opencv-python-headless", "pandas", "portalocker", "pyjwt", "qwen-vl-utils", "requests", "rouge",
+                     "scikit-learn", "sentence-transformers", "sentencepiece", "timm", "torchvision", "zhipuai"],
         "test": ["pytest>=8", "pytest-cov>=5", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "setuptools>=68",
                  "wheel"],
     },

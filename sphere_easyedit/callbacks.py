@@ -7,9 +7,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
+from .energy_metrics import MetricCorrelation, correlate, join_energy
 from .files import replacing
 from .hyperspherical import hyperspherical_energy
 
@@ -64,6 +66,8 @@ class EnergyRecord:
 
 class HETracker(EditCallback):
     """Records hyperspherical energy before the first batch and after each.
+
+    After a run of EasyEdit's, ``join`` puts the energies beside its metrics and ``correlation`` compares the two.
 
     Args:
         path: CSV file (num_edits, layer, energy, relative_change), rewritten whole after every record, so that an
@@ -126,6 +130,47 @@ class HETracker(EditCallback):
             for record in self.records:
                 for layer, energy in record.energy.items():
                     writer.writerow([record.num_edits, layer, repr(energy), repr(record.relative_change[layer])])
+
+    def join(self, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Put energy into EasyEdit's metrics, in place.
+
+        Each entry gets ``"hyperspherical_energy"``: ``{"num_edits": int, "energy": {layer: float}, "relative_change":
+        {layer: float}}`` of the first record made with its edit in the model. With ``every`` above 1 that may be some
+        batches later, and edits after the last record get None.
+
+        Args:
+            metrics: the first of the three that EasyEdit's ``edit`` and ``batch_edit`` return: one dict a case, in the
+                order of editing, of the whole run that was watched. ``case_id`` is not looked at.
+
+        Returns:
+            ``metrics`` itself.
+
+        Raises:
+            ValueError: nothing was recorded after a batch, ``metrics`` is no list of dicts, or it has more or fewer
+                entries than edits were recorded (more is right with ``every`` above 1). Nothing was changed.
+        """
+        return join_energy(self.records, self.every, metrics)
+
+    def correlation(self, metrics: list[dict[str, Any]]) -> dict[str, MetricCorrelation]:
+        """Spearman's rank correlation of hyperspherical energy with every metric of a run (Figures 2 and 3).
+
+        A point is a record after the first: its metric is the mean over the cases edited since the record before
+        it, as far as they have the metric; its energy is the mean over tracked layers of the relative change, since
+        energies of layers differ in size. ``change`` correlates the differences between consecutive points. Numbers
+        that differ by rounding alone are ties.
+
+        Args:
+            metrics: as for ``join``, joined or not; not changed. Metrics are the numbers under ``"post"`` and the means
+                of lists of numbers, save ``metric_meta`` and token ids (``*_output``). nan counts as missing.
+
+        Returns:
+            Correlations by dotted name, such as ``rewrite_acc``, ``locality.neighborhood_acc`` or
+            ``fluency.ngram_entropy``; nan where there are fewer than 3 points or one side is constant.
+
+        Raises:
+            ValueError: as ``join``, or no layer was tracked.
+        """
+        return correlate(self.records, self.every, metrics)
 
 
 def read_energy_csv(path: Path) -> list[EnergyRecord]:

@@ -24,13 +24,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from .callbacks import EditCallback, EditEvent
 from .editing.session import EditSession
+from .evaluation.datasets import EditRecord
 from .hparams import PLAIN_ALGS, SPHEREHyperParams
-from .loading import load_model, model_source
+from .hparams_files import find_hparams, read_mapping
+from .loading import load_model, model_source, resolve_device
 from .models import module_names, num_blocks
 from .wrapped import WrappedExecutor, hparams_class
 from .wrapper import apply_sphere_to_model
@@ -70,7 +72,8 @@ def load_easyedit() -> ModuleType:
 
 def has_sequential_edit(package: ModuleType) -> bool:
     """Whether this EasyEdit edits sequentially, which its release on PyPI does not."""
-    return "sequential_edit" in inspect.signature(package.BaseEditor.edit).parameters
+    editor = getattr(package, "BaseEditor", None)
+    return editor is not None and "sequential_edit" in inspect.signature(editor.edit).parameters
 
 
 class RegisteredExecutor:
@@ -183,13 +186,13 @@ def wrappable(package: ModuleType) -> list[str]:
                   if name != SPHERE and hparams_class(function) is not None)
 
 
-def make_editor(hparams: SPHEREHyperParams, dtype: str | torch.dtype | None = torch.float32) -> Any:
+def make_editor(hparams: Any, dtype: str | torch.dtype | None = torch.float32) -> Any:
     """EasyEdit's ``BaseEditor`` for any decoder that transformers loads, whatever its name.
 
     ``BaseEditor.from_hparams`` picks its loader by substrings of the path and refuses names that hold none of them.
 
     Args:
-        hparams: as for ``BaseEditor.from_hparams``.
+        hparams: ours, or of one of EasyEdit's own classes.
         dtype: of the weights; EasyEdit's own is float32. None for the checkpoint's.
 
     Raises:
@@ -201,12 +204,56 @@ def make_editor(hparams: SPHEREHyperParams, dtype: str | torch.dtype | None = to
     if tok.pad_token is None:
         tok.pad_token = tok.eos_token
     given = copying.copy(hparams)
-    given.model_name = (model, tok)  # type: ignore[assignment]
+    given.model_name = (model, tok)
     editor = package.BaseEditor.from_hparams(given)
     # Evaluation asks the model's name for its family as text.
     editor.model_name = model_source(hparams.model_name)
     editor.hparams = hparams
     return editor
+
+
+def edit_arguments(records: Sequence[EditRecord]) -> dict[str, Any]:
+    """Records as EasyEdit's own examples hand them to ``BaseEditor.edit`` and ``batch_edit``.
+
+    One paraphrase a record, all its neighbours as locality, and ZsRE in EasyEdit's protocol: the target is ``alt``
+    where a record has it, and the neighbour's question is as it stands in the file.
+    """
+    neighbours = [[prompt.text.removesuffix("?") if record.dataset == "zsre" else prompt.text
+                   for prompt in record.neighborhood_prompts] for record in records]
+    answers = [[prompt.target for prompt in record.neighborhood_prompts] for record in records]
+    return {
+        "prompts": [record.edit_prompt for record in records],
+        "subject": [record.subject for record in records],
+        "target_new": [record.target_alt or record.target_new for record in records],
+        "ground_truth": [record.target_true or record.target_new for record in records],
+        "rephrase_prompts": [record.paraphrase_prompts[0] for record in records],
+        "locality_inputs": {"neighborhood": {"prompt": neighbours, "ground_truth": answers}},
+    }
+
+
+def read_hparams(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
+    """Hyperparameters from a file of ours, or from one of EasyEdit's for a method of its own, in that method's class.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: there is no EasyEdit, or an old one.
+        ValueError: EasyEdit has no such method, or a value is wrong.
+    """
+    mapping = {**read_mapping(find_hparams(name)), **(overrides or {})}
+    alg_name = str(mapping.get("alg_name", SPHERE))
+    if alg_name in (SPHERE, *PLAIN_ALGS):
+        return SPHEREHyperParams.from_dict(mapping)
+    function = load_easyedit().ALG_DICT.get(alg_name)
+    method_class = None if function is None else hparams_class(function)
+    if method_class is None:
+        raise ValueError(f"{name} is for alg_name {alg_name!r}: give a file of {SPHERE}, {', '.join(PLAIN_ALGS)}, "
+                         f"{', '.join(wrappable(load_easyedit()))}")
+    if isinstance(mapping.get("device"), int) and resolve_device(mapping["device"]).type == "cpu":
+        mapping["device"] = "cpu"
+    try:
+        return method_class(**mapping)
+    except TypeError as error:  # a name that the class does not know, or lacks
+        raise ValueError(f"{name}: {error}") from error
 
 
 @contextmanager
@@ -276,7 +323,7 @@ def _apply_tracked(original: Callable[..., Any], callbacks: Sequence[_Numbered],
     seconds = {"executor": time.perf_counter() - started}
     edited, originals = result if isinstance(result, tuple) and len(result) == 2 else (model, None)
     weights = _tracked_weights(edited, hparams)
-    norms = {layer: float((weight.double() - before[layer].double()).norm()) for layer, weight in weights.items()}
+    norms = {layer: float((weight.float() - before[layer].float()).norm()) for layer, weight in weights.items()}
     event = replace(event, model=_decoder(edited), weights=weights, num_edits=first + len(requests),
                     num_batches=event.num_batches + 1, update_norms=norms, seconds=seconds)
     try:
@@ -291,12 +338,17 @@ def _apply_tracked(original: Callable[..., Any], callbacks: Sequence[_Numbered],
     return result
 
 
-def _decoder(model: Any) -> nn.Module:
+def _decoder(model: Any) -> PreTrainedModel:
     """The transformers model inside whatever an algorithm returned (adapters, EasyEdit's method objects)."""
-    while not hasattr(model, "config") and hasattr(model, "model"):
-        model = model.model
-    decoder: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return decoder
+    while not isinstance(model, PreTrainedModel):
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "model"):
+            model = model.model
+        else:
+            raise ValueError(f"there is no model of transformers in this {type(model).__name__}: its weights can't be "
+                             "tracked; edit without track()")
+    return model
 
 
 def _tracked_weights(model: Any, hparams: Any) -> dict[int, Tensor]:

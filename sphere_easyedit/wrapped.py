@@ -98,7 +98,7 @@ class WrappedExecutor:
             stack.enter_context(_gradients_restored(model))
             stack.enter_context(self._globals(hparams, own))
             self._prepare_statistics(editable, tok, hparams, own)
-            if self._batches_target_values(hparams):
+            if kwargs.get("cache_template") is None and self._batches_target_values(hparams):
                 folder = hparams.target_values_dir or stack.enter_context(tempfile.TemporaryDirectory())
                 kwargs["cache_template"] = str(Path(folder) / _CACHE_FILE)
                 self._file_target_values(editable, tok, numbered, hparams, own, kwargs["cache_template"])
@@ -109,7 +109,7 @@ class WrappedExecutor:
             raise ValueError(f"{self._name} returned no original weights by name, so its change can't be taken over")
         return edited, originals
 
-    def check(self, hparams: SPHEREHyperParams, editable: EditableModel, batch_size: int = 1) -> Any:
+    def check(self, hparams: SPHEREHyperParams, editable: EditableModel, batch_size: int) -> Any:
         """Hyperparameters of the method's own class: its own values before ours, what the model tells before both.
 
         Raises:

@@ -58,7 +58,7 @@ def apply_sphere_to_model(
         executor: a function of EasyEdit's protocol whose weight change is taken in place of the native solve. It gets
             the requests and ``hparams`` as they are, and ``kwargs``. With ``executor: easyedit`` in the hyperparameters
             it is EasyEdit's own for ``base_alg``, if not given.
-        progress: called with the number of edits whose target values are finished (native only).
+        progress: called with the number of edits whose target values are finished; for an executor, once at its end.
         kwargs: handed to ``executor``; EasyEdit's ``keep_original_weight`` and the like mean nothing to native solves.
 
     Returns:
@@ -104,6 +104,8 @@ def apply_sphere_to_model(
             else:
                 losses, history = [], session.history
                 _edit_by(executor, editable, tok, requests, hparams_as_given, shaping, seconds, kwargs)
+                if progress is not None:
+                    progress(len(parsed))
             # Looked up anew: an executor may have put other tensors in the parameters' place.
             weights = {layer: editable.weight(layer) for layer in editable.layers}
             norms = {layer: float((weight.double() - before[layer].double()).norm())
@@ -119,8 +121,11 @@ def apply_sphere_to_model(
 
 
 def prepare(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Sequence[Mapping[str, Any]],
-            hparams: SPHEREHyperParams, session: EditSession) -> list[TokenizedRequest]:
+            hparams: SPHEREHyperParams, session: EditSession, batch_size: int = 1) -> list[TokenizedRequest]:
     """Check and tokenise requests, and give the session what native editing needs (statistics, templates).
+
+    Args:
+        batch_size: how many will be edited at once, which not every executor of EasyEdit's can.
 
     Returns:
         The tokenised requests; none with ``executor: easyedit``, whose executor does that itself.
@@ -131,7 +136,7 @@ def prepare(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Seq
     session.bind(editable, hparams)
     parsed = parse_requests(requests, first_id=session.num_edits)
     if hparams.executor == "easyedit":
-        _easyedits_executor(hparams, session).check(hparams, editable)
+        _easyedits_executor(hparams, session).check(hparams, editable, batch_size)
         return []
     prepare_session(editable, tok, hparams, session)
     return tokenize_batch(editable, tok, parsed, session)

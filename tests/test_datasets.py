@@ -111,6 +111,7 @@ def test_zsre_record_follows_the_papers_protocol(tmp_path: Path) -> None:
         neighborhood_prompts=(EvaluationPrompt("nq question: who wrote the tide tables?", "A. Mariner"),),
         generation_prompts=(),
         dataset="zsre",
+        target_alt="1950",
     )
     assert second.case_id == 1
     assert second.edit_prompt == "In which year was Blue Heron founded?"

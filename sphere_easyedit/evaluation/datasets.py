@@ -63,6 +63,7 @@ class EditRecord:
         neighborhood_prompts: prompts that the edit should leave alone, each with its true continuation.
         generation_prompts: beginnings of free text about the subject; empty where the data set has none.
         dataset: which protocol details apply when measured.
+        target_alt: ZsRE's ``alt``, a made-up answer that EasyEdit's protocol edits in; None elsewhere.
 
     Raises:
         ValueError: the prompt has not exactly one ``{}``.
@@ -77,6 +78,7 @@ class EditRecord:
     neighborhood_prompts: tuple[EvaluationPrompt, ...]
     generation_prompts: tuple[str, ...]
     dataset: DatasetName
+    target_alt: str | None = None
 
     def __post_init__(self) -> None:
         if self.prompt.count(_SLOT) != 1:
@@ -172,12 +174,12 @@ def load_counterfact(path: Path | str) -> list[EditRecord]:
 def load_zsre(path: Path | str) -> list[EditRecord]:
     """All records of a ZsRE file in MEND's schema, in its order, read as the ROME/MEMIT/SPHERE protocol does.
 
-    Needed of each record: ``subject``, ``src``, ``rephrase``, ``answers`` (the first is the edit's target;
-    ``alt``, the target in EasyEdit's protocol, is not used), ``loc`` and ``loc_ans``. case_id is the record's
-    index. The neighbour is ``loc + "?"`` with ``loc_ans``. The prompt is ``src`` with ``{}`` for the subject;
-    where the subject stands in it more than once, ``{}`` takes the first place where it stands as a word of
-    its own (the filled prompt is the same whichever is taken). A record whose ``src`` does not hold its
-    subject letter by letter is refused: nothing could be edited at the subject's last token.
+    Needed of each record: ``subject``, ``src``, ``rephrase``, ``answers`` (the first is the edit's target; ``alt``,
+    the target in EasyEdit's protocol, is only kept), ``loc`` and ``loc_ans``. case_id is the record's index. The
+    neighbour is ``loc + "?"`` with ``loc_ans``. The prompt is ``src`` with ``{}`` for the subject; where the subject
+    stands in it more than once, ``{}`` takes the first place where it stands as a word of its own (the filled prompt
+    is the same whichever is taken). A record whose ``src`` does not hold its subject letter by letter is refused:
+    nothing could be edited at the subject's last token.
 
     Raises:
         MissingDatasetError: no file there.
@@ -329,6 +331,7 @@ def _zsre_record(given: _Record, dataset: DatasetName) -> EditRecord:
         neighborhood_prompts=(EvaluationPrompt(given.text("loc") + "?", given.text("loc_ans").strip()),),
         generation_prompts=(),
         dataset=dataset,
+        target_alt=given.text("alt").strip() if given.raw.get("alt") else None,  # empty in a few published records
     )
 
 

@@ -100,7 +100,7 @@ def run_sequential(
         raise ValueError(f"the model holds {session.num_edits} edits already: start a run from a model just loaded")
     # All that can be refused is refused, and what takes long is collected, before anything is measured or changed.
     started = time.perf_counter()
-    prepare(editable, tok, [record.request() for record in records], hparams, session)
+    prepare(editable, tok, [record.request() for record in records], hparams, session, settings.batch_size)
     preparation_seconds = time.perf_counter() - started
     settings.output.mkdir(parents=True, exist_ok=True)
     config = _config(model, hparams, settings, records)

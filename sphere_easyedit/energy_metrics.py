@@ -1,0 +1,177 @@
+"""Hyperspherical energy beside EasyEdit's metrics: joined case by case, and correlated over batches.
+
+EasyEdit's metrics are a list with one dict a case, in the order of editing: ``{"case_id", "requested_rewrite", "pre":
+{...}, "post": {...}}``. Cases are told apart by their position: ``batch_edit`` numbers ``case_id`` anew in every batch,
+``edit`` through the run. A case belongs to the first record made with it in the model; with ``every`` above 1 that
+may be batches after the case was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .callbacks import EnergyRecord
+
+JOINED: Final = "hyperspherical_energy"
+
+# Numbers whose distance is below this share of what they were computed from are ties. Float64's rounding of means and
+# differences would rank them (0.2 - 0.1 and 0.3 - 0.2), and accuracies are full of ties.
+_ROUNDING: Final = 1e-13
+
+
+@dataclass(frozen=True)
+class Spearman:
+    """Spearman's rank correlation of ``n`` points, -1 to 1, and its two-sided p-value.
+
+    Both are nan for fewer than 3 points, for a series that is constant, and for one that holds a nan.
+    """
+
+    rho: float
+    p: float
+    n: int
+
+
+@dataclass(frozen=True)
+class MetricCorrelation:
+    """How a metric goes with hyperspherical energy.
+
+    Attributes:
+        energy: of the two over batches (the paper's Figure 2).
+        change: of their differences from batch to batch (Figure 3).
+    """
+
+    energy: Spearman
+    change: Spearman
+
+
+def join_energy(records: Sequence[EnergyRecord], every: int, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``HETracker.join`` for these records.
+
+    Raises:
+        ValueError: as ``owners``; nothing was changed.
+    """
+    for entry, owner in zip(metrics, owners(records, every, metrics), strict=True):
+        if owner is None:
+            entry[JOINED] = None
+        else:
+            record = records[owner]
+            entry[JOINED] = {"num_edits": record.num_edits, "energy": dict(record.energy),
+                             "relative_change": dict(record.relative_change)}
+    return metrics
+
+
+def correlate(records: Sequence[EnergyRecord], every: int, metrics: list[dict[str, Any]]
+              ) -> dict[str, MetricCorrelation]:
+    """``HETracker.correlation`` for these records.
+
+    Raises:
+        ValueError: as ``owners``, or the records have no layers.
+    """
+    owned = owners(records, every, metrics)
+    if not records[-1].relative_change:
+        raise ValueError("the tracker recorded 0 layers: give it some, or None for all that are edited")
+    energies = [_mean(list(record.relative_change.values())) for record in records]
+    values: dict[str, dict[int, list[float]]] = {}
+    for entry, owner in zip(metrics, owned, strict=True):
+        if owner is None:
+            continue
+        for name, value in _leaves(entry.get("post")):
+            by_record = values.setdefault(name, {})
+            if not math.isnan(value):
+                by_record.setdefault(owner, []).append(value)
+    return {name: _correlation([energies[owner] for owner in by_record], [_mean(v) for v in by_record.values()])
+            for name, by_record in values.items()}
+
+
+def owners(records: Sequence[EnergyRecord], every: int, metrics: list[dict[str, Any]]) -> list[int | None]:
+    """For each entry of ``metrics`` the index of its record, never falling; None for what came after the last one.
+
+    Raises:
+        ValueError: ``metrics`` is no list of dicts, there is no record of a batch, or there are more or fewer entries
+            than edits recorded. With ``every`` above 1 there may be more, of batches after the last record.
+    """
+    wanted = "give EasyEdit's list with one dict a case, the first of the three that edit and batch_edit return"
+    if not isinstance(metrics, list):
+        raise ValueError(f"metrics is a {type(metrics).__name__}: {wanted}")
+    for i, entry in enumerate(metrics):
+        if not isinstance(entry, dict):
+            raise ValueError(f"metrics[{i}] is a {type(entry).__name__}: {wanted}")
+    if len(records) < 2:
+        raise ValueError(f"the tracker has {len(records)} records, none of them after a batch: have it watch the run "
+                         f"that made the metrics, with every ({every}) not above the number of batches")
+    first, last = records[0].num_edits, records[-1].num_edits
+    edits = last - first
+    if len(metrics) < edits or (len(metrics) > edits and every == 1):
+        raise ValueError(f"metrics has {len(metrics)} entries, the tracker recorded {edits} edits (from {first} to "
+                         f"{last}): give the metrics of the whole run that it watched, and of no other")
+    ends = [record.num_edits for record in records[1:]]
+    found = [bisect_left(ends, first + i + 1) + 1 for i in range(len(metrics))]
+    return [index if index < len(records) else None for index in found]
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted path and value of each metric in a phase's dict."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            # Outputs are token ids: numbers that measure nothing.
+            if key != "metric_meta" and not str(key).endswith("_output"):
+                yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+    elif name and (numbers := _numbers(value)):
+        yield name, _mean(numbers)
+
+
+def _numbers(value: Any) -> list[float]:
+    """All numbers of a number or a nested list of them; none if anything in it is something else or empty."""
+    if isinstance(value, (Real, np.bool_)):
+        return [float(value)]
+    if not isinstance(value, (list, tuple)):
+        return []
+    parts = [_numbers(part) for part in value]
+    return [number for part in parts for number in part] if all(parts) else []
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _correlation(energies: list[float], values: list[float]) -> MetricCorrelation:
+    """Of two series over the same batches, in order."""
+    return MetricCorrelation(_spearman(_levels(energies), _levels(values)),
+                             _spearman(_differences(energies), _differences(values)))
+
+
+def _levels(values: list[float]) -> list[float]:
+    return _with_ties(values, [abs(value) for value in values])
+
+
+def _differences(values: list[float]) -> list[float]:
+    return _with_ties([after - before for before, after in pairwise(values)],
+                      [max(abs(before), abs(after)) for before, after in pairwise(values)])
+
+
+def _with_ties(values: list[float], sizes: list[float]) -> list[float]:
+    """``values``, with neighbours in size made equal if they differ by rounding alone; ``sizes``: of the operands."""
+    tied = list(values)
+    for lower, upper in pairwise(sorted(range(len(values)), key=values.__getitem__)):
+        distance = values[upper] - values[lower]
+        if math.isfinite(distance) and distance <= _ROUNDING * (sizes[lower] + sizes[upper]):
+            tied[upper] = tied[lower]
+    return tied
+
+
+def _spearman(left: list[float], right: list[float]) -> Spearman:
+    if len(left) < 3 or len(set(left)) == 1 or len(set(right)) == 1:
+        return Spearman(math.nan, math.nan, len(left))
+    from scipy.stats import spearmanr  # takes a second to import, and an edit does without
+
+    result = spearmanr(left, right)
+    return Spearman(float(result.statistic), float(result.pvalue), len(left))
