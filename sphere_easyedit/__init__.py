@@ -1,12 +1,17 @@
 """SPHERE for EasyEdit: sequential model editing on hyperspheres (arXiv 2510.01172)."""
 
-from .callbacks import EditCallback, EditEvent, HETracker
-from .easyedit import register, track, unregister
-from .editing.session import EditSession
-from .hparams import SPHEREHyperParams
-from .hyperspherical import hyperspherical_energy
-from .projection import PrincipalSpace
-from .wrapper import apply_sphere_to_model
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .callbacks import EditCallback, EditEvent, HETracker
+    from .easyedit import register, track, unregister
+    from .editing.session import EditSession
+    from .hparams import SPHEREHyperParams
+    from .hyperspherical import hyperspherical_energy
+    from .projection import PrincipalSpace
+    from .wrapper import apply_sphere_to_model
 
 __version__ = "0.1.0"
 
@@ -23,3 +28,21 @@ __all__ = [
     "track",
     "unregister",
 ]
+
+# Imported when asked for: torch and transformers take seconds, and `sphere-easyedit doctor` must start without them.
+_HOMES = MappingProxyType({
+    "EditCallback": ".callbacks", "EditEvent": ".callbacks", "EditSession": ".editing.session",
+    "HETracker": ".callbacks", "PrincipalSpace": ".projection", "SPHEREHyperParams": ".hparams",
+    "apply_sphere_to_model": ".wrapper", "hyperspherical_energy": ".hyperspherical", "register": ".easyedit",
+    "track": ".easyedit", "unregister": ".easyedit",
+})
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

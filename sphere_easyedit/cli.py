@@ -7,7 +7,7 @@ import logging
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -15,7 +15,11 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .doctor import Report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Edit facts into language models with SPHERE (arXiv 2510.01172).")
@@ -31,6 +35,7 @@ class Dataset(str, Enum):
 
 _METRICS = ("efficacy", "generalization", "specificity")
 _PHASES = {"before": "measuring before", "editing": "editing", "after": "measuring after"}
+_STATUS_STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 Override = Annotated[list[str], typer.Option("--set", help="Change a hyperparameter: NAME=VALUE (YAML); repeatable.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more of what is going on.")]
@@ -57,6 +62,7 @@ def edit(
     from .loading import load_model
 
     console = _set_up(verbose)
+    _without_bars_of_transformers()
     settings_of_model = _hparams_with(hparams, override)
     records = load_records(dataset.value, data, num_edits, seed)
     device = "auto" if settings_of_model.model_parallel else settings_of_model.device
@@ -113,12 +119,34 @@ def stats(
     from .loading import load_model
 
     console = _set_up(verbose)
+    _without_bars_of_transformers()
     settings = _hparams_with(hparams, override)
     model, tok = load_model(settings.model_name, settings.device, dtype)
     editable = settings.editable(model)
     second_moments(editable, tok, settings)
     for layer in settings.layers:
         console.print(str(moment_path(editable, settings, layer)), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    stats_dir: Annotated[Path, typer.Option(help="Where statistics are looked for.")] = Path("data/stats"),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Say what is there, what is missing, and what mends it; exit status 1 where something required is broken."""
+    from .doctor import examine
+
+    console = _set_up(verbose=False)
+    report = examine(stats_dir)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        console.print(_doctor_table(report))
+        for item in report.items:
+            if item.remedy is not None:  # below the table, where no border cuts a command
+                console.print(Text(f"{item.name} ({item.status}): {item.remedy}"), soft_wrap=True)
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 def _hparams_with(name: str, overrides: list[str]) -> Any:
@@ -142,10 +170,13 @@ def _set_up(verbose: bool) -> Console:
                         handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)])
     # What takes time says so before it starts.
     logging.getLogger("sphere_easyedit").setLevel(logging.DEBUG if verbose else logging.INFO)
+    return console
+
+
+def _without_bars_of_transformers() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return console
 
 
 class _Bars:
@@ -181,6 +212,18 @@ def _summary_table(summary: dict[str, Any], base_alg: str, alpha: float) -> Tabl
             table.add_row(metric, f"{was['mean']:.1f}", f"{now['mean']:.1f}", f"{low:.1f} - {high:.1f}", str(now["n"]))
     seconds = summary["editing_seconds"] / summary["num_edits"]
     table.caption = f"{seconds:.2f} s an edit, {summary['peak_memory_bytes'] / 1e9:.2f} GB at the peak"
+    return table
+
+
+def _doctor_table(report: Report) -> Table:
+    table = Table("", "item", "status", Column("found", overflow="fold"))  # a long path is to be read whole
+    section = ""
+    for item in report.items:
+        if item.section != section:
+            table.add_section()
+        status = Text(item.status, style=_STATUS_STYLES[item.status])
+        table.add_row("" if item.section == section else item.section, Text(item.name), status, Text(item.detail))
+        section = item.section
     return table
 
 

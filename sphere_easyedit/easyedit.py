@@ -40,6 +40,7 @@ from .wrapper import apply_sphere_to_model
 logger = logging.getLogger(__name__)
 
 SPHERE = "SPHERE"
+_CHOOSES_LAYERS = ("DINM",)  # edits the layer that it finds toxic, whatever its hyperparameters say
 HOME = "EASYEDIT_HOME"
 
 
@@ -50,7 +51,7 @@ def load_easyedit() -> ModuleType:
         ImportError: there is none, it does not import, or it is a release without ``sequential_edit``.
     """
     loaded = sys.modules.get("easyeditor")
-    if loaded is not None and hasattr(loaded, "ALG_DICT"):
+    if loaded is not None and hasattr(loaded, "ALG_DICT") and has_sequential_edit(loaded):
         return loaded
     home = os.environ.get(HOME)
     if home:
@@ -60,7 +61,7 @@ def load_easyedit() -> ModuleType:
     except ImportError as error:
         where = f"{HOME}={home}" if home else f"this Python, and {HOME} is not set"
         raise ImportError(f"EasyEdit can't be imported from {where} ({error}). Set {HOME} to a checkout of its main "
-                          "branch, and install what its requirements.txt lists") from error
+                          "branch, and install what it imports (this package's extra `easyedit`)") from error
     finally:
         if home:
             sys.path.remove(home)
@@ -183,7 +184,7 @@ def wrapped_executor(base_alg: str, session: EditSession) -> WrappedExecutor:
 def wrappable(package: ModuleType) -> list[str]:
     """Methods of EasyEdit that ``executor: easyedit`` takes, sorted."""
     return sorted(name for name, function in package.ALG_DICT.items()
-                  if name != SPHERE and hparams_class(function) is not None)
+                  if name not in (SPHERE, *_CHOOSES_LAYERS) and hparams_class(function) is not None)
 
 
 def make_editor(hparams: Any, dtype: str | torch.dtype | None = torch.float32) -> Any:

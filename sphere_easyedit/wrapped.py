@@ -138,6 +138,10 @@ class WrappedExecutor:
             "model_name": "gpt2-xl" if transposed else "llama",
             "P_loc": os.devnull,  # any file that exists: P is put in place beforehand
         }
+        if "P_loc" in self._fields:  # AlphaEdit's class asks for both, and reads neither once P is in place
+            ours.setdefault("mom2_update_weight", 0.0)
+            if hparams.nullspace_share is not None:
+                ours.setdefault("nullspace_threshold", 0.0)
         values = {**ours, **hparams.executor_hparams, **known}
         required = [field.name for field in dataclasses.fields(self._class)
                     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]
