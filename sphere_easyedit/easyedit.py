@@ -130,7 +130,7 @@ def register() -> None:
 def unregister() -> None:
     """Undo ``register``: EasyEdit is as it was. Without effect where nothing is registered."""
     package = sys.modules.get("easyeditor")
-    if package is None or not hasattr(package, "ALG_DICT"):
+    if package is None or not isinstance(getattr(package, "ALG_DICT", {}).get(SPHERE), RegisteredExecutor):
         return
     algorithms = package.ALG_DICT
     for name, entry in list(algorithms.items()):
@@ -191,6 +191,7 @@ def make_editor(hparams: Any, dtype: str | torch.dtype | None = torch.float32) -
     """EasyEdit's ``BaseEditor`` for any decoder that transformers loads, whatever its name.
 
     ``BaseEditor.from_hparams`` picks its loader by substrings of the path and refuses names that hold none of them.
+    For hyperparameters of ours it registers SPHERE first.
 
     Args:
         hparams: ours, or of one of EasyEdit's own classes.
@@ -198,9 +199,11 @@ def make_editor(hparams: Any, dtype: str | torch.dtype | None = torch.float32) -
 
     Raises:
         ImportError: there is no EasyEdit, or an old one.
-        ValueError: the model can't be loaded.
+        ValueError: the model can't be loaded, or registering is refused.
     """
     package = load_easyedit()
+    if isinstance(hparams, SPHEREHyperParams):
+        register()
     model, tok = load_model(hparams.model_name, "auto" if hparams.model_parallel else hparams.device, dtype)
     if tok.pad_token is None:
         tok.pad_token = tok.eos_token
@@ -331,10 +334,11 @@ def _apply_tracked(original: Callable[..., Any], callbacks: Sequence[_Numbered],
         for callback in callbacks:
             callback.on_batch_end(event)
     except BaseException:
-        if isinstance(originals, Mapping):
-            with torch.no_grad():
-                for name, weight in originals.items():
-                    edited.get_parameter(name).copy_(weight)
+        with torch.no_grad():
+            for layer, weight in weights.items():
+                weight.copy_(before[layer])
+            for name, original_weight in originals.items() if isinstance(originals, Mapping) else ():
+                edited.get_parameter(name).copy_(original_weight)  # those that were not tracked
         raise
     return result
 

@@ -286,7 +286,10 @@ def _put(module: ModuleType, name: str, value: Any) -> None:
 
 @contextmanager
 def _named(editable: EditableModel) -> Iterator[None]:
-    """The model under a path that holds no other family's name, since EasyEdit tells families by substrings of it."""
+    """The model under a path that begins with its family's name, since EasyEdit tells families by substrings of it.
+
+    The folder's own name stays, since statistics are filed under it.
+    """
     config: Any = editable.config
     path = config._name_or_path
     family = "gpt2-xl" if isinstance(editable.down_projection(editable.layers[0]), Conv1D) else str(config.model_type)

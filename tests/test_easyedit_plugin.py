@@ -1,0 +1,1108 @@
+"""The plugin in its host: registered with it, edited through its editor, around its executors, and what it survives.
+
+The host is the stand-in under ``tests/stand_in``, which follows EasyEdit's contract and has EasyEdit's defects.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import json
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, REQUESTS, edited_weights, relative_error, tiny_hparams, tiny_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+import sphere_easyedit as sphere
+from sphere_easyedit import easyedit
+from sphere_easyedit.editing.covariance import null_space_basis, second_moments
+
+STAND_IN = Path(__file__).parent / "stand_in"
+FACTS = [{**request, "prompt": request["prompt"].replace("{}", request["subject"])} for request in [
+    *REQUESTS, {"prompt": "The mother tongue of Marie Curie is", "subject": "Marie Curie", "target_new": "English"}]]
+CONTEXTS = ["He said that. {}", "As of now, {}"]
+FOLDERS = {"llama": "tiny-llama", "gpt2": "tiny-gpt2-xl"}
+MODULES = {
+    "llama": {"rewrite_module_tmp": "model.layers.{}.mlp.down_proj", "layer_module_tmp": "model.layers.{}",
+              "mlp_module_tmp": "model.layers.{}.mlp", "attn_module_tmp": "model.layers.{}.self_attn",
+              "ln_f_module": "model.norm", "lm_head_module": "lm_head"},
+    # EasyEdit's files for GPT-2 name the embeddings, since the head that is tied to them can't be found.
+    "gpt2": {"rewrite_module_tmp": "transformer.h.{}.mlp.c_proj", "layer_module_tmp": "transformer.h.{}",
+             "mlp_module_tmp": "transformer.h.{}.mlp", "attn_module_tmp": "transformer.h.{}.attn",
+             "ln_f_module": "transformer.ln_f", "lm_head_module": "transformer.wte"},
+}
+METHODS = ["MEMIT", "AlphaEdit", "ROME", "EMMET", "FT"]
+EXTRAS: dict[str, dict[str, Any]] = {
+    "FT": {"num_steps": 3, "lr": 0.01},
+    "ROME": {"context_template_length_params": [[5, 2]]},
+    "EMMET": {"emmet_lambda": 0.2},
+}
+STATE = ("CONTEXT_TEMPLATES_CACHE", "COV_CACHE", "inv_mom2_cache", "P", "P_loaded", "cache_c", "cache_c_new")
+SETTINGS = {"v_num_grad_steps": 2, "v_lr": 0.5, "v_loss_layer": 3, "clamp_norm_factor": 4.0, "mom2_adjustment": True,
+            "mom2_update_weight": 20.0, "L2": 0.1, "mom2_n_samples": 12, "mom2_dtype": "float32",
+            "v_weight_decay": 0.001, "kl_factor": 0.0625}
+Request = Mapping[str, Any]
+Batches = Sequence[Sequence[Request]]
+methods = pytest.mark.parametrize("method", METHODS)
+
+
+def batches_for(method: str) -> Batches:
+    """Two batches; ROME takes one request a call."""
+    return [FACTS[:1], FACTS[1:2]] if method == "ROME" else [FACTS[:2], FACTS[2:]]
+
+
+@dataclass(frozen=True)
+class Home:
+    """Models in a folder, with statistics, a threshold and null-space projections that suit them."""
+
+    folder: Path
+    threshold: dict[str, float]
+    loaded: dict[str, tuple[nn.Module, PreTrainedTokenizerBase]]
+
+    def path(self, family: str = "llama") -> Path:
+        return self.folder / FOLDERS[family]
+
+    def load(self, family: str = "llama") -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        """As the folder holds them, each time anew."""
+        if family not in self.loaded:
+            self.loaded[family] = load(self.path(family))
+        return copy.deepcopy(self.loaded[family])
+
+    def projections(self, family: str = "llama") -> Path:
+        return self.folder / f"P-{family}.pt"
+
+    def hparams(self, base_alg: str | None = "MEMIT", family: str = "llama", **changes: Any
+                ) -> sphere.SPHEREHyperParams:
+        settings = {"model_name": str(self.path(family)), "device": "cpu", "context_templates": CONTEXTS,
+                    "v_num_grad_steps": 2, "mom2_max_length": 24, **changes}
+        if base_alg is not None:
+            settings["base_alg"] = base_alg
+        return tiny_hparams(self.folder, **settings)
+
+    def wrapped(self, method: str, family: str = "llama", **changes: Any) -> sphere.SPHEREHyperParams:
+        settings = {"executor": "easyedit", "nullspace_threshold": self.threshold[family], **EXTRAS.get(method, {})}
+        return self.hparams(method, family, **{**settings, **changes})
+
+    def alone(self, package: ModuleType, method: str, family: str = "llama", **changes: Any) -> Any:
+        """Hyperparameters of the host's own class, written down rather than derived."""
+        module = sys.modules[package.ALG_DICT[method].__module__]
+        own = next(value for name, value in vars(module).items()
+                   if name.endswith("HyperParams") and value.__module__ == module.__name__)
+        values = {"alg_name": method, "model_name": str(self.path(family)), "device": "cpu", "layers": [1, 2],
+                  "fact_token": "subject_last", "mom2_dataset": "generated-seed0-t24", "stats_dir":
+                  str(self.folder / "stats"), "nullspace_threshold": self.threshold[family],
+                  "P_loc": str(self.projections(family)), "batch_size": 1, **MODULES[family], **SETTINGS,
+                  **EXTRAS.get(method, {}), **changes}
+        if method == "FT":
+            values["rewrite_module_tmp"] += ".weight"  # as EasyEdit's files for it, else it tunes biases too
+        return own(**{field.name: values[field.name] for field in fields(own) if field.name in values})
+
+
+def load(path: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    made = Home(tmp_path_factory.mktemp("home"), {}, {})
+    tok = AutoTokenizer.from_pretrained(GOLDEN / "llama" / "tiny-llama")
+    for family in FOLDERS:
+        tiny_model(family).save_pretrained(made.path(family))
+        tok.save_pretrained(made.path(family))
+        model, _ = made.load(family)
+        hparams = made.hparams(family=family)
+        moments = second_moments(hparams.editable(model), tok, hparams)
+        values = torch.cat([torch.linalg.eigvalsh(moment) for moment in moments.values()])
+        made.threshold[family] = float(values.quantile(0.6))
+        bases = [null_space_basis(moment, share=0.5).float() for moment in moments.values()]
+        torch.save(torch.stack([basis @ basis.T for basis in bases]), made.projections(family))
+    return made
+
+
+@contextmanager
+def fresh_host() -> Iterator[ModuleType]:
+    """The stand-in as at its first import; whatever was imported under its name is back afterwards."""
+
+    def imported() -> list[str]:
+        return [name for name in sys.modules if name.partition(".")[0] == "easyeditor"]
+
+    kept = {name: sys.modules.pop(name) for name in imported()}
+    try:
+        yield easyedit.load_easyedit()
+    finally:
+        sphere.unregister()
+        for name in imported():
+            del sys.modules[name]
+        sys.modules.update(kept)
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    monkeypatch.setenv("EASYEDIT_HOME", str(STAND_IN))
+    monkeypatch.chdir(tmp_path)  # where the host strews its files
+    with fresh_host() as package:
+        yield package
+
+
+@pytest.fixture
+def registered(host: Any) -> Any:
+    sphere.register()
+    return host
+
+
+def run(model: nn.Module, tok: PreTrainedTokenizerBase, hparams: sphere.SPHEREHyperParams, batches: Batches,
+        **kwargs: Any) -> dict[int, Tensor]:
+    """Edited weights after some batches."""
+    for batch in batches:
+        sphere.apply_sphere_to_model(model, tok, batch, hparams, **kwargs)
+    return edited_weights(model, hparams)
+
+
+def call_host(package: Any, model: nn.Module, tok: PreTrainedTokenizerBase, own: Any, batch: Sequence[Request]) -> None:
+    """The host's executor by itself, with the padding that it needs."""
+    tok.padding_side = "left" if own.alg_name == "FT" else "right"
+    package.ALG_DICT[own.alg_name](model, tok, list(batch), own, return_orig_weights=True)
+
+
+def run_alone(home: Home, method: str, batches: Batches, family: str = "llama", **changes: Any) -> dict[int, Tensor]:
+    """Edited weights by the host's executor in a process that did nothing else before."""
+    model, tok = home.load(family)
+    with fresh_host() as package:
+        own = home.alone(package, method, family, **changes)
+        for batch in batches:
+            call_host(package, model, tok, own, batch)
+    return edited_weights(model, home.hparams(family=family))
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Bit for bit, also inside of lists and mappings."""
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, Mapping):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return bool(first == second)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def globals_of() -> dict[str, Any]:
+    """Copies of what the host's modules keep outside of their functions."""
+    return {f"{module.__name__}.{name}": copy.deepcopy(vars(module)[name])
+            for module_name, module in list(sys.modules.items()) if module_name.startswith("easyeditor.models")
+            for name in STATE if name in vars(module)}
+
+
+def session_of(model: nn.Module) -> dict[str, Any]:
+    session = sphere.EditSession.of(model)
+    names = ("num_edits", "num_batches", "contexts", "original", "executor_caches", "executor_history")
+    return {name: copy.deepcopy(getattr(session, name)) for name in names}
+
+
+def spy(package: Any, method: str, look: Callable[..., None]) -> None:
+    """Have ``look`` called with the arguments of a method of the host's before it runs."""
+    function = package.ALG_DICT[method]
+
+    @functools.wraps(function)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        look(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    package.ALG_DICT[method] = watched
+
+
+def arguments(facts: Sequence[Request]) -> dict[str, Any]:
+    """Facts as ``BaseEditor.edit`` takes them."""
+    return {"prompts": [fact["prompt"] for fact in facts], "target_new": [fact["target_new"] for fact in facts],
+            "subject": [fact["subject"] for fact in facts]}
+
+
+# --- registration -------------------------------------------------------------------------------------------
+
+
+def batchable(package: Any) -> Any:
+    return importlib.import_module(f"{package.__name__}.editors.batch_editor").BatchEditor
+
+
+def test_register_adds_three_names(host: Any) -> None:
+    before = dict(host.ALG_DICT)
+    assert not any(batchable(host).is_batchable_method(name) for name in ("SPHERE", "PRUNE", "RECT"))
+    sphere.register()
+    assert host.ALG_DICT.keys() == {*before, "PRUNE", "RECT"}
+    assert host.ALG_DICT["SPHERE"] is not before["SPHERE"]
+    assert all(host.ALG_DICT[name] is before[name] for name in before if name != "SPHERE")
+    for name, answer in {"SPHERE": True, "PRUNE": True, "RECT": True, "MEMIT": True, "ROME": False, "?": False}.items():
+        assert batchable(host).is_batchable_method(name) is answer
+
+
+def test_register_twice(host: Any, caplog: pytest.LogCaptureFixture) -> None:
+    sphere.register()
+    entries, method = dict(host.ALG_DICT), vars(batchable(host))["is_batchable_method"]
+    sphere.register()
+    assert equal(host.ALG_DICT, entries)
+    assert vars(batchable(host))["is_batchable_method"] is method
+    assert len([record for record in caplog.records if "replaced" in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_unregister_gives_everything_back(times: int, host: Any) -> None:
+    before, method = dict(host.ALG_DICT), vars(batchable(host))["is_batchable_method"]
+    for _ in range(2):  # a second round finds what the first did
+        for _ in range(times):
+            sphere.register()
+        for _ in range(times):
+            sphere.unregister()
+        assert list(host.ALG_DICT) == list(before)
+        assert all(host.ALG_DICT[name] is entry for name, entry in before.items())
+        assert vars(batchable(host))["is_batchable_method"] is method
+
+
+def test_unregister_leaves_what_others_put_there(registered: Any) -> None:
+    theirs = registered.ALG_DICT["RECT"] = print
+    sphere.unregister()
+    assert registered.ALG_DICT["RECT"] is theirs
+    assert "PRUNE" not in registered.ALG_DICT
+
+
+def test_unregister_without_a_host_imports_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EASYEDIT_HOME", str(STAND_IN))
+    with fresh_host():
+        for name in [name for name in sys.modules if name.startswith("easyeditor")]:
+            del sys.modules[name]
+        sphere.unregister()
+        assert "easyeditor" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["PRUNE", "RECT", "SPHERE"])
+def test_taken_name_registers_nothing(name: str, host: Any) -> None:
+    def own(model: Any, tok: Any, requests: Any, hparams: Any) -> None:
+        """Someone's own method, of no module of the host's."""
+
+    host.ALG_DICT[name] = own
+    before, method = dict(host.ALG_DICT), vars(batchable(host))["is_batchable_method"]
+    with pytest.raises(ValueError, match=f"{name}.*{__name__}"):
+        sphere.register()
+    assert before == host.ALG_DICT
+    assert vars(batchable(host))["is_batchable_method"] is method
+
+
+def without_host(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "easyeditor"]:
+        del sys.modules[name]
+    monkeypatch.setenv("EASYEDIT_HOME", str(home))
+
+
+def test_home_that_is_nowhere(host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = list(sys.path)
+    without_host(monkeypatch, tmp_path / "nowhere")
+    if importlib.util.find_spec("easyeditor"):
+        pytest.skip("an EasyEdit is installed")
+    with pytest.raises(ImportError, match=f"EASYEDIT_HOME={tmp_path / 'nowhere'}"):
+        sphere.register()
+    assert sys.path == path
+    monkeypatch.setenv("EASYEDIT_HOME", str(STAND_IN))
+    sphere.register()  # a corrected path is enough
+    assert "PRUNE" in sys.modules["easyeditor"].ALG_DICT
+
+
+def old_release(folder: Path) -> Path:
+    (folder / "easyeditor" / "editors").mkdir(parents=True)
+    (folder / "easyeditor" / "editors" / "__init__.py").write_text("")
+    (folder / "easyeditor" / "editors" / "batch_editor.py").write_text(
+        "class BatchEditor:\n    @staticmethod\n    def is_batchable_method(alg_name):\n        return False\n")
+    (folder / "easyeditor" / "__init__.py").write_text(
+        "ALG_DICT = {}\nclass BaseEditor:\n    def edit(self, prompts, target_new, keep_original_weight=False): ...\n")
+    return folder
+
+
+def test_old_release_is_refused(host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_host(monkeypatch, old_release(tmp_path / "old"))
+    for _ in range(2):  # by then it is imported, and no better for it
+        with pytest.raises(ImportError, match="sequential_edit.*EASYEDIT_HOME"):
+            sphere.register()
+    assert sys.modules["easyeditor"].ALG_DICT == {}
+
+
+def test_imported_package_wins(host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path / "nowhere"))
+    assert easyedit.load_easyedit() is host
+
+
+# --- native methods through the host's editor ---------------------------------------------------------------
+
+NATIVE = {"SPHERE on AlphaEdit": {"base_alg": "AlphaEdit", "alpha": 0.5}, "SPHERE on MEMIT": {"base_alg": "MEMIT"},
+          "SPHERE on RECT": {"base_alg": "RECT"}, "SPHERE on PRUNE": {"base_alg": "PRUNE"},
+          "RECT": {"base_alg": None, "alg_name": "RECT"}, "PRUNE": {"base_alg": None, "alg_name": "PRUNE"}}
+natives = pytest.mark.parametrize("changes", list(NATIVE.values()), ids=list(NATIVE))
+sizes = pytest.mark.parametrize("size", [1, 2], ids=["edit", "batch_edit"])
+
+
+def chunks(size: int) -> Batches:
+    """The first three facts as the host portions them."""
+    return [FACTS[:3][i:i + size] for i in range(0, 3, size)]
+
+
+def edit_through(editor: Any, size: int, facts: Sequence[Request], **kwargs: Any) -> tuple[Any, Any, Any]:
+    """``edit`` for one request a call, else ``batch_edit``."""
+    method = editor.edit if size == 1 else editor.batch_edit
+    return method(**arguments(facts), verbose=False, **kwargs)
+
+
+@sizes
+@natives
+def test_sequential_edits_are_ours_batch_by_batch(changes: dict[str, Any], size: int, home: Home, registered: Any
+                                                  ) -> None:
+    hparams = home.hparams(**changes, batch_size=size)
+    editor = registered.BaseEditor.from_hparams(hparams)
+    original = edited_weights(editor.model, hparams)
+    metrics, edited, _ = edit_through(editor, size, FACTS[:3], sequential_edit=True)
+    direct = run(*home.load(), hparams, chunks(size))
+    assert edited is editor.model
+    assert equal(edited_weights(editor.model, hparams), direct)
+    assert not equal(direct, original)
+    assert len(metrics) == 3
+    json.dumps(metrics)  # the host files them
+
+
+def record_weights(editor: Any, hparams: sphere.SPHEREHyperParams) -> list[dict[int, Tensor]]:
+    """Edited weights after each call, before the host puts them back."""
+    apply, found = editor.apply_algo, []
+
+    def recording(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = apply(model, *args, **kwargs)
+        found.append(edited_weights(result[0], hparams))
+        return result
+
+    editor.apply_algo = recording
+    return found
+
+
+def check_edits_by_themselves(home: Home, package: Any, hparams: sphere.SPHEREHyperParams, size: int) -> None:
+    editor = package.BaseEditor.from_hparams(hparams)
+    original, found = state_of(editor.model), record_weights(editor, hparams)
+    edit_through(editor, size, FACTS[:3], sequential_edit=False)
+    assert equal(state_of(editor.model), original)
+    batches = chunks(size)
+    assert len(found) == len(batches)
+    for weights, batch in zip(found, batches, strict=True):
+        assert equal(weights, run(*home.load(), hparams, [batch]))
+
+
+@sizes
+@natives
+def test_edits_that_are_not_sequential_know_nothing_of_each_other(changes: dict[str, Any], size: int, home: Home,
+                                                                  registered: Any) -> None:
+    # Templates that a session makes itself must not be made anew by an edited model.
+    contexts = None if changes == NATIVE["SPHERE on MEMIT"] else CONTEXTS
+    hparams = home.hparams(**changes, batch_size=size, context_templates=contexts)
+    check_edits_by_themselves(home, registered, hparams, size)
+
+
+@methods
+def test_wrapped_edits_that_are_not_sequential_know_nothing_of_each_other(method: str, home: Home, registered: Any
+                                                                          ) -> None:
+    size = 1 if method in ("ROME", "EMMET") else 2
+    hparams = home.wrapped(method, batch_size=size, context_templates=None)
+    check_edits_by_themselves(home, registered, hparams, size)
+
+
+def test_own_hyperparameters_of_the_hosts_sphere(home: Home, registered: Any) -> None:
+    module = importlib.import_module("easyeditor.models.SPHERE.SPHERE_main")
+    alphaedit = vars(home.alone(registered, "AlphaEdit", mom2_dataset="generated"))
+    own = module.SPHEREHyperParams(**{**alphaedit, "alg_name": "SPHERE", "cumulative_ratio": 0.4,
+                                      "suppression_strength": 0.7})
+    before = copy.deepcopy(own)
+    editor = registered.BaseEditor.from_hparams(own)
+    editor.edit(**arguments(FACTS[:2]), sequential_edit=True)
+    ours = home.hparams("AlphaEdit", gamma=0.4, alpha=0.7, projection_stage="update", P_loc=str(home.projections()),
+                        context_templates=None)
+    assert equal(edited_weights(editor.model, ours), run(*home.load(), ours, [FACTS[:1], FACTS[1:2]]))
+    assert own == before
+
+
+@pytest.mark.parametrize("hparams", ["some.yaml", None, sphere.SPHEREHyperParams])
+def test_what_is_no_hyperparameters(hparams: Any, home: Home, registered: Any) -> None:
+    with pytest.raises(ValueError, match="SPHEREHyperParams"):
+        registered.ALG_DICT["SPHERE"](*home.load(), FACTS[:1], hparams)
+
+
+# --- the host's executors, wrapped --------------------------------------------------------------------------
+
+
+def projections_for(method: str, home: Home, family: str) -> dict[str, Any]:
+    return {"P_loc": str(home.projections(family))} if method == "AlphaEdit" else {}
+
+
+@pytest.mark.parametrize("family", list(FOLDERS))
+@methods
+def test_alpha_zero_leaves_the_hosts_bits(method: str, family: str, home: Home, host: Any) -> None:
+    hparams = home.wrapped(method, family, alpha=0.0, context_templates=None, **projections_for(method, home, family))
+    model, tok = home.load(family)
+    original = state_of(model)
+    wrapped = run(model, tok, hparams, batches_for(method))
+    assert equal(wrapped, run_alone(home, method, batches_for(method), family))
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, original[name])}
+    assert changed == {f"{MODULES[family]['rewrite_module_tmp'].format(layer)}.weight" for layer in (1, 2)}
+
+
+@pytest.mark.parametrize("family", list(FOLDERS))
+@methods
+def test_the_hosts_own_change_is_projected(method: str, family: str, home: Home, host: Any) -> None:
+    own_values = {"batched_target_values": False} if method in ("MEMIT", "AlphaEdit") else {}
+    hparams = home.wrapped(method, family, alpha=0.5, context_templates=None, **own_values,
+                           **projections_for(method, home, family))
+    batch = batches_for(method)[0]
+    model, tok = home.load(family)
+    before = edited_weights(model, hparams)
+    wrapped, alone = run(model, tok, hparams, [batch]), run_alone(home, method, [batch], family)
+    for layer in hparams.layers:
+        turn = (lambda stored: stored.T) if family == "gpt2" else (lambda stored: stored)
+        change = turn(alone[layer] - before[layer])
+        space = sphere.PrincipalSpace.from_weight(turn(before[layer]), hparams.gamma)
+        expected = turn(before[layer]) + space.suppress(change, 0.5)
+        assert relative_error(turn(wrapped[layer]) - turn(before[layer]), expected - turn(before[layer])) < 1e-4
+        assert relative_error(turn(wrapped[layer]), turn(alone[layer])) > 1e-4
+
+
+@pytest.mark.parametrize("family", list(FOLDERS))
+@pytest.mark.parametrize("method", ["MEMIT", "AlphaEdit"])
+def test_wrapped_agrees_with_native(method: str, family: str, home: Home, host: Any) -> None:
+    """Two implementations written apart from each other; the host's has neither drift term nor norm penalty."""
+    same = {"alpha": 0.5, "projection_stage": "update", "v_num_grad_steps": 5, "kl_factor": 0.0, "v_weight_decay": 0.0,
+            **projections_for(method, home, family)}
+    original = edited_weights(home.load(family)[0], home.hparams(family=family))
+    changes = []
+    for hparams in (home.hparams(method, family, **same), home.wrapped(method, family, **same),
+                    home.wrapped(method, family, **same, batched_target_values=False)):
+        after = run(*home.load(family), hparams, batches_for(method))
+        changes.append({layer: after[layer] - original[layer] for layer in after})
+    for layer in (1, 2):
+        assert relative_error(changes[1][layer], changes[0][layer]) < 5e-3
+        assert relative_error(changes[2][layer], changes[0][layer]) < 5e-3
+
+
+@methods
+def test_copy_leaves_the_model_untouched(method: str, home: Home, host: Any) -> None:
+    hparams, batch = home.wrapped(method), batches_for(method)[0]
+    model, tok = home.load()
+    before = state_of(model)
+    edited, originals = sphere.apply_sphere_to_model(model, tok, batch, hparams, copy=True, return_orig_weights=True)
+    assert equal(state_of(model), before)
+    assert equal(edited_weights(edited, hparams), run(*home.load(), hparams, [batch]))
+    assert equal(originals, {name: before[name] for name in originals}) and len(originals) == 2
+
+
+def test_unknown_hyperparameter_is_named(home: Home, host: Any) -> None:
+    hparams = home.wrapped("FT", num_stepz=4)
+    with pytest.raises(ValueError, match="'num_stepz' .*'num_steps'"):
+        run(*home.load(), hparams, [FACTS[:1]])
+
+
+@pytest.mark.parametrize(("method", "changes", "name"), [
+    ("FT", {"num_steps": 3}, "lr"), ("ROME", {}, "context_template_length_params"), ("MEMIT", {"v_lr": None}, "v_lr"),
+    ("MEMIT", {"mom2_update_weight": None}, "mom2_update_weight"), ("AlphaEdit", {"L2": None}, "L2"),
+])
+def test_missing_hyperparameter_is_named(method: str, changes: dict[str, Any], name: str, home: Home, host: Any
+                                         ) -> None:
+    settings = home.hparams().to_dict() | {"base_alg": method, "executor": "easyedit", "projection_stage": None}
+    hparams = sphere.SPHEREHyperParams.from_dict({key: value for key, value in (settings | changes).items()
+                                                  if value is not None})
+    model, tok = home.load()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=f"{method} needs .*{name}"):
+        run(model, tok, hparams, [FACTS[:1]])
+    assert equal(state_of(model), before)
+
+
+def test_rome_takes_one_request_a_call(home: Home, host: Any) -> None:
+    called: list[Any] = []
+    spy(host, "ROME", lambda *args, **kwargs: called.append(args))
+    model, tok = home.load()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="ROME edits one request a call and got 2.*batch_size"):
+        run(model, tok, home.wrapped("ROME"), [FACTS[:2]])
+    assert not called
+    assert equal(state_of(model), before)
+    run(model, tok, home.wrapped("ROME"), [FACTS[:1]])
+    assert len(called) == 1
+
+
+def test_method_that_can_not_be_wrapped(home: Home, host: Any) -> None:
+    with pytest.raises(ValueError, match="IKE.*can't be wrapped"):
+        run(*home.load(), home.wrapped("IKE"), [FACTS[:1]])
+    assert easyedit.wrappable(host) == sorted(METHODS)
+
+
+@pytest.mark.parametrize(("typo", "meant"), [("MEMTI", "MEMIT"), ("AlphaEdti", "AlphaEdit")])
+def test_misspelt_method(typo: str, meant: str, home: Home, host: Any) -> None:
+    with pytest.raises(ValueError, match=f"'{typo}'.*did you mean '{meant}'"):
+        run(*home.load(), home.hparams(typo, executor="easyedit"), [FACTS[:1]])
+
+
+def test_original_weights_are_asked_for(home: Home, registered: Any) -> None:
+    """The host's ``edit`` tells methods not to keep them; then a change beyond our layers would go unseen."""
+    told: list[Any] = []
+    spy(registered, "EMMET", lambda *args, **kwargs: told.append(kwargs))
+    registered.BaseEditor.from_hparams(home.wrapped("EMMET")).edit(**arguments(FACTS[:1]), sequential_edit=True)
+    assert [(kwargs["keep_original_weight"], kwargs["return_orig_weights"]) for kwargs in told] == [(True, True)]
+
+
+def test_wrapping_goes_on_after_registration(home: Home, registered: Any) -> None:
+    hparams = home.wrapped("MEMIT", batch_size=2)
+    editor = registered.BaseEditor.from_hparams(hparams)
+    edit_through(editor, 2, FACTS, sequential_edit=True)
+    assert equal(edited_weights(editor.model, hparams), run(*home.load(), hparams, batches_for("MEMIT")))
+
+
+# --- what the host keeps in its modules ---------------------------------------------------------------------
+
+STATEFUL = pytest.mark.parametrize("method", ["MEMIT", "AlphaEdit", "ROME", "EMMET"])
+
+
+def other_model(home: Home) -> nn.Module:
+    """A model of the same name with other weights."""
+    model, _ = home.load()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+    return model
+
+
+@STATEFUL
+def test_two_models_in_one_process(method: str, home: Home, host: Any, tmp_path: Path) -> None:
+    batches, tok = batches_for(method), home.load()[1]
+    hparams = [home.wrapped(method, alpha=0.0, context_templates=None, nullspace_share=None, stats_dir=str(folder))
+               for folder in (home.folder / "stats", tmp_path / "other")]
+    models = [home.load()[0], other_model(home)]
+    for batch in batches:
+        for model, settings in zip(models, hparams, strict=True):
+            run(model, tok, settings, [batch])
+    ours = [edited_weights(model, hparams[0]) for model in models]
+
+    alone, together = [], [home.load()[0], other_model(home)]
+    for number in range(2):
+        with fresh_host() as package:
+            model = [home.load()[0], other_model(home)][number]
+            own = home.alone(package, method, stats_dir=hparams[number].stats_dir, P_loc="nowhere")
+            for batch in batches:
+                call_host(package, model, tok, own, batch)
+            alone.append(edited_weights(model, hparams[0]))
+    with fresh_host() as package:
+        for batch in batches:
+            for model, settings in zip(together, hparams, strict=True):
+                call_host(package, model, tok, home.alone(package, method, stats_dir=settings.stats_dir,
+                                                          P_loc="nowhere"), batch)
+    assert equal(ours, alone)
+    # The host by itself mixes them up, so there was something to keep apart.
+    assert not equal(edited_weights(together[1], hparams[0]), alone[1])
+
+
+@STATEFUL
+def test_second_run_is_as_the_first(method: str, home: Home, host: Any, tmp_path: Path) -> None:
+    hparams = home.wrapped(method, alpha=0.0, context_templates=None, nullspace_share=None)
+    tok = home.load()[1]
+    first = run(home.load()[0], tok, hparams, batches_for(method))
+    run(other_model(home), tok, home.wrapped(method, context_templates=None, stats_dir=str(tmp_path / "other")),
+        batches_for(method))
+    assert equal(run(home.load()[0], tok, hparams, batches_for(method)), first)
+    assert equal(first, run_alone(home, method, batches_for(method), P_loc="nowhere"))
+
+
+def use_host(package: Any, home: Home, method: str) -> None:
+    """Leave traces in a module of the host's, as someone who uses it by itself does."""
+    call_host(package, *home.load(), home.alone(package, method), FACTS[3:])
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["pristine host", "used host"])
+@methods
+def test_globals_are_as_before(method: str, used: bool, home: Home, host: Any) -> None:
+    if used:
+        use_host(host, home, method)
+    before = globals_of()
+    hparams = home.wrapped(method, alpha=0.0, context_templates=None, **projections_for(method, home, "llama"))
+    model, tok = home.load()
+    for batch in batches_for(method):
+        run(model, tok, hparams, [batch])
+        assert equal(globals_of(), before)
+    assert equal(edited_weights(model, hparams), run_alone(home, method, batches_for(method)))
+    pristine = all(value is None or not value for value in before.values())
+    assert pristine == (not used or method == "FT")  # which keeps nothing
+
+
+@contextmanager
+def counted(model: nn.Module, fail_at: int | None = None, failure: type[BaseException] = RuntimeError
+            ) -> Iterator[SimpleNamespace]:
+    """Counts the model's forward passes; raises in one of them if told to."""
+    calls = SimpleNamespace(number=0)
+
+    def count(*_: Any) -> None:
+        calls.number += 1
+        if calls.number == fail_at:
+            raise failure("pulled the plug")
+
+    handle = model.register_forward_hook(count)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(("method", "alpha", "failure"), [
+    *((method, 0.5, RuntimeError) for method in METHODS), *((method, 0.0, RuntimeError) for method in METHODS[:2]),
+    ("AlphaEdit", 0.5, KeyboardInterrupt)])
+def test_failure_midway_leaves_no_trace(method: str, alpha: float, failure: type[BaseException], home: Home, host: Any
+                                        ) -> None:
+    use_host(host, home, method)
+    hparams = home.wrapped(method, alpha=alpha, context_templates=None, **projections_for(method, home, "llama"))
+    first, second = batches_for(method)
+    (twin, tok), (model, _) = home.load(), home.load()
+    kept = globals_of()
+
+    def fail(batch: Sequence[Request], fail_at: int) -> None:
+        weights, session = state_of(model), session_of(model)
+        tok.padding_side = "left"
+        with counted(model, fail_at, failure), pytest.raises(failure, match="pulled the plug"):
+            run(model, tok, hparams, [batch])
+        assert equal(state_of(model), weights)
+        assert equal(session_of(model), session)
+        assert equal(globals_of(), kept)
+        assert tok.padding_side == "left"
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+    with counted(twin) as in_first:
+        run(twin, tok, hparams, [first])
+    with counted(twin) as in_second:
+        expected = run(twin, tok, hparams, [second])
+    # In the last pass weights have changed already, and AlphaEdit has begun to add to its sums of keys.
+    fail(first, in_first.number)
+    run(model, tok, hparams, [first])
+    fail(second, 1)
+    fail(second, in_second.number)
+    assert equal(run(model, tok, hparams, [second]), expected)
+
+
+@pytest.mark.parametrize("method", ["MEMIT", "AlphaEdit"])
+def test_saved_session_goes_on(method: str, home: Home, host: Any, tmp_path: Path) -> None:
+    hparams = home.wrapped(method, context_templates=None, stats_dir=str(tmp_path / "stats"))
+    first, second = batches_for(method)
+    (model, tok), (resumed, _) = home.load(), home.load()
+    run(model, tok, hparams, [first])
+    sphere.EditSession.of(model).save(tmp_path / "session.safetensors")
+    resumed.load_state_dict(model.state_dict())
+    expected = run(model, tok, hparams, [second])
+    # Statistics that are missing by then must still come from the weights before any edit.
+    shutil.rmtree(tmp_path / "stats")
+    loaded = sphere.EditSession.load(tmp_path / "session.safetensors")
+    assert equal(run(resumed, tok, hparams, [second], session=loaded), expected)
+    assert (loaded.num_edits, loaded.num_batches) == (4, 2)
+
+
+# --- target values by our optimiser -------------------------------------------------------------------------
+
+batched = pytest.mark.parametrize("method", ["MEMIT", "AlphaEdit"])
+
+
+@batched
+def test_who_optimises_target_values(method: str, home: Home, host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("the host's own optimiser")
+
+    monkeypatch.setattr(importlib.import_module("easyeditor.util.closed_form"), "compute_z", refuse)
+    for changes, ours in (({"alpha": 0.5}, True), ({"alpha": 0.5, "batched_target_values": False}, False),
+                          ({"alpha": 0.0}, False), ({"alpha": 0.0, "batched_target_values": True}, True)):
+        model, tok = home.load()
+        if ours:
+            run(model, tok, home.wrapped(method, **changes), batches_for(method))
+        else:
+            with pytest.raises(RuntimeError, match="the host's own optimiser"):
+                run(model, tok, home.wrapped(method, **changes), batches_for(method))
+
+
+def test_batched_target_values_are_not_for_every_method(home: Home, host: Any) -> None:
+    with pytest.raises(ValueError, match="batched_target_values is true.*EMMET"):
+        run(*home.load(), home.wrapped("EMMET", batched_target_values=True), [FACTS[:2]])
+
+
+@batched
+def test_target_values_vanish_from_the_temporary_folder(method: str, home: Home, host: Any, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary, found = tmp_path / "temporary", []
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    spy(host, method, lambda *args, **kwargs: found.append(list(temporary.rglob("*.npz"))))
+    model, tok = home.load()
+    run(model, tok, home.wrapped(method), batches_for(method))
+    assert [len(files) for files in found] == [2, 2]
+    assert not list(temporary.iterdir())
+    with counted(model, 3), pytest.raises(RuntimeError, match="pulled the plug"):
+        run(model, tok, home.wrapped(method), [FACTS[:2]])
+    assert not list(temporary.iterdir())
+
+
+@batched
+def test_target_values_are_kept_one_file_an_edit(method: str, home: Home, host: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "values" / "deeper"
+    hparams = home.wrapped(method, target_values_dir=str(folder))
+    # Ids that begin anew in every batch, as in the host's batch_edit.
+    batches = [[{**fact, "case_id": i} for i, fact in enumerate(batch)] for batch in batches_for(method)]
+    first = run(*home.load(), hparams, batches)
+    files = sorted(folder.iterdir())
+    values = [np.load(file)["v_star"] for file in files]
+    assert len(files) == 4 and all(value.shape == (48,) for value in values)
+    assert len({value.tobytes() for value in values}) == 4
+    assert equal(first, run(*home.load(), home.wrapped(method), batches))
+    # Another model's old files are not taken for this one's.
+    model = other_model(home)
+    stats = {"stats_dir": str(tmp_path / "other")}
+    other = run(model, home.load()[1], home.wrapped(method, target_values_dir=str(folder), **stats), batches)
+    assert equal(other, run(other_model(home), home.load()[1], home.wrapped(method, **stats), batches))
+
+
+@batched
+def test_callers_own_cache_of_target_values(method: str, home: Home, host: Any, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """EasyEdit's ``cache_template``: the host's own values go there, and are read from there."""
+    hparams, template = home.wrapped(method, alpha=0.5), str(tmp_path / "z_{}_{}_{}.npz")
+    own = home.wrapped(method, alpha=0.5, batched_target_values=False)
+    first = run(*home.load(), hparams, batches_for(method), cache_template=template)
+    assert sorted(file.name for file in tmp_path.glob("z_*")) == [f"z_2_4.0_{i}.npz" for i in range(4)]
+    assert equal(first, run(*home.load(), own, batches_for(method)))
+    monkeypatch.setattr(importlib.import_module("easyeditor.util.closed_form"), "compute_z", None)
+    assert equal(first, run(*home.load(), own, batches_for(method), cache_template=template))
+
+
+@STATEFUL
+def test_given_context_templates_reach_the_host(method: str, home: Home, host: Any) -> None:
+    module, found = sys.modules[host.ALG_DICT[method].__module__], []
+    spy(host, method, lambda *args, **kwargs: found.append(copy.deepcopy(module.CONTEXT_TEMPLATES_CACHE)))
+    run(*home.load(), home.wrapped(method, context_templates=CONTEXTS), batches_for(method))
+    assert found == [["{}", *CONTEXTS] if method == "ROME" else [["{}"], CONTEXTS]] * 2
+    assert module.CONTEXT_TEMPLATES_CACHE is None
+
+
+@STATEFUL
+def test_generated_context_templates_stay_with_the_session(method: str, home: Home, host: Any) -> None:
+    module, found = sys.modules[host.ALG_DICT[method].__module__], []
+    spy(host, method, lambda *args, **kwargs: found.append(copy.deepcopy(module.CONTEXT_TEMPLATES_CACHE)))
+    model, tok = home.load()
+    run(model, tok, home.wrapped(method, context_templates=None, alpha=0.0), batches_for(method))
+    contexts = sphere.EditSession.of(model).contexts
+    assert contexts and all(context.count("{}") == 1 for context in contexts)
+    assert found == [None, ["{}", *contexts] if method == "ROME" else [["{}"], contexts]]
+
+
+# --- what breaks the host -----------------------------------------------------------------------------------
+
+
+def copy_model(home: Home, folder: Path, family: str = "llama") -> Path:
+    model, tok = home.load(family)
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["MEMIT", "ROME"])
+def test_tied_embeddings(method: str, home: Home, host: Any, tmp_path: Path) -> None:
+    batches, tok = batches_for(method), home.load()[1]
+    hparams = home.wrapped(method, alpha=0.0, stats_dir=str(tmp_path / "stats"))
+    tied, untied = tiny_model("llama", tie_word_embeddings=True), tiny_model("llama")
+    untied.load_state_dict(tied.state_dict())
+    tied.config._name_or_path = untied.config._name_or_path = "my-llama"
+    untied.lm_head.weight = nn.Parameter(tied.lm_head.weight.detach().clone())
+    names = [name for name, _ in tied.named_parameters()]
+    expected = run(untied, tok, hparams, batches)
+    with pytest.raises(LookupError, match="lm_head"):
+        call_host(host, tied, tok, home.alone(host, method, stats_dir=str(tmp_path / "stats")), batches[0])
+    assert equal(run(tied, tok, hparams, batches), expected)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert [name for name, _ in tied.named_parameters()] == names
+
+
+@pytest.mark.parametrize("method", ["MEMIT", "AlphaEdit", "RECT", "PRUNE"])
+def test_tied_embeddings_natively(method: str, home: Home, registered: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "tied-llama"
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(folder)
+    home.load()[1].save_pretrained(folder)
+    hparams = home.hparams(method, model_name=str(folder), stats_dir=str(tmp_path / "stats"))
+    editor = registered.BaseEditor.from_hparams(hparams)
+    before = state_of(editor.model)
+    editor.edit(**arguments(FACTS[:2]), sequential_edit=True)
+    assert editor.model.lm_head.weight is editor.model.model.embed_tokens.weight
+    changed = {name for name, value in editor.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)}
+
+
+@pytest.mark.parametrize(("method", "family"), [*((method, "llama") for method in METHODS), ("AlphaEdit", "gpt2")])
+def test_name_that_tells_no_family(method: str, family: str, home: Home, host: Any, tmp_path: Path) -> None:
+    """The host's AlphaEdit goes by names; under ours any name gives what the telling name gives."""
+    path = copy_model(home, tmp_path / "my-model", family)
+    model, tok = load(path)
+    hparams = home.wrapped(method, family, model_name=str(path), stats_dir=str(tmp_path / "stats"),
+                           nullspace_share=None, nullspace_threshold=home.threshold[family])
+    named = home.wrapped(method, family, nullspace_share=None)
+    assert equal(run(model, tok, hparams, batches_for(method)), run(*home.load(family), named, batches_for(method)))
+    assert model.config._name_or_path == str(path)
+    if method == "AlphaEdit":
+        own = home.alone(host, method, family, model_name=str(path))
+        with pytest.raises(NameError, match="knows no width"):
+            call_host(host, *load(path), own, FACTS[:1])
+
+
+@pytest.mark.parametrize("method", ["AlphaEdit", "EMMET"])
+@pytest.mark.parametrize(("family", "parent", "name"), [("llama", "gpt2-xl-stuff", "my-llama"),
+                                                        ("gpt2", "llama-stuff", "my-gpt")])
+def test_path_that_holds_another_familys_name(method: str, family: str, parent: str, name: str, home: Home, host: Any,
+                                              tmp_path: Path) -> None:
+    path = copy_model(home, tmp_path / parent / name, family)
+    hparams = home.wrapped(method, family, model_name=str(path), stats_dir=str(tmp_path / "stats"))
+    expected = run(*home.load(family), home.wrapped(method, family), batches_for(method))
+    assert equal(run(*load(path), hparams, batches_for(method)), expected)
+    if (method, family) != ("AlphaEdit", "llama"):  # it looks for llama first
+        with pytest.raises(RuntimeError):
+            call_host(host, *load(path), home.alone(host, method, family, model_name=str(path),
+                                                    stats_dir=str(tmp_path / "stats")), FACTS[:1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"P_loc": "null_space_project.pt"}, {"nullspace_share": None}],
+                         ids=["share", "absent file", "threshold"])
+def test_null_space_without_a_file(changes: dict[str, Any], home: Home, host: Any, tmp_path: Path) -> None:
+    hparams, calls = home.wrapped("AlphaEdit", alpha=0.0, context_templates=None, **changes), batches_for("AlphaEdit")
+    weights = run(*home.load(), hparams, calls)
+    assert not list(tmp_path.rglob("*.pt"))
+    own = home.alone(host, "AlphaEdit", P_loc="nowhere")
+    call_host(host, *home.load(), own, FACTS[:1])
+    assert (tmp_path / "null_space_project.pt").exists()  # the host's own habit
+    if "nullspace_share" in changes:
+        assert equal(weights, run_alone(home, "AlphaEdit", calls, P_loc="nowhere"))
+
+
+def test_null_space_by_share_alone(home: Home, host: Any) -> None:
+    """``nullspace_share`` overrides the threshold, so none need be given."""
+    weights = [run(*home.load(), home.wrapped("AlphaEdit", alpha=0.0, nullspace_threshold=threshold), [FACTS[:2]])
+               for threshold in (1e-3, None)]
+    assert equal(*weights)
+
+
+@pytest.mark.parametrize("executor", ["native", "easyedit"])
+def test_gptj(executor: str, home: Home, host: Any, tmp_path: Path) -> None:
+    """The host sets up P for it, and no sums of keys."""
+    tok, tiny = home.load()[1], tiny_model("gptj")
+    tiny.config._name_or_path = "EleutherAI/gpt-j-6b"
+    hparams = home.hparams("AlphaEdit", executor=executor, stats_dir=str(tmp_path / "stats"), alpha=0.5,
+                           nullspace_threshold=1e-3)
+    before = edited_weights(tiny, hparams)
+    weights = run(tiny, tok, hparams, batches_for("AlphaEdit"))
+    assert all(torch.isfinite(weights[layer]).all() and not torch.equal(weights[layer], before[layer])
+               for layer in (1, 2))
+    names = {"rewrite_module_tmp": "transformer.h.{}.mlp.fc_out", "layer_module_tmp": "transformer.h.{}",
+             "mlp_module_tmp": "transformer.h.{}.mlp", "ln_f_module": "transformer.ln_f"}
+    own = home.alone(host, "AlphaEdit", model_name="EleutherAI/gpt-j-6b", **names)
+    with pytest.raises(NameError, match="knows no width"):
+        call_host(host, tiny, tok, own, FACTS[:1])
+
+
+def test_number_of_a_gpu_that_is_not_there(home: Home, registered: Any, caplog: pytest.LogCaptureFixture,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    hparams = home.hparams(device=0)
+    assert hparams.device == "cpu"
+    assert "no GPU" in caplog.text
+    editor = registered.BaseEditor.from_hparams(hparams)
+    editor.edit(**arguments(FACTS[:1]), sequential_edit=True)
+    assert equal(edited_weights(editor.model, hparams), run(*home.load(), home.hparams(), [FACTS[:1]]))
+
+
+@methods
+def test_padding(method: str, home: Home, host: Any) -> None:
+    side = "right" if method == "FT" else "left"  # the wrong one
+    hparams, (model, tok) = home.wrapped(method), home.load()
+    expected = run(*home.load(), hparams, batches_for(method))
+    seen: list[tuple[str, Any]] = []
+    spy(host, method, lambda _model, tok, *args, **kwargs: seen.append((tok.padding_side, tok.pad_token)))
+    tok.padding_side, tok.pad_token = side, None
+    assert equal(run(model, tok, hparams, batches_for(method)), expected)
+    assert seen == [("left" if method == "FT" else "right", tok.eos_token)] * 2
+    assert (tok.padding_side, tok.pad_token) == (side, None)
+
+
+def test_padding_side_matters_to_the_host(home: Home, host: Any) -> None:
+    """Else the test above could not fail."""
+    for method, wrong in (("FT", "right"), ("MEMIT", "left")):
+        model, tok = home.load()
+        tok.padding_side = wrong
+        host.ALG_DICT[method](model, tok, FACTS[:3], home.alone(host, method), return_orig_weights=True)
+        right = run_alone(home, method, [FACTS[:3]])
+        assert not equal(edited_weights(model, home.hparams()), right)
+
+
+@methods
+def test_model_and_tokenizer_are_as_before(method: str, home: Home, host: Any) -> None:
+    model, tok = home.load()
+    tok.padding_side = "left"
+    parameters = dict(model.named_parameters())
+    for i, parameter in enumerate(parameters.values()):
+        parameter.requires_grad_(i % 3 != 0)
+        parameter.grad = torch.ones_like(parameter) if i % 2 else None
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    grads = {name: parameter.grad for name, parameter in parameters.items()}
+    values = {name: None if grad is None else grad.clone() for name, grad in grads.items()}
+    config, tokenizer = model.config.to_dict(), {name: repr(value) for name, value in vars(tok).items()}
+    run(model, tok, home.wrapped(method, alpha=0.5), batches_for(method))
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in parameters.items())
+    assert {name: parameter.requires_grad for name, parameter in after.items()} == flags
+    assert all(parameter.grad is grads[name] for name, parameter in after.items())
+    assert equal({name: parameter.grad for name, parameter in after.items()}, values)
+    assert model.config.to_dict() == config and model.config._name_or_path == str(home.path())
+    assert {name: repr(value) for name, value in vars(tok).items()} == tokenizer
+    assert not model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+# Prompts that end with the subject: in a random model little that happens there is felt later.
+EASY = [{"prompt": "Once upon a time in France", "subject": "France", "target_new": "the"},
+        {"prompt": "And then came John Smith", "subject": "John Smith", "target_new": "and"}]
+
+
+@pytest.mark.parametrize(("changes", "size"), [
+    ({"base_alg": "MEMIT"}, 1), ({"base_alg": "AlphaEdit"}, 2),
+    ({"base_alg": "FT", "executor": "easyedit", "num_steps": 8, "lr": 0.02}, 2)], ids=["MEMIT", "AlphaEdit", "FT"])
+def test_editor_for_any_name(changes: dict[str, Any], size: int, home: Home, registered: Any, tmp_path: Path) -> None:
+    path = copy_model(home, tmp_path / "my-model")
+    hparams = home.hparams(**{**changes, "model_name": str(path), "batch_size": size, "v_num_grad_steps": 12,
+                              "stats_dir": str(tmp_path / "stats"), "alpha": 0.1})
+    with pytest.raises(NotImplementedError):
+        registered.BaseEditor.from_hparams(hparams)
+    given = copy.deepcopy(hparams)
+    editor = easyedit.make_editor(hparams)
+    assert hparams == given and editor.hparams is hparams and editor.model_name == str(path)
+    metrics, edited, _ = edit_through(
+        editor, size, EASY, rephrase_prompts=[f"Well, {fact['prompt']}" for fact in EASY],
+        locality_inputs={"neighborhood": {"prompt": ["The capital of Spain is"] * 2, "ground_truth": ["Madrid"] * 2}})
+    assert [metric["requested_rewrite"]["prompt"] for metric in metrics] == [fact["prompt"] for fact in EASY]
+    for metric in metrics:
+        assert metric.keys() >= {"case_id", "requested_rewrite", "pre", "post"}
+        assert len(metric["post"]["rephrase_acc"]) == 1
+        assert (metric["pre"]["rewrite_acc"], metric["post"]["rewrite_acc"]) == ([0.0], [1.0])
+        assert 0.0 <= metric["post"]["locality"]["neighborhood_acc"][0] <= 1.0
+    assert equal(state_of(edited), state_of(load(path)[0]))
+
+
+# --- tracking -----------------------------------------------------------------------------------------------
+
+
+class Noting(sphere.EditCallback):
+    """Keeps what it was told; raises at the end of a batch if told to."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.fail_at, self.starts, self.ends = fail_at, [], []
+
+    def on_batch_start(self, event: sphere.EditEvent) -> None:
+        self.starts.append((event.num_edits, event.num_batches))
+
+    def on_batch_end(self, event: sphere.EditEvent) -> None:
+        if event.num_batches == self.fail_at:
+            raise RuntimeError("seen enough")
+        self.ends.append((event.num_edits, event.num_batches, sorted(event.update_norms), len(event.losses)))
+
+
+def editor_for(package: Any, home: Home, method: str, size: int = 1) -> Any:
+    """An editor of our methods or of the host's own."""
+    if method == "SPHERE":
+        return package.BaseEditor.from_hparams(home.hparams("AlphaEdit", batch_size=size))
+    if method == "wrapped FT":
+        return package.BaseEditor.from_hparams(home.wrapped("FT", batch_size=size))
+    return package.BaseEditor.from_hparams(home.alone(package, method, batch_size=size))
+
+
+TRACKED = ["SPHERE", "wrapped FT", "MEMIT", "FT", "EMMET"]
+
+
+@pytest.mark.parametrize(("size", "sequential"), [(1, False), (2, True)], ids=["restored", "sequential"])
+@pytest.mark.parametrize("method", TRACKED)
+def test_tracking(method: str, size: int, sequential: bool, home: Home, registered: Any, tmp_path: Path) -> None:
+    plain = editor_for(registered, home, method, size)
+    edit_through(plain, size, FACTS[:3], sequential_edit=sequential)
+    for module in list(sys.modules.values()):  # what the plain run left in the host would colour the next
+        if module.__name__.startswith("easyeditor.models") and "COV_CACHE" in vars(module):
+            module.CONTEXT_TEMPLATES_CACHE = None
+    editor = editor_for(registered, home, method, size)
+    apply, tracker, noting = editor.apply_algo, sphere.HETracker(tmp_path / "energy.csv"), Noting()
+    with sphere.track(editor, [tracker, noting]):
+        edit_through(editor, size, FACTS[:3], sequential_edit=sequential)
+    assert editor.apply_algo is apply
+    assert equal(state_of(editor.model), state_of(plain.model))
+    counts = [0, 1, 2, 3] if size == 1 else [0, 2, 3]
+    assert [record.num_edits for record in tracker.records] == counts
+    assert list(tracker.records[0].energy) == [1, 2]
+    assert noting.starts == list(zip(counts[:-1], range(len(counts) - 1), strict=True))
+    losses = [b - a if method == "SPHERE" else 0 for a, b in pairwise(counts)]
+    assert noting.ends == [(count, i + 1, [1, 2], losses[i]) for i, count in enumerate(counts[1:])]
+    energies = [record.energy[1] for record in tracker.records]
+    assert len(set(energies)) == len(energies)
+    assert energies[0] == pytest.approx(float(sphere.hyperspherical_energy(edited_weights(
+        home.load()[0], home.hparams())[1])))
+
+
+def test_tracking_a_method_without_weights(home: Home, registered: Any) -> None:
+    editor = editor_for(registered, home, "IKE")
+    tracker, before = sphere.HETracker(), state_of(editor.model)
+    with sphere.track(editor, [tracker]):
+        editor.edit(**arguments(FACTS[:2]), sequential_edit=True)
+    assert [record.num_edits for record in tracker.records] == [0, 1, 2]
+    assert list(tracker.records[0].energy) == [0, 1, 2, 3]  # no layers in its hyperparameters: all blocks
+    assert tracker.records[2].relative_change == dict.fromkeys(range(4), 0.0)
+    assert equal(state_of(editor.model), before)
+
+
+@pytest.mark.parametrize("method", TRACKED)
+def test_callback_that_raises_undoes_the_batch(method: str, home: Home, registered: Any) -> None:
+    editor = editor_for(registered, home, method)
+    apply, noting, tracker = editor.apply_algo, Noting(fail_at=2), sphere.HETracker()
+    with pytest.raises(RuntimeError, match="seen enough"), sphere.track(editor, [noting, tracker]):
+        editor.edit(**arguments(FACTS[:1]), sequential_edit=True)
+        before = state_of(editor.model)
+        editor.edit(**arguments(FACTS[1:2]), sequential_edit=True)
+    assert editor.apply_algo is apply
+    assert equal(state_of(editor.model), before)
+    assert [record.num_edits for record in tracker.records] == [0, 1]
+
+
+@pytest.mark.parametrize("method", ["SPHERE", "MEMIT"])
+def test_numbering_after_an_undone_batch(method: str, home: Home, registered: Any) -> None:
+    editor, noting = editor_for(registered, home, method), Noting(fail_at=2)
+    with sphere.track(editor, [noting]):
+        editor.edit(**arguments(FACTS[:1]), sequential_edit=True)
+        with pytest.raises(RuntimeError, match="seen enough"):
+            editor.edit(**arguments(FACTS[1:2]), sequential_edit=True)
+        noting.fail_at = None
+        editor.edit(**arguments(FACTS[1:3]), sequential_edit=True)
+    assert noting.starts == [(0, 0), (1, 1), (1, 1), (2, 2)]
+    assert [end[:2] for end in noting.ends] == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_tracking_logs_nothing_alarming(home: Home, registered: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """What the host puts back after an edit is no change from outside."""
+    editor = editor_for(registered, home, "SPHERE")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING), sphere.track(editor, [sphere.HETracker()]):
+        editor.edit(**arguments(FACTS[:3]), sequential_edit=False)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
