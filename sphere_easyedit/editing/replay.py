@@ -8,8 +8,10 @@ architecture but that a block takes hidden states first and returns them first.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from transformers import Cache, DynamicCache
 from ..models import EditableModel
 
 KeyValues = dict[int, tuple[Tensor, Tensor]]
+
+_LEAST_SHARED = 3  # tokens: below it a run of what rows share costs more than it saves
 
 
 class _Stop(Exception):
@@ -167,11 +171,7 @@ def _select_new(value: Any, rows: Tensor, size: int, cut: dict[int, Any]) -> Any
 
 
 def _run_until_stop(editable: EditableModel, rows: Rows, prefix: KeyValues | None) -> None:
-    cache = None
-    if prefix is not None:
-        cache = DynamicCache()
-        for layer in sorted(prefix):
-            cache.update(*prefix[layer], layer)
+    cache = None if prefix is None else _filled_cache(prefix)
     try:
         editable.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, position_ids=rows.position_ids,
                        past_key_values=cache, use_cache=cache is not None)
@@ -182,21 +182,35 @@ def _run_until_stop(editable: EditableModel, rows: Rows, prefix: KeyValues | Non
 
 
 @torch.no_grad()
-def prefix_key_values(editable: EditableModel, prefixes: Sequence[Sequence[int]], stop: int) -> KeyValues:
+def prefix_key_values(editable: EditableModel, prefixes: Sequence[Sequence[int]], stop: int,
+                      groups: Sequence[int] | None = None) -> KeyValues:
     """Keys and values of token prefixes in blocks ``0 .. stop - 1``, aligned at the prefixes' ends.
 
     The prefixes run padded on the right, where every row begins with a real token, and are shifted afterwards: rows
     padded on the left would start with positions that may see nothing, which some attention kernels answer with NaN.
 
+    Args:
+        editable: the model.
+        prefixes: token ids of each row.
+        stop: the block in front of which to stop.
+        groups: rows of one number (of one context template, say) run what they have in common only once.
+
     Returns:
         Per block a pair of ``(rows, heads, longest prefix, head width)``; zeros where a row's prefix is shorter.
     """
-    lengths = torch.tensor([len(prefix) for prefix in prefixes])
-    width = int(lengths.max())
-    device = editable.input_device
-    # An empty prefix still needs a token to run on; its states are wiped below.
-    rows = pad_rows([list(prefix) or [0] for prefix in prefixes], device)
-    cache = DynamicCache()
+    stems = [()] * len(prefixes) if groups is None else _common_beginnings(prefixes, groups)
+    distinct = sorted(set(stems))
+    stem_states: KeyValues | None = None
+    if any(distinct):
+        owner = torch.tensor([distinct.index(stem) for stem in stems])
+        stem_states = {layer: (keys[owner.to(keys.device)], values[owner.to(values.device)]) for layer, (keys, values)
+                       in prefix_key_values(editable, distinct, stop).items()}
+    stem_lengths = torch.tensor([len(stem) for stem in stems])
+    stem_width = int(stem_lengths.max())
+    rest = [list(prefix[len(stem):]) for prefix, stem in zip(prefixes, stems, strict=True)]
+    # A row of which nothing is left still needs a token to run on; its states are not among those gathered below.
+    rows = pad_rows([ids or [0] for ids in rest], editable.input_device, stem_lengths.tolist(), stem_width)
+    cache = _filled_cache(stem_states)
 
     def stop_here(_module: nn.Module, _args: Any, _output: Any) -> None:
         raise _Stop
@@ -209,14 +223,35 @@ def prefix_key_values(editable: EditableModel, prefixes: Sequence[Sequence[int]]
         pass
     finally:
         handle.remove()
-    source = torch.arange(width) - (width - lengths).unsqueeze(1)  # (rows, width): where each aligned token was
+    width = max(len(prefix) for prefix in prefixes)
+    ends = stem_width + torch.tensor([len(ids) for ids in rest]).unsqueeze(1)  # (rows, 1): column behind each prefix
+    source = torch.arange(width) - width + ends  # (rows, width): where each aligned token was
+    empty = source < (stem_width - stem_lengths).unsqueeze(1)
 
     def align(states: Tensor) -> Tensor:
-        index = source.to(states.device)[:, None, :, None]
+        index, outside = (part.to(states.device)[:, None, :, None] for part in (source, empty))
         moved = torch.take_along_dim(states, index.clamp(min=0), dim=2)
-        return moved.masked_fill(index < 0, 0.0)
+        return moved.masked_fill(outside, 0.0)
 
     return {layer: (align(keys), align(values)) for layer, (keys, values) in enumerate(_cache_states(cache))}
+
+
+def _common_beginnings(sequences: Sequence[Sequence[int]], groups: Sequence[int]) -> list[tuple[int, ...]]:
+    """For each sequence the beginning that all of its group share, where it is worth a run of its own."""
+    stems: dict[int, tuple[int, ...]] = {}
+    for sequence, group in zip(sequences, groups, strict=True):
+        stem = stems.setdefault(group, tuple(sequence))
+        stems[group] = tuple(token for token, _ in takewhile(lambda pair: pair[0] == pair[1],
+                                                             zip(stem, sequence, strict=False)))
+    worth = {group for group, count in Counter(groups).items() if count > 1 and len(stems[group]) >= _LEAST_SHARED}
+    return [stems[group] if group in worth else () for group in groups]
+
+
+def _filled_cache(states: KeyValues | None) -> DynamicCache:
+    cache = DynamicCache()
+    for layer in sorted(states or {}):
+        cache.update(*states[layer], layer)  # type: ignore[index]
+    return cache
 
 
 def _cache_states(cache: Any) -> list[tuple[Tensor, Tensor]]:

@@ -52,13 +52,15 @@ class TargetValues:
 
 @dataclass(frozen=True)
 class _Row:
-    """One token row; ``edit`` indexes the micro-batch, ``lookup`` the subject's last token among ``suffix``.
+    """One token row; ``edit`` indexes the micro-batch, ``lookup`` the subject's last token among ``suffix``. Rows of
+    one ``context`` begin alike.
 
     ``prefix`` holds the tokens that run once only, ``targets`` what shall be predicted from token ``first`` of
     ``suffix`` onward.
     """
 
     edit: int
+    context: int
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     lookup: int
@@ -213,10 +215,11 @@ class _MicroBatch:
                  use_prefix: bool) -> None:
         self._editable, self._hparams, self._requests = editable, hparams, requests
         self._layer = editable.layers[-1]
-        rewriting = [_row(edit, prompt, request.target_ids, use_prefix)
-                     for edit, request in enumerate(requests) for prompt in _rewriting_prompts(request)]
+        rewriting = [_row(edit, context, prompt, request.target_ids, use_prefix)
+                     for edit, request in enumerate(requests)
+                     for context, prompt in enumerate(_rewriting_prompts(request))]
         self._rewriting = self._record(rewriting)
-        self._drift = self._record([_row(edit, request.drift, (), use_prefix)
+        self._drift = self._record([_row(edit, 0, request.drift, (), use_prefix)
                                     for edit, request in enumerate(requests)])
         plain = [next(i for i, row in enumerate(rewriting) if row.edit == edit) for edit in range(len(requests))]
         self._initial = self._rewriting.at_lookup(self._rewriting.replay.hidden)[plain].float()  # (edits, hidden)
@@ -230,7 +233,8 @@ class _MicroBatch:
         prefix: KeyValues | None = None
         if width:
             with torch.no_grad():
-                prefix = prefix_key_values(self._editable, [row.prefix for row in rows], stop)
+                prefix = prefix_key_values(self._editable, [row.prefix for row in rows], stop,
+                                           [row.context for row in rows])
         padded = pad_rows([row.suffix for row in rows], self._editable.input_device,
                           [len(row.prefix) for row in rows], width)
         return _Packed(rows, BlockReplay.record(self._editable, padded, self._layer + 1, stop, prefix))
@@ -297,7 +301,7 @@ class _MicroBatch:
                              "the learning rate v_lr are at fault")
 
 
-def _row(edit: int, prompt: TokenizedPrompt, targets: tuple[int, ...], use_prefix: bool) -> _Row:
+def _row(edit: int, context: int, prompt: TokenizedPrompt, targets: tuple[int, ...], use_prefix: bool) -> _Row:
     cut = prompt.lookup if use_prefix else 0
-    return _Row(edit, prompt.ids[:cut], prompt.ids[cut:] + targets[:-1], prompt.lookup - cut,
+    return _Row(edit, context, prompt.ids[:cut], prompt.ids[cut:] + targets[:-1], prompt.lookup - cut,
                 len(prompt.ids) - 1 - cut, targets)
