@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .energy_metrics import MetricCorrelation, correlate, join_energy
 from .files import replacing
-from .hyperspherical import hyperspherical_energy
+from .hyperspherical import energy_from_gram, hyperspherical_energy
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,9 @@ class EditEvent:
         losses: last loss of each target value (nats); empty before the batch and where the executor tells none.
         update_norms: Frobenius norm of each layer's change by this batch; empty before it.
         seconds: wall time of the batch by part; empty before it.
+        grams: ``W W^T`` ``(d_out, d_out)`` of edited weights as they stand, by layer, float32 or float64; not to be
+            changed. Only of layers where one is carried from batch to batch, and computed when looked up: to be read
+            within the hook.
     """
 
     model: nn.Module
@@ -43,6 +46,7 @@ class EditEvent:
     losses: Sequence[float] = ()
     update_norms: Mapping[int, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    grams: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class EditCallback:
@@ -115,7 +119,7 @@ class HETracker(EditCallback):
 
     def _record(self, event: EditEvent) -> None:
         layers = self._tracked(event)
-        energy = {layer: float(hyperspherical_energy(event.weights[layer])) for layer in layers}
+        energy = {layer: float(_energy(event, layer)) for layer in layers}
         first = self.records[0].energy if self.records else energy
         change = {layer: energy[layer] / first[layer] - 1.0 if first[layer] else 0.0 for layer in layers}
         self.records.append(EnergyRecord(event.num_edits, energy, change))
@@ -171,6 +175,11 @@ class HETracker(EditCallback):
             ValueError: as ``join``, or no layer was tracked.
         """
         return correlate(self.records, self.every, metrics)
+
+
+def _energy(event: EditEvent, layer: int) -> Tensor:
+    weight, gram = event.weights[layer], event.grams.get(layer)
+    return hyperspherical_energy(weight) if gram is None else energy_from_gram(gram, weight=weight)
 
 
 def read_energy_csv(path: Path) -> list[EnergyRecord]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .callbacks import EditCallback, EditEvent
 from .editing.executors import Update, add_update, prepare_session, restored_after, solve_batch, tokenize_batch
+from .editing.grams import GramMatrices
 from .editing.requests import TokenizedRequest, parse_requests
 from .editing.restraints import prune, rect
 from .editing.session import EditSession
@@ -91,13 +92,14 @@ def apply_sphere_to_model(
             parsed = parse_requests(requests, first_id=session.num_edits)
         seconds = {"preparation": time.perf_counter() - started}
         weights = {layer: editable.weight(layer) for layer in editable.layers}
+        grams = GramMatrices(editable, session.grams, editable.layers if _carries_grams(hparams, executor) else [])
         event = EditEvent(model, weights, session.num_edits, session.num_batches,
-                          [request.case_id for request in parsed])
+                          [request.case_id for request in parsed], grams=grams)
         for callback in callbacks:
             callback.on_batch_start(event)
 
         with _undone_on_error(editable) as before:
-            shaping = Shaping(editable, hparams, session)
+            shaping = Shaping(editable, hparams, session, grams)
             shaping.resume_unrestrained()
             if executor is None:
                 losses, history = _edit_natively(editable, tokenized, hparams, session, shaping, seconds, progress)
@@ -114,7 +116,7 @@ def apply_sphere_to_model(
                             num_batches=session.num_batches + 1, losses=losses, update_norms=norms, seconds=seconds)
             for callback in callbacks:
                 callback.on_batch_end(event)
-            session.commit(editable, len(parsed), history, shaping.unrestrained)
+            session.commit(editable, len(parsed), history, shaping.unrestrained, grams.carried)
     originals = {editable.parameter_name(layer): editable.orient(layer, weight).contiguous()
                  for layer, weight in before.items()} if return_orig_weights else {}
     return model, originals
@@ -148,6 +150,13 @@ def _easyedits_executor(hparams: SPHEREHyperParams, session: EditSession) -> Wra
     return wrapped_executor(hparams.base_alg, session)
 
 
+def _carries_grams(hparams: SPHEREHyperParams, executor: Executor | None) -> bool:
+    """Whether a Gram matrix saves anything: every batch takes a space from it, or its updates are of low rank."""
+    if hparams.projects and hparams.principal_space == "current":
+        return True
+    return executor is None and hparams.base_alg not in ("RECT", "PRUNE")
+
+
 @contextmanager
 def _undone_on_error(editable: EditableModel) -> Iterator[dict[int, Tensor]]:
     """The edited weights as they were; put back bit for bit if the context ends in an error."""
@@ -169,7 +178,7 @@ def _edit_natively(
     solution = solve_batch(editable, requests, hparams, session, shaping.shape if in_loop else None, progress)
     started = time.perf_counter()
     for layer, update in solution.updates.items():
-        add_update(editable, layer, update if in_loop else shaping.shape(layer, update))
+        shaping.write(layer, update if in_loop else shaping.shape(layer, update))
     shaping.read_out()
     seconds |= solution.seconds | {"projection": time.perf_counter() - started}
     return solution.target_values.losses, solution.history
@@ -191,11 +200,11 @@ def _edit_by(
     for layer, weight in after.items():
         _check_finite(layer, weight)
         if shaping.leaves_updates:  # the executor's own bits, not a sum that rounds to them
-            editable.set_weight(layer, weight)
+            editable.set_weight(layer, weight)  # no Gram matrix is carried
         else:
             precise = torch.promote_types(weight.dtype, torch.float32)
             change = weight.to(precise) - before[layer].to(precise)
-            add_update(editable, layer, shaping.shape(layer, change))
+            shaping.write(layer, shaping.shape(layer, change))
     shaping.read_out()
     seconds["projection"] = time.perf_counter() - started
 
@@ -229,8 +238,9 @@ class Shaping:
         unrestrained: PRUNE's weights to go on from after this batch, by layer, on the CPU; else empty.
     """
 
-    def __init__(self, editable: EditableModel, hparams: SPHEREHyperParams, session: EditSession) -> None:
-        self._editable, self._hparams, self._session = editable, hparams, session
+    def __init__(self, editable: EditableModel, hparams: SPHEREHyperParams, session: EditSession, grams: GramMatrices
+                 ) -> None:
+        self._editable, self._hparams, self._session, self._grams = editable, hparams, session, grams
         self._prunes = hparams.base_alg == "PRUNE"
         self._projects = hparams.projects
         self.unrestrained: dict[int, Tensor] = {}
@@ -259,6 +269,11 @@ class Shaping:
             return LowRankUpdate(update.values, space.suppress_keys(update.keys, self._hparams.alpha))
         return space.suppress(update, self._hparams.alpha)
 
+    def write(self, layer: int, update: Update) -> None:
+        """Add a shaped update to its layer's weight."""
+        self._grams.advance(layer, update)
+        add_update(self._editable, layer, update)
+
     def read_out(self) -> None:
         """Replace PRUNE's unrestrained weights, now all written, by the restrained and projected ones."""
         if not self._prunes:
@@ -277,7 +292,10 @@ class Shaping:
     def _space(self, layer: int) -> PrincipalSpace:
         weight = self._editable.weight(layer)
         if not self._prunes and self._hparams.principal_space == "current":
-            return PrincipalSpace.from_weight(weight, self._hparams.gamma)
+            gram = self._grams.get(layer)
+            if gram is None:  # of a tall weight
+                return PrincipalSpace.from_weight(weight, self._hparams.gamma)
+            return PrincipalSpace.from_gram(weight, gram, self._hparams.gamma)
         kept = self._session.spaces.get(layer)
         if kept is None or kept.gamma != self._hparams.gamma:
             space = PrincipalSpace.from_weight(self._session.original[layer].to(weight.device), self._hparams.gamma)

@@ -90,7 +90,7 @@ def test_energies_of_a_real_run(tok: PreTrainedTokenizerBase, tmp_path: Path) ->
     for record, weights in zip(tracker.records, expected, strict=True):
         for layer in LAYERS:
             energy = float(sphere.hyperspherical_energy(weights[layer].T))
-            assert record.energy[layer] == pytest.approx(energy, rel=1e-12)
+            assert record.energy[layer] == pytest.approx(energy, rel=1e-8)  # by a carried Gram matrix, or directly
     assert read_energy_csv(tmp_path / "energy.csv") == tracker.records
 
 

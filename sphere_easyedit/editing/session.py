@@ -19,6 +19,7 @@ from ..files import replacing
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel
 from ..projection import PrincipalSpace
+from .grams import GramMatrix
 from .solvers import KeyHistory, KeyMetric
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class EditSession:
         history: earlier keys by layer.
         metrics: how keys are weighed, by layer; rebuilt when needed, not saved.
         spaces: principal spaces of the original weights, by layer; rebuilt when needed, not saved.
+        grams: Gram matrices of the weights as the last batch left them, by layer, where one was asked for; rebuilt when
+            needed, not saved.
         executor_caches: what a wrapped executor derived from the original model; rebuilt when needed, not saved.
         executor_history: what a wrapped executor adds to with every batch (its tensors on the CPU).
     """
@@ -60,6 +63,7 @@ class EditSession:
         self.history: dict[int, KeyHistory] = {}
         self.metrics: dict[int, KeyMetric | None] = {}
         self.spaces: dict[int, PrincipalSpace] = {}
+        self.grams: dict[int, GramMatrix] = {}
         self.executor_caches: dict[str, Any] = {}
         self.executor_history: dict[str, Tensor] = {}
         self._fingerprints: dict[int, Fingerprint] = {}  # of the weights as the last batch left them
@@ -124,10 +128,11 @@ class EditSession:
         return all(Fingerprint.of(editable.weight(layer)) == was for layer, was in self._base.items())
 
     def commit(self, editable: EditableModel, num_edits: int, history: dict[int, KeyHistory],
-               unrestrained: dict[int, Tensor]) -> None:
+               unrestrained: dict[int, Tensor], grams: dict[int, GramMatrix]) -> None:
         """Take over a finished batch; nothing before this call changed the session's state of edits."""
         fingerprints = {layer: Fingerprint.of(editable.weight(layer)) for layer in editable.layers}
         self.history, self.unrestrained, self._fingerprints = history, unrestrained, fingerprints
+        self.grams = dict(grams)
         self.num_edits += num_edits
         self.num_batches += 1
 
