@@ -22,14 +22,18 @@ import sphere_easyedit as sphere
 from sphere_easyedit.editing import covariance
 from sphere_easyedit.editing.corpus import corpus_name, token_sequences
 from sphere_easyedit.editing.covariance import (
+    filed_factor,
+    filed_null_space,
     load_moment,
     load_null_space,
     moment_path,
+    null_space,
     null_space_basis,
     save_moment,
     second_moments,
 )
 from sphere_easyedit.editing.executors import prepare_session
+from sphere_easyedit.editing.solvers import CholeskyFactor, NullSpace
 from sphere_easyedit.models import EditableModel
 
 TEXTS = ["The capital of France is Paris.", "Rome",
@@ -505,12 +509,34 @@ def diagonal_moment(values: list[float]) -> tuple[Tensor, Tensor]:
     return (vectors * torch.tensor(values, dtype=torch.float64)) @ vectors.T, vectors
 
 
-def test_null_space_by_threshold() -> None:
+def projection(space: NullSpace) -> Tensor:
+    return space.project(torch.eye(len(space.columns)))
+
+
+@pytest.mark.parametrize(("threshold", "kept"), [(0.1, 2), (0.7, 3), (6.0, 5), (0.002, 1)])
+def test_null_space_by_threshold(threshold: float, kept: int) -> None:
     moment, vectors = diagonal_moment([5.0, 0.01, 1.0, 0.001, 0.5])
-    basis = null_space_basis(moment, threshold=0.1)
-    expected = vectors[:, [1, 3]]
+    basis = null_space_basis(moment, threshold=threshold)
+    expected = vectors[:, [3, 1, 4, 2, 0][:kept]]
     torch.testing.assert_close(basis @ basis.T, expected @ expected.T, rtol=0, atol=1e-10)
-    torch.testing.assert_close(basis.T @ basis, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(kept, dtype=torch.float64), rtol=0, atol=1e-12)
+    space = null_space(moment, threshold=threshold)
+    assert (space.dimensions, space.columns.shape[1]) == (kept, min(kept, 5 - kept))
+    torch.testing.assert_close(projection(space), expected @ expected.T, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eigenvalues_are_counted(dtype: torch.dtype) -> None:
+    """By inertia, with pivots of one and of two rows."""
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 3, 17, 60):
+        for shift in (-3.0, -0.1, 0.0, 2.0):
+            matrix = torch.randn(size, size, generator=generator, dtype=dtype)
+            matrix = matrix + matrix.T + shift * torch.eye(size, dtype=dtype)
+            assert covariance._negative_eigenvalues(matrix) == int((torch.linalg.eigvalsh(matrix) < 0).sum())
+    swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=dtype)
+    assert covariance._negative_eigenvalues(torch.block_diag(swap, -swap)) == 2
+    assert covariance._negative_eigenvalues(torch.zeros(3, 3, dtype=dtype)) == 0
 
 
 @pytest.mark.parametrize(("share", "kept"), [(0.2, 1), (0.4, 2), (0.5, 2), (0.6, 3), (1.0, 5), (0.01, 1)])
@@ -520,6 +546,9 @@ def test_null_space_by_share(share: float, kept: int) -> None:
     for threshold in (None, 1e-9):  # the share has the last word
         basis = null_space_basis(moment, threshold, share)
         torch.testing.assert_close(basis @ basis.T, expected @ expected.T, rtol=0, atol=1e-10)
+        space = null_space(moment, threshold, share)
+        assert (space.complement, space.columns.shape[1]) == (kept > 2, min(kept, 5 - kept))
+        torch.testing.assert_close(projection(space), expected @ expected.T, rtol=0, atol=1e-6)
 
 
 def test_null_space_that_is_empty() -> None:
@@ -534,11 +563,21 @@ def test_golden_null_space_is_read() -> None:
         path = golden.folder / "null_space_project.pt"
         stacked = torch.load(path, weights_only=True)
         layers = golden.hparams().layers
-        bases = load_null_space(path, layers, stacked.shape[1])
-        assert list(bases) == layers
-        for projection, basis in zip(stacked, bases.values(), strict=True):
-            assert relative_error(basis @ basis.T, projection) < 1e-5
-            assert 0 < basis.shape[1] < len(projection)
+        spaces = load_null_space(path, layers, stacked.shape[1])
+        assert list(spaces) == layers
+        for stored, space in zip(stacked, spaces.values(), strict=True):
+            assert relative_error(projection(space), stored) < 1e-5
+            assert 0 < space.dimensions < len(stored)
+            assert space.columns.shape[1] <= len(stored) / 2
+
+
+@pytest.mark.parametrize("kept", [1, 40, 299, 300])
+def test_projection_is_read_whatever_its_rank(kept: int, tmp_path: Path) -> None:
+    stacked = _projections(width=300, kept=kept)
+    torch.save(stacked, tmp_path / "P.pt")
+    for stored, space in zip(stacked, load_null_space(tmp_path / "P.pt", [3, 5], 300).values(), strict=True):
+        assert (space.dimensions, space.columns.dtype) == (kept, torch.float32)
+        assert relative_error(projection(space), stored) < 2e-6
 
 
 def _projections(count: int = 2, width: int = 6, kept: int = 3) -> Tensor:
@@ -550,9 +589,9 @@ def _projections(count: int = 2, width: int = 6, kept: int = 3) -> Tensor:
 def test_null_spaces_keep_their_layers(tmp_path: Path) -> None:
     stacked = _projections()
     torch.save(stacked, tmp_path / "P.pt")
-    bases = load_null_space(tmp_path / "P.pt", [3, 5], 6)
-    for layer, projection in zip([3, 5], stacked, strict=True):
-        assert relative_error(bases[layer] @ bases[layer].T, projection) < 1e-5
+    spaces = load_null_space(tmp_path / "P.pt", [3, 5], 6)
+    for layer, stored in zip([3, 5], stacked, strict=True):
+        assert relative_error(projection(spaces[layer]), stored) < 1e-5
 
 
 def _oblique() -> Tensor:
@@ -605,24 +644,156 @@ def test_pickle_in_a_null_space_file_is_not_executed(tok: PreTrainedTokenizerBas
     assert trace.exists()
 
 
-def _bases(tok: PreTrainedTokenizerBase, hparams: sphere.SPHEREHyperParams) -> dict[int, Tensor]:
+def _spaces(tok: PreTrainedTokenizerBase, hparams: sphere.SPHEREHyperParams) -> dict[int, Tensor]:
     model = tiny_model("llama")
     session = sphere.EditSession()
     prepare_session(editable_of(model, hparams), tok, hparams, session)
-    return {layer: metric.basis @ metric.basis.T for layer, metric in session.metrics.items()}
+    return {layer: projection(metric.space) for layer, metric in session.metrics.items()}
 
 
 def test_missing_null_space_falls_back_to_the_statistics(tok: PreTrainedTokenizerBase, tmp_path: Path,
                                                          caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     path = tmp_path / "P.pt"
-    absent = _bases(tok, tiny_hparams(tmp_path, P_loc=str(path)))
+    absent = _spaces(tok, tiny_hparams(tmp_path, P_loc=str(path)))
     assert f"P_loc {path} does not exist" in caplog.text
-    unnamed = _bases(tok, tiny_hparams(tmp_path))
+    unnamed = _spaces(tok, tiny_hparams(tmp_path))
     assert all(torch.equal(absent[layer], unnamed[layer]) for layer in (1, 2))
     given = _projections(width=80, kept=30)
     torch.save(given, path)
-    present = _bases(tok, tiny_hparams(tmp_path, P_loc=str(path)))
-    for layer, projection in zip((1, 2), given, strict=True):
-        assert relative_error(present[layer], projection) < 1e-5
+    present = _spaces(tok, tiny_hparams(tmp_path, P_loc=str(path)))
+    for layer, stored in zip((1, 2), given, strict=True):
+        assert relative_error(present[layer], stored) < 1e-5
         assert relative_error(present[layer], unnamed[layer]) > 0.1
+
+
+# --- what is derived from statistics and kept beside them ---------------------------------------------------
+
+
+CPU = torch.device("cpu")
+
+
+def _statistics(folder: Path, width: int = 40, seed: int = 0) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.randn(width, 3 * width, generator=generator, dtype=torch.float64)
+    path = folder / "model.layers.1.mlp_float32_mom2_7.npz"
+    save_moment(path, (samples @ samples.T).float(), 3 * width, 7)
+    return path
+
+
+def _fail(*_: Any) -> Any:
+    raise AssertionError("made anew")
+
+
+def _made_once(make: Callable[[Path], list[Tensor]], maker: tuple[Any, str], folder: Path,
+               monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """First made and filed, then read, and made again with a warning where the file is not to be trusted."""
+    caplog.set_level("WARNING")
+    statistics = _statistics(folder)
+    made = make(statistics)
+    filed, = folder.glob("*.safetensors")
+    assert filed.name.startswith("model.layers.1.mlp_float32_mom2_7_")
+    good = filed.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(*maker, _fail)
+        patch.setattr(covariance, "load_moment", _fail)
+        assert all(torch.equal(*pair) for pair in zip(make(statistics), made, strict=True))
+    assert not caplog.records
+
+    one_bit = bytearray(good)
+    one_bit[-100] ^= 1
+    for content in (b"", b"nonsense", good[:-50], bytes(one_bit), good.replace(b"statistics 1", b"statistics 0")):
+        filed.write_bytes(content)
+        caplog.clear()
+        assert all(torch.equal(*pair) for pair in zip(make(statistics), made, strict=True))
+        assert f"{filed}" in caplog.text
+        assert "made anew" in caplog.text
+        caplog.clear()
+        make(statistics)
+        assert not caplog.records  # the file was mended
+
+    caplog.clear()
+    _statistics(folder, seed=1)  # other statistics under the same name
+    other = make(statistics)
+    assert "was made from other statistics" in caplog.text
+    assert not all(torch.equal(*pair) for pair in zip(other, made, strict=True))
+    caplog.clear()
+    assert all(torch.equal(*pair) for pair in zip(make(statistics), other, strict=True))
+    assert not caplog.records
+    assert sorted(path.name for path in folder.iterdir()) == sorted([statistics.name, filed.name])
+
+
+@pytest.mark.parametrize("rule", [{"threshold": 0.2}, {"share": 0.9}, {"share": 0.3}, {"share": 1.0}], ids=str)
+def test_null_space_is_filed(rule: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                             caplog: pytest.LogCaptureFixture) -> None:
+    def make(statistics: Path) -> list[Tensor]:
+        return [projection(filed_null_space(statistics, 40, rule.get("threshold"), rule.get("share"), CPU))]
+
+    if rule == {"share": 1.0}:  # nothing in the file to be damaged, and no other statistics give anything else
+        assert torch.equal(make(_statistics(tmp_path))[0], make(_statistics(tmp_path))[0])
+        assert torch.equal(make(_statistics(tmp_path))[0], torch.eye(40, dtype=torch.float64))
+        return
+    _made_once(make, (covariance, "null_space"), tmp_path, monkeypatch, caplog)
+
+
+def test_rules_are_filed_apart(tmp_path: Path) -> None:
+    statistics = _statistics(tmp_path)
+    dimensions = [filed_null_space(statistics, 40, threshold, share, CPU).dimensions
+                  for threshold, share in ((0.2, None), (0.5, None), (None, 0.9), (0.2, 0.5)) for _ in range(2)]
+    assert dimensions[::2] == dimensions[1::2]
+    assert dimensions[4::2] == [36, 20]
+    assert dimensions[0] < dimensions[2]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+
+
+def test_wide_factor_is_filed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                              caplog: pytest.LogCaptureFixture) -> None:
+    def make(statistics: Path) -> list[Tensor]:
+        return list(filed_factor(statistics, 40, CPU).rows)
+
+    make(_statistics(tmp_path))
+    assert list(tmp_path.glob("*.safetensors")) == []  # a narrow one is not
+    monkeypatch.setattr(covariance, "_FACTOR_FILED_FROM", 40)
+    _made_once(make, (CholeskyFactor, "of"), tmp_path, monkeypatch, caplog)
+
+
+def test_factor_of_a_singular_moment_is_not_filed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(covariance, "_FACTOR_FILED_FROM", 1)
+    path = tmp_path / "C.npz"
+    save_moment(path, torch.zeros(5, 5), 3, 7)
+    with pytest.raises(torch.linalg.LinAlgError):
+        filed_factor(path, 5, CPU)
+    assert [file.name for file in tmp_path.iterdir()] == ["C.npz"]
+
+
+def test_damaged_statistics_are_refused_whatever_lies_beside_them(tmp_path: Path) -> None:
+    statistics = _statistics(tmp_path)
+    filed_null_space(statistics, 40, None, 0.9, CPU)
+    statistics.write_bytes(statistics.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="no statistics file"):
+        filed_null_space(statistics, 40, None, 0.9, CPU)
+
+
+def test_folder_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                        caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    statistics = _statistics(tmp_path)
+    monkeypatch.setattr(covariance, "replacing", refuse)
+    assert filed_null_space(statistics, 40, None, 0.9, CPU).dimensions == 36
+    assert "can't be written" in caplog.text
+    assert "made again in the next session" in caplog.text
+
+
+@pytest.mark.parametrize("base_alg", ["AlphaEdit", "MEMIT"])
+def test_second_run_reads_what_the_first_derived(base_alg: str, tok: PreTrainedTokenizerBase, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(covariance, "_FACTOR_FILED_FROM", 1)
+    hparams = tiny_hparams(tmp_path, base_alg=base_alg, v_num_grad_steps=2)
+    first, second = tiny_model("llama"), tiny_model("llama")
+    sphere.apply_sphere_to_model(first, tok, REQUESTS, hparams)
+    monkeypatch.setattr(covariance, "load_moment", _fail)
+    sphere.apply_sphere_to_model(second, tok, REQUESTS, hparams)
+    for layer, weight in edited_weights(first, hparams).items():
+        assert torch.equal(weight, edited_weights(second, hparams)[layer])

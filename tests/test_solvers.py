@@ -14,13 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing import executors
+from sphere_easyedit.editing import executors, solvers
 from sphere_easyedit.editing.covariance import load_moment, moment_path, save_moment
 from sphere_easyedit.editing.solvers import (
+    CholeskyFactor,
     CovarianceMetric,
     KeyHistory,
     KeyMetric,
     LowRankUpdate,
+    NullSpace,
     NullSpaceMetric,
     adjusted_keys,
     plain_alphaedit_keys,
@@ -59,6 +61,24 @@ def some_moment(seed: int) -> Tensor:
     return (samples @ samples.T / samples.shape[1]).float()
 
 
+def two_forms(seed: int, columns: int) -> tuple[NullSpace, NullSpace]:
+    """One null space by its own basis and by that of its complement."""
+    whole = orthonormal(seed, WIDTH)
+    return NullSpace(whole[:, :columns]), NullSpace(whole[:, columns:], complement=True)
+
+
+def null_space_metric(seed: int, columns: int, ridge: float) -> NullSpaceMetric:
+    return NullSpaceMetric(two_forms(seed, columns)[0], ridge)
+
+
+def covariance_metric(moment: Tensor, weight: float) -> CovarianceMetric:
+    return CovarianceMetric(CholeskyFactor.of(moment), weight)
+
+
+def without_earlier(metric: KeyMetric) -> KeyHistory:
+    return KeyHistory.empty(WIDTH, metric, torch.device("cpu"))
+
+
 def dense_keys(metric: Tensor, ridge: float, every: Tensor, keys: Tensor) -> Tensor:
     """``(M A A^T + c I)^-1 M K`` by an explicit inverse."""
     every, keys = every.double(), keys.double()
@@ -80,71 +100,89 @@ def assert_close(found: Tensor | None, expected: Tensor) -> None:
 def test_alphaedit_equals_dense_formula(
     seed: int, count: int, earlier: int, duplicates: bool, columns: int, ridge: float
 ) -> None:
-    basis = orthonormal(seed, columns)
-    metric = NullSpaceMetric(basis, ridge)
+    basis = orthonormal(seed, WIDTH)[:, :columns]
     keys, old = some_keys(seed + 1, count, duplicates), some_keys(seed + 2, earlier, duplicates)
-    history = KeyHistory(old, metric)
-    found = adjusted_keys(metric, keys, history)
-    assert_close(found, dense_keys(basis @ basis.T, ridge, torch.cat([old, keys], dim=1), keys))
-    assert_close(found, plain_alphaedit_keys(basis, ridge, keys, history))
-    if earlier == 0:
-        assert_close(adjusted_keys(metric, keys), plain_alphaedit_keys(basis, ridge, keys))
+    expected = dense_keys(basis @ basis.T, ridge, torch.cat([old, keys], dim=1), keys)
+    for space in two_forms(seed, columns):
+        assert space.dimensions == columns
+        history = KeyHistory(old, NullSpaceMetric(space, ridge))
+        assert_close(adjusted_keys(history, keys), expected)
+        assert_close(plain_alphaedit_keys(space, ridge, keys, history), expected)
+        if earlier == 0:
+            assert_close(plain_alphaedit_keys(space, ridge, keys), expected)
 
 
 @PROPERTY
 @given(SEEDS, COUNTS, EARLIER, DUPLICATES, st.floats(0.5, 1000.0))
 def test_memit_equals_dense_formula(seed: int, count: int, earlier: int, duplicates: bool, weight: float) -> None:
     moment = some_moment(seed)
-    metric = CovarianceMetric(moment, weight)
     keys, old = some_keys(seed + 1, count, duplicates), some_keys(seed + 2, earlier, duplicates)
-    history = KeyHistory(old, metric)
+    history = KeyHistory(old, covariance_metric(moment, weight))
     every = torch.cat([old, keys], dim=1).double()
-    found = adjusted_keys(metric, keys, history)
+    found = adjusted_keys(history, keys)
     direct = torch.linalg.inv(weight * moment.double() + every @ every.T) @ keys.double()
     assert_close(found, direct)
     assert_close(found, dense_keys(torch.linalg.inv(weight * moment.double()), 1.0, every, keys))
     assert_close(found, plain_memit_keys(moment, weight, keys, history))
     if earlier == 0:
-        assert_close(adjusted_keys(metric, keys), plain_memit_keys(moment, weight, keys))
+        assert_close(found, plain_memit_keys(moment, weight, keys))
 
 
 @PROPERTY
 @given(SEEDS, COUNTS, EARLIER, st.integers(1, WIDTH - 1))
 def test_alphaedit_stays_in_the_null_space(seed: int, count: int, earlier: int, columns: int) -> None:
-    basis = orthonormal(seed, columns)
-    metric = NullSpaceMetric(basis, 0.3)
+    outside = orthonormal(seed, WIDTH)[:, columns:]
     keys, old = some_keys(seed + 1, count, False), some_keys(seed + 2, earlier, False)
-    found = adjusted_keys(metric, keys, KeyHistory(old, metric))
-    assert found is not None
-    update = LowRankUpdate(gaussian(seed + 3, 5, count), found).dense()
-    outside = torch.eye(WIDTH, dtype=torch.float64) - basis @ basis.T
-    assert float(update.norm()) > 0
-    assert float((update @ outside).norm()) < 1e-10 * float(update.norm())
+    for space in two_forms(seed, columns):
+        found = adjusted_keys(KeyHistory(old, NullSpaceMetric(space, 0.3)), keys)
+        assert found is not None
+        update = LowRankUpdate(gaussian(seed + 3, 5, count), found).dense()
+        assert float(update.norm()) > 0
+        assert float((update @ outside).norm()) < 1e-10 * float(update.norm())
 
 
 def test_earlier_keys_matter() -> None:
     """Without this, every comparison above would hold for a solver that forgot them."""
     keys, old = some_keys(1, 3, False), some_keys(2, 4, False)
-    for metric in (NullSpaceMetric(orthonormal(3, 8), 0.5), CovarianceMetric(some_moment(4), 2.0)):
-        alone, after = adjusted_keys(metric, keys), adjusted_keys(metric, keys, KeyHistory(old, metric))
+    for metric in (null_space_metric(3, 8, 0.5), covariance_metric(some_moment(4), 2.0)):
+        alone, after = adjusted_keys(without_earlier(metric), keys), adjusted_keys(KeyHistory(old, metric), keys)
         assert alone is not None
         assert after is not None
         assert relative_error(after, alone) > 0.05
 
 
-def test_float32_basis_is_accurate_enough() -> None:
-    """Wide weights keep their null space in float32."""
-    basis, keys = orthonormal(0, 7), some_keys(1, 5, False)
-    found = adjusted_keys(NullSpaceMetric(basis.float(), 0.5), keys)
+@pytest.mark.parametrize("share", [0.3, 0.9])
+@pytest.mark.parametrize("earlier", [150, 700])  # fewer and more than any basis has columns
+def test_float32_storage_is_accurate_enough(share: float, earlier: int) -> None:
+    """Keys as they are met: a large common part outside the null space, hardly anything in it, and repetitions."""
+    width, count = 400, 20
+    vectors = torch.linalg.qr(gaussian(0, width, width)).Q
+    strength = torch.logspace(1, -2, width, dtype=torch.float64)[:, None]
+    keys = vectors @ (strength * gaussian(1, width, earlier + count))
+    keys = (keys + 30 * vectors[:, :1]).float()
+    keys[:, -5:] = keys[:, :5]
+    old, new = keys[:, :earlier], keys[:, earlier:]
+    kept = int(share * width)
+    inside, outside = vectors[:, width - kept:], vectors[:, : width - kept]
+    expected = dense_keys(inside @ inside.T, 0.5, keys, new)
+    thinner = NullSpace(outside.float(), True) if share > 0.5 else NullSpace(inside.float())
+    assert relative_error_of(adjusted_keys(KeyHistory(old, NullSpaceMetric(thinner, 0.5)), new), expected) < 1e-4
+    moment = (vectors * strength.T**2) @ vectors.T
+    direct = torch.linalg.solve(20 * moment.float().double() + keys.double() @ keys.double().T, new.double())
+    metric = covariance_metric(moment.float(), 20.0)
+    assert relative_error_of(adjusted_keys(KeyHistory(old, metric), new), direct) < 1e-4
+
+
+def relative_error_of(found: Tensor | None, expected: Tensor) -> float:
     assert found is not None
-    assert relative_error(found, plain_alphaedit_keys(basis, 0.5, keys)) < 1e-5
+    return relative_error(found, expected)
 
 
 def test_memit_with_a_huge_weight_changes_nothing() -> None:
     moment, keys = some_moment(0), some_keys(1, 4, False)
     norms = []
     for weight in (1.0, 1e4, 1e8, 1e12):
-        found = adjusted_keys(CovarianceMetric(moment, weight), keys)
+        found = adjusted_keys(without_earlier(covariance_metric(moment, weight)), keys)
         assert found is not None
         norms.append(float(found.norm()))
     assert norms == sorted(norms, reverse=True)
@@ -154,7 +192,7 @@ def test_memit_with_a_huge_weight_changes_nothing() -> None:
 
 
 def test_zero_keys_have_zero_adjusted_keys() -> None:
-    found = adjusted_keys(NullSpaceMetric(orthonormal(0, 7), 0.5), torch.zeros(WIDTH, 3))
+    found = adjusted_keys(without_earlier(null_space_metric(0, 7, 0.5)), torch.zeros(WIDTH, 3))
     assert found is not None
     assert torch.equal(found, torch.zeros(WIDTH, 3, dtype=torch.float64))
 
@@ -163,10 +201,48 @@ def test_nearly_parallel_keys() -> None:
     """A system of condition 1e10 is still solved, or handed on, but never answered wrongly."""
     keys = some_keys(0, 1, False).repeat(1, 6).double()
     keys += 1e-5 * gaussian(1, WIDTH, 6)
-    basis = orthonormal(2, WIDTH)
-    found = adjusted_keys(NullSpaceMetric(basis, 1e-8), keys)
     expected = dense_keys(torch.eye(WIDTH, dtype=torch.float64), 1e-8, keys, keys)
-    assert found is None or relative_error(found, expected) < 1e-4
+    for space in two_forms(2, WIDTH):
+        found = adjusted_keys(without_earlier(NullSpaceMetric(space, 1e-8)), keys)
+        assert found is None or relative_error(found, expected) < 1e-4
+
+
+# --- factors ------------------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(SEEDS, st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 8))
+def test_extended_factor_equals_one_from_scratch(seed: int, counts: list[int], block: int) -> None:
+    size = sum(counts)
+    samples = gaussian(seed, size, size + 5)
+    matrix = samples @ samples.T
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solvers, "_BLOCK", block)
+        factor, start = CholeskyFactor(), 0
+        for count in counts:
+            shorter, rows = factor, [row.clone() for row in factor.rows]
+            factor = factor.extended(matrix[start: start + count, : start + count])
+            start += count
+            assert all(torch.equal(*pair) for pair in zip(shorter.rows, rows, strict=True))  # left as it was
+        at_once = CholeskyFactor.of(matrix)
+    expected = torch.linalg.cholesky(matrix)
+    right = gaussian(seed + 1, size, 3)
+    for found in (factor, at_once):
+        dense = torch.cat([torch.nn.functional.pad(row, (0, size - row.shape[1])) for row in found.rows])
+        torch.testing.assert_close(dense, expected, rtol=1e-8, atol=1e-8)
+        products = torch.cat([torch.nn.functional.pad(row, (0, size - row.shape[1])) for row in found.products(2.0)])
+        torch.testing.assert_close(products.tril(), 2 * matrix.tril(), rtol=1e-8, atol=1e-8)
+        assert found.size == size
+        assert relative_error(matrix @ found.solve(right), right) < 1e-6
+        assert relative_error(expected @ found.solve_lower(right), right) < 1e-8
+        assert relative_error(expected.T @ found.solve_upper(right), right) < 1e-8
+        assert found.nbytes <= (size * (size + 2 * max(block, *counts))) * 8 / 2
+
+
+def test_factor_of_what_is_not_positive_definite() -> None:
+    for matrix in (torch.zeros(WIDTH, WIDTH), -some_moment(0), torch.full((WIDTH, WIDTH), float("nan"))):
+        with pytest.raises(torch.linalg.LinAlgError):
+            CholeskyFactor.of(matrix)
 
 
 # --- updates in factors, earlier keys -----------------------------------------------------------------------
@@ -180,33 +256,75 @@ def test_low_rank_update_dense() -> None:
     assert dense.shape == (5, WIDTH)
 
 
+METRICS = {
+    "thin": lambda seed: NullSpaceMetric(two_forms(seed, 5)[0], 0.4),
+    "complement": lambda seed: NullSpaceMetric(two_forms(seed, 8)[1], 0.4),
+    "everything": lambda seed: NullSpaceMetric(two_forms(seed, WIDTH)[1], 0.4),
+    "MEMIT": lambda seed: covariance_metric(some_moment(seed), 3.0),
+}
+
+
+@pytest.mark.parametrize("kind", METRICS)
 @PROPERTY
-@given(SEEDS, st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans())
-def test_extended_history_equals_one_built_at_once(seed: int, counts: list[int], memit: bool) -> None:
-    metric: KeyMetric = NullSpaceMetric(orthonormal(seed, 7), 0.4)
-    if memit:
-        metric = CovarianceMetric(some_moment(seed), 3.0)
+@given(SEEDS, st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 5))
+def test_extended_history_equals_one_built_at_once(kind: str, seed: int, counts: list[int], block: int) -> None:
+    """Through the change of form too: 12 batches bring up to nine times as many keys as there are inputs."""
+    metric = METRICS[kind](seed)
     parts = [some_keys(seed + i, count, False) for i, count in enumerate(counts)]
-    grown = KeyHistory.empty(WIDTH, metric, torch.device("cpu"))
-    for part in parts:
-        shorter, length = grown, grown.keys.shape[1]
-        grown = grown.extended(part, metric)
-        assert shorter.keys.shape[1] == length  # the shorter one is left as it was
-    whole = KeyHistory(torch.cat(parts, dim=1), metric)
-    assert torch.equal(grown.keys, whole.keys)
-    assert grown.coordinates is not None
-    assert whole.coordinates is not None
-    torch.testing.assert_close(grown.coordinates, whole.coordinates, rtol=1e-10, atol=1e-10)
-    new = metric.coordinates(some_keys(seed + 99, 2, False))
-    every = torch.cat([whole.coordinates, new], dim=1)
-    for history in (grown, whole):
-        torch.testing.assert_close(history.gram_with(new), every.T @ every, rtol=1e-10, atol=1e-10)
+    new = some_keys(seed + 99, 2, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solvers, "_BLOCK", block)
+        grown = without_earlier(metric)
+        for part in parts:
+            shorter, keys = grown, grown.keys
+            grown = grown.extended(part)
+            assert torch.equal(shorter.keys, keys)  # the shorter one is left as it was
+        whole = KeyHistory(torch.cat(parts, dim=1), metric)
+        assert torch.equal(grown.keys, whole.keys)
+        found = adjusted_keys(grown, new)
+        assert found is not None
+        torch.testing.assert_close(found, adjusted_keys(whole, new), rtol=1e-8, atol=1e-10)
+        unit = torch.eye(WIDTH)
+        expected = dense_keys(metric.weigh(unit), metric.ridge, torch.cat([*parts, new], dim=1), new)
+        assert_close(found, expected)
+        for history in (grown, whole):
+            assert history.factor is not None
+            assert history.factor.size <= max(metric.capacity, *counts)
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_change_of_form_is_continuous(kind: str) -> None:
+    """With keys of no weight added until they are absorbed, the solution stays the same to rounding."""
+    metric = METRICS[kind](0)
+    new = some_keys(2, 2, False)
+    history = KeyHistory(some_keys(1, 4, False), metric)
+    before = adjusted_keys(history, new)
+    changed = []
+    for _ in range(2 * WIDTH):
+        history = history.extended(torch.zeros(WIDTH, 1))
+        changed.append(history.metric is not metric)
+        torch.testing.assert_close(adjusted_keys(history, new), before, rtol=1e-10, atol=1e-12)
+    assert changed == sorted(changed)
+    assert (changed[0], changed[-1]) == (False, True)
+    assert history.keys.shape[1] == 4 + 2 * WIDTH
+
+
+def test_memory_of_a_history() -> None:
+    """Keys and null space once in float32, half of the square of the system: nothing else."""
+    width, left_out, earlier = 600, 60, 300
+    columns = torch.linalg.qr(gaussian(0, width, left_out).float()).Q
+    metric = NullSpaceMetric(NullSpace(columns, True), 1.0)
+    history = KeyHistory.empty(width, metric, torch.device("cpu"))
+    for start in range(0, earlier, 50):
+        history = history.extended(gaussian(start, width, 50).float())
+    assert history.nbytes < 4 * width * (left_out + earlier) + 8 * earlier * (earlier + 256) / 2
 
 
 def test_history_without_a_metric_keeps_its_keys() -> None:
     first, second = some_keys(0, 2, False), some_keys(1, 3, False)
-    history = KeyHistory.empty(WIDTH, None, torch.device("cpu")).extended(first, None).extended(second, None)
-    assert history.coordinates is None
+    history = KeyHistory.empty(WIDTH, None, torch.device("cpu")).extended(first).extended(second)
+    assert history.factor is None
+    assert adjusted_keys(history, first) is None
     assert torch.equal(history.keys, torch.cat([first, second], dim=1))
 
 
@@ -214,24 +332,35 @@ def test_history_without_a_metric_keeps_its_keys() -> None:
 
 
 class _Metric:
-    """A metric with a given ridge and lift-free coordinates, to bring about failures."""
+    """A multiple of the identity with a given ridge, to bring about failures."""
 
-    def __init__(self, ridge: float, scale: float = 1.0) -> None:
-        self.ridge, self._scale = ridge, scale
+    def __init__(self, ridge: float, scale: float = 1.0, capacity: int = 100) -> None:
+        self.ridge, self.capacity, self._scale, self.nbytes = ridge, capacity, scale, 0
 
-    def coordinates(self, keys: Tensor) -> Tensor:
+    def weigh(self, keys: Tensor) -> Tensor:
         return self._scale * keys.double()
 
-    def lift(self, coordinates: Tensor) -> Tensor:
-        return coordinates
+    def absorbing(self, parts: object) -> KeyMetric:
+        raise torch.linalg.LinAlgError("planted")
 
 
-@pytest.mark.parametrize("count", [3, WIDTH + 3])  # both forms of the system
-def test_failed_factorisation_gives_none(count: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_factorisation_gives_none(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert adjusted_keys(_Metric(ridge=-1e6), some_keys(0, count, False)) is None
-    assert "Cholesky factorisation" in caplog.text
-    assert str(min(count, WIDTH)) in caplog.text
+        assert adjusted_keys(without_earlier(_Metric(ridge=-1e6)), some_keys(0, 3, False)) is None
+    assert "Cholesky factorisation of the 3 key system failed" in caplog.text
+
+
+@pytest.mark.parametrize(("metric", "count"), [(_Metric(ridge=-1e6), 3), (_Metric(ridge=1.0, capacity=5), 4)],
+                         ids=["extending", "absorbing"])
+def test_lost_factor_gives_none_from_then_on(metric: _Metric, count: int, caplog: pytest.LogCaptureFixture) -> None:
+    history = KeyHistory(some_keys(0, count, False), metric)
+    with caplog.at_level(logging.WARNING):
+        history = history.extended(some_keys(1, 2, False))
+    assert "earlier keys is lost" in caplog.text
+    assert adjusted_keys(history, some_keys(2, 1, False)) is None
+    longer = history.extended(some_keys(3, 2, False))
+    assert adjusted_keys(longer, some_keys(2, 1, False)) is None
+    assert longer.keys.shape[1] == count + 4
 
 
 def test_large_residual_gives_none(caplog: pytest.LogCaptureFixture) -> None:
@@ -239,23 +368,26 @@ def test_large_residual_gives_none(caplog: pytest.LogCaptureFixture) -> None:
     keys = some_keys(0, 1, False).repeat(1, 8).double()
     keys += 3e-8 * gaussian(1, WIDTH, 8)  # the squares of these differences are at rounding
     with caplog.at_level(logging.WARNING):
-        assert adjusted_keys(_Metric(ridge=1e-15, scale=10.0), keys) is None
+        assert adjusted_keys(without_earlier(_Metric(ridge=1e-15, scale=100.0)), keys) is None
     assert caplog.records
+
+
+def test_wrong_factor_gives_none(caplog: pytest.LogCaptureFixture) -> None:
+    """The residual is taken from the keys themselves, so it shows a factor that is not theirs."""
+    history = KeyHistory(some_keys(0, 4, False), null_space_metric(0, 7, 0.5))
+    assert history.factor is not None
+    history.factor = CholeskyFactor([1.0001 * row for row in history.factor.rows])
+    with caplog.at_level(logging.WARNING):
+        assert adjusted_keys(history, some_keys(1, 3, False)) is None
+    assert "relative residual" in caplog.text
 
 
 def test_non_finite_keys_give_none(caplog: pytest.LogCaptureFixture) -> None:
     keys = some_keys(0, 3, False)
     keys[0, 0] = float("nan")
     with caplog.at_level(logging.WARNING):
-        assert adjusted_keys(_Metric(ridge=1.0), keys) is None
+        assert adjusted_keys(without_earlier(_Metric(ridge=1.0)), keys) is None
     assert caplog.records
-
-
-def test_moment_that_is_not_positive_definite() -> None:
-    with pytest.raises(torch.linalg.LinAlgError):
-        CovarianceMetric(torch.zeros(WIDTH, WIDTH), 1.0)
-    with pytest.raises(torch.linalg.LinAlgError):
-        CovarianceMetric(-some_moment(0), 1.0)
 
 
 # --- through the executors ----------------------------------------------------------------------------------

@@ -3,18 +3,26 @@
 ``C`` is the uncentered second moment ``E[k k^T]`` of the down-projection's input over the tokens of a text sample.
 Files have EasyEdit's layout (``{stats_dir}/{model}/{dataset}_stats/{module}_{dtype}_mom2_{samples}.npz``) and are
 read and written as they are.
+
+What takes long to derive from C lies beside its file: the null space, ``..._null_space_{rule}.safetensors``, and for
+wide layers MEMIT's Cholesky factor of C, ``..._cholesky.safetensors``. Each names the digest of the statistics it came
+from and of its own tensors, and is made anew where one of them differs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import scipy.linalg
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -24,12 +32,16 @@ from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, frozen, max_positions
 from .corpus import corpus_name, token_sequences
 from .replay import BlockReplay, pad_rows
+from .solvers import CholeskyFactor, NullSpace
 
 logger = logging.getLogger(__name__)
 
 # EasyEdit's reader asks for the class that wrote the file.
 _EASYEDIT_CLASS = "easyeditor.util.runningstats.SecondMoment()"
 _TOKENS_AT_ONCE = 8192
+_DERIVED_FORMAT = "sphere-easyedit derived statistics 1"
+# Narrower factors are made in about the time that reading one takes (0.1 s).
+_FACTOR_FILED_FROM = 2048
 
 
 def model_folder(editable: EditableModel) -> str:
@@ -82,11 +94,22 @@ def second_moments(editable: EditableModel, tok: PreTrainedTokenizerBase, hparam
     Raises:
         ValueError: a file does not fit, or there is no text to collect from.
     """
+    return {layer: load_moment(path, editable.d_in(layer))
+            for layer, path in statistics_files(editable, tok, hparams).items()}
+
+
+def statistics_files(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams
+                     ) -> dict[int, Path]:
+    """Files with the second moments of every edited layer; missing ones are collected.
+
+    Raises:
+        ValueError: there is no text to collect from.
+    """
     paths = {layer: moment_path(editable, hparams, layer) for layer in editable.layers}
     missing = [layer for layer in editable.layers if not paths[layer].exists()]
     if missing:
         _collect(editable, tok, hparams, {layer: paths[layer] for layer in missing})
-    return {layer: load_moment(path, editable.d_in(layer)) for layer, path in paths.items()}
+    return paths
 
 
 def _collect(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
@@ -156,8 +179,8 @@ def _batches(sequences: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
     return batches
 
 
-def null_space_basis(moment: Tensor, threshold: float | None = None, share: float | None = None) -> Tensor:
-    """Orthonormal basis ``V`` ``(d_in, q)`` of the directions that keys hardly use; ``P0 = V V^T`` (AlphaEdit).
+def null_space(moment: Tensor, threshold: float | None = None, share: float | None = None) -> NullSpace:
+    """The directions that keys hardly use, and the projection P0 on them (AlphaEdit), float32.
 
     Args:
         moment: C ``(d_in, d_in)``.
@@ -167,37 +190,200 @@ def null_space_basis(moment: Tensor, threshold: float | None = None, share: floa
     Raises:
         ValueError: nothing is left to keep.
     """
-    dtype = torch.float64 if moment.shape[0] <= 4096 else torch.float32
-    values, vectors = torch.linalg.eigh(moment.to(dtype))  # ascending
+    width, kept = len(moment), _dimensions_kept(moment, threshold, share)
+    complement = kept > width // 2
+    first, last = (kept, width) if complement else (0, kept)
+    return NullSpace(_eigenvectors(moment, first, last).float(), complement)
+
+
+def null_space_basis(moment: Tensor, threshold: float | None = None, share: float | None = None) -> Tensor:
+    """Orthonormal basis ``V`` ``(d_in, q)`` of that null space, however wide: ``P0 = V V^T``.
+
+    Raises:
+        ValueError: nothing is left to keep.
+    """
+    return _eigenvectors(moment, 0, _dimensions_kept(moment, threshold, share))
+
+
+def _working_dtype(width: int) -> torch.dtype:
+    return torch.float64 if width <= 4096 else torch.float32
+
+
+def _dimensions_kept(moment: Tensor, threshold: float | None, share: float | None) -> int:
+    width = len(moment)
     if share is not None:
-        kept = max(1, int(share * len(values)))
-    else:
-        kept = int((values < threshold).sum())
+        return max(1, int(share * width))
+    assert threshold is not None  # the hyperparameters ask for one of the two
+    shifted = moment.to(_working_dtype(width), copy=True)
+    shifted.diagonal().sub_(threshold)
+    kept = _negative_eigenvalues(shifted)
     if kept == 0:
+        smallest = float(torch.linalg.eigvalsh(moment.double())[0])
         raise ValueError(f"no eigenvalue of the keys' second moment is below nullspace_threshold {threshold} (the "
-                         f"smallest is {float(values[0]):.3g}): raise it, or set nullspace_share")
-    basis: Tensor = vectors[:, :kept].contiguous()
-    return basis
+                         f"smallest is {smallest:.3g}): raise it, or set nullspace_share")
+    return kept
 
 
-def load_null_space(path: Path, layers: Sequence[int], d_in: int) -> dict[int, Tensor]:
-    """Bases ``V`` ``(d_in, q)`` of the projections in EasyEdit's ``P_loc`` file.
+def _negative_eigenvalues(matrix: Tensor) -> int:
+    """How many there are, by Sylvester's law of inertia: a fraction of the price of the eigenvalues."""
+    if matrix.is_cuda:
+        return int((torch.linalg.eigvalsh(matrix) < 0).sum())
+    _, blocks, _ = scipy.linalg.ldl(matrix.numpy())
+    coupled = np.diagonal(blocks, -1) != 0  # a block of two pivots: one eigenvalue of either sign
+    single = np.ones(len(blocks), dtype=bool)
+    single[1:] &= ~coupled
+    single[:-1] &= ~coupled
+    return int((np.diagonal(blocks)[single] < 0).sum() + coupled.sum())
+
+
+def _eigenvectors(moment: Tensor, first: int, last: int) -> Tensor:
+    """Eigenvectors ``(d_in, last - first)`` of the eigenvalues with these numbers, counted upwards from 0."""
+    matrix = moment.to(_working_dtype(len(moment)))
+    if first == last:
+        return matrix[:, :0].clone()
+    if matrix.is_cuda:
+        vectors: Tensor = torch.linalg.eigh(matrix).eigenvectors[:, first:last]
+    else:
+        vectors = torch.from_numpy(scipy.linalg.eigh(matrix.numpy(), subset_by_index=(first, last - 1))[1])
+    return vectors.contiguous()
+
+
+def filed_null_space(statistics: Path, d_in: int, threshold: float | None, share: float | None,
+                     device: torch.device) -> NullSpace:
+    """``null_space`` of the second moment in a statistics file, kept beside it.
+
+    Raises:
+        ValueError: the statistics don't fit, or nothing is left to keep.
+    """
+    rule = f"below_{threshold!r}" if share is None else f"share_{share!r}"
+    path, origin = _beside(statistics, f"null_space_{rule}"), _origin(statistics, rule)
+    stored = _read_derived(path, origin)
+    for name, complement in (("kept", False), ("left_out", True)):
+        if name in stored:
+            return NullSpace(stored[name], complement).to(device)
+    space = null_space(load_moment(statistics, d_in).to(device), threshold, share)
+    _write_derived(path, origin, {"left_out" if space.complement else "kept": space.columns})
+    return space
+
+
+def filed_factor(statistics: Path, d_in: int, device: torch.device) -> CholeskyFactor:
+    """The Cholesky factor of the second moment in a statistics file, float64; a wide one is kept beside it.
+
+    Reading it back at 4096 takes a fifth of the time of making it; it takes the disk space of C itself.
+
+    Raises:
+        ValueError: the statistics don't fit.
+        torch.linalg.LinAlgError: the second moment is not positive definite.
+    """
+    if d_in < _FACTOR_FILED_FROM:
+        return CholeskyFactor.of(load_moment(statistics, d_in).to(device))
+    path, origin = _beside(statistics, "cholesky"), _origin(statistics, "cholesky")
+    stored = _read_derived(path, origin)
+    if stored:
+        return CholeskyFactor([stored[f"rows.{i}"] for i in range(len(stored))]).to(device)
+    factor = CholeskyFactor.of(load_moment(statistics, d_in).to(device))
+    _write_derived(path, origin, {f"rows.{i}": row for i, row in enumerate(factor.rows)})
+    return factor
+
+
+def _beside(statistics: Path, kind: str) -> Path:
+    return statistics.with_name(f"{statistics.stem}_{kind}.safetensors")
+
+
+def _origin(statistics: Path, rule: str) -> dict[str, str]:
+    """What a derived file must say of itself: which statistics, told by their contents, and what was made of them."""
+    digest = hashlib.sha256()
+    with statistics.open("rb") as stream:
+        while part := stream.read(1 << 22):
+            digest.update(part)
+    return {"format": _DERIVED_FORMAT, "statistics": digest.hexdigest(), "rule": rule}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
+def _read_derived(path: Path, origin: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors of a derived file; none where there is no file, or it is not to be trusted."""
+    if not path.exists():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as stored:
+            metadata = dict(stored.metadata() or {})
+            contents = metadata.pop("contents", None)
+            if metadata != origin:
+                logger.warning("%s was made from other statistics: it is made anew", path)
+                return {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+    except (OSError, SafetensorError) as error:
+        logger.warning("%s can't be read (%s): it is made anew", path, error)
+        return {}
+    if _digest(tensors) != contents:
+        logger.warning("%s is damaged: it is made anew", path)
+        return {}
+    return tensors
+
+
+def _write_derived(path: Path, origin: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        with replacing(path) as temporary:
+            save_file(on_cpu, temporary, metadata={**origin, "contents": _digest(on_cpu)})
+    except (OSError, SafetensorError) as error:  # a folder that others share may not be ours to write
+        logger.warning("%s can't be written (%s): it will be made again in the next session", path, error)
+
+
+def load_null_space(path: Path, layers: Sequence[int], d_in: int) -> dict[int, NullSpace]:
+    """The null spaces in EasyEdit's ``P_loc`` file, float32.
 
     Raises:
         ValueError: the file is no such tensor, or its matrices are no orthogonal projections.
     """
-    stacked = load_projections(path, layers, d_in)
-    bases = {}
-    for layer, projection in zip(layers, stacked, strict=True):
-        dtype = torch.float64 if d_in <= 4096 else torch.float32
-        values, vectors = torch.linalg.eigh((projection + projection.T).to(dtype) / 2)
-        inside = values > 0.5
-        if not bool(((values - inside.to(dtype)).abs() < 1e-2).all()):
+    spaces = {}
+    for layer, projection in zip(layers, load_projections(path, layers, d_in), strict=True):
+        space = _thinner(projection.to(_working_dtype(d_in)))
+        if space is None:
             raise ValueError(f"P_loc {path}, layer {layer}: no orthogonal projection (its eigenvalues are not 0 and 1)")
-        if not bool(inside.any()):
+        if space.dimensions == 0:
             raise ValueError(f"P_loc {path}, layer {layer}: the null space is empty")
-        bases[layer] = vectors[:, inside].contiguous()
-    return bases
+        spaces[layer] = space
+    return spaces
+
+
+def _thinner(projection: Tensor) -> NullSpace | None:
+    """The null space of a projection ``(d_in, d_in)``; None if it is no orthogonal projection, to 1e-2.
+
+    A projection maps random vectors into its range, all of it; so no eigenproblem has to be solved.
+    """
+    width = len(projection)
+    symmetric = (projection + projection.T) / 2
+    kept = round(float(symmetric.trace()))
+    if not 0 <= kept <= width:
+        return None
+    complement = kept > width // 2
+    generator = torch.Generator().manual_seed(0)
+
+    def random_columns(count: int) -> Tensor:
+        return torch.randn(width, count, generator=generator, dtype=symmetric.dtype)
+
+    columns = random_columns(width - kept if complement else kept)
+    for _ in range(2):  # the second time takes out what rounding brought in
+        columns = symmetric @ columns if not complement else columns - symmetric @ columns
+        columns = torch.linalg.qr(columns).Q
+    # The largest eigenvalue of what is left over, by powers.
+    probe, size = random_columns(8), 0.0
+    for _ in range(10):
+        inside = columns @ (columns.T @ probe)
+        probe = symmetric @ probe - (probe - inside if complement else inside)
+        size = float(torch.linalg.matrix_norm(probe, 2))
+        if not size > 0:
+            break
+        probe = torch.linalg.qr(probe).Q
+    return NullSpace(columns.float(), complement) if size < 1e-2 else None
 
 
 def load_projections(path: Path, layers: Sequence[int], d_in: int) -> Tensor:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, frozen, max_positions
 from .contexts import generate_contexts
-from .covariance import load_moment, load_null_space, moment_path, null_space_basis, second_moments
+from .covariance import filed_factor, filed_null_space, load_moment, load_null_space, moment_path, statistics_files
 from .keys import BatchStates
 from .requests import EditRequest, TokenizedRequest, tokenize_request
 from .session import EditSession
@@ -25,6 +25,7 @@ from .solvers import (
     KeyHistory,
     KeyMetric,
     LowRankUpdate,
+    NullSpace,
     NullSpaceMetric,
     adjusted_keys,
     plain_alphaedit_keys,
@@ -71,7 +72,7 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
         given = hparams.context_templates
         with frozen(editable.model):
             session.contexts = generate_contexts(editable, tok, hparams.seed) if given is None else list(given)
-    if any(history.keys.device != editable.weight(layer).device for layer, history in session.history.items()):
+    if any(history.device != editable.weight(layer).device for layer, history in session.history.items()):
         logger.info("the model moved to another device: the session follows")
         session.metrics, session.spaces = {}, {}
         session.history = {layer: KeyHistory(history.keys, None) for layer, history in session.history.items()}
@@ -86,7 +87,7 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
         metric = session.metrics[layer]
         if history is None:
             history = KeyHistory.empty(editable.d_in(layer), metric, editable.weight(layer).device)
-        elif history.coordinates is None and metric is not None:  # just loaded
+        elif history.metric is None:  # just loaded, or moved
             history = KeyHistory(history.keys.to(editable.weight(layer).device), metric)
         session.history[layer] = history
 
@@ -94,14 +95,13 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
 def _key_metrics(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams
                  ) -> dict[int, KeyMetric | None]:
     if is_alphaedit(hparams):
-        bases = _null_spaces(editable, tok, hparams)
-        return {layer: NullSpaceMetric(basis.to(editable.weight(layer).device), hparams.L2)
-                for layer, basis in bases.items()}
-    moments = second_moments(editable, tok, hparams)
+        return {layer: NullSpaceMetric(space, hparams.L2)
+                for layer, space in _null_spaces(editable, tok, hparams).items()}
     metrics: dict[int, KeyMetric | None] = {}
-    for layer, moment in moments.items():
+    for layer, path in statistics_files(editable, tok, hparams).items():
         try:
-            metrics[layer] = CovarianceMetric(moment.to(editable.weight(layer).device), hparams.mom2_update_weight)
+            factor = filed_factor(path, editable.d_in(layer), editable.weight(layer).device)
+            metrics[layer] = CovarianceMetric(factor, hparams.mom2_update_weight)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             logger.warning("layer %d: the second moment of keys is not positive definite; each batch solves densely. "
                            "More text (mom2_n_samples) would mend it", layer)
@@ -110,16 +110,17 @@ def _key_metrics(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams:
 
 
 def _null_spaces(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams
-                 ) -> dict[int, Tensor]:
+                 ) -> dict[int, NullSpace]:
     if hparams.P_loc is not None:
         path = Path(hparams.P_loc)
         if path.exists():
-            return load_null_space(path, editable.layers, editable.d_in(editable.layers[0]))
+            spaces = load_null_space(path, editable.layers, editable.d_in(editable.layers[0]))
+            return {layer: space.to(editable.weight(layer).device) for layer, space in spaces.items()}
         logger.info("P_loc %s does not exist: the null space is computed from the keys' second moment", path)
     share = hparams.nullspace_share
     threshold = None if share is not None else hparams.nullspace_threshold
-    return {layer: null_space_basis(moment.to(editable.weight(layer).device), threshold, share)
-            for layer, moment in second_moments(editable, tok, hparams).items()}
+    return {layer: filed_null_space(path, editable.d_in(layer), threshold, share, editable.weight(layer).device)
+            for layer, path in statistics_files(editable, tok, hparams).items()}
 
 
 def tokenize_batch(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest],
@@ -202,7 +203,7 @@ def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], h
         history = {}
         if is_alphaedit(hparams) or hparams.keep_previous_keys:
             for layer, keys in states.read_all().items():
-                history[layer] = session.history[layer].extended(keys.T, session.metrics[layer])
+                history[layer] = session.history[layer].extended(keys.T)
         seconds["solve"] = time.perf_counter() - started
     return BatchSolution(updates, history, targets, seconds)
 
@@ -212,7 +213,7 @@ def _solve_layer(editable: EditableModel, layer: int, keys: Tensor, residuals: T
     device = editable.weight(layer).device
     keys = keys.T.to(device)  # K (d_in, n)
     history, metric = session.history[layer], session.metrics[layer]
-    adjusted = None if metric is None else adjusted_keys(metric, keys, history)
+    adjusted = adjusted_keys(history, keys)
     if adjusted is None:
         logger.warning("layer %d: solving densely in the space of %d inputs", layer, len(keys))
         adjusted = _plain_solve(editable, layer, keys, history, hparams, metric)
@@ -223,7 +224,7 @@ def _plain_solve(editable: EditableModel, layer: int, keys: Tensor, history: Key
                  metric: KeyMetric | None) -> Tensor:
     try:
         if isinstance(metric, NullSpaceMetric):
-            return plain_alphaedit_keys(metric.basis, metric.ridge, keys, history)
+            return plain_alphaedit_keys(metric.space, metric.ridge, keys, history)
         moment = load_moment(moment_path(editable, hparams, layer), len(keys)).to(keys.device)
         return plain_memit_keys(moment, hparams.mom2_update_weight, keys, history)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]

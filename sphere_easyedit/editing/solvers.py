@@ -1,21 +1,31 @@
 """Closed forms of MEMIT and AlphaEdit, solved in the space of the keys. Tensors only.
 
-Both methods weigh keys by a matrix ``M = B B^T`` and solve with a ridge c: with A all keys that count (earlier ones
-and the batch's own, K) and ``Y = B^T A``,
+Both methods weigh keys by a symmetric matrix M and solve with a ridge c: with A all keys that count (m earlier ones and
+the batch's own, K),
 
-    adjusted keys = (M A A^T + c I)^-1 M K = B Y (Y^T Y + c I)^-1 E,    dW = R (adjusted keys)^T,
+    adjusted keys = (M A A^T + c I)^-1 M K = M A S^-1 E,    S = A^T M A + c I,    dW = R (adjusted keys)^T,
 
 where E picks the batch's columns. MEMIT has ``M = (lambda C)^-1`` and c = 1, which is ``(lambda C + A A^T)^-1 K``;
-AlphaEdit has ``M = P0`` and c = L2. The system is as small as the number of keys; where there are more keys than B has
-columns, the equal form ``B (Y Y^T + c I)^-1 Y E`` is smaller still.
+AlphaEdit has ``M = P0`` and c = L2. S is as small as the number of keys, and its Cholesky factor for the earlier keys
+is kept and bordered by each batch: O(m^2 n). Once more keys wait in it than M has rows, they are absorbed into M:
 
-Shape legend: d_out, d_in of the weight; n edits in the batch; m earlier keys; q columns of B.
+    (M A A^T + c I)^-1 M  is M of the same equation for the keys to come, with c = 1,
+
+by one factorisation in the space of d_in, or of the null space where that is thinner. So no system is ever larger than
+that, and over many batches an edit costs O(d_in^2).
+
+Precision: null spaces and keys are stored as they come (float32) and multiplied in float64 a block at a time, since S
+is close to singular where keys repeat themselves; factors are float64.
+
+Shape legend: d_out, d_in of the weight; n edits in the batch; m earlier keys; q dimensions of the null space.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -25,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 # Largest relative residual a solution may leave before the plain solve takes over.
 _MAX_RESIDUAL = 1e-5
+# Rows of a factor, or columns of keys, that are handled at once: enough for fast products, few to copy or convert.
+_BLOCK = 256
+# Random sums of the batch's columns that the residual is taken of: they show its norm to about a third.
+_PROBES = 16
 
 
 @dataclass(frozen=True)
@@ -39,133 +53,395 @@ class LowRankUpdate:
         return self.values @ self.keys.T
 
 
-class KeyMetric(Protocol):
-    """How a method weighs keys: ``M = B B^T`` with the ridge c."""
+@dataclass(frozen=True)
+class NullSpace:
+    """The projection P0 on a subspace, by orthonormal columns that span it or what it leaves out: whichever are fewer.
 
-    ridge: float
+    Attributes:
+        columns: ``V (d_in, q)`` with ``P0 = V V^T``, or ``N (d_in, d_in - q)`` with ``P0 = I - N N^T``.
+        complement: the columns are N.
+    """
+
+    columns: Tensor
+    complement: bool = False
+
+    @property
+    def dimensions(self) -> int:
+        """q, the rank of P0."""
+        width, count = self.columns.shape
+        return width - count if self.complement else count
+
+    @property
+    def num_coordinates(self) -> int:
+        """Rows of coordinates: d_in for a complement, else q."""
+        return self.columns.shape[0 if self.complement else 1]
+
+    def to(self, device: torch.device) -> NullSpace:
+        """The same on another device."""
+        return replace(self, columns=self.columns.to(device))
+
+    def project(self, keys: Tensor) -> Tensor:
+        """``P0 K`` ``(d_in, n)`` float64."""
+        keys = keys.double()
+        inside = torch.zeros_like(keys)
+        for block in _blocks(self.columns):
+            wide = block.double()
+            inside += wide @ (wide.T @ keys)
+        return keys - inside if self.complement else inside
 
     def coordinates(self, keys: Tensor) -> Tensor:
-        """``B^T K`` ``(q, n)`` float64 of keys ``(d_in, n)``."""
+        """``V^T K`` ``(q, n)``, or ``P0 K`` ``(d_in, n)`` where the columns span the complement; float64."""
+        return self.project(keys) if self.complement else _inner(_blocks(self.columns), keys.double())
 
     def lift(self, coordinates: Tensor) -> Tensor:
-        """``B Y`` ``(d_in, n)`` float64 of coordinates ``(q, n)``."""
+        """What has these coordinates: ``V Y`` or ``P0 Y``, ``(d_in, n)`` float64."""
+        return self.project(coordinates) if self.complement else _combined(_blocks(self.columns), coordinates)
+
+
+def _blocks(columns: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(columns, _BLOCK, dim=1)
+
+
+def _inner(parts: Sequence[Tensor], right: Tensor) -> Tensor:
+    """``A^T right`` float64 of A given by parts ``(d_in, m_i)``, converted one at a time."""
+    return torch.cat([right.new_zeros(0, right.shape[1]), *(part.double().T @ right for part in parts)])
+
+
+def _combined(parts: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """``A coefficients`` ``(d_in, n)`` float64 of A given by at least one part."""
+    shares = torch.split(coefficients, [part.shape[1] for part in parts])
+    total: Tensor = parts[0].double() @ shares[0]
+    for part, share in zip(parts[1:], shares[1:], strict=True):
+        total += part.double() @ share
+    return total
+
+
+class CholeskyFactor:
+    """Lower factor L of a positive definite matrix ``L L^T``, which can grow.
+
+    It is kept as block rows that end at the diagonal: half the memory of a square, and a longer factor shares the block
+    rows of the one it extends. It never changes.
+
+    Args:
+        rows: the i-th is ``(b_i, b_1 + ... + b_i)`` float64.
+    """
+
+    def __init__(self, rows: Sequence[Tensor] = ()) -> None:
+        self.rows = tuple(rows)
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> CholeskyFactor:
+        """Factorise a symmetric matrix in float64.
+
+        Raises:
+            torch.linalg.LinAlgError: it is not positive definite.
+        """
+        return cls._from_rows(matrix[start: start + _BLOCK, : start + _BLOCK].double()
+                              for start in range(0, len(matrix), _BLOCK))
+
+    @classmethod
+    def _from_rows(cls, rows: Iterable[Tensor]) -> CholeskyFactor:
+        factor = cls()
+        for row in rows:
+            factor = factor.extended(row)
+        return factor
+
+    @classmethod
+    def of_sum(cls, matrix: list[Tensor], parts: Iterable[Tensor]) -> CholeskyFactor:
+        """Factorise ``matrix + sum of Y Y^T`` for parts Y ``(size, k)`` float64; the matrix is used up.
+
+        Args:
+            matrix: block rows that end at the diagonal.
+            parts: may be made as they are asked for.
+
+        Raises:
+            torch.linalg.LinAlgError: it is not positive definite, for want of finite entries or by rounding.
+        """
+        for part in parts:
+            for row in matrix:
+                row += part[row.shape[1] - len(row): row.shape[1]] @ part[: row.shape[1]].T
+        return cls._from_rows(matrix.pop(0) for _ in range(len(matrix)))
+
+    @property
+    def size(self) -> int:
+        """Rows of the matrix."""
+        return self.rows[-1].shape[1] if self.rows else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory taken."""
+        return sum(row.nbytes for row in self.rows)
+
+    def to(self, device: torch.device) -> CholeskyFactor:
+        """The same on another device."""
+        return CholeskyFactor([row.to(device) for row in self.rows])
+
+    def extended(self, row: Tensor) -> CholeskyFactor:
+        """The factor of the matrix with more rows ``(b, size + b)`` and, by symmetry, columns: O(size^2 b).
+
+        Raises:
+            torch.linalg.LinAlgError: that matrix is not positive definite.
+        """
+        side, corner = row[:, : self.size], row[:, self.size:]
+        solved = self.solve_lower(side.T).T
+        end, failed = torch.linalg.cholesky_ex(corner - solved @ solved.T)
+        if int(failed):
+            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+                f"row {self.size + int(failed)} leaves it not positive definite")
+        fresh = torch.cat([solved, end], dim=1)
+        if not self.rows or len(self.rows[-1]) + len(fresh) > _BLOCK:
+            return CholeskyFactor([*self.rows, fresh])
+        last = torch.nn.functional.pad(self.rows[-1], (0, len(fresh)))  # many thin rows would be slow to solve with
+        return CholeskyFactor([*self.rows[:-1], torch.cat([last, fresh])])
+
+    def products(self, scale: float = 1.0) -> list[Tensor]:
+        """Block rows of ``scale L L^T`` that end at the diagonal."""
+        return [scale * torch.cat([row[:, : other.shape[1]] @ other.T for other in self.rows[: i + 1]], dim=1)
+                for i, row in enumerate(self.rows)]
+
+    def solve_lower(self, right: Tensor) -> Tensor:
+        """``L^-1 right`` ``(size, n)``."""
+        out = right.clone()
+        for row in self.rows:
+            begin, end = row.shape[1] - len(row), row.shape[1]
+            rest = out[begin:end] - row[:, :begin] @ out[:begin]
+            out[begin:end] = torch.linalg.solve_triangular(row[:, begin:], rest, upper=False)
+        return out
+
+    def solve_upper(self, right: Tensor) -> Tensor:
+        """``L^-T right`` ``(size, n)``."""
+        out = right.clone()
+        for row in reversed(self.rows):
+            begin, end = row.shape[1] - len(row), row.shape[1]
+            out[begin:end] = torch.linalg.solve_triangular(row[:, begin:].T, out[begin:end], upper=True)
+            out[:begin] -= row[:, :begin].T @ out[begin:end]
+        return out
+
+    def solve(self, right: Tensor) -> Tensor:
+        """``(L L^T)^-1 right`` ``(size, n)``."""
+        return self.solve_upper(self.solve_lower(right))
+
+
+class KeyMetric(Protocol):
+    """How a method weighs keys: the symmetric M with the ridge c. It never changes.
+
+    Attributes:
+        ridge: c.
+        capacity: rows of what ``absorbing`` factorises: more keys than that are cheaper absorbed than kept.
+        nbytes: memory taken.
+    """
+
+    ridge: float
+    capacity: int
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def weigh(self, keys: Tensor) -> Tensor:
+        """``M K`` ``(d_in, n)`` float64 of keys ``(d_in, n)``."""
+
+    def absorbing(self, parts: Sequence[Tensor]) -> KeyMetric:
+        """The metric ``(M A A^T + c I)^-1 M`` with ridge 1, for which keys A, given by parts, count already.
+
+        Raises:
+            torch.linalg.LinAlgError: its factorisation failed.
+        """
 
 
 class NullSpaceMetric:
-    """AlphaEdit's: ``M = P0 = V V^T``, the projection on the null space of old knowledge; c = L2.
+    """AlphaEdit's: ``M = P0``, the projection on the null space of old knowledge; c = L2.
+
+    With keys absorbed ``M = P0 (P0 A A^T P0 + L2 I)^-1 P0``, factorised in P0's coordinates.
 
     Args:
-        basis: V ``(d_in, q)``, orthonormal columns.
+        space: P0.
         l2: the ridge, above 0.
     """
 
-    def __init__(self, basis: Tensor, l2: float) -> None:
-        self.basis, self.ridge = basis, l2
+    def __init__(self, space: NullSpace, l2: float) -> None:
+        self.space, self.ridge, self.capacity = space, l2, space.num_coordinates
+        self._absorbed: CholeskyFactor | None = None  # of the bracket
 
-    def coordinates(self, keys: Tensor) -> Tensor:
-        return (self.basis.T @ keys.to(self.basis.dtype)).double()
+    @property
+    def nbytes(self) -> int:
+        return self.space.columns.nbytes + (0 if self._absorbed is None else self._absorbed.nbytes)
 
-    def lift(self, coordinates: Tensor) -> Tensor:
-        return (self.basis @ coordinates.to(self.basis.dtype)).double()
+    def weigh(self, keys: Tensor) -> Tensor:
+        if self._absorbed is None:
+            return self.space.project(keys)
+        return self.space.lift(self._absorbed.solve(self.space.coordinates(keys)))
+
+    def absorbing(self, parts: Sequence[Tensor]) -> NullSpaceMetric:
+        grown = NullSpaceMetric(self.space, 1.0)
+        if self._absorbed is None:
+            matrix = _scaled_identity(self.ridge, self.capacity, self.space.columns.device)
+        else:
+            matrix = self._absorbed.products()
+        grown._absorbed = CholeskyFactor.of_sum(matrix, (self.space.coordinates(part) for part in parts))
+        return grown
+
+
+def _scaled_identity(scale: float, size: int, device: torch.device) -> list[Tensor]:
+    """Block rows of ``scale I`` that end at the diagonal."""
+    rows = []
+    for start in range(0, size, _BLOCK):
+        end = min(start + _BLOCK, size)
+        rows.append(torch.zeros(end - start, end, dtype=torch.float64, device=device))
+        rows[-1][:, start:].fill_diagonal_(scale)
+    return rows
 
 
 class CovarianceMetric:
-    """MEMIT's: ``M = (lambda C)^-1`` by the Cholesky factor of ``lambda C = L L^T``, made once; c = 1.
+    """MEMIT's: ``M = (lambda C)^-1`` by the Cholesky factor of C, made once; c = 1.
+
+    With keys absorbed ``M = (lambda C + A A^T)^-1``.
 
     Args:
-        moment: C ``(d_in, d_in)``, positive definite.
+        factor: of C ``(d_in, d_in)``.
         weight: lambda (mom2_update_weight).
-
-    Raises:
-        torch.linalg.LinAlgError: the matrix is not positive definite.
     """
 
-    def __init__(self, moment: Tensor, weight: float) -> None:
-        self.ridge = 1.0
-        self._factor = torch.linalg.cholesky(weight * moment.double())  # (d_in, d_in)
+    def __init__(self, factor: CholeskyFactor, weight: float) -> None:
+        self.ridge, self.capacity = 1.0, factor.size
+        self._factor, self._weight = factor, weight
 
-    def coordinates(self, keys: Tensor) -> Tensor:
-        out: Tensor = torch.linalg.solve_triangular(self._factor, keys.double(), upper=False)
-        return out
+    @property
+    def nbytes(self) -> int:
+        return self._factor.nbytes
 
-    def lift(self, coordinates: Tensor) -> Tensor:
-        out: Tensor = torch.linalg.solve_triangular(self._factor.T, coordinates, upper=True)
-        return out
+    def weigh(self, keys: Tensor) -> Tensor:
+        return self._factor.solve(keys.double()) / self._weight
+
+    def absorbing(self, parts: Sequence[Tensor]) -> CovarianceMetric:
+        matrix = self._factor.products(self._weight)
+        return CovarianceMetric(CholeskyFactor.of_sum(matrix, (part.double() for part in parts)), 1.0)
 
 
 class KeyHistory:
-    """Earlier keys ``(d_in, m)`` of one layer, and the products with themselves that every solve needs again."""
+    """Earlier keys ``(d_in, m)`` of one layer, and the factor of their system S that every solve needs again.
+
+    It never changes; a longer history shares all it can with the one it extends.
+
+    Attributes:
+        metric: how keys are weighed, with those in it that were absorbed; None where that is not known.
+        factor: of S for the keys that wait; None where there is no metric, or the factorisation failed.
+    """
 
     def __init__(self, keys: Tensor, metric: KeyMetric | None) -> None:
-        self.keys = keys
-        self.coordinates = None if metric is None else metric.coordinates(keys)  # (q, m)
-        self._gram = None if self.coordinates is None else self.coordinates.T @ self.coordinates  # (m, m)
+        self.metric = metric
+        self.factor = None if metric is None else CholeskyFactor()
+        self._absorbed: tuple[Tensor, ...] = ()
+        self._waiting: tuple[Tensor, ...] = ()
+        self._none = keys[:, :0].clone()
+        for part in _blocks(keys):
+            self._append(part)
 
     @classmethod
     def empty(cls, d_in: int, metric: KeyMetric | None, device: torch.device) -> KeyHistory:
         """A history without keys."""
         return cls(torch.zeros(d_in, 0, device=device), metric)
 
-    def extended(self, keys: Tensor, metric: KeyMetric | None) -> KeyHistory:
-        """This history with more keys ``(d_in, n)`` behind it; only the new products are computed."""
-        longer = KeyHistory.__new__(KeyHistory)
-        longer.keys = torch.cat([self.keys, keys.to(self.keys)], dim=1)
-        longer.coordinates = longer._gram = None
-        if metric is not None and self.coordinates is not None and self._gram is not None:
-            fresh = metric.coordinates(keys)
-            longer.coordinates = torch.cat([self.coordinates, fresh], dim=1)
-            longer._gram = _bordered(self._gram, self.coordinates.T @ fresh, fresh.T @ fresh)
+    @property
+    def keys(self) -> Tensor:
+        """All earlier keys ``(d_in, m)``, put together for whoever asks."""
+        return torch.cat([self._none, *self._absorbed, *self._waiting], dim=1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the keys are."""
+        return self._none.device
+
+    @property
+    def nbytes(self) -> int:
+        """Memory taken by keys, factor and metric."""
+        state = 0 if self.metric is None else self.metric.nbytes
+        state += 0 if self.factor is None else self.factor.nbytes
+        return state + sum(part.nbytes for part in (*self._absorbed, *self._waiting))
+
+    def extended(self, keys: Tensor) -> KeyHistory:
+        """This history with more keys ``(d_in, n)`` behind it; only what is new is computed."""
+        longer = copy.copy(self)
+        longer._append(keys)
         return longer
 
-    def gram_with(self, coordinates: Tensor) -> Tensor:
-        """``Y^T Y`` ``(m + n, m + n)`` of the earlier keys and ``n`` new ones, given by coordinates."""
-        assert self._gram is not None  # made with the coordinates, which the caller has found to be there
-        assert self.coordinates is not None
-        return _bordered(self._gram, self.coordinates.T @ coordinates, coordinates.T @ coordinates)
+    def _append(self, keys: Tensor) -> None:
+        # Attributes are replaced, never changed in place: a shorter history may share them.
+        keys = keys.to(self._none)
+        if self.metric is not None and self.factor is not None and keys.shape[1]:
+            try:
+                if self.factor.size and self.factor.size + keys.shape[1] > self.metric.capacity:
+                    self.metric = self.metric.absorbing(self._waiting)
+                    self.factor = CholeskyFactor()
+                    self._absorbed, self._waiting = (*self._absorbed, *self._waiting), ()
+                wide = keys.double()
+                weighed = self.metric.weigh(wide)
+                corner = _corner(wide, weighed, self.metric.ridge)
+                self.factor = self.factor.extended(torch.cat([self.inner(weighed).T, corner], dim=1))
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                logger.warning("the factor of %d earlier keys is lost (%s)", self.factor.size + keys.shape[1], error)
+                self.factor = None
+        if self._waiting and self._waiting[-1].shape[1] + keys.shape[1] <= _BLOCK:
+            keys = torch.cat([self._waiting[-1], keys], dim=1)  # many thin parts would be slow to multiply with
+            self._waiting = self._waiting[:-1]
+        if keys.shape[1]:
+            self._waiting = (*self._waiting, keys.contiguous())
+
+    def inner(self, vectors: Tensor) -> Tensor:
+        """``A^T X`` ``(m, n)`` float64 of X ``(d_in, n)`` and the keys that wait, A."""
+        return _inner(self._waiting, vectors)
+
+    def combined(self, coefficients: Tensor) -> Tensor | float:
+        """``A X`` ``(d_in, n)`` float64 of X ``(m, n)`` and the keys that wait, A; 0 where there are none."""
+        return _combined(self._waiting, coefficients) if self._waiting else 0.0
 
 
-def _bordered(corner: Tensor, side: Tensor, end: Tensor) -> Tensor:
-    return torch.cat([torch.cat([corner, side], dim=1), torch.cat([side.T, end], dim=1)], dim=0)
+def _corner(keys: Tensor, weighed: Tensor, ridge: float) -> Tensor:
+    """``K^T M K + c I`` ``(n, n)``."""
+    corner = keys.T @ weighed
+    corner.diagonal().add_(ridge)
+    return corner
 
 
-def adjusted_keys(metric: KeyMetric, keys: Tensor, history: KeyHistory | None = None) -> Tensor | None:
+def adjusted_keys(history: KeyHistory, keys: Tensor) -> Tensor | None:
     """``(M A A^T + c I)^-1 M K`` for the batch's keys K and all keys A.
 
     Args:
-        metric: the method's M and c.
+        history: earlier keys, or none yet, with the method's M and c.
         keys: K ``(d_in, n)``.
-        history: earlier keys; None or empty where only the batch's own count.
 
     Returns:
-        ``(d_in, n)`` float64, or None where the factorisation failed or left a residual above 1e-5.
+        ``(d_in, n)`` float64, or None where a factorisation failed or the solution left a residual above 1e-5.
     """
-    new = metric.coordinates(keys)  # (q, n)
-    earlier = history.coordinates if history is not None and history.keys.shape[1] else None
-    every = new if earlier is None else torch.cat([earlier, new], dim=1)  # Y (q, m + n)
-    wide = every.shape[1] > every.shape[0]
-    if wide:
-        system = every @ every.T
-    elif earlier is None or history is None:
-        system = new.T @ new
-    else:
-        system = history.gram_with(new)
-    system.diagonal().add_(metric.ridge)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if int(failed):
-        logger.warning("Cholesky factorisation of the %d key system failed", len(system))
+    metric, factor = history.metric, history.factor
+    if metric is None or factor is None:
         return None
-    if wide:
-        solution = torch.cholesky_solve(new, factor)  # (q, n)
-    else:
-        pick = torch.zeros(len(system), new.shape[1], dtype=system.dtype, device=system.device)
-        pick[-new.shape[1]:] = torch.eye(new.shape[1], dtype=system.dtype, device=system.device)
-        solution = every @ torch.cholesky_solve(pick, factor)
-    residual = every @ (every.T @ solution) + metric.ridge * solution - new
-    relative = float(residual.norm() / new.norm().clamp(min=torch.finfo(new.dtype).tiny))
+    keys = keys.double()
+    weighed = metric.weigh(keys)  # M K (d_in, n)
+    solved = factor.solve_lower(history.inner(weighed))  # (m, n)
+    corner, failed = torch.linalg.cholesky_ex(_corner(keys, weighed, metric.ridge) - solved.T @ solved)
+    if int(failed):
+        logger.warning("Cholesky factorisation of the %d key system failed", factor.size + keys.shape[1])
+        return None
+    alone = keys - history.combined(factor.solve_upper(solved))  # what earlier keys do not account for
+    mixed = torch.cholesky_solve(alone.T, corner).T  # A S^-1 E (d_in, n)
+    solution = metric.weigh(mixed)
+    probes = _probes(keys.shape[1], keys.device)
+    seen = solution @ probes
+    left = history.combined(history.inner(seen)) + keys @ (keys.T @ seen) + (metric.ridge * mixed - keys) @ probes
+    relative = float(metric.weigh(left).norm() / weighed.norm().clamp(min=torch.finfo(weighed.dtype).tiny))
     if not relative < _MAX_RESIDUAL:
         logger.warning("the key system's solution leaves a relative residual of %.1e", relative)
         return None
-    return metric.lift(solution)
+    return solution
+
+
+def _probes(count: int, device: torch.device) -> Tensor:
+    """``(count, few)`` by which a matrix with so many columns keeps its Frobenius norm, in expectation or exactly."""
+    if count <= _PROBES:
+        return torch.eye(count, dtype=torch.float64, device=device)
+    coins = torch.randint(0, 2, (count, _PROBES), generator=torch.Generator().manual_seed(0))
+    signs: Tensor = (2 * coins.to(device).double() - 1) / _PROBES**0.5
+    return signs
 
 
 def plain_memit_keys(moment: Tensor, weight: float, keys: Tensor, history: KeyHistory | None = None) -> Tensor:
@@ -187,13 +463,12 @@ def plain_memit_keys(moment: Tensor, weight: float, keys: Tensor, history: KeyHi
     return solved
 
 
-def plain_alphaedit_keys(basis: Tensor, l2: float, keys: Tensor, history: KeyHistory | None = None) -> Tensor:
+def plain_alphaedit_keys(space: NullSpace, l2: float, keys: Tensor, history: KeyHistory | None = None) -> Tensor:
     """``(P0 A A^T + L2 I)^-1 P0 K`` by one dense solve in the space of d_in, where the factored way fails."""
-    projection = basis.double() @ basis.double().T
     outer = keys.double() @ keys.double().T
     if history is not None:
         outer = outer + history.keys.double() @ history.keys.double().T
-    system = projection @ outer
+    system = space.project(outer)
     system.diagonal().add_(l2)
-    solved: Tensor = torch.linalg.solve(system, projection @ keys.double())
+    solved: Tensor = torch.linalg.solve(system, space.project(keys))
     return solved
