@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing import target_values
+from sphere_easyedit.editing import steering, target_values
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import TokenizedPrompt, TokenizedRequest, parse_requests, tokenize_request
 from sphere_easyedit.editing.target_values import TargetValues, optimise_target_values
@@ -156,10 +156,13 @@ def _assert_equal(found: TargetValues, references: list[Reference], tolerance: f
     assert found.losses == pytest.approx([reference.loss for reference in references], rel=1e-2, abs=1e-3)
 
 
-@pytest.fixture
-def in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Edits of all lengths padded to one another, whatever would be cheapest."""
-    monkeypatch.setattr(target_values, "_micro_batches", lambda requests, _budget: [list(range(len(requests)))])
+@pytest.fixture(params=["packed", "padded"])
+def in_one_batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edits of all lengths beside one another, whatever would be cheapest, in either way of running rows."""
+    for name in ("packed_micro_batches", "padded_micro_batches"):
+        monkeypatch.setattr(target_values, name, lambda requests, _budget: [list(range(len(requests)))])
+    if request.param == "padded":
+        monkeypatch.setattr(target_values, "packing_is_exact", lambda *_: False)
 
 
 def _check(model: nn.Module, requests: list[TokenizedRequest], hparams: sphere.SPHEREHyperParams) -> list[Reference]:
@@ -326,7 +329,7 @@ def test_bfloat16(family: str, tok: PreTrainedTokenizerBase, tmp_path: Path) -> 
 
 
 def _broken(kind: str) -> Any:
-    honest = target_values.prefix_key_values
+    honest = steering.prefix_key_values
 
     def refuse(*_: Any) -> Any:
         raise TypeError("no cache here")
@@ -348,7 +351,8 @@ def test_model_without_a_prefix_cache(
     model, hparams = _model("llama"), tiny_hparams(tmp_path, v_num_grad_steps=6)
     expected = _found(model, requests, hparams)
     assert not caplog.records
-    monkeypatch.setattr(target_values, "prefix_key_values", _broken(kind))
+    monkeypatch.setattr(target_values, "packing_is_exact", lambda *_: False)
+    monkeypatch.setattr(steering, "prefix_key_values", _broken(kind))
     with caplog.at_level(logging.WARNING, logger="sphere_easyedit"):
         found = _found(model, requests, hparams)
     assert found.steps == expected.steps

@@ -9,7 +9,7 @@ architecture but that a block takes hidden states first and returns them first.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -29,7 +29,11 @@ class _Stop(Exception):
     """Ends a forward pass at the block after which nothing is wanted."""
 
 
-class PrefixCache(DynamicCache):
+class Replaced:
+    """Marks what blocks are given of ours, which changes with the rows that are run."""
+
+
+class PrefixCache(DynamicCache, Replaced):
     """Keys and values of the tokens in front, which every call sees and none extends.
 
     ``key_values[block]`` is a pair ``(rows, heads, prefix tokens, head width)``.
@@ -100,8 +104,11 @@ class BlockReplay:
     @classmethod
     @torch.no_grad()
     def record(cls, editable: EditableModel, rows: Rows, start: int, stop: int,
-               prefix: KeyValues | None = None) -> BlockReplay:
-        """Run the model on ``rows`` up to block ``stop - 1`` and remember how blocks ``start`` onward were called."""
+               prefix: KeyValues | None = None, **given: Any) -> BlockReplay:
+        """Run the model on ``rows`` up to block ``stop - 1`` and remember how blocks ``start`` onward were called.
+
+        ``given`` goes to the model too.
+        """
         blocks = [editable.block(layer) for layer in range(start, stop)]
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         hidden: list[Tensor] = []
@@ -124,7 +131,7 @@ class BlockReplay:
         handles = [block.register_forward_pre_hook(note_call, with_kwargs=True) for block in blocks]
         handles.append(editable.block(stop - 1).register_forward_hook(stop_here))
         try:
-            _run_until_stop(editable, rows, prefix)
+            _run_until_stop(editable, rows, prefix, **given)
         finally:
             for handle in handles:
                 handle.remove()
@@ -141,40 +148,41 @@ class BlockReplay:
     def select(self, rows: Tensor) -> BlockReplay:
         """The same for some of the rows, given by index."""
         size = self.hidden.shape[0]
-        cut: dict[int, Any] = {}  # blocks share masks and caches: cut each once
-        calls = [(tuple(_select(value, rows, size, cut) for value in args),
-                  {name: _select(value, rows, size, cut) for name, value in kwargs.items()})
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, PrefixCache):
+                return PrefixCache({layer: (keys[rows.to(keys.device)], values[rows.to(values.device)])
+                                    for layer, (keys, values) in value.key_values.items()})
+            # Vectors are per token (cache positions), and so may matrices of floats be (rotary tables); tensors that
+            # all rows share have a first dimension of 1.
+            least = 3 if value.is_floating_point() else 2
+            return value[rows.to(value.device)] if value.dim() >= least and value.shape[0] == size else value
+
+        return self.mapped(cut)
+
+    def mapped(self, change: Callable[[Any], Any]) -> BlockReplay:
+        """The same after a change of every tensor and every object of ours in it, wherever blocks are given it."""
+        done: dict[int, Any] = {}  # blocks share masks and caches: change each once
+
+        def mapped(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(mapped(item) for item in value)
+            if not isinstance(value, Tensor | Replaced):
+                return value
+            if id(value) not in done:
+                done[id(value)] = change(value)
+            return done[id(value)]
+
+        calls = [(mapped(args), {name: mapped(value) for name, value in kwargs.items()})
                  for args, kwargs in self._calls]
-        picked = rows.to(self.hidden.device), rows.to(self.final.device)
-        return BlockReplay(self._blocks, self.start, calls, self.hidden[picked[0]], self.final[picked[1]])
+        return BlockReplay(self._blocks, self.start, calls, mapped(self.hidden), mapped(self.final))
 
 
-def _select(value: Any, rows: Tensor, size: int, cut: dict[int, Any]) -> Any:
-    if id(value) not in cut:
-        cut[id(value)] = _select_new(value, rows, size, cut)
-    return cut[id(value)]
-
-
-def _select_new(value: Any, rows: Tensor, size: int, cut: dict[int, Any]) -> Any:
-    if isinstance(value, PrefixCache):
-        return PrefixCache({layer: (keys[rows.to(keys.device)], values[rows.to(values.device)])
-                            for layer, (keys, values) in value.key_values.items()})
-    if isinstance(value, Tensor):
-        # Vectors are per token (cache positions), and so may matrices of floats be (rotary tables); tensors that all
-        # rows share have a first dimension of 1.
-        least = 3 if value.is_floating_point() else 2
-        per_row = value.dim() >= least and value.shape[0] == size
-        return value[rows.to(value.device)] if per_row else value
-    if isinstance(value, tuple):
-        return tuple(_select(item, rows, size, cut) for item in value)
-    return value
-
-
-def _run_until_stop(editable: EditableModel, rows: Rows, prefix: KeyValues | None) -> None:
+def _run_until_stop(editable: EditableModel, rows: Rows, prefix: KeyValues | None, **given: Any) -> None:
     cache = None if prefix is None else _filled_cache(prefix)
     try:
         editable.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, position_ids=rows.position_ids,
-                       past_key_values=cache, use_cache=cache is not None)
+                       past_key_values=cache, use_cache=cache is not None, **given)
     except _Stop:
         return
     raise RuntimeError("the model's forward pass did not reach its decoder blocks: check layer_module_tmp "
@@ -198,7 +206,7 @@ def prefix_key_values(editable: EditableModel, prefixes: Sequence[Sequence[int]]
     Returns:
         Per block a pair of ``(rows, heads, longest prefix, head width)``; zeros where a row's prefix is shorter.
     """
-    stems = [()] * len(prefixes) if groups is None else _common_beginnings(prefixes, groups)
+    stems = [()] * len(prefixes) if groups is None else common_beginnings(prefixes, groups)
     distinct = sorted(set(stems))
     stem_states: KeyValues | None = None
     if any(distinct):
@@ -236,7 +244,7 @@ def prefix_key_values(editable: EditableModel, prefixes: Sequence[Sequence[int]]
     return {layer: (align(keys), align(values)) for layer, (keys, values) in enumerate(_cache_states(cache))}
 
 
-def _common_beginnings(sequences: Sequence[Sequence[int]], groups: Sequence[int]) -> list[tuple[int, ...]]:
+def common_beginnings(sequences: Sequence[Sequence[int]], groups: Sequence[int]) -> list[tuple[int, ...]]:
     """For each sequence the beginning that all of its group share, where it is worth a run of its own."""
     stems: dict[int, tuple[int, ...]] = {}
     for sequence, group in zip(sequences, groups, strict=True):

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +25,16 @@ from torch.nn import functional as F
 
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, logits_at
-from .replay import BlockReplay, KeyValues, pad_rows, prefix_key_values
+from .packing import attending_packed
+from .replay import BlockReplay, pad_rows
 from .requests import TokenizedPrompt, TokenizedRequest
+from .steering import PackedSteering, PaddedSteering, Steering, packing_is_exact, prefix_is_exact, rows_of
 
 logger = logging.getLogger(__name__)
 
 _LOSS_REACHED = 0.05  # EasyEdit's: below it an edit is done
-_TOKENS_PER_STEP = 80  # reading the weights in a step costs about as much as so many tokens
+TOKENS_PER_STEP = 80  # reading the weights in a step costs about as much as so many tokens
+_LOGITS_AT_ONCE = 1 << 22
 _REPACK_SHARE = 0.75  # rows are packed anew once at most this share of them is still being optimised
 
 
@@ -48,56 +51,6 @@ class TargetValues:
     values: Tensor
     losses: list[float]
     steps: list[int]
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One token row; ``edit`` indexes the micro-batch, ``lookup`` the subject's last token among ``suffix``. Rows of
-    one ``context`` begin alike.
-
-    ``prefix`` holds the tokens that run once only, ``targets`` what shall be predicted from token ``first`` of
-    ``suffix`` onward.
-    """
-
-    edit: int
-    context: int
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-    lookup: int
-    first: int = 0
-    targets: tuple[int, ...] = ()
-
-
-class _Packed:
-    """Rows recorded together: what depends on ``delta`` can be run again."""
-
-    def __init__(self, rows: list[_Row], replay: BlockReplay) -> None:
-        self.rows, self.replay = rows, replay
-        device = replay.hidden.device
-        self.owner = torch.tensor([row.edit for row in rows], device=device)  # (rows,)
-        self._lookup = torch.tensor([row.lookup for row in rows], device=device)  # (rows,)
-        contexts = Counter(row.edit for row in rows)
-        positions = [(i, row.first + j, token, row.edit, 1.0 / (len(row.targets) * contexts[row.edit]))
-                     for i, row in enumerate(rows) for j, token in enumerate(row.targets)]
-        # Where targets are predicted: row, column, token, edit, and weight in the edit's mean.
-        self.predictions = [torch.tensor(column) for column in zip(*positions, strict=True)]  # each (predictions,)
-
-    def keep(self, edits: set[int]) -> _Packed:
-        """The rows of some edits only."""
-        index = [i for i, row in enumerate(self.rows) if row.edit in edits]
-        return _Packed([self.rows[i] for i in index], self.replay.select(torch.tensor(index)))
-
-    def at_lookup(self, hidden: Tensor) -> Tensor:
-        """States ``(rows, hidden_size)`` at each row's subject's last token."""
-        rows = torch.arange(len(self.rows), device=hidden.device)
-        return hidden[rows, self._lookup.to(hidden.device)]
-
-    def run(self, delta: Tensor, stop: int) -> Tensor:
-        """Output of block ``stop - 1`` when each edit's ``delta`` is added at the subject's last token."""
-        hidden = self.replay.hidden
-        rows = torch.arange(len(self.rows), device=hidden.device)
-        steered = hidden.index_put((rows, self._lookup), delta[self.owner].to(hidden.dtype), accumulate=True)
-        return self.replay.run(steered, stop=stop)
 
 
 def optimise_target_values(
@@ -121,15 +74,23 @@ def optimise_target_values(
     losses, steps = [0.0] * len(requests), [0] * len(requests)
     longest = max((prompt for request in requests for prompt in _rewriting_prompts(request)), key=lambda p: p.lookup)
     _check_head(editable, longest)
-    use_prefix = _prefix_is_exact(editable, longest)
-    for batch in _micro_batches(requests, hparams.token_budget):
-        group = [requests[i] for i in batch]
-        result = _MicroBatch(editable, group, hparams, use_prefix).optimise()
-        values[batch] = result.values
-        for i, loss, count in zip(batch, result.losses, result.steps, strict=True):
-            losses[i], steps[i] = loss, count
-        if progress is not None:
-            progress(len(batch))
+    shortest = min((prompt for request in requests for prompt in _rewriting_prompts(request)), key=lambda p: p.lookup)
+    packed = packing_is_exact(editable, [longest, shortest])
+    use_prefix = packed or prefix_is_exact(editable, longest)
+    batches = packed_micro_batches if packed else padded_micro_batches
+    with attending_packed(editable.model) if packed else nullcontext():
+        for batch in batches(requests, hparams.token_budget):
+            group = [requests[i] for i in batch]
+            rows = [row for edit, request in enumerate(group) for row in rows_of(edit, request)]
+            block = editable.layers[-1]
+            steering = (PackedSteering.record(editable, rows, block) if packed
+                        else PaddedSteering.record(editable, rows, block, use_prefix))
+            result = _MicroBatch(editable, group, hparams, steering).optimise()
+            values[batch] = result.values
+            for i, loss, count in zip(batch, result.losses, result.steps, strict=True):
+                losses[i], steps[i] = loss, count
+            if progress is not None:
+                progress(len(batch))
     return TargetValues(values, losses, steps)
 
 
@@ -137,7 +98,25 @@ def _rewriting_prompts(request: TokenizedRequest) -> list[TokenizedPrompt]:
     return [request.plain, *request.contexts]
 
 
-def _micro_batches(requests: Sequence[TokenizedRequest], token_budget: int) -> list[list[int]]:
+def packed_micro_batches(requests: Sequence[TokenizedRequest], token_budget: int) -> list[list[int]]:
+    """Indices in groups of like length and about as many tokens each, of which there are at most ``token_budget``."""
+    tokens = [sum(len(row.ids) for row in rows_of(0, request)) for request in requests]
+    behind = [max(len(row.ids) - row.lookup for row in rows_of(0, request)) for request in requests]
+    order = sorted(range(len(requests)), key=lambda i: (behind[i], tokens[i]))
+    share = sum(tokens) / math.ceil(sum(tokens) / token_budget)
+    batches: list[list[int]] = [[]]
+    room = share
+    for i in order:
+        # Half an edit over is as good as half an edit under, but for the budget.
+        if batches[-1] and (room < tokens[i] / 2 or share - room + tokens[i] > token_budget):
+            batches.append([])
+            room = share
+        batches[-1].append(i)
+        room -= tokens[i]
+    return batches
+
+
+def padded_micro_batches(requests: Sequence[TokenizedRequest], token_budget: int) -> list[list[int]]:
     """Indices in groups whose padded rows hold at most ``token_budget`` tokens, cut so that padding costs least."""
 
     def extent(request: TokenizedRequest) -> tuple[int, int, int]:
@@ -157,7 +136,7 @@ def _micro_batches(requests: Sequence[TokenizedRequest], token_budget: int) -> l
             rows, prefix = rows + extents[order[start]][2], max(prefix, extents[order[start]][1])
             if candidates and rows * (suffix + prefix) > token_budget:
                 break
-            candidates.append((best[start][0] + rows * suffix + _TOKENS_PER_STEP, start))
+            candidates.append((best[start][0] + rows * suffix + TOKENS_PER_STEP, start))
         best.append(min(candidates))
     batches: list[list[int]] = []
     stop = len(order)
@@ -183,61 +162,15 @@ def _check_head(editable: EditableModel, prompt: TokenizedPrompt) -> None:
                          "correct these module names; if they are right, this architecture is not supported")
 
 
-@torch.no_grad()
-def _prefix_is_exact(editable: EditableModel, prompt: TokenizedPrompt) -> bool:
-    """Whether running the tokens in front through a cache gives what running all of them gives, on this model."""
-    ids, cut, stop = prompt.ids, prompt.lookup, editable.num_blocks
-    if cut == 0:
-        return True
-    device = editable.input_device
-    whole = BlockReplay.record(editable, pad_rows([ids], device), stop - 1, stop).final[:, cut:]
-    try:
-        cached = prefix_key_values(editable, [ids[:cut]], stop)
-        rows = pad_rows([ids[cut:]], device, starts=[cut], prefix_width=cut)
-        split = BlockReplay.record(editable, rows, stop - 1, stop, prefix=cached).final
-    except (TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
-        logger.warning("%s does not take a prefix cache (%s): every step runs all tokens",
-                       type(editable.model).__name__, error)
-        return False
-    tolerance = 1e-3 if whole.dtype == torch.float32 else 5e-2
-    difference = float((whole - split).float().norm() / whole.float().norm())
-    if not difference < tolerance:
-        logger.warning("%s gives other states with a prefix cache (%.1e apart): every step runs all tokens",
-                       type(editable.model).__name__, difference)
-        return False
-    return True
-
-
 class _MicroBatch:
     """Edits that are optimised together, each as if it were alone."""
 
     def __init__(self, editable: EditableModel, requests: list[TokenizedRequest], hparams: SPHEREHyperParams,
-                 use_prefix: bool) -> None:
-        self._editable, self._hparams, self._requests = editable, hparams, requests
-        self._layer = editable.layers[-1]
-        rewriting = [_row(edit, context, prompt, request.target_ids, use_prefix)
-                     for edit, request in enumerate(requests)
-                     for context, prompt in enumerate(_rewriting_prompts(request))]
-        self._rewriting = self._record(rewriting)
-        self._drift = self._record([_row(edit, 0, request.drift, (), use_prefix)
-                                    for edit, request in enumerate(requests)])
-        plain = [next(i for i, row in enumerate(rewriting) if row.edit == edit) for edit in range(len(requests))]
-        self._initial = self._rewriting.at_lookup(self._rewriting.replay.hidden)[plain].float()  # (edits, hidden)
+                 steering: Steering) -> None:
+        self._editable, self._hparams, self._requests, self._steering = editable, hparams, requests, steering
+        self._initial = steering.initial  # (edits, hidden_size)
         with torch.no_grad():
-            final = self._drift.at_lookup(self._drift.replay.final)
-            self._drift_before = F.log_softmax(editable.logits(final), dim=-1)  # (edits, vocabulary)
-
-    def _record(self, rows: list[_Row]) -> _Packed:
-        stop = self._editable.num_blocks
-        width = max(len(row.prefix) for row in rows)
-        prefix: KeyValues | None = None
-        if width:
-            with torch.no_grad():
-                prefix = prefix_key_values(self._editable, [row.prefix for row in rows], stop,
-                                           [row.context for row in rows])
-        padded = pad_rows([row.suffix for row in rows], self._editable.input_device,
-                          [len(row.prefix) for row in rows], width)
-        return _Packed(rows, BlockReplay.record(self._editable, padded, self._layer + 1, stop, prefix))
+            self._drift_before = F.log_softmax(editable.logits(steering.drift_final), dim=-1)  # (edits, vocabulary)
 
     def optimise(self) -> TargetValues:
         """Run all steps; edits that reach the loss stand still from then on and leave the computation."""
@@ -248,19 +181,17 @@ class _MicroBatch:
         count = len(self._requests)
         active = torch.ones(count, dtype=torch.bool)
         losses, steps = torch.zeros(count), [0] * count
-        rewriting, drift = self._rewriting, self._drift
+        steering = self._steering
         for step in range(hparams.v_num_grad_steps):
             last = step == hparams.v_num_grad_steps - 1  # its loss is only reported, as in EasyEdit
+            delta.grad = None
             with torch.set_grad_enabled(not last):
-                loss = self._losses(delta, rewriting, drift)
-            current = loss.detach().cpu()
+                current = self._losses(delta, steering).cpu()
             self._check_finite(current, active)
             losses = torch.where(active, current, losses)
             active &= current >= _LOSS_REACHED
             if last or not active.any():
                 break
-            adam.zero_grad()
-            loss[active.to(loss.device)].sum().backward()  # type: ignore[no-untyped-call]
             before = delta.detach().clone()
             adam.step()
             with torch.no_grad():
@@ -268,28 +199,43 @@ class _MicroBatch:
                 # Adam's momentum would move edits that are done.
                 delta.copy_(torch.where(active.to(delta.device).unsqueeze(1), delta, before))
             steps = [taken + int(flag) for taken, flag in zip(steps, active.tolist(), strict=True)]
-            if active.sum() <= _REPACK_SHARE * len(drift.rows):
-                edits = set(active.nonzero()[:, 0].tolist())
-                rewriting, drift = rewriting.keep(edits), drift.keep(edits)
+            if active.sum() <= _REPACK_SHARE * len(steering.edits):
+                steering = steering.keep(set(active.nonzero()[:, 0].tolist()))
         values = (initial + delta.detach()).cpu()
         return TargetValues(values, losses.tolist(), steps)
 
-    def _losses(self, delta: Tensor, rewriting: _Packed, drift: _Packed) -> Tensor:
-        """Loss ``(edits,)`` of every edit still packed; of the others only the norm penalty, which is not used."""
-        editable, hparams = self._editable, self._hparams
-        hidden = rewriting.run(delta, stop=max(int(hparams.v_loss_layer), self._layer) + 1)
-        final = drift.at_lookup(drift.run(delta, stop=editable.num_blocks))
-        rows, columns, tokens, owners, weights = rewriting.predictions
-        # One call of the head for both: on few rows it costs what reading its weight costs.
-        states = torch.cat([hidden[rows, columns].to(final.device), final])
-        log_probs, after = F.log_softmax(editable.logits(states), dim=-1).tensor_split([len(rows)])
-        device = log_probs.device
-        chosen = log_probs.gather(1, tokens.to(device).unsqueeze(1))[:, 0]
-        loss = torch.zeros(len(delta), device=device).index_add(0, owners.to(device), -chosen * weights.to(device))
-        drifted = (after.exp() * (after - self._drift_before[drift.owner.to(device)])).sum(dim=1)
-        loss = loss.index_add(0, drift.owner.to(device), hparams.kl_factor * drifted)
+    def _losses(self, delta: Tensor, steering: Steering) -> Tensor:
+        """Loss ``(edits,)`` of every edit still steered; of the others only the norm penalty, which is not used.
+
+        Where gradients are enabled, ``delta`` gets them too. Logits are made for a few states at a time, and gone
+        before the next ones: memory that is new in each step costs more than arithmetic on it.
+        """
+        hparams, taking_grad = self._hparams, torch.is_grad_enabled()
+        loss_block = max(int(hparams.v_loss_layer), self._editable.layers[-1])
+        states, final = steering.run(delta, loss_block)
+        states = torch.cat([states.to(final.device), final])
+        found = steering.predictions
+        leaf = states.detach().requires_grad_(taking_grad)
+        parts = []
+        at_once = max(1, _LOGITS_AT_ONCE // self._drift_before.shape[1])
+        for start in range(0, len(leaf), at_once):
+            stop, count = start + at_once, len(found.rows)  # the states behind `count` are drift prompts'
+            log_probs = F.log_softmax(self._editable.logits(leaf[start: stop]), dim=-1)
+            log_probs, after = log_probs.tensor_split([max(0, count - start)])
+            chosen = log_probs.gather(1, found.tokens[start: stop].to(log_probs.device).unsqueeze(1))[:, 0]
+            before = self._drift_before[steering.edits[max(0, start - count): max(0, stop - count)].to(after.device)]
+            part = torch.cat([-chosen * found.weights[start: stop].to(chosen.device),
+                              hparams.kl_factor * (after.exp() * (after - before)).sum(dim=1)])
+            if taking_grad:
+                part.sum().backward()  # type: ignore[no-untyped-call]
+            parts.append(part.detach())
+        owners = torch.cat([found.edits, steering.edits]).to(final.device)
+        loss = torch.zeros(len(delta), device=final.device).index_add(0, owners, torch.cat(parts))
         penalty = hparams.v_weight_decay * delta.norm(dim=1) / self._initial.norm(dim=1) ** 2
-        total: Tensor = loss + penalty.to(device)
+        if taking_grad:
+            states.backward(leaf.grad)  # type: ignore[no-untyped-call]
+            penalty.sum().backward()
+        total: Tensor = loss + penalty.detach().to(loss.device)
         return total
 
     def _check_finite(self, losses: Tensor, active: Tensor) -> None:
@@ -299,9 +245,3 @@ class _MicroBatch:
         if bad:
             raise ValueError(f"the loss of the target value is not finite for case_id {bad}: the model's weights or "
                              "the learning rate v_lr are at fault")
-
-
-def _row(edit: int, context: int, prompt: TokenizedPrompt, targets: tuple[int, ...], use_prefix: bool) -> _Row:
-    cut = prompt.lookup if use_prefix else 0
-    return _Row(edit, context, prompt.ids[:cut], prompt.ids[cut:] + targets[:-1], prompt.lookup - cut,
-                len(prompt.ids) - 1 - cut, targets)
