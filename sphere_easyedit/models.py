@@ -239,7 +239,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor,
+              **given: Any) -> Tensor:
     """Next-token logits at chosen positions only, through the model's own head.
 
     The positions are cut out in front of the LM head, so the ``(batch, tokens, vocabulary)`` tensor is never
@@ -248,6 +249,7 @@ def logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows:
     Args:
         input_ids, attention_mask: ``(batch, tokens)``, padded on the right.
         rows, columns: ``(n,)`` indices of the wanted positions.
+        given: goes to the model too.
 
     Returns:
         ``(n, vocabulary)`` in float32.
@@ -260,7 +262,7 @@ def logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows:
 
     handle = head.register_forward_pre_hook(cut)
     try:
-        logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given).logits
     finally:
         handle.remove()
     return logits[0].float()

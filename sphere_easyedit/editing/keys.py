@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batching import padded_batches
 from ..models import EditableModel
 from .replay import BlockReplay, pad_rows
 from .requests import TokenizedPrompt, TokenizedRequest
@@ -50,7 +51,7 @@ class BatchStates:
         context = [(edit, prompt) for edit, request in enumerate(requests) for prompt in request.contexts]
         self._chunks = [self._record(rows, is_plain)
                         for rows_of_kind, is_plain in ((plain, True), (context, False))
-                        for rows in _chunk(rows_of_kind, token_budget)]
+                        for rows in _batches(rows_of_kind, token_budget)]
 
     def _record(self, rows: list[tuple[int, TokenizedPrompt]], is_plain: bool) -> _Chunk:
         editable = self._editable
@@ -140,12 +141,6 @@ class _tap:
         self._handle.remove()
 
 
-def _chunk(rows: list[tuple[int, TokenizedPrompt]], token_budget: int) -> list[list[tuple[int, TokenizedPrompt]]]:
-    """Rows in groups of like length with at most ``token_budget`` padded tokens each."""
-    chunks: list[list[tuple[int, TokenizedPrompt]]] = []
-    for edit, prompt in sorted(rows, key=lambda row: row[1].lookup):
-        # Sorted ascending, so that the newest row is the widest.
-        if not chunks or (len(chunks[-1]) + 1) * (prompt.lookup + 1) > token_budget:
-            chunks.append([])
-        chunks[-1].append((edit, prompt))
-    return chunks
+def _batches(rows: list[tuple[int, TokenizedPrompt]], token_budget: int) -> list[list[tuple[int, TokenizedPrompt]]]:
+    lengths = [prompt.lookup + 1 for _, prompt in rows]
+    return [[rows[index] for index in batch] for batch in padded_batches(lengths, token_budget)]

@@ -22,30 +22,23 @@ those of ``prompt + " " + target`` beyond the prompt's, so a tokenizer's BOS nev
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict, get_args
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..models import frozen, input_device, logits_at, max_positions
+from ..models import max_positions
 from ..tokenization import continuation_ids_batch
 from .datasets import EditRecord
+from .teacher_forcing import Progress, Row, score_rows
 
 logger = logging.getLogger(__name__)
 
 Protocol = Literal["paper"]
 MetricName = Literal["efficacy", "generalization", "specificity"]
-Progress = Callable[[int, int], None]
-
-# Logits of a position cost a whole vocabulary of float32, 0.5 MB for Llama 3, where its hidden state costs
-# 8 kB: batches of short prompts reach this bound before the token budget.
-_TOKENS_PER_LOGIT_ROW = 8
-# Tokens in one batch of greedy generation, whose first step makes logits for all of them.
-_GENERATION_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -79,40 +72,28 @@ class MetricSummary(TypedDict):
     n: int
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A prompt with its target in tokens: what the model is run on."""
-
-    prompt: list[int]
-    target: list[int]
-
-    @property
-    def fed(self) -> list[int]:
-        """Model input: the last target token is predicted but never read."""
-        return self.prompt + self.target[:-1]
-
-
 def evaluate_records(
     model: nn.Module,
     tok: PreTrainedTokenizerBase,
     records: Sequence[EditRecord],
     protocol: Protocol = "paper",
-    token_budget: int = 8192,
+    token_budget: int | None = None,
     progress: Progress | None = None,
 ) -> list[CaseScores]:
     """Score every record, in the records' order.
 
-    Prompts of all cases are gathered, equal pairs of prompt and target are run once, and batches are made of
-    rows of similar length, longest first, so that a batch that does not fit in memory fails at the start.
-    Neither the model (device, mode, gradients) nor the tokenizer is changed.
+    Prompts of all cases are gathered and run together: equal pairs of prompt and target once, and what prompts
+    or targets begin with in common once, too (see :mod:`.teacher_forcing`). Neither the model (device, mode,
+    gradients) nor the tokenizer is changed.
 
     Args:
         model: a causal language model of transformers.
         records: of one or several data sets.
         protocol: see the module's text.
         token_budget: tokens of a batch, padding included; a longer row makes a batch of its own. It changes
-            the memory used, and results by no more than rounding in the model.
-        progress: called with (rows done, rows in all) after each batch.
+            time and memory, and results by no more than rounding in the model. None for what is fast: 512 on a
+            CPU, 8192 elsewhere.
+        progress: called with (pairs of prompt and target done, pairs in all) after each batch.
 
     Raises:
         ValueError: the protocol is unknown, the token budget is below 1, a target is blank or has no tokens,
@@ -121,7 +102,7 @@ def evaluate_records(
     """
     if protocol not in get_args(Protocol):
         raise ValueError(f"protocol {protocol!r} is not known: choose one of {', '.join(get_args(Protocol))}")
-    if token_budget < 1:
+    if token_budget is not None and token_budget < 1:
         raise ValueError(f"token_budget is {token_budget}: give the tokens of a batch, 1 or more")
     questions = [_questions(record) for record in records]
     owners: dict[tuple[str, str], tuple[EditRecord, MetricName]] = {}
@@ -130,7 +111,7 @@ def evaluate_records(
             for pair in pairs:
                 owners.setdefault(pair, (record, metric))
     rows = _tokenised(tok, owners, _context(model))
-    hits = _score_rows(model, rows, token_budget, progress)
+    hits = score_rows(model, rows, token_budget, progress)
     correct = dict(zip(owners, hits, strict=True))
 
     scores = []
@@ -184,11 +165,11 @@ def _tokenised(
     tok: PreTrainedTokenizerBase,
     owners: dict[tuple[str, str], tuple[EditRecord, MetricName]],
     context: int | None,
-) -> list[_Row]:
+) -> list[Row]:
     """Rows in the order of ``owners``, each fit to be run."""
     prompts = [text for text, _ in owners]
     continuations = [" " + target for _, target in owners]
-    rows = [_Row(*ids) for ids in continuation_ids_batch(tok, prompts, continuations)]
+    rows = [Row(*ids) for ids in continuation_ids_batch(tok, prompts, continuations)]
     for row, ((text, target), (record, metric)) in zip(rows, owners.items(), strict=True):
         where = f"case {record.case_id} ({record.dataset}), {metric} prompt {text[:80]!r}"
         # A blank target still leaves the token of the space in front of it.
@@ -202,70 +183,6 @@ def _tokenised(
                 "shorten the prompt or leave the case out"
             )
     return rows
-
-
-def _score_rows(
-    model: nn.Module, rows: list[_Row], token_budget: int, progress: Progress | None
-) -> list[list[bool]]:
-    """For each row, whether each of its target tokens is the argmax."""
-    device = input_device(model)
-    hits: list[list[bool]] = [[] for _ in rows]
-    done = 0
-    with frozen(model):
-        for batch in _batches(rows, token_budget):
-            found = _score_batch(model, [rows[index] for index in batch], device)
-            for index, row_hits in zip(batch, found, strict=True):
-                hits[index] = row_hits
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(rows))
-    return hits
-
-
-def _batches(rows: list[_Row], token_budget: int) -> list[list[int]]:
-    """Indices of rows by falling length, cut where the padded tokens or the logits would be too many."""
-    most_logits = max(1, token_budget // _TOKENS_PER_LOGIT_ROW)
-    batches: list[list[int]] = []
-    width = logits = 0
-    for index in sorted(range(len(rows)), key=lambda index: -len(rows[index].fed)):
-        row = rows[index]
-        fits = batches and width * (len(batches[-1]) + 1) <= token_budget
-        if not fits or logits + len(row.target) > most_logits:
-            batches.append([])
-            width, logits = len(row.fed), 0
-        batches[-1].append(index)
-        logits += len(row.target)
-    return batches
-
-
-def _score_batch(model: nn.Module, rows: list[_Row], device: torch.device) -> list[list[bool]]:
-    width = max(len(row.fed) for row in rows)
-    # Any id will do as padding: it stands behind all that is read, and the mask hides it.
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)  # (rows, width)
-    mask = torch.zeros_like(input_ids)
-    at_row: list[int] = []
-    at_column: list[int] = []
-    for number, row in enumerate(rows):
-        length = len(row.fed)
-        input_ids[number, :length] = torch.tensor(row.fed)
-        mask[number, :length] = 1
-        at_row += [number] * len(row.target)
-        at_column += range(len(row.prompt) - 1, length)
-    logits = logits_at(
-        model,
-        input_ids.to(device),
-        mask.to(device),
-        torch.tensor(at_row, device=device),
-        torch.tensor(at_column, device=device),
-    )  # (target tokens of all rows, vocabulary)
-    wanted = torch.tensor([token for row in rows for token in row.target])
-    equal: list[bool] = (logits.argmax(dim=-1).cpu() == wanted).tolist()
-    found = []
-    start = 0
-    for row in rows:
-        found.append(equal[start : start + len(row.target)])
-        start += len(row.target)
-    return found
 
 
 def summarise(
@@ -309,84 +226,3 @@ def summarise(
             "n": len(values),
         }
     return summary
-
-
-def generate_continuations(
-    model: nn.Module, tok: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int = 20
-) -> list[str]:
-    """What the model says after each prompt, greedily: the continuations alone, without special tokens.
-
-    Greedy to the letter: the model's own generation settings (penalties, temperature) don't count, its end
-    tokens do. Prompts of equal length run together, so nothing is padded, and a prompt's continuation does
-    not depend on the others; model and tokenizer stay as they are.
-
-    Raises:
-        ValueError: max_new_tokens is below 1, a prompt has no tokens, or with ``max_new_tokens`` it passes
-            the model's context.
-    """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
-    context = _context(model)
-    prompt_ids = [ids for ids, _ in continuation_ids_batch(tok, prompts, [""] * len(prompts))]
-    by_length: dict[int, list[int]] = {}
-    for index, ids in enumerate(prompt_ids):
-        if not ids:
-            raise ValueError(f"prompt {index} ({prompts[index]!r}) has no tokens: give one that is not empty")
-        # The last new token is not read any more.
-        if context is not None and len(ids) + max_new_tokens - 1 > context:
-            raise ValueError(
-                f"prompt {index} ({prompts[index][:80]!r}) has {len(ids)} tokens: with max_new_tokens "
-                f"{max_new_tokens} it passes the model's context of {context}; shorten it or ask for fewer"
-            )
-        by_length.setdefault(len(ids), []).append(index)
-    device = input_device(model)
-    ends = _end_ids(model, tok)
-    texts = [""] * len(prompts)
-    with frozen(model), torch.no_grad():
-        for length, group in by_length.items():
-            size = max(1, _GENERATION_TOKENS // length)
-            for start in range(0, len(group), size):
-                chunk = group[start : start + size]
-                input_ids = torch.tensor([prompt_ids[index] for index in chunk], device=device)
-                found = _greedy(model, input_ids, max_new_tokens, ends)
-                for index, new_ids in zip(chunk, found, strict=True):
-                    texts[index] = _new_text(tok, prompt_ids[index], new_ids)
-    return texts
-
-
-def _end_ids(model: nn.Module, tok: PreTrainedTokenizerBase) -> set[int]:
-    settings = getattr(model, "generation_config", None)
-    named = getattr(settings, "eos_token_id", None)
-    ends = set(named if isinstance(named, list) else [named]) | {tok.eos_token_id}
-    return {int(end) for end in ends if end is not None}
-
-
-def _greedy(model: nn.Module, input_ids: Tensor, max_new_tokens: int, ends: set[int]) -> list[list[int]]:
-    """New token ids of each row of ``input_ids`` ``(rows, tokens)``, up to its first end token."""
-    new: list[list[int]] = [[] for _ in range(len(input_ids))]
-    ended = [False] * len(new)
-    mask = torch.ones_like(input_ids)
-    feed, past = input_ids, None
-    for _ in range(max_new_tokens):
-        out = model(input_ids=feed, attention_mask=mask, past_key_values=past, use_cache=True)
-        past = out.past_key_values
-        chosen = out.logits[:, -1].float().argmax(dim=-1)  # (rows,)
-        for number, token in enumerate(chosen.tolist()):
-            ended[number] = ended[number] or token in ends
-            if not ended[number]:
-                new[number].append(token)
-        if all(ended):
-            break
-        feed = chosen.to(input_ids.device).unsqueeze(1)
-        mask = torch.cat([mask, torch.ones_like(feed)], dim=1)
-    return new
-
-
-def _new_text(tok: PreTrainedTokenizerBase, prompt_ids: list[int], new_ids: list[int]) -> str:
-    """The new tokens as text, with the space at the seam, which some tokenizers drop where a text starts."""
-
-    def decode(ids: list[int]) -> str:
-        return str(tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    head, whole = decode(prompt_ids), decode(prompt_ids + new_ids)
-    return whole[len(head) :] if whole.startswith(head) else decode(new_ids)

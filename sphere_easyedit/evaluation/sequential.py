@@ -28,7 +28,8 @@ from ..hparams import SPHEREHyperParams
 from ..models import EditableModel
 from ..wrapper import apply_sphere_to_model, prepare
 from .datasets import EditRecord
-from .metrics import CaseScores, evaluate_records, generate_continuations, summarise
+from .generation import generate_continuations
+from .metrics import CaseScores, evaluate_records, summarise
 
 logger = logging.getLogger(__name__)
 

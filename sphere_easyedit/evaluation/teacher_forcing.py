@@ -1,0 +1,228 @@
+"""Many prompts with their targets through a model, for the most likely token in front of each target token.
+
+Nothing is run twice that need not be. Tokens that other tokens begin with are not run on their own: what a causal model
+says at a place does not depend on what follows, so a prompt's targets of one token share a row. Rows that begin alike
+(targets of one prompt, questions of one wording) run their common beginning once, as a row that they have in front.
+Rows are packed end to end where the model takes an attention function of ours (see ``editing.packing``), else padded,
+each whole. Logits are made only where a target token is predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise, takewhile
+
+import torch
+from torch import Tensor, nn
+
+from ..batching import padded_batches
+from ..editing.packing import PackedRows, attending_packed, packed_tokens, packs_exactly
+from ..editing.replay import pad_rows
+from ..models import frozen, input_device, logits_at
+
+Progress = Callable[[int, int], None]
+
+# Tokens of a batch. On a CPU, states of many more fall out of its caches.
+_CPU_TOKENS = 1024
+_GPU_TOKENS = 8192
+# Logits of a place cost a whole vocabulary of float32, 0.5 MB for Llama 3: a batch has so many fewer of them.
+_TOKENS_PER_PLACE = 4
+_LEAST_SHARED = 2  # tokens: to run fewer of them again is cheaper than a row of their own
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt with its target in tokens."""
+
+    prompt: list[int]
+    target: list[int]
+
+    @property
+    def fed(self) -> list[int]:
+        """What the model has to read: the last target token is predicted but never read."""
+        return self.prompt + self.target[:-1]
+
+    @property
+    def places(self) -> range:
+        """Where the target's tokens are predicted."""
+        return range(len(self.prompt) - 1, len(self.prompt) + len(self.target) - 1)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Tokens that the model is run on, for all rows that they begin with."""
+
+    tokens: list[int]
+    rows: list[int]
+    places: list[int]  # ascending, where any of the rows is predicted
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What is run together, with the beginning of each sequence that is run once for several; () where there is none.
+    """
+
+    sequences: list[_Sequence] = field(default_factory=list)
+    stems: list[tuple[int, ...]] = field(default_factory=list)
+
+
+def score_rows(
+    model: nn.Module, rows: Sequence[Row], token_budget: int | None = None, progress: Progress | None = None
+) -> list[list[bool]]:
+    """For each row, whether each of its target tokens is the argmax.
+
+    Args:
+        model: a causal language model of transformers; stays as it is.
+        rows: with at least one token in prompt and target.
+        token_budget: tokens of a batch, padding included; None for what is fast on the model's device.
+        progress: called with (rows done, rows in all) after each batch.
+    """
+    if token_budget is None:
+        token_budget = _CPU_TOKENS if input_device(model).type == "cpu" else _GPU_TOKENS
+    hits: list[list[bool]] = [[] for _ in rows]
+    done = 0
+    sequences = _sequences(rows)
+    with frozen(model):
+        packed = bool(sequences) and _packing_is_exact(model, sequences)
+        make_batches, run = (_packed_batches, _packed_logits) if packed else (_padded_batches, _padded_logits)
+        with attending_packed(model) if packed else nullcontext():
+            for batch in make_batches(sequences, token_budget):
+                said = iter(run(model, batch).argmax(dim=-1).tolist())
+                for sequence in batch.sequences:
+                    by_place = dict(zip(sequence.places, said, strict=False))
+                    for index in sequence.rows:
+                        row = rows[index]
+                        hits[index] = [by_place[at] == token for at, token in zip(row.places, row.target, strict=True)]
+                    done += len(sequence.rows)
+                if progress is not None:
+                    progress(done, len(rows))
+    return hits
+
+
+def _sequences(rows: Sequence[Row]) -> list[_Sequence]:
+    """What has to be run, in an order that puts together what begins alike."""
+    sequences: list[_Sequence] = []
+    # In this order a row comes right after those that it is the beginning of.
+    for index in sorted(range(len(rows)), key=lambda index: rows[index].fed, reverse=True):
+        fed = rows[index].fed
+        if not sequences or sequences[-1].tokens[: len(fed)] != fed:
+            sequences.append(_Sequence(fed, [], []))
+        sequences[-1].rows.append(index)
+    return [
+        _Sequence(one.tokens, one.rows, sorted({at for index in one.rows for at in rows[index].places}))
+        for one in sequences
+    ]
+
+
+def _padded_batches(sequences: list[_Sequence], token_budget: int) -> Iterator[_Batch]:
+    costs = [_TOKENS_PER_PLACE * len(one.places) for one in sequences]
+    for batch in padded_batches([len(one.tokens) for one in sequences], token_budget, costs, token_budget):
+        yield _Batch([sequences[number] for number in batch], [()] * len(batch))
+
+
+def _packed_batches(sequences: list[_Sequence], token_budget: int) -> Iterator[_Batch]:
+    """In the sequences' order; a beginning whose sequences fall in two batches is run in both."""
+    stems: list[tuple[int, ...]] = [()] * len(sequences)
+    for group in _shared_beginnings(sequences):
+        stem = tuple(sequences[group.first].tokens[: group.depth])
+        stems[group.first: group.stop] = [stem] * (group.stop - group.first)
+    batch, tokens, places = _Batch(), 0, 0
+    for sequence, stem in zip(sequences, stems, strict=True):
+        known = len(stem) if batch.stems and batch.stems[-1] == stem else 0
+        cost = len(sequence.tokens) - known
+        if batch.sequences and max(tokens + cost, _TOKENS_PER_PLACE * (places + len(sequence.places))) > token_budget:
+            yield batch
+            batch, tokens, places, cost = _Batch(), 0, 0, len(sequence.tokens)
+        batch.sequences.append(sequence)
+        batch.stems.append(stem)
+        tokens, places = tokens + cost, places + len(sequence.places)
+    if batch.sequences:
+        yield batch
+
+
+@dataclass
+class _Group:
+    """Sequences ``first .. stop - 1``, which have their first ``depth`` tokens in common."""
+
+    first: int
+    stop: int
+    depth: int
+
+
+@dataclass
+class _Open:
+    """Neighbours that agree to ``depth`` or deeper from ``first`` onward, and the best that can be made of them."""
+
+    first: int
+    depth: int
+    saved: int = 0
+    groups: list[_Group] = field(default_factory=list)
+
+
+def _shared_beginnings(sequences: list[_Sequence]) -> list[_Group]:
+    """Groups of sequences whose common beginning, run once each, saves most tokens.
+
+    A beginning ends in front of the first place where anything is predicted. The sequences are in order, so those that
+    agree to some depth are neighbours, and those that agree deeper lie within: a tree, settled from its leaves.
+    """
+    depths = [_common(one, other) for one, other in pairwise(sequences)]
+    opened = [_Open(0, 0)]
+    for number, depth in enumerate([*depths, 0]):
+        closed = _Open(number, depth)
+        while opened[-1].depth > depth:
+            last = opened.pop()
+            last.saved, last.groups = last.saved + closed.saved, last.groups + closed.groups
+            whole = (number - last.first) * last.depth
+            if whole >= last.saved and last.depth >= _LEAST_SHARED:
+                last.saved, last.groups = whole, [_Group(last.first, number + 1, last.depth)]
+            closed = last
+        if opened[-1].depth == depth:
+            opened[-1].saved += closed.saved
+            opened[-1].groups += closed.groups
+        else:
+            opened.append(_Open(closed.first, depth, closed.saved, closed.groups))
+    return opened[0].groups
+
+
+def _common(one: _Sequence, other: _Sequence) -> int:
+    most = min(one.places[0], other.places[0])
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1],
+                                    zip(one.tokens[:most], other.tokens[:most], strict=True)))
+
+
+def _padded_logits(model: nn.Module, batch: _Batch) -> Tensor:
+    """Logits ``(places, vocabulary)`` at all sequences' places in turn."""
+    padded = pad_rows([one.tokens for one in batch.sequences], input_device(model))
+    rows = torch.tensor([number for number, one in enumerate(batch.sequences) for _ in one.places])
+    columns = torch.tensor([at for one in batch.sequences for at in one.places])
+    return logits_at(model, padded.input_ids, padded.attention_mask, rows, columns)
+
+
+def _packed_logits(model: nn.Module, batch: _Batch) -> Tensor:
+    """The same of packed rows, which the model must attend to (``attending_packed``)."""
+    stems = [stem for stem in dict.fromkeys(batch.stems) if stem]
+    rests = [one.tokens[len(stem):] for one, stem in zip(batch.sequences, batch.stems, strict=True)]
+    pieces = [*map(list, stems), *rests]
+    order = sorted(range(len(pieces)), key=lambda number: len(pieces[number]))
+    widths = [len(pieces[number]) for number in order]
+    starts = dict(zip(order, accumulate(widths, initial=0), strict=False))
+    in_stem = {stem: range(starts[number], starts[number] + len(stem)) for number, stem in enumerate(stems)}
+    in_front = [range(0)] * len(stems) + [in_stem.get(stem, range(0)) for stem in batch.stems]
+    packed = packed_tokens([pieces[number] for number in order], [len(in_front[number]) for number in order],
+                           input_device(model))
+    columns = torch.tensor([starts[len(stems) + number] + at - len(stem)
+                            for number, (one, stem) in enumerate(zip(batch.sequences, batch.stems, strict=True))
+                            for at in one.places])
+    return logits_at(model, packed.input_ids, packed.attention_mask, torch.zeros_like(columns), columns,
+                     position_ids=packed.position_ids, packed_rows=PackedRows(widths, [in_front[n] for n in order]))
+
+
+def _packing_is_exact(model: nn.Module, sequences: list[_Sequence]) -> bool:
+    """Whether packed sequences, one of them behind its beginning, give the logits of sequences by themselves."""
+    longest = max(sequences, key=lambda one: one.places[0])
+    shortest = min(sequences, key=lambda one: len(one.tokens))
+    together = _Batch([longest, shortest], [tuple(longest.tokens[: longest.places[0]]), ()])
+    alone = torch.cat([_padded_logits(model, _Batch([one], [()])) for one in (longest, shortest)])
+    return packs_exactly(model, alone, lambda: _packed_logits(model, together))
