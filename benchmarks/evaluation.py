@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import platform
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
+from common import machine, peak_memory, spread
 
 from sphere_easyedit.easyedit import HOME, edit_arguments, load_easyedit
 from sphere_easyedit.evaluation.datasets import EditRecord, load_records
@@ -98,10 +96,6 @@ def easyedits(model: Any, tok: Any, model_name: str) -> Side:
     return answer
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f} - {max(values):.3f})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="CounterFact file")
@@ -142,15 +136,14 @@ def main() -> None:
 
     count, hits = (sum(map(measure, answers["ours"])) for measure in (len, sum))
     print(f"\n{args.model}, {len(records)} cases with {count} prompts, {hits} of them answered with the target; "
-          f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}\n")
+          f"{machine()}; {peak_memory()}\n")
     print(f"| side | {args.clock} seconds a case, median (range) | times ours, median (range) | answers unlike ours |")
     print("| --- | --- | --- | --- |")
     for name in names:
         ratios = [theirs / own for theirs, own in zip(seconds[name], seconds["ours"], strict=True)]
         unlike = sum(one != own for case, own_case in zip(answers[name], answers["ours"], strict=True)
                      for one, own in zip(case, own_case, strict=True))
-        print(f"| {name} | {spread(seconds[name])} | {spread(ratios)} | {unlike} of {count} |")
+        print(f"| {name} | {spread(seconds[name], 3)} | {spread(ratios)} | {unlike} of {count} |")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from common import machine
 from torch import Tensor
 
 from sphere_easyedit import PrincipalSpace, hyperspherical_energy
@@ -209,8 +209,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     found = []
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, gamma {GAMMA}, alpha "
-          f"{ALPHA}")
+    print(f"{machine()}, gamma {GAMMA}, alpha {ALPHA}")
     for size in args.sizes:
         found.append(measure(size, args.keys, args.batches, args.relative_norm, size in args.references))
         print_table(found[-1])

@@ -14,14 +14,13 @@ falls off like that of SmolLM2-135M's keys (norm about 5; eigenvalues 0.7 down t
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import scipy.fft
 import torch
+from common import machine, peak_memory, spread
 from torch import Tensor
 
 from sphere_easyedit.editing.solvers import (
@@ -132,10 +131,6 @@ def relative_difference(found: Tensor, reference: Tensor) -> float:
     return float((found.double() - reference.double()).norm() / reference.double().norm())
 
 
-def spread(values: list[float], digits: int) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} - {max(values):.{digits}f})"
-
-
 def measure(method: str, d_in: int, options: argparse.Namespace) -> str:
     """One row of the table."""
     synthetic = SyntheticKeys(d_in)
@@ -193,7 +188,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     rows = [measure(method, d_in, options) for d_in in options.d_in for method in options.method]
-    print(f"\n{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; batch of "
+    print(f"\n{machine()}; {peak_memory()}; batch of "
           f"{options.batch} after {options.earlier} earlier edits, null space {options.share:.0%}; median (range) of "
           f"{max(1, options.pairs)}.\nState is what ours keeps for {options.layers} layers: P0 or C's factor, keys, "
           "the system's factor. Dense state is P0 or C and\nthe sum of outer products, float32. The session's copy of "

@@ -1,8 +1,8 @@
 """Time of a target value: our batched optimiser against a plain loop, in one run, with the same result.
 
-The plain loop is written here, from the same mathematics: one edit at a time, the whole model on all tokens in every
-step, logits everywhere. Both run in float32 with the same threads, taking turns: in each turn ours does the whole batch
-and the plain loop some of its edits, which over all turns are spread evenly over the batch sorted by length.
+The plain loop (plain.py) is written from the same mathematics: one edit at a time, the whole model on all tokens in
+every step, logits everywhere. Both run in float32 with the same threads, taking turns: in each turn ours does the whole
+batch and the plain loop some of its edits, which over all turns are spread evenly over the batch sorted by length.
 
     python benchmarks/target_values.py --data ../shared/data/counterfact.json
 """
@@ -11,71 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
 import yaml
-from torch import Tensor
-from torch.nn import functional as F
+from common import machine, peak_memory
+from plain import plain_target_value
 
 from sphere_easyedit import SPHEREHyperParams
 from sphere_easyedit.editing.contexts import generate_contexts
-from sphere_easyedit.editing.replay import first_output, pad_rows
-from sphere_easyedit.editing.requests import TokenizedRequest, parse_requests, tokenize_request
+from sphere_easyedit.editing.requests import parse_requests, tokenize_request
 from sphere_easyedit.editing.target_values import optimise_target_values
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.loading import load_model
-from sphere_easyedit.models import EditableModel, frozen
-
-
-def plain_target_value(editable: EditableModel, request: TokenizedRequest, hparams: SPHEREHyperParams) -> Tensor:
-    """z of one edit, ``(hidden_size,)``, by running the whole model in every step."""
-    prompts = [request.plain, *request.contexts]
-    rows = pad_rows([*(p.ids + request.target_ids[:-1] for p in prompts), request.drift.ids], editable.input_device)
-    lookups = torch.tensor([p.lookup for p in (*prompts, request.drift)])
-    every = torch.arange(len(lookups))
-    delta = torch.zeros(editable.hidden_size, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=hparams.v_lr)
-    initial: list[Tensor] = []
-    drift_before: list[Tensor] = []
-
-    def add_delta(_module: Any, _args: Any, output: Any) -> Any:
-        hidden = first_output(output)
-        if not initial:
-            initial.append(hidden[0, lookups[0]].detach().clone())
-        hidden = hidden.index_put((every, lookups), delta.expand(len(every), -1), accumulate=True)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    handle = editable.block(editable.layers[-1]).register_forward_hook(add_delta)
-    try:
-        for step in range(hparams.v_num_grad_steps):
-            out = editable.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False)
-            log_probs = F.log_softmax(out.logits, dim=-1)
-            nll = torch.stack([
-                -log_probs[i, len(p.ids) - 1 + torch.arange(len(request.target_ids)), list(request.target_ids)].mean()
-                for i, p in enumerate(prompts)]).mean()
-            drift = log_probs[-1, request.drift.lookup]
-            if not drift_before:
-                drift_before.append(drift.detach().clone())
-            drifted = F.kl_div(drift_before[0], drift, log_target=True, reduction="sum")
-            loss = nll + hparams.kl_factor * drifted + hparams.v_weight_decay * delta.norm() / initial[0].norm() ** 2
-            if loss.item() < 0.05 or step == hparams.v_num_grad_steps - 1:
-                break
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-            limit = hparams.clamp_norm_factor * initial[0].norm()
-            with torch.no_grad():
-                if delta.norm() > limit:
-                    delta.mul_(limit / delta.norm())
-    finally:
-        handle.remove()
-    return initial[0] + delta.detach()
+from sphere_easyedit.models import frozen
 
 
 def main() -> None:
@@ -93,7 +43,7 @@ def main() -> None:
     loaded = SPHEREHyperParams.from_hparams(args.hparams).to_dict()
     hparams = SPHEREHyperParams.from_dict({**loaded, **{k: yaml.safe_load(v) for k, v in changes.items()}})
     model, tok = load_model(hparams.model_name, "cpu", "float32")
-    editable = EditableModel(model, hparams.module_names(model.config), hparams.layers)
+    editable = hparams.editable(model)
     records = load_records("counterfact", args.data, args.batch, seed=0)
     ours_seconds, plain_seconds, errors = [], [], []  # seconds of each turn
     with frozen(model):
@@ -115,8 +65,7 @@ def main() -> None:
                   f"z differs by up to {max(errors):.1e}", flush=True)
     ours_per_edit = [seconds / args.batch for seconds in ours_seconds]
     figures = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
-        "transformers": transformers.__version__, "hparams": args.hparams, "changes": changes, "edits": args.batch,
+        "machine": machine(), "memory": peak_memory(), "hparams": args.hparams, "changes": changes, "edits": args.batch,
         "contexts": 1 + len(contexts), "steps": hparams.v_num_grad_steps,
         "mean_steps_taken": statistics.mean(ours.steps),
         "ours_seconds_an_edit": [statistics.median(ours_per_edit), min(ours_per_edit), max(ours_per_edit)],

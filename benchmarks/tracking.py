@@ -1,58 +1,80 @@
-"""What tracking hyperspherical energy costs while editing, and that it changes nothing.
+"""What SPHERE and tracking hyperspherical energy cost while editing, and that tracking changes nothing.
 
-Edits the same facts with and without an ``HETracker``, from the same weights, and times the tracker's two hooks inside
-the run: a share of one and the same run, which other work on the machine disturbs little.
+Edits the same facts with and without an ``HETracker``, from the same weights, and times the tracker's hooks, the
+projection and what carries the Gram matrices inside the run: shares of one and the same run, which other work on the
+machine disturbs little.
 
-    python benchmarks/tracking.py --batch-size 1 --batches 5
+    python benchmarks/tracking.py --batch-size 50 --batches 3
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import yaml
+from common import machine, spread
 
-from sphere_easyedit import EditCallback, EditEvent, HETracker, SPHEREHyperParams, apply_sphere_to_model
+from sphere_easyedit import EditCallback, HETracker, SPHEREHyperParams, apply_sphere_to_model
+from sphere_easyedit.editing.grams import GramMatrices
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.loading import load_model
+from sphere_easyedit.wrapper import Shaping
+
+# Where SPHERE and the tracker spend their time; none of them calls another.
+PARTS: tuple[tuple[type, str, str], ...] = (
+    (Shaping, "shape", "projecting"), (GramMatrices, "advance", "carrying"), (HETracker, "on_batch_start", "tracking"),
+    (HETracker, "on_batch_end", "tracking"))
 
 
-class TimedTracker(EditCallback):
-    """An ``HETracker`` that adds up the seconds spent in it."""
+@contextmanager
+def timed() -> Iterator[dict[str, float]]:
+    """Seconds spent in each of the parts inside the context."""
+    seconds = {name: 0.0 for _, _, name in PARTS}
 
-    def __init__(self) -> None:
-        self.tracker, self.seconds = HETracker(), 0.0
+    def watched(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return method(*args)
+            finally:
+                seconds[name] += time.perf_counter() - started
 
-    def on_batch_start(self, event: EditEvent) -> None:
-        self._timed(self.tracker.on_batch_start, event)
+        return run
 
-    def on_batch_end(self, event: EditEvent) -> None:
-        self._timed(self.tracker.on_batch_end, event)
+    patches = [patch.object(owner, method, watched(getattr(owner, method), name)) for owner, method, name in PARTS]
+    for each in patches:
+        each.start()
+    try:
+        yield seconds
+    finally:
+        for each in patches:
+            each.stop()
 
-    def _timed(self, hook: Any, event: EditEvent) -> None:
-        started = time.perf_counter()
-        hook(event)
-        self.seconds += time.perf_counter() - started
 
-
-def edited(options: argparse.Namespace, callbacks: list[TimedTracker]) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Edited weights, and the tracker's share of each batch's time."""
-    hparams = SPHEREHyperParams.from_hparams(options.hparams)
+def edited(options: argparse.Namespace, callbacks: list[EditCallback]
+           ) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
+    """Edited weights, and each part's share of each batch's time in percent."""
+    changes = {key: yaml.safe_load(value) for key, _, value in (change.partition("=") for change in options.set)}
+    hparams = SPHEREHyperParams.from_dict({**SPHEREHyperParams.from_hparams(options.hparams).to_dict(), **changes})
     model, tok = load_model(hparams.model_name, hparams.device, "float32")
     requests = [record.request() for record in load_records("demo", None, options.batches * options.batch_size, 0)]
-    shares = []
+    shares: dict[str, list[float]] = {name: [] for name in ("projecting", "carrying", "tracking", "together")}
     for first in range(0, len(requests), options.batch_size):
-        before = sum(callback.seconds for callback in callbacks)
-        started = time.perf_counter()
-        apply_sphere_to_model(model, tok, requests[first: first + options.batch_size], hparams, callbacks=callbacks)
-        spent = sum(callback.seconds for callback in callbacks) - before
-        shares.append(spent / (time.perf_counter() - started))
-    names = hparams.module_names(model.config)
-    return {f"{layer}": model.get_parameter(f"{names.rewrite_module_tmp.format(layer)}.weight").detach()
-            for layer in hparams.layers}, shares[1:]  # the first batch also prepares statistics
+        with timed() as seconds:
+            started = time.perf_counter()
+            apply_sphere_to_model(model, tok, requests[first: first + options.batch_size], hparams, callbacks=callbacks)
+            whole = time.perf_counter() - started
+        for name, spent in {**seconds, "together": sum(seconds.values())}.items():
+            shares[name].append(100 * spent / whole)
+    editable = hparams.editable(model)
+    weights = {f"{layer}": editable.weight(layer) for layer in hparams.layers}
+    return weights, {name: found[1:] for name, found in shares.items()}  # the first batch also prepares statistics
 
 
 def main() -> None:
@@ -60,14 +82,16 @@ def main() -> None:
     parser.add_argument("--hparams", default="AlphaEdit/smollm2-135m")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
-    callback = TimedTracker()
-    tracked, shares = edited(options, [callback])
+    tracked, shares = edited(options, [HETracker()])
     plain, _ = edited(options, [])
     same = all(torch.equal(tracked[name], plain[name]) for name in plain)
-    middle, low, high = (100 * share for share in (statistics.median(shares), min(shares), max(shares)))
-    print(f"batches of {options.batch_size}: tracking takes {middle:.2f}% of a batch (median of {len(shares)}, "
-          f"{low:.2f} to {high:.2f}%); weights {'equal bit for bit' if same else 'DIFFER'}")
+    print(f"{options.hparams}, batches of {options.batch_size}, {options.batches - 1} of them measured; {machine()}; "
+          f"with and without tracking the weights are {'equal bit for bit' if same else 'NOT EQUAL'}\n")
+    print("| part | percent of a batch, median (range) |\n| --- | --- |")
+    for name, found in shares.items():
+        print(f"| {name} | {spread(found)} |")
 
 
 if __name__ == "__main__":
