@@ -84,13 +84,13 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def current_batch(weight: Tensor, gram: GramMatrix | None, update: LowRankUpdate
-                  ) -> tuple[LowRankUpdate, GramMatrix | None]:
-    """The projected update, and the Gram matrix after it."""
+def current_batch(weight: Tensor, gram: GramMatrix | None, rank: int | None, update: LowRankUpdate
+                  ) -> tuple[LowRankUpdate, GramMatrix | None, int]:
+    """The projected update, the Gram matrix after it, and the rank of the space."""
     gram = GramMatrix.of(weight) if gram is None else gram
-    space = PrincipalSpace.from_gram(weight, gram.matrix, GAMMA)
+    space = PrincipalSpace.from_gram(weight, gram.matrix, GAMMA, rank)
     projected = LowRankUpdate(update.values, space.suppress_keys(update.keys, ALPHA))
-    return projected, gram.after(weight, projected)
+    return projected, gram.after(weight, projected), space.rank
 
 
 def carried_energy(weight: Tensor, gram: Tensor) -> Tensor:
@@ -142,9 +142,10 @@ def measure(size: Size, keys: int, batches: int, relative_norm: float, with_refe
         figures["update against reference"] = relative_error(updates[-1].values @ kept.T, expected)
 
     gram: GramMatrix | None = None
+    rank: int | None = None
     for number, update in enumerate(updates):
         name = "current later" if number else "current first"
-        projected, gram = watch(name, current_batch, weight, gram, update)
+        projected, gram, rank = watch(name, current_batch, weight, gram, rank, update)
         weight = weight + projected.dense()
         assert gram is not None
         matrix = gram.matrix

@@ -36,6 +36,7 @@ _SHARE_ROUNDING: Final = 1e-12
 # weight.
 _GRAM_MISMATCH: Final = 1e-2
 _BLOCK_ELEMENTS: Final = 8 * 2**20
+_SAFE_NORMS: Final = (1e-10, 1e10)
 
 
 class PrincipalSpace:
@@ -89,7 +90,8 @@ class PrincipalSpace:
             return cls._solve(weight, norms, gram, gamma, tall, torch.finfo(gram.dtype).eps)
 
     @classmethod
-    def from_gram(cls, weight: Tensor, gram: Tensor, gamma: float = 0.5) -> PrincipalSpace:
+    def from_gram(cls, weight: Tensor, gram: Tensor, gamma: float = 0.5, likely_rank: int | None = None
+                  ) -> PrincipalSpace:
         """The same from a raw Gram matrix ``W W^T`` that the caller has at hand, which saves the product.
 
         Meant for ``d_out <= d_in``. A tall weight is served as well, at the price of an eigenproblem of its
@@ -99,6 +101,8 @@ class PrincipalSpace:
             weight: ``(d_out, d_in)``, rows are neurons.
             gram: ``(d_out, d_out)``, ``W W^T`` of exactly this weight, not normalised; float32 or float64.
             gamma: share of the total to pass, in [0, 1].
+            likely_rank: of a space like this one, as of the batch before: little more need be solved for. Of no
+                influence on the result.
 
         Raises:
             ValueError: as in :meth:`from_weight`; or gram has another shape or device, is narrower than
@@ -108,13 +112,14 @@ class PrincipalSpace:
         _check_matrix("weight", weight)
         with torch.no_grad():
             weight, gram = weight.detach(), gram.detach() if isinstance(gram, Tensor) else gram
-            norms = _row_norms(weight)
+            fingerprint = _fingerprint(weight)
+            norms = fingerprint.double() if _are_safe(fingerprint) else _row_norms(weight)
             _check_gram(gram, weight, norms)
             if gamma == 0.0 or not bool(norms.any()):
                 return cls._empty(weight, gamma)
             unit = _normalised(gram, norms > 0, _work_dtype(weight, gram.shape[0]))
             rounding = max(torch.finfo(gram.dtype).eps, torch.finfo(unit.dtype).eps)
-            return cls._solve(weight, norms, unit, gamma, False, rounding)
+            return cls._solve(weight, norms, unit, gamma, False, rounding, likely_rank)
 
     @classmethod
     def _empty(cls, weight: Tensor, gamma: float) -> PrincipalSpace:
@@ -123,11 +128,12 @@ class PrincipalSpace:
 
     @classmethod
     def _solve(
-        cls, weight: Tensor, norms: Tensor, gram: Tensor, gamma: float, tall: bool, rounding: float
+        cls, weight: Tensor, norms: Tensor, gram: Tensor, gamma: float, tall: bool, rounding: float,
+        likely_rank: int | None = None,
     ) -> PrincipalSpace:
         # The trace of What What^T and of What^T What is the count of unit rows: no rounding of a sum.
         total = float((norms > 0).sum())
-        values, vectors = _principal_eigenpairs(gram, total, gamma, _rank_tolerance(weight, rounding))
+        values, vectors = _principal_eigenpairs(gram, total, gamma, _rank_tolerance(weight, rounding), likely_rank)
         basis: Tensor | _GramBasis
         if tall:
             basis = _orthonormal(vectors).to(_public_dtype(weight))
@@ -299,13 +305,24 @@ class _GramBasis:
         dtype = self.vectors.dtype
         keys = keys.to(dtype)
         answers = keys.new_zeros((self.vectors.shape[1], keys.shape[1]))  # V^T What K
-        for block, panel in _unit_panels(self.weight, self.norms, dtype):
-            answers.addmm_(self.vectors[block].T, panel @ keys)
+        for block, rows, scale in self._scaled_rows():
+            answers.addmm_(self.vectors[block].T, (rows @ keys).mul_(scale))
         answers.div_(self.values.to(dtype)[:, None])
         principal = torch.zeros_like(keys)
-        for block, panel in _unit_panels(self.weight, self.norms, dtype):
-            principal.addmm_(panel.T, self.vectors[block] @ answers)
+        for block, rows, scale in self._scaled_rows():
+            principal.addmm_(rows.T, (self.vectors[block] @ answers).mul_(scale))
         return principal
+
+    def _scaled_rows(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Blocks of rows and of factors ``(rows, 1)`` that make them unit ones, which spares copies of the weight."""
+        dtype = self.vectors.dtype
+        safe = _are_safe(self.norms)
+        for block in _blocks(self.weight.shape[0], _block_rows(self.weight.shape[1])):
+            if safe:
+                yield block, self.weight[block].to(dtype), self.norms[block].reciprocal().to(dtype)[:, None]
+            else:
+                rows = _unit_rows(self.weight, self.norms, block, dtype)
+                yield block, rows, torch.ones_like(rows[:, :1])
 
     def _check_unchanged(self) -> None:
         # Row norms see what tensors' version counters do not: edits through ``.data``.
@@ -320,11 +337,11 @@ class _GramBasis:
 
 
 def _principal_eigenpairs(
-    gram: Tensor, total: float, gamma: float, tolerance: float
+    gram: Tensor, total: float, gamma: float, tolerance: float, likely_rank: int | None
 ) -> tuple[Tensor, Tensor]:
     """Eigenvalues found (descending, float64), and the eigenvectors ``(side, r)`` that first pass gamma."""
     side = gram.shape[0]
-    for count in _attempts(side, gamma, gram.is_cuda):
+    for count in _attempts(side, gamma, gram.is_cuda, likely_rank):
         values, vectors = _largest_eigenpairs(gram, count)
         values = values.to(torch.float64).clamp(min=0.0)
         rank = _passing_count(values, total, gamma)
@@ -345,7 +362,7 @@ def _passing_count(values: Tensor, total: float, gamma: float) -> int:
     return int((shares <= gamma + _SHARE_ROUNDING).sum()) + 1
 
 
-def _attempts(side: int, gamma: float, on_gpu: bool) -> list[int]:
+def _attempts(side: int, gamma: float, on_gpu: bool, likely_rank: int | None) -> list[int]:
     """How many eigenpairs to ask for, one try after the other; the last is always all of them.
 
     Real weights pass one half of the total within a quarter of their directions, and even a flat spectrum
@@ -354,7 +371,11 @@ def _attempts(side: int, gamma: float, on_gpu: bool) -> list[int]:
     if side < _WHOLE_SIDE or on_gpu or gamma > 0.9:
         return [side]
     third, most = side // 3 + 1, (2 * side) // 3 + 1
-    return [third, most, side] if gamma <= 0.6 else [most, side]
+    attempts = [third, most, side] if gamma <= 0.6 else [most, side]
+    if likely_rank is None:
+        return attempts
+    few = likely_rank + likely_rank // 50 + 8
+    return [few, *(count for count in attempts if count > few)] if few < side else [side]
 
 
 def _largest_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -471,6 +492,11 @@ def _row_norms(weight: Tensor) -> Tensor:
             "look for a diverged edit or a broken checkpoint, and pass a finite tensor"
         )
     return norms
+
+
+def _are_safe(norms: Tensor) -> bool:
+    """Whether float32 holds what products with rows of these norms make: none is zero, extreme or not finite."""
+    return bool(((norms > _SAFE_NORMS[0]) & (norms < _SAFE_NORMS[1])).all())
 
 
 def _fingerprint(weight: Tensor) -> Tensor:

@@ -295,7 +295,9 @@ class Shaping:
             gram = self._grams.get(layer)
             if gram is None:  # of a tall weight
                 return PrincipalSpace.from_weight(weight, self._hparams.gamma)
-            return PrincipalSpace.from_gram(weight, gram, self._hparams.gamma)
+            space = PrincipalSpace.from_gram(weight, gram, self._hparams.gamma, self._session.ranks.get(layer))
+            self._session.ranks[layer] = space.rank
+            return space
         kept = self._session.spaces.get(layer)
         if kept is None or kept.gamma != self._hparams.gamma:
             space = PrincipalSpace.from_weight(self._session.original[layer].to(weight.device), self._hparams.gamma)
