@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 from rich.console import Console
+from rich.filesize import decimal
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -20,6 +21,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from .doctor import Report
+    from .planning import Plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Edit facts into language models with SPHERE (arXiv 2510.01172).")
@@ -149,6 +151,37 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def plan(
+    hparams: Annotated[str, typer.Option(help="YAML file, or a short name such as AlphaEdit/smollm2-135m.")],
+    num_edits: Annotated[int, typer.Option(help="Number of facts.")],
+    batch_size: Annotated[int, typer.Option(help="Facts edited at once.")] = 100,
+    dataset: Annotated[Dataset, typer.Option(help="Whose facts are counted in tokens.")] = Dataset.demo,
+    data: Annotated[Path | None, typer.Option(help="The data set's file; demo has none.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws and orders the facts, as for edit.")] = None,
+    override: Override = [],  # noqa: B006
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
+    = None,
+    calibrate: Annotated[bool, typer.Option(help="Measure on this machine for some seconds, if the model is here.")]
+    = True,
+    gflops: Annotated[float | None, typer.Option(help="Rate in 1e9 FLOP/s for what is not measured.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Say what a run will need - time, memory, disk, downloads - before anything starts."""
+    from .planning import PlanSettings, make_plan
+
+    console = _set_up(verbose=False)
+    _without_bars_of_transformers()
+    settings = PlanSettings(num_edits, batch_size, dataset.value, data, seed, dtype, calibrate=calibrate, gflops=gflops)
+    planned = make_plan(_hparams_with(hparams, override), settings)
+    if as_json:
+        print(json.dumps(planned.to_dict(), indent=2))
+        return
+    console.print(_plan_table(planned))
+    for line in (f"Time: {planned.method}.", *planned.notes):
+        console.print(Text(line), soft_wrap=True)
+
+
 def _hparams_with(name: str, overrides: list[str]) -> Any:
     from .hparams import SPHEREHyperParams
 
@@ -225,6 +258,49 @@ def _doctor_table(report: Report) -> Table:
         table.add_row("" if item.section == section else item.section, Text(item.name), status, Text(item.detail))
         section = item.section
     return table
+
+
+def _plan_table(plan: Plan) -> Table:
+    table = Table("", Column("item", overflow="fold"), Column("need", justify="right"), Column("", justify="right"),
+                  Column("", overflow="fold"), title=f"{plan.num_edits} edits in batches of {plan.batch_size}, "
+                                                     f"{plan.model} on {plan.device}")
+    first = True
+
+    def add(section: str, item: str, *cells: str) -> None:
+        nonlocal first
+        table.add_row(section if first else "", *(Text(cell) for cell in (item, *cells)))
+        first = False
+
+    for part in plan.time:
+        add("Time", part.name, _duration(part.seconds), "" if part.share is None else f"{part.share:.0%}",
+            f"{part.flops:.1e} FLOP")
+    add("Time", "all", _duration(plan.seconds), "", f"{sum(part.flops for part in plan.time):.1e} FLOP")
+    table.add_section()
+    first = True
+    for memory in plan.memory:
+        add("Memory", memory.name, decimal(memory.bytes), memory.place,
+            "; ".join(word for word in ("" if memory.lasting else "for a while", memory.note) if word))
+    for place, size in plan.peak_bytes.items():
+        add("Memory", "at the peak", decimal(size), place, "")
+    table.add_section()
+    first = True
+    for files in plan.disk:
+        add("Disk", files.name, decimal(files.bytes), "there" if files.present else "new", files.path)
+    table.add_section()
+    first = True
+    for download in plan.downloads:
+        add("Downloads", download.name, "?" if download.bytes is None else decimal(download.bytes), "", download.note)
+    if not plan.downloads:
+        add("Downloads", "nothing", "", "", "")
+    return table
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _escaped(text: str) -> str:

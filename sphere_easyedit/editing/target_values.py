@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _LOSS_REACHED = 0.05  # EasyEdit's: below it an edit is done
 TOKENS_PER_STEP = 80  # reading the weights in a step costs about as much as so many tokens
-_LOGITS_AT_ONCE = 1 << 22
+LOGITS_AT_ONCE = 1 << 22
 _REPACK_SHARE = 0.75  # rows are packed anew once at most this share of them is still being optimised
 
 
@@ -217,7 +217,7 @@ class _MicroBatch:
         found = steering.predictions
         leaf = states.detach().requires_grad_(taking_grad)
         parts = []
-        at_once = max(1, _LOGITS_AT_ONCE // self._drift_before.shape[1])
+        at_once = max(1, LOGITS_AT_ONCE // self._drift_before.shape[1])
         for start in range(0, len(leaf), at_once):
             stop, count = start + at_once, len(found.rows)  # the states behind `count` are drift prompts'
             log_probs = F.log_softmax(self._editable.logits(leaf[start: stop]), dim=-1)

@@ -91,7 +91,7 @@ def evaluate_records(
         records: of one or several data sets.
         protocol: see the module's text.
         token_budget: tokens of a batch, padding included; a longer row makes a batch of its own. It changes
-            time and memory, and results by no more than rounding in the model. None for what is fast: 512 on a
+            time and memory, and results by no more than rounding in the model. None for what is fast: 1024 on a
             CPU, 8192 elsewhere.
         progress: called with (pairs of prompt and target done, pairs in all) after each batch.
 

@@ -1,0 +1,175 @@
+"""FLOPs by kind of work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ..batching import padded_batches
+from ..editing.executors import is_alphaedit
+from ..editing.requests import TokenizedRequest
+from ..hparams import SPHEREHyperParams
+from .batches import Layout, Run, micro_batches
+from .shapes import ModelShape
+
+
+def forward_flops(shape: ModelShape, runs: Iterable[Run], blocks: int) -> float:
+    """FLOPs of rows through so many blocks.
+
+    A token meets every entry of a block's matrices once (2 FLOPs); scores and mixing take 4 FLOPs for each token
+    attended to and each of the attention's columns.
+    """
+    return float(blocks) * sum(2 * shape.block_entries * run.tokens + 4 * shape.attention_width * run.attended
+                               for run in runs)
+
+
+def head_flops(shape: ModelShape, positions: int) -> float:
+    """FLOPs of the LM head at so many positions."""
+    return 2.0 * shape.vocabulary * shape.hidden * positions
+
+
+def target_value_flops(shape: ModelShape, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams,
+                       layout: Layout) -> tuple[float, float]:
+    """FLOPs of one batch's target values: (once, in one forward pass of a step).
+
+    A run of s steps takes ``once + (2 s - 1) step``: each step runs forward and backward, which costs as much again
+    since weights take no gradient; the last one runs forward alone.
+
+    Once: what is recorded through all blocks, and checks of head and layout. A step: the tokens from the subject's last
+    one onward through the blocks above the last edited one, and the head at the target's positions and one for each
+    drift prompt.
+    """
+    last = hparams.layers[-1]
+    loss_blocks = max(int(hparams.v_loss_layer), last) - last
+    once, step = _check_flops(shape, requests, layout), 0.0
+    for group in micro_batches(requests, hparams.token_budget, layout):
+        once += forward_flops(shape, group.recorded, shape.blocks) + head_flops(shape, group.edits)
+        step += forward_flops(shape, group.to_loss, loss_blocks)
+        step += forward_flops(shape, group.to_end, shape.blocks - 1 - last)
+        step += head_flops(shape, group.positions + group.edits)
+    return once, step
+
+
+def _check_flops(shape: ModelShape, requests: Sequence[TokenizedRequest], layout: Layout) -> float:
+    """FLOPs of checking the head on the longest prompt, twice, and the layout.
+
+    Packing is tried with the longest and the shortest beginning, each whole, and again packed along with the beginning;
+    a prefix cache, where packing is none, with the longest, whole and in two parts.
+    """
+    prompts = [prompt for request in requests for prompt in (request.plain, *request.contexts)]
+    longest, shortest = (chosen(prompts, key=lambda prompt: prompt.lookup) for chosen in (max, min))
+    runs = [Run(2 if layout == "packed" else 4, len(longest.ids))]
+    for prompt in (longest, shortest):
+        runs += [Run(2, len(prompt.ids)), Run(1, prompt.lookup + 1)]
+    return forward_flops(shape, runs, shape.blocks) + head_flops(shape, 2)
+
+
+def key_flops(shape: ModelShape, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams) -> float:
+    """FLOPs of one batch's keys and residual states.
+
+    All prompts run, padded, up to the subject's last token through every block as far as the last edited one. Then each
+    edited layer is read once with all prompts, and the plain prompts go on from it to the last; advancing from layer to
+    layer runs the blocks between once more, and so does reading all keys at the end, where earlier keys are kept.
+    """
+    first, last = hparams.layers[0], hparams.layers[-1]
+    passes = (last + 1) + len(hparams.layers) + (last - first) + ((last - first + 1) if keeps_keys(hparams) else 0)
+    total = 0.0
+    contexts = [prompt for request in requests for prompt in request.contexts]
+    for prompts, blocks in (([request.plain for request in requests],
+                             passes + sum(last - layer for layer in hparams.layers)), (contexts, passes)):
+        lengths = [prompt.lookup + 1 for prompt in prompts]
+        runs = [Run(len(batch), max(lengths[i] for i in batch))
+                for batch in padded_batches(lengths, hparams.token_budget)]
+        total += forward_flops(shape, runs, blocks)
+    return total
+
+
+def keeps_keys(hparams: SPHEREHyperParams) -> bool:
+    """Whether earlier edits' keys are kept, natively."""
+    return is_alphaedit(hparams) or bool(hparams.keep_previous_keys)
+
+
+def null_space_columns(shape: ModelShape, hparams: SPHEREHyperParams) -> int:
+    """Columns that span AlphaEdit's null space or what it leaves out, whichever are fewer; by a threshold, at most."""
+    if hparams.nullspace_share is None:
+        return shape.d_in // 2
+    kept = max(1, int(hparams.nullspace_share * shape.d_in))
+    return min(kept, shape.d_in - kept)
+
+
+def key_capacity(shape: ModelShape, hparams: SPHEREHyperParams) -> int:
+    """Most earlier keys in a layer's factor: more are absorbed into the method's metric.
+
+    That has as many rows as the null space has coordinates: its dimensions where its own columns are kept, else d_in.
+    """
+    if is_alphaedit(hparams) and hparams.nullspace_share is not None:
+        kept = max(1, int(hparams.nullspace_share * shape.d_in))
+        return kept if kept <= shape.d_in // 2 else shape.d_in
+    return shape.d_in
+
+
+def solve_flops(shape: ModelShape, hparams: SPHEREHyperParams, num_edits: int, batch_size: int) -> float:
+    """FLOPs of all batches' solves in all layers, in float64, to leading order.
+
+    A batch of n keys with m earlier ones: weighing n keys four times (through the null space's columns,
+    ``4 d_in q``, or two triangular solves with the factor of C, ``2 d_in^2``, a key), products with earlier keys
+    (six of ``2 d_in m n``) and solves with their factor (four of ``m^2 n``). Every ``capacity`` keys are absorbed by
+    one factorisation, ``capacity^3 / 3``, after a product with them.
+    """
+    capacity = key_capacity(shape, hparams)
+    columns = null_space_columns(shape, hparams)
+    weigh = 4.0 * shape.d_in * columns if is_alphaedit(hparams) else 2.0 * shape.d_in**2
+    total, waiting = 0.0, 0
+    for start in range(0, num_edits, batch_size):
+        n = min(batch_size, num_edits - start)
+        total += n * (4 * weigh + 12.0 * shape.d_in * waiting + 4.0 * waiting**2) + 4.0 * shape.d_in * n**2
+        if keeps_keys(hparams):
+            if waiting + n > capacity:
+                total += 2.0 * capacity**2 * waiting + capacity**3 / 3
+                waiting = 0
+            waiting += n
+    return total * len(hparams.layers)
+
+
+def metric_flops(d_in: int, hparams: SPHEREHyperParams) -> float:
+    """FLOPs of one layer's null space (reduction to tridiagonal form and the vectors) or Cholesky factor of C."""
+    return (4 / 3 + 2) * float(d_in) ** 3 if is_alphaedit(hparams) else float(d_in) ** 3 / 3
+
+
+def projection_flops(shape: ModelShape, hparams: SPHEREHyperParams, columns: int) -> float:
+    """FLOPs of shaping one layer's update of ``columns`` edits: Gram matrix, eigenvectors, two thin products; PRUNE's
+    singular values of the dense change. RECT's threshold counts as a few operations an entry. A Gram matrix that is
+    carried from batch to batch takes less than one computed anew, as it is here."""
+    side, entries = min(shape.d_out, shape.d_in), float(shape.d_out * shape.d_in)
+    total = 0.0
+    if hparams.base_alg == "RECT":
+        total += 20 * entries
+    if hparams.base_alg == "PRUNE":
+        total += 2 * 6 * entries * side  # of the change and of the pretrained weight
+    if hparams.projects:
+        total += 2 * entries * side + 2.0 * side**3 + 4 * entries * columns
+    return total
+
+
+def energy_flops(shape: ModelShape) -> float:
+    """FLOPs of one hyperspherical energy: cosines of all pairs of rows once, and some thirty operations a pair."""
+    return float(shape.d_out) ** 2 * (shape.d_in + 30)
+
+
+def evaluation_flops(shape: ModelShape, lengths: Sequence[tuple[int, int]]) -> float:
+    """FLOPs of scoring prompts with their targets, given as (tokens read, target tokens): a forward pass each.
+
+    What evaluation saves where prompts begin alike is left to the measured rate.
+    """
+    runs = [Run(1, read) for read, _ in lengths]
+    return forward_flops(shape, runs, shape.blocks) + head_flops(shape, sum(targets for _, targets in lengths))
+
+
+def generation_flops(shape: ModelShape, tokens: int) -> float:
+    """FLOPs of generating so many tokens: each runs through the model and its head; attention left out."""
+    return forward_flops(shape, [Run(tokens, 1)], shape.blocks) + head_flops(shape, tokens)
+
+
+def moment_flops(shape: ModelShape, hparams: SPHEREHyperParams, tokens: int, num_layers: int) -> float:
+    """FLOPs of the second moments of ``num_layers`` layers' keys: a pass up to the last one, and ``k k^T``."""
+    below = forward_flops(shape, [Run(tokens, 1)], hparams.layers[-1] + 1)  # attention left out
+    return below + 2.0 * tokens * num_layers * shape.d_in**2

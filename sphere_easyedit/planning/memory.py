@@ -1,0 +1,110 @@
+"""A run's memory by purpose."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from ..editing.executors import is_alphaedit
+from ..hparams import SPHEREHyperParams
+from .batches import Layout, micro_batches
+from .facts import Facts
+from .inventory import Statistics
+from .results import MemoryItem, PlanSettings
+from .shapes import ModelShape
+from .sizes import (
+    DOUBLE,
+    DOUBLE_SIDE,
+    FLOAT,
+    activation_bytes,
+    gram_bytes,
+    history_bytes,
+    metric_bytes,
+    original_weight_bytes,
+    running_bytes,
+)
+
+_STATISTICS_TOKENS: Final = 8192  # of editing/covariance.py: tokens at once
+_DOUBLE_MOMENT: Final = 4096  # of editing/covariance.py: wider moments are decomposed in float32
+# Of evaluation/teacher_forcing.py: tokens at once, and so many for each place of logits.
+_CPU_TOKENS: Final = 1024
+_GPU_TOKENS: Final = 8192
+_TOKENS_PER_PLACE: Final = 4
+
+
+def resident_bytes() -> int:
+    """What Python takes with all libraries and the model's code, before a model is loaded: the peak until now."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_items(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSettings, facts: Facts, device: str,
+                 statistics: Statistics, layout: Layout, base: int = 0) -> list[MemoryItem]:
+    """Memory by purpose.
+
+    Args:
+        device: kind of the device that the model is on.
+        layout: of the optimiser's rows.
+        base: what Python and its libraries take.
+    """
+    weights = original_weight_bytes(shape, hparams)
+    copies = 2 * weights  # to undo the batch, and to solve from
+    items = [MemoryItem("Python and libraries", "host", base, True),
+             MemoryItem("weights", "device", shape.weight_bytes, True),
+             MemoryItem("original weights", "host", weights, True)]
+    if grams := gram_bytes(shape, hparams):
+        items.append(MemoryItem(f"Gram matrices {shape.d_out} x {shape.d_out}", "device", grams, True))
+    if device != "cpu":
+        items.append(MemoryItem("weights while loading", "host", shape.weight_bytes, False))
+    if hparams.base_alg == "PRUNE":
+        items.append(MemoryItem("unrestrained weights", "host", weights, True))
+    if hparams.executor == "native":
+        items.extend(_native_items(shape, hparams, settings, facts, statistics, layout, copies))
+    # A Gram matrix, its eigenvectors and the solver's copy; the dense update in float32, and the sum with it.
+    side = min(shape.d_out, shape.d_in)
+    shaped = 3 * side**2 * (DOUBLE if side <= DOUBLE_SIDE else FLOAT) + 2 * shape.d_out * shape.d_in * FLOAT
+    items.append(MemoryItem("projecting and writing a layer", "device", shaped + copies, False))
+    items.append(MemoryItem("evaluation, one batch", "device", _evaluation_bytes(shape, facts, device), False))
+    return items
+
+
+def _native_items(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSettings, facts: Facts,
+                  statistics: Statistics, layout: Layout, copies: int) -> Iterator[MemoryItem]:
+    what = "null space" if is_alphaedit(hparams) else "factor of C"
+    note = "at most" if is_alphaedit(hparams) and hparams.nullspace_share is None else ""
+    yield MemoryItem(what, "device", metric_bytes(shape, hparams), True, note)
+    if keys := history_bytes(shape, hparams, settings.num_edits):
+        yield MemoryItem(f"keys of {settings.num_edits} edits and their factor", "device", keys, True)
+    largest = max(activation_bytes(shape, hparams, group) for batch in facts.batches(settings.batch_size)
+                  for group in micro_batches(batch, hparams.token_budget, layout))
+    yield MemoryItem("target values, one micro-batch", "device", largest + copies, False,
+                     f"token_budget {hparams.token_budget}; with copies of the edited weights")
+    if not statistics.metric_is_filed:
+        # The matrix, a copy for the solver, and what comes out, in float64 up to a side and float32 above.
+        width = DOUBLE if shape.d_in <= _DOUBLE_MOMENT or not is_alphaedit(hparams) else FLOAT
+        yield MemoryItem(f"making the {what}", "device", (3 * width + FLOAT) * shape.d_in**2, False)
+    if statistics.missing:
+        sums = (len(hparams.layers) * DOUBLE + DOUBLE + FLOAT) * shape.d_in**2
+        yield MemoryItem("collecting statistics", "device", sums + running_bytes(shape, _STATISTICS_TOKENS), False)
+
+
+def _evaluation_bytes(shape: ModelShape, facts: Facts, device: str) -> int:
+    """One batch: states in a block, and logits as the head makes them and in float32."""
+    tokens = _CPU_TOKENS if device == "cpu" else _GPU_TOKENS
+    scored = [pair for pairs in facts.scored for pair in pairs]
+    tokens_run = min(tokens, sum(read for read, _ in scored))
+    places = min(tokens // _TOKENS_PER_PLACE, sum(targets for _, targets in scored))
+    return running_bytes(shape, tokens_run) + places * shape.vocabulary * (shape.itemsize + FLOAT)
+
+
+def peak_bytes(items: Sequence[MemoryItem], device: str) -> dict[str, int]:
+    """What lasts, and the phase that takes most beside it; on a CPU, device and host are one."""
+    def peak(chosen: Sequence[MemoryItem]) -> int:
+        return (sum(item.bytes for item in chosen if item.lasting)
+                + max((item.bytes for item in chosen if not item.lasting), default=0))
+
+    if device == "cpu":
+        return {"host": peak(items)}
+    return {place: peak([item for item in items if item.place == place]) for place in ("device", "host")}
