@@ -518,13 +518,13 @@ def test_gpu_equals_cpu() -> None:
     assert relative(there.suppress(update.cuda(), 0.8).cpu(), here.suppress(update, 0.8)) < 1e-5
 
 
-@pytest.mark.parametrize("likely_rank", [0, 1, 100, 150, 400, 599, 700])
+@pytest.mark.parametrize("likely_rank", [0, 1, 50, 120, 400, 599, 700])
 def test_likely_rank_is_only_a_hint(likely_rank: int) -> None:
     """Too low, right, too high or impossible: the same space, to rounding."""
     weight = torch.randn(600, 700, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3.0, 700)
     gram = weight @ weight.T
     expected = PrincipalSpace.from_gram(weight, gram)
-    assert 100 < expected.rank < 200
+    assert 50 < expected.rank < 120
     space = PrincipalSpace.from_gram(weight, gram, 0.5, likely_rank)
     assert space.rank == expected.rank
     update = torch.randn(600, 700, generator=torch.Generator().manual_seed(1))
