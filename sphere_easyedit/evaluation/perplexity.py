@@ -20,7 +20,8 @@ from ..tokenization import leading_special_ids
 from .teacher_forcing import TOKENS_PER_PLACE, Progress, fast_token_budget
 
 _PLACES = 64  # whose logits become float32 at once: a whole window's would be 0.25 GB for Llama 3
-_TITLE = re.compile(r"^ ?= [^=\n].* = ?\n ?$", re.MULTILINE)  # an article's, in WikiText: an empty line follows
+# An article's title in WikiText. Formulas and legends leave such lines too, but behind a word.
+_TITLE = re.compile(r"(?:\A\s*|(?<=\n\n)|(?<=[^\w ] \n)) ?= [^=\n].*[^=\n] = ?$", re.MULTILINE)
 _WIKITEXT = re.compile(r" @[-,.]@ ")
 # What WikiText's tokenisation put in, and what stood there, in this order.
 _NATURAL = tuple((re.compile(pattern), natural) for pattern, natural in (
