@@ -45,8 +45,8 @@ def paired_bootstrap(a: Sequence[float | None] | NDArray[np.float64], b: Sequenc
     """
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.ndim != 1 or left.shape != right.shape:
-        raise ValueError(f"a and b have the shapes {left.shape} and {right.shape}: give two series of the same cases, in "
-                         "the same order")
+        raise ValueError(f"a and b have the shapes {left.shape} and {right.shape}: give two series of the same cases, "
+                         "in the same order")
     if np.isinf(left).any() or np.isinf(right).any():
         raise ValueError("a or b holds an infinite value: leave it out, with None in its place")
     if resamples < 1:
