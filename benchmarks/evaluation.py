@@ -29,7 +29,7 @@ from common import machine, peak_memory, spread
 
 from sphere_easyedit.easyedit import HOME, edit_arguments, load_easyedit
 from sphere_easyedit.evaluation.datasets import EditRecord, load_records
-from sphere_easyedit.evaluation.metrics import evaluate_records
+from sphere_easyedit.evaluation.metrics import evaluate_records, questions_of
 from sphere_easyedit.loading import load_model, model_source
 from sphere_easyedit.models import input_device
 from sphere_easyedit.tokenization import continuation_ids
@@ -37,12 +37,6 @@ from sphere_easyedit.tokenization import continuation_ids
 # For each case, whether each prompt's target is what the model says: edit prompt, paraphrase, neighbours.
 Answers = list[list[bool]]
 Side = Callable[[list[EditRecord]], Answers]
-
-
-def questions(record: EditRecord) -> list[tuple[str, str]]:
-    """Prompts of a case with their targets, in the order of its answers."""
-    return [(record.edit_prompt, record.target_new), *((text, record.target_new) for text in record.paraphrase_prompts),
-            *((prompt.text, prompt.target) for prompt in record.neighborhood_prompts)]
 
 
 def ours(model: Any, tok: Any) -> Side:
@@ -57,7 +51,8 @@ def ours(model: Any, tok: Any) -> Side:
 def plain(model: Any, tok: Any) -> Side:
     @torch.no_grad()
     def answer(records: list[EditRecord]) -> Answers:
-        return [[said_so(*question) for question in questions(record)] for record in records]
+        return [[said_so(*question) for asked in questions_of(record).values() for question in asked]
+                for record in records]
 
     def said_so(prompt: str, target: str) -> bool:
         prompt_ids, target_ids = continuation_ids(tok, prompt, " " + target)

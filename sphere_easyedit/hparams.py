@@ -52,7 +52,8 @@ _STRINGS = ("alg_name", "model_name", "base_alg", "layer_selection", "fact_token
             "mom2_dtype", "stats_dir", "P_loc", "target_values_dir", *_MODULE_FIELDS)
 _CHOICES = MappingProxyType({
     "alg_name": ("SPHERE", *PLAIN_ALGS), "executor": ("native", "easyedit"), "projection_stage": ("layer", "update"),
-    "principal_space": ("current", "pretrained"), "layer_selection": ("all", "random"),
+    "principal_space": ("current", "pretrained"), "suppression": ("principal", "random", "shrink"),
+    "layer_selection": ("all", "random"),
     "fact_token": ("subject_last", "last", "subject_first", "subject_first_after_last"),
     "mom2_dtype": ("float32", "float64", "float16"),
 })
@@ -63,14 +64,14 @@ _OPTIMISER = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "cla
 # spaces know their gamma.)
 _NOT_CARRIED = frozenset({
     "alg_name", "model_name", "device", "batch_size", "max_length", "token_budget", "model_parallel", "stats_dir",
-    "batched_target_values", "target_values_dir", "gamma", "alpha", "projection_stage", "principal_space", "rect_keep",
-    "prune_log_base", *_OPTIMISER,
+    "batched_target_values", "target_values_dir", "gamma", "alpha", "projection_stage", "principal_space",
+    "suppression", "rect_keep", "prune_log_base", *_OPTIMISER,
 })
 
 # Fields that no EasyEdit method asks for, so a key close to one of them is a slip and not the method's own.
-_OURS = ("base_alg", "gamma", "alpha", "projection_stage", "principal_space", "executor", "executor_hparams",
-         "batched_target_values", "target_values_dir", "context_templates", "rect_keep", "prune_log_base",
-         "keep_previous_keys", "nullspace_share", "mom2_max_length", "token_budget", *_ALIASES)
+_OURS = ("base_alg", "gamma", "alpha", "projection_stage", "principal_space", "suppression", "executor",
+         "executor_hparams", "batched_target_values", "target_values_dir", "context_templates", "rect_keep",
+         "prune_log_base", "keep_previous_keys", "nullspace_share", "mom2_max_length", "token_budget", *_ALIASES)
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
@@ -155,6 +156,9 @@ class SPHEREHyperParams:
     alpha: float = _NOT_GIVEN  # share of it taken out of an update, 0 for none; also read as suppression_strength
     projection_stage: str = _NOT_GIVEN  # layer | update; default layer for AlphaEdit, update for all others
     principal_space: str = _NOT_GIVEN  # current | pretrained; default current, for PRUNE pretrained
+    # principal: SPHERE. The others are its controls: a random subspace of the same rank in the principal one's place,
+    # or no projection and the update merely shrunk to the norm that projecting would leave.
+    suppression: str = "principal"
 
     # Target values.
     layer_selection: str = "all"

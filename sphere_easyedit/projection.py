@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # Up to this size of the smaller side float64 costs under a second, and float32 rounding could move the rank
 # by one. Above it a float64 eigenproblem takes many times longer than all the rest of a batch, and float32 is
 # good for about 1e-6 of the total: much less than one eigenvalue's share of it.
-_FLOAT64_SIDE: Final = 1024
+FLOAT64_SIDE: Final = 1024
 # Below this side a partial eigenproblem saves nothing worth having.
 _WHOLE_SIDE: Final = 512
 # Rounding that may not decide whether a cumulated share "passes" gamma (equal eigenvalues, say, give round
@@ -42,9 +42,9 @@ _SAFE_NORMS: Final = (1e-10, 1e10)
 class PrincipalSpace:
     """The leading eigenvectors of ``What^T What / d_out``: as many as first pass a share gamma (Eq. 10, 11).
 
-    Build one with :meth:`from_weight` or :meth:`from_gram`. The space describes the weight as it was then. It
-    refers to that weight, without copying it, until :attr:`directions` has been read; if the weight was
-    changed before that, whatever needs it raises ``RuntimeError`` instead of mixing two weights. To keep a
+    Build one with :meth:`from_weight` or :meth:`from_gram` (controls: :meth:`spanned_by`). The space describes
+    the weight as it was then. It refers to that weight, without copying it, until :attr:`directions` has been
+    read; if the weight was changed before that, whatever needs it raises ``RuntimeError`` instead of mixing two weights. To keep a
     space beyond an edit (DESIGN's ``principal_space: pretrained``), read :attr:`directions` first: the space
     then needs the weight no more.
 
@@ -122,6 +122,24 @@ class PrincipalSpace:
             return cls._solve(weight, norms, unit, gamma, False, rounding, likely_rank)
 
     @classmethod
+    def spanned_by(cls, directions: Tensor, gamma: float) -> PrincipalSpace:
+        """A space of given directions, for controls: of the weight's spectrum it knows nothing.
+
+        Args:
+            directions: ``(d_in, r)``, orthonormal columns.
+            gamma: the share that the space which it stands in for passes; only kept.
+
+        Raises:
+            ValueError: the columns are not orthonormal to 1e-4, or gamma is out of [0, 1].
+        """
+        _check_floating("directions", directions)
+        basis = directions.detach().to(_public_dtype(directions))
+        error = (basis.T @ basis - torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)).abs()
+        if basis.shape[1] and not float(error.max()) <= 1e-4:
+            raise ValueError(f"directions are {float(error.max()):.1e} from orthonormal: give columns of a QR factor")
+        return cls(basis, torch.zeros(0, dtype=torch.float64, device=basis.device), _checked_share("gamma", gamma))
+
+    @classmethod
     def _empty(cls, weight: Tensor, gamma: float) -> PrincipalSpace:
         basis = torch.zeros((weight.shape[1], 0), dtype=_public_dtype(weight), device=weight.device)
         return cls(basis, torch.zeros(0, dtype=torch.float64, device=weight.device), gamma)
@@ -150,6 +168,11 @@ class PrincipalSpace:
     def gamma(self) -> float:
         """The share of the total that the directions pass."""
         return self._gamma
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight was."""
+        return self._device
 
     @property
     def d_in(self) -> int:
@@ -513,8 +536,8 @@ def _public_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _work_dtype(weight: Tensor, side: int) -> torch.dtype:
-    """Dtype of an eigenproblem of this side; see _FLOAT64_SIDE for why."""
-    return torch.float64 if weight.dtype == torch.float64 or side <= _FLOAT64_SIDE else torch.float32
+    """Dtype of an eigenproblem of this side; see FLOAT64_SIDE for why."""
+    return torch.float64 if weight.dtype == torch.float64 or side <= FLOAT64_SIDE else torch.float32
 
 
 def _product_dtype(operand: Tensor, basis: torch.dtype) -> torch.dtype:

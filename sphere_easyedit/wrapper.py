@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .callbacks import EditCallback, EditEvent
-from .editing.executors import Update, add_update, prepare_session, restored_after, solve_batch, tokenize_batch
-from .editing.grams import GramMatrices
+from .editing.executors import prepare_session, restored_after, solve_batch, tokenize_batch
+from .editing.grams import GramMatrices, carries_grams
 from .editing.requests import TokenizedRequest, parse_requests
-from .editing.restraints import prune, rect
 from .editing.session import EditSession
-from .editing.solvers import KeyHistory, LowRankUpdate
+from .editing.solvers import KeyHistory
 from .hparams import SPHEREHyperParams
 from .models import EditableModel
-from .projection import PrincipalSpace
+from .shaping import Shaping, check_finite
 from .wrapped import WrappedExecutor
 
 logger = logging.getLogger(__name__)
@@ -92,7 +91,8 @@ def apply_sphere_to_model(
             parsed = parse_requests(requests, first_id=session.num_edits)
         seconds = {"preparation": time.perf_counter() - started}
         weights = {layer: editable.weight(layer) for layer in editable.layers}
-        grams = GramMatrices(editable, session.grams, editable.layers if _carries_grams(hparams, executor) else [])
+        carried = editable.layers if carries_grams(hparams, executor is None) else []
+        grams = GramMatrices(editable, session.grams, carried)
         event = EditEvent(model, weights, session.num_edits, session.num_batches,
                           [request.case_id for request in parsed], grams=grams)
         for callback in callbacks:
@@ -150,13 +150,6 @@ def _easyedits_executor(hparams: SPHEREHyperParams, session: EditSession) -> Wra
     return wrapped_executor(hparams.base_alg, session)
 
 
-def _carries_grams(hparams: SPHEREHyperParams, executor: Executor | None) -> bool:
-    """Whether a Gram matrix saves anything: every batch takes a space from it, or its updates are of low rank."""
-    if hparams.projects and hparams.principal_space == "current":
-        return True
-    return executor is None and hparams.base_alg not in ("RECT", "PRUNE")
-
-
 @contextmanager
 def _undone_on_error(editable: EditableModel) -> Iterator[dict[int, Tensor]]:
     """The edited weights as they were; put back bit for bit if the context ends in an error."""
@@ -198,7 +191,7 @@ def _edit_by(
     seconds["executor"] = time.perf_counter() - started
     started = time.perf_counter()
     for layer, weight in after.items():
-        _check_finite(layer, weight)
+        check_finite(layer, weight)
         if shaping.leaves_updates:  # the executor's own bits, not a sum that rounds to them
             editable.set_weight(layer, weight)  # no Gram matrix is carried
         else:
@@ -221,86 +214,3 @@ def _check_reach(editable: EditableModel, edited: nn.Module, originals: Mapping[
     if others:
         raise ValueError(f"the executor changed {sorted(others)} too, which layers {editable.layers} do not cover: "
                          "make its layers and ours the same")
-
-
-def _check_finite(layer: int, weight: Tensor) -> None:
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"the executor left non-finite values in layer {layer}: nothing was changed")
-
-
-class Shaping:
-    """What becomes of an update between the solve and the weight: RECT's restraint, PRUNE's, and SPHERE's projection.
-
-    PRUNE acts on the whole change since the pretrained weight, and only on the weights that are read out; editing goes
-    on from the unrestrained ones.
-
-    Attributes:
-        unrestrained: PRUNE's weights to go on from after this batch, by layer, on the CPU; else empty.
-    """
-
-    def __init__(self, editable: EditableModel, hparams: SPHEREHyperParams, session: EditSession, grams: GramMatrices
-                 ) -> None:
-        self._editable, self._hparams, self._session, self._grams = editable, hparams, session, grams
-        self._prunes = hparams.base_alg == "PRUNE"
-        self._projects = hparams.projects
-        self.unrestrained: dict[int, Tensor] = {}
-
-    @property
-    def leaves_updates(self) -> bool:
-        """Whether ``shape`` gives every update back as it is."""
-        return self._prunes or (not self._projects and self._hparams.base_alg != "RECT")
-
-    def resume_unrestrained(self) -> None:
-        """Put PRUNE's unrestrained weights in place of those read out."""
-        for layer, weight in self._session.unrestrained.items():
-            self._editable.set_weight(layer, weight)
-
-    def shape(self, layer: int, update: Update) -> Update:
-        """Restrain and project one layer's update; the layer's weight must be the one before the update."""
-        if self._prunes:
-            return update  # its turn comes with the whole change
-        if self._hparams.base_alg == "RECT":
-            dense = update.dense() if isinstance(update, LowRankUpdate) else update
-            update = rect(dense, self._editable.weight(layer), self._hparams.rect_keep)
-        if not self._projects:
-            return update
-        space = self._space(layer)
-        if isinstance(update, LowRankUpdate):  # projecting R K^T is projecting its keys
-            return LowRankUpdate(update.values, space.suppress_keys(update.keys, self._hparams.alpha))
-        return space.suppress(update, self._hparams.alpha)
-
-    def write(self, layer: int, update: Update) -> None:
-        """Add a shaped update to its layer's weight."""
-        self._grams.advance(layer, update)
-        add_update(self._editable, layer, update)
-
-    def read_out(self) -> None:
-        """Replace PRUNE's unrestrained weights, now all written, by the restrained and projected ones."""
-        if not self._prunes:
-            return
-        for layer in self._editable.layers:
-            weight = self._editable.weight(layer)
-            self.unrestrained[layer] = weight.to("cpu", copy=True)
-            precise = torch.promote_types(weight.dtype, torch.float32)
-            original = self._session.original[layer].to(weight.device, precise)
-            change = prune(weight.to(precise) - original, original, self._hparams.prune_log_base)
-            if self._projects:
-                change = self._space(layer).suppress(change, self._hparams.alpha)
-            _check_finite(layer, change)
-            self._editable.set_weight(layer, original + change)
-
-    def _space(self, layer: int) -> PrincipalSpace:
-        weight = self._editable.weight(layer)
-        if not self._prunes and self._hparams.principal_space == "current":
-            gram = self._grams.get(layer)
-            if gram is None:  # of a tall weight
-                return PrincipalSpace.from_weight(weight, self._hparams.gamma)
-            space = PrincipalSpace.from_gram(weight, gram, self._hparams.gamma, self._session.ranks.get(layer))
-            self._session.ranks[layer] = space.rank
-            return space
-        kept = self._session.spaces.get(layer)
-        if kept is None or kept.gamma != self._hparams.gamma:
-            space = PrincipalSpace.from_weight(self._session.original[layer].to(weight.device), self._hparams.gamma)
-            space.directions  # noqa: B018 - formed now, the space no longer refers to the weight
-            self._session.spaces[layer] = space
-        return self._session.spaces[layer]

@@ -84,7 +84,7 @@ def brute_force(editable: EditableModel, sequences: list[list[int]], layers: lis
 @pytest.mark.parametrize("tokens_at_once", [8192, 40])
 def test_collected_moment_equals_brute_force(family: str, tokens_at_once: int, tok: PreTrainedTokenizerBase,
                                              tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(covariance, "_TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr(covariance, "TOKENS_AT_ONCE", tokens_at_once)
     hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS), layers=[0, 2])
     editable = editable_of(tiny_model(family), hparams)
     sequences = [tok(text)["input_ids"] for text in TEXTS]
@@ -753,12 +753,12 @@ def test_wide_factor_is_filed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
     make(_statistics(tmp_path))
     assert list(tmp_path.glob("*.safetensors")) == []  # a narrow one is not
-    monkeypatch.setattr(covariance, "_FACTOR_FILED_FROM", 40)
+    monkeypatch.setattr(covariance, "FACTOR_FILED_FROM", 40)
     _made_once(make, (CholeskyFactor, "of"), tmp_path, monkeypatch, caplog)
 
 
 def test_factor_of_a_singular_moment_is_not_filed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(covariance, "_FACTOR_FILED_FROM", 1)
+    monkeypatch.setattr(covariance, "FACTOR_FILED_FROM", 1)
     path = tmp_path / "C.npz"
     save_moment(path, torch.zeros(5, 5), 3, 7)
     with pytest.raises(torch.linalg.LinAlgError):
@@ -789,7 +789,7 @@ def test_folder_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("base_alg", ["AlphaEdit", "MEMIT"])
 def test_second_run_reads_what_the_first_derived(base_alg: str, tok: PreTrainedTokenizerBase, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(covariance, "_FACTOR_FILED_FROM", 1)
+    monkeypatch.setattr(covariance, "FACTOR_FILED_FROM", 1)
     hparams = tiny_hparams(tmp_path, base_alg=base_alg, v_num_grad_steps=2)
     first, second = tiny_model("llama"), tiny_model("llama")
     sphere.apply_sphere_to_model(first, tok, REQUESTS, hparams)

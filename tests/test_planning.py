@@ -24,19 +24,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing import target_values
+from sphere_easyedit.editing import steering, target_values
 from sphere_easyedit.editing.covariance import save_moment
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.replay import common_beginnings
 from sphere_easyedit.editing.requests import TokenizedRequest
 from sphere_easyedit.editing.session import EditSession
+from sphere_easyedit.editing.steering import Layout, layout_of
 from sphere_easyedit.editing.target_values import optimise_target_values
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.metrics import evaluate_records
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
 from sphere_easyedit.models import EditableModel, frozen
 from sphere_easyedit.planning import Plan, PlanSettings, TimePart, calibration, make_plan, sizes
-from sphere_easyedit.planning.batches import Layout, expected_layout, layout_of, micro_batches, total_tokens
+from sphere_easyedit.planning.batches import expected_layout, micro_batches, total_tokens
 from sphere_easyedit.planning.calibration import Steps, step_price
 from sphere_easyedit.planning.counts import evaluation_flops, key_flops, target_value_flops
 from sphere_easyedit.planning.facts import STAND_IN_CONTEXTS, facts_in_tokens
@@ -93,8 +94,8 @@ def lay_out(monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:
     """Make the optimiser lay out its rows in this way, without checking anything."""
     if layout == "packed" and not HAS_INTERFACE:
         pytest.skip(f"transformers {transformers.__version__} has no attention functions to choose from")
-    monkeypatch.setattr(target_values, "packing_is_exact", lambda *_: layout == "packed")
-    monkeypatch.setattr(target_values, "prefix_is_exact", lambda *_: layout == "padded")
+    monkeypatch.setattr(steering, "packing_is_exact", lambda *_: layout == "packed")
+    monkeypatch.setattr(steering, "prefix_is_exact", lambda *_: layout == "padded")
     monkeypatch.setattr(target_values, "_check_head", lambda *_: None)
 
 

@@ -217,7 +217,7 @@ def test_extended_factor_equals_one_from_scratch(seed: int, counts: list[int], b
     samples = gaussian(seed, size, size + 5)
     matrix = samples @ samples.T
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solvers, "_BLOCK", block)
+        patch.setattr(solvers, "BLOCK", block)
         factor, start = CholeskyFactor(), 0
         for count in counts:
             shorter, rows = factor, [row.clone() for row in factor.rows]
@@ -273,7 +273,7 @@ def test_extended_history_equals_one_built_at_once(kind: str, seed: int, counts:
     parts = [some_keys(seed + i, count, False) for i, count in enumerate(counts)]
     new = some_keys(seed + 99, 2, False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solvers, "_BLOCK", block)
+        patch.setattr(solvers, "BLOCK", block)
         grown = without_earlier(metric)
         for part in parts:
             shorter, keys = grown, grown.keys

@@ -162,7 +162,7 @@ def in_one_batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     for name in ("packed_micro_batches", "padded_micro_batches"):
         monkeypatch.setattr(target_values, name, lambda requests, _budget: [list(range(len(requests)))])
     if request.param == "padded":
-        monkeypatch.setattr(target_values, "packing_is_exact", lambda *_: False)
+        monkeypatch.setattr(steering, "packing_is_exact", lambda *_: False)
 
 
 def _check(model: nn.Module, requests: list[TokenizedRequest], hparams: sphere.SPHEREHyperParams) -> list[Reference]:
@@ -351,7 +351,7 @@ def test_model_without_a_prefix_cache(
     model, hparams = _model("llama"), tiny_hparams(tmp_path, v_num_grad_steps=6)
     expected = _found(model, requests, hparams)
     assert not caplog.records
-    monkeypatch.setattr(target_values, "packing_is_exact", lambda *_: False)
+    monkeypatch.setattr(steering, "packing_is_exact", lambda *_: False)
     monkeypatch.setattr(steering, "prefix_key_values", _broken(kind))
     with caplog.at_level(logging.WARNING, logger="sphere_easyedit"):
         found = _found(model, requests, hparams)

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models import EditableModel
 
-_OPENINGS = ("The", "Therefore", "Because", "I", "You")  # MEMIT's and EasyEdit's
-_NEW_TOKENS = 9
+OPENINGS = ("The", "Therefore", "Because", "I", "You")  # MEMIT's and EasyEdit's
+NEW_TOKENS = 9
 _TOP_K = 5
 
 
@@ -32,11 +32,11 @@ def generate_contexts(editable: EditableModel, tok: PreTrainedTokenizerBase, see
     device = editable.input_device
     templates = []
     with seeded(seed):
-        for opening in _OPENINGS:
+        for opening in OPENINGS:
             encoded = tok(opening, return_tensors="pt").to(device)
             out = editable.model.generate(  # type: ignore[operator]
                 input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], do_sample=True, top_k=_TOP_K,
-                max_new_tokens=_NEW_TOKENS, pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else 0)
+                max_new_tokens=NEW_TOKENS, pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else 0)
             text = str(tok.decode(out[0], skip_special_tokens=True))
             # Braces would be taken for the place of the prompt.
             templates.append(text.replace("{", " ").replace("}", " ") + ". {}")

@@ -20,8 +20,8 @@ from .contexts import seeded
 logger = logging.getLogger(__name__)
 
 GENERATED = "generated"
-_GENERATED_LENGTH = 128  # tokens of a generated text: enough for varied keys, short enough to stay on the subject
-_GENERATED_AT_ONCE = 100
+GENERATED_LENGTH = 128  # tokens of a generated text: enough for varied keys, short enough to stay on the subject
+GENERATED_AT_ONCE = 100
 # The names EasyEdit uses, and what they stand for on the hub.
 _HUB_NAMES = {
     "wikipedia": ("wikimedia/wikipedia", "20231101.en"),
@@ -35,7 +35,7 @@ def corpus_name(hparams: SPHEREHyperParams) -> str:
     """Name of a text source in statistics files: a file's stem, else the name; generated text is told by its seed."""
     dataset = hparams.mom2_dataset
     if dataset == GENERATED:
-        return f"{GENERATED}-seed{hparams.seed}-t{min(hparams.mom2_max_length, _GENERATED_LENGTH)}"
+        return f"{GENERATED}-seed{hparams.seed}-t{min(hparams.mom2_max_length, GENERATED_LENGTH)}"
     path = Path(dataset)
     return path.stem if path.suffix in {".txt", ".jsonl"} else dataset.replace("/", "_")
 
@@ -49,7 +49,7 @@ def token_sequences(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
     """
     samples = hparams.mom2_n_samples
     if hparams.mom2_dataset == GENERATED:
-        return _generate(editable, tok, samples, min(max_length, _GENERATED_LENGTH), hparams.seed)
+        return _generate(editable, tok, samples, min(max_length, GENERATED_LENGTH), hparams.seed)
     texts = _read_texts(hparams.mom2_dataset, samples, hparams.seed)
     if len(texts) < samples:
         logger.warning("%s holds %d texts, fewer than mom2_n_samples %d", hparams.mom2_dataset, len(texts), samples)
@@ -135,7 +135,7 @@ def _generate(editable: EditableModel, tok: PreTrainedTokenizerBase, samples: in
     sequences: list[list[int]] = []
     with seeded(seed), tqdm(total=samples, desc="generating text", unit="text", leave=False) as bar:
         while len(sequences) < samples:
-            count = min(_GENERATED_AT_ONCE, samples - len(sequences))
+            count = min(GENERATED_AT_ONCE, samples - len(sequences))
             prompt = torch.full((count, 1), start, device=device)
             out = editable.model.generate(  # type: ignore[operator]
                 prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,

@@ -38,10 +38,10 @@ logger = logging.getLogger(__name__)
 
 # EasyEdit's reader asks for the class that wrote the file.
 _EASYEDIT_CLASS = "easyeditor.util.runningstats.SecondMoment()"
-_TOKENS_AT_ONCE = 8192
+TOKENS_AT_ONCE = 8192
 _DERIVED_FORMAT = "sphere-easyedit derived statistics 1"
 # Narrower factors are made in about the time that reading one takes (0.1 s).
-_FACTOR_FILED_FROM = 2048
+FACTOR_FILED_FROM = 2048
 
 
 def model_folder(editable: EditableModel) -> str:
@@ -173,7 +173,7 @@ def _sum_outer_products(editable: EditableModel, sequences: Sequence[Sequence[in
 def _batches(sequences: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
     batches: list[list[Sequence[int]]] = []
     for sequence in sorted(sequences, key=len):
-        if not batches or (len(batches[-1]) + 1) * len(sequence) > _TOKENS_AT_ONCE:
+        if not batches or (len(batches[-1]) + 1) * len(sequence) > TOKENS_AT_ONCE:
             batches.append([])
         batches[-1].append(sequence)
     return batches
@@ -205,7 +205,7 @@ def null_space_basis(moment: Tensor, threshold: float | None = None, share: floa
     return _eigenvectors(moment, 0, _dimensions_kept(moment, threshold, share))
 
 
-def _working_dtype(width: int) -> torch.dtype:
+def working_dtype(width: int) -> torch.dtype:
     return torch.float64 if width <= 4096 else torch.float32
 
 
@@ -214,7 +214,7 @@ def _dimensions_kept(moment: Tensor, threshold: float | None, share: float | Non
     if share is not None:
         return max(1, int(share * width))
     assert threshold is not None  # the hyperparameters ask for one of the two
-    shifted = moment.to(_working_dtype(width), copy=True)
+    shifted = moment.to(working_dtype(width), copy=True)
     shifted.diagonal().sub_(threshold)
     kept = _negative_eigenvalues(shifted)
     if kept == 0:
@@ -238,7 +238,7 @@ def _negative_eigenvalues(matrix: Tensor) -> int:
 
 def _eigenvectors(moment: Tensor, first: int, last: int) -> Tensor:
     """Eigenvectors ``(d_in, last - first)`` of the eigenvalues with these numbers, counted upwards from 0."""
-    matrix = moment.to(_working_dtype(len(moment)))
+    matrix = moment.to(working_dtype(len(moment)))
     if first == last:
         return matrix[:, :0].clone()
     if matrix.is_cuda:
@@ -275,7 +275,7 @@ def filed_factor(statistics: Path, d_in: int, device: torch.device) -> CholeskyF
         ValueError: the statistics don't fit.
         torch.linalg.LinAlgError: the second moment is not positive definite.
     """
-    if d_in < _FACTOR_FILED_FROM:
+    if d_in < FACTOR_FILED_FROM:
         return CholeskyFactor.of(load_moment(statistics, d_in).to(device))
     path, origin = _beside(statistics, "cholesky"), _origin(statistics, "cholesky")
     stored = _read_derived(path, origin)
@@ -345,7 +345,7 @@ def load_null_space(path: Path, layers: Sequence[int], d_in: int) -> dict[int, N
     """
     spaces = {}
     for layer, projection in zip(layers, load_projections(path, layers, d_in), strict=True):
-        space = _thinner(projection.to(_working_dtype(d_in)))
+        space = _thinner(projection.to(working_dtype(d_in)))
         if space is None:
             raise ValueError(f"P_loc {path}, layer {layer}: no orthogonal projection (its eigenvalues are not 0 and 1)")
         if space.dimensions == 0:

@@ -146,6 +146,11 @@ def restored_after(editable: EditableModel) -> Iterator[dict[int, Tensor]]:
             editable.set_weight(layer, weight)
 
 
+def dense(update: Update) -> Tensor:
+    """A weight change ``(d_out, d_in)``, multiplied out where it is in factors."""
+    return update.dense() if isinstance(update, LowRankUpdate) else update
+
+
 def add_update(editable: EditableModel, layer: int, update: Update) -> None:
     """``W <- W + dW`` in float32 or better, whatever W is stored in.
 
@@ -153,8 +158,8 @@ def add_update(editable: EditableModel, layer: int, update: Update) -> None:
         ValueError: the update, or the weight it would leave, is not finite.
     """
     weight = editable.weight(layer)
-    dense = update.dense() if isinstance(update, LowRankUpdate) else update
-    changed = (weight.to(torch.promote_types(weight.dtype, torch.float32)) + dense.to(weight.device)).to(weight.dtype)
+    precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    changed = (precise + dense(update).to(weight.device)).to(weight.dtype)
     if not bool(torch.isfinite(changed).all()):
         raise ValueError(f"the update of layer {layer} is not finite in {weight.dtype}: nothing was changed. Look at "
                          "the statistics, L2 or mom2_update_weight")

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..hparams import SPHEREHyperParams
 from ..models import EditableModel
+from ..projection import FLOAT64_SIDE
 from .solvers import LowRankUpdate
 
-# As in projection.py: up to this side float64 costs little, and keeps the rank from flipping.
-_FLOAT64_SIDE = 1024
 # The stored weight is rounded at every update, its Gram matrix at every advance: both random, both in the last digit.
 _MAX_ADVANCES = 50
 # A row that one update shrinks (in squared norm) to less than this has lost digits that G can't have.
@@ -44,7 +44,7 @@ class GramMatrix:
     @classmethod
     def of(cls, weight: Tensor) -> GramMatrix:
         """From a weight ``(d_out, d_in)`` of any floating dtype."""
-        if weight.dtype == torch.float64 or weight.shape[0] <= _FLOAT64_SIDE:
+        if weight.dtype == torch.float64 or weight.shape[0] <= FLOAT64_SIDE:
             return cls(_product(weight, torch.float64))
         matrix = _product(weight, torch.float32)
         squares = matrix.diagonal()
@@ -74,6 +74,17 @@ class GramMatrix:
         squares = matrix.diagonal()
         sound = squares.isfinite() & (squares >= _MAX_SHRINKAGE * self.matrix.diagonal())
         return GramMatrix(matrix, self.advances + 1) if bool(sound.all()) else None
+
+
+def carries_grams(hparams: SPHEREHyperParams, native: bool) -> bool:
+    """Whether a Gram matrix saves anything: every batch takes a space from it, or its updates are of low rank.
+
+    Args:
+        native: the solve is ours, not an executor's.
+    """
+    if hparams.projects and hparams.principal_space == "current":
+        return True
+    return native and hparams.base_alg not in ("RECT", "PRUNE")
 
 
 class GramMatrices(Mapping[int, Tensor]):

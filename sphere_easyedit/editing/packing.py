@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class _Group:
         start: where the first one's tokens begin.
         width: w.
         counts: ``(R,)``, how many of the P tokens in front each row has; they are aligned at their ends.
-        in_front: ``(R, P)``, which of the packed tokens these are; None where their keys and values are given:
+        in_front: ``(R, P)``, which of the packed tokens these are; None where their keys and values are given.
         past: by block, keys and values in front ``(R * Hkv, P, head width)``.
         masks: what is added to scores, by window, device and dtype; None where nothing is hidden.
     """
@@ -248,6 +248,39 @@ def packed_tokens(rows: Sequence[Sequence[int]], positions: Sequence[int], devic
     places = [position + i for row, position in zip(rows, positions, strict=True) for i in range(len(row))]
     packed = pad_rows([[token for row in rows for token in row]], device)
     return replace(packed, position_ids=torch.tensor([places], device=device))
+
+
+@dataclass(frozen=True)
+class PackedBehind:
+    """Rows behind beginnings that several of them share, which are run once, as rows by themselves.
+
+    Attributes:
+        tokens: all of them end to end.
+        layout: where they lie.
+        fronts: for each row, which of the packed tokens its beginning is.
+        starts: for each row, where what follows its beginning begins.
+    """
+
+    tokens: Rows
+    layout: PackedRows
+    fronts: list[range]
+    starts: list[int]
+
+
+def pack_behind(rows: Sequence[Sequence[int]], fronts: Sequence[tuple[int, ...]], device: torch.device,
+                recording: bool = False) -> PackedBehind:
+    """Pack rows of token ids, each with the beginning that is run once; () where there is none."""
+    stems = [stem for stem in dict.fromkeys(fronts) if stem]
+    pieces = [*stems, *(row[len(front):] for row, front in zip(rows, fronts, strict=True))]
+    order = sorted(range(len(pieces)), key=lambda piece: len(pieces[piece]))
+    widths = [len(pieces[piece]) for piece in order]
+    starts = dict(zip(order, accumulate(widths, initial=0), strict=False))
+    places = {stem: range(starts[piece], starts[piece] + len(stem)) for piece, stem in enumerate(stems)}
+    of_rows = [places.get(front, range(0)) for front in fronts]
+    of_pieces = [range(0)] * len(stems) + of_rows
+    tokens = packed_tokens([pieces[piece] for piece in order], [len(of_pieces[piece]) for piece in order], device)
+    layout = PackedRows(widths, [of_pieces[piece] for piece in order], recording=recording)
+    return PackedBehind(tokens, layout, of_rows, [starts[len(stems) + row] for row in range(len(rows))])
 
 
 def select_packed(replay: BlockReplay, layout: PackedRows, tokens: Tensor) -> BlockReplay:

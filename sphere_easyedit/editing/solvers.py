@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 # Largest relative residual a solution may leave before the plain solve takes over.
 _MAX_RESIDUAL = 1e-5
 # Rows of a factor, or columns of keys, that are handled at once: enough for fast products, few to copy or convert.
-_BLOCK = 256
+BLOCK = 256
 # Random sums of the batch's columns that the residual is taken of: they show its norm to about a third.
 _PROBES = 16
 
@@ -99,7 +99,7 @@ class NullSpace:
 
 
 def _blocks(columns: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(columns, _BLOCK, dim=1)
+    return torch.split(columns, BLOCK, dim=1)
 
 
 def _inner(parts: Sequence[Tensor], right: Tensor) -> Tensor:
@@ -136,8 +136,8 @@ class CholeskyFactor:
         Raises:
             torch.linalg.LinAlgError: it is not positive definite.
         """
-        return cls._from_rows(matrix[start: start + _BLOCK, : start + _BLOCK].double()
-                              for start in range(0, len(matrix), _BLOCK))
+        return cls._from_rows(matrix[start: start + BLOCK, : start + BLOCK].double()
+                              for start in range(0, len(matrix), BLOCK))
 
     @classmethod
     def _from_rows(cls, rows: Iterable[Tensor]) -> CholeskyFactor:
@@ -189,7 +189,7 @@ class CholeskyFactor:
             raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
                 f"row {self.size + int(failed)} leaves it not positive definite")
         fresh = torch.cat([solved, end], dim=1)
-        if not self.rows or len(self.rows[-1]) + len(fresh) > _BLOCK:
+        if not self.rows or len(self.rows[-1]) + len(fresh) > BLOCK:
             return CholeskyFactor([*self.rows, fresh])
         last = torch.nn.functional.pad(self.rows[-1], (0, len(fresh)))  # many thin rows would be slow to solve with
         return CholeskyFactor([*self.rows[:-1], torch.cat([last, fresh])])
@@ -284,8 +284,8 @@ class NullSpaceMetric:
 def _scaled_identity(scale: float, size: int, device: torch.device) -> list[Tensor]:
     """Block rows of ``scale I`` that end at the diagonal."""
     rows = []
-    for start in range(0, size, _BLOCK):
-        end = min(start + _BLOCK, size)
+    for start in range(0, size, BLOCK):
+        end = min(start + BLOCK, size)
         rows.append(torch.zeros(end - start, end, dtype=torch.float64, device=device))
         rows[-1][:, start:].fill_diagonal_(scale)
     return rows
@@ -380,7 +380,7 @@ class KeyHistory:
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 logger.warning("the factor of %d earlier keys is lost (%s)", self.factor.size + keys.shape[1], error)
                 self.factor = None
-        if self._waiting and self._waiting[-1].shape[1] + keys.shape[1] <= _BLOCK:
+        if self._waiting and self._waiting[-1].shape[1] + keys.shape[1] <= BLOCK:
             keys = torch.cat([self._waiting[-1], keys], dim=1)  # many thin parts would be slow to multiply with
             self._waiting = self._waiting[:-1]
         if keys.shape[1]:

@@ -7,18 +7,17 @@ packed end to end where the model takes an attention function of ours (see ``pac
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ..models import EditableModel
-from .packing import PackedRows, packed_tokens, packs_exactly, same_states, select_packed
+from .packing import PackedRows, pack_behind, packs_exactly, same_states, select_packed
 from .replay import BlockReplay, KeyValues, common_beginnings, pad_rows, prefix_key_values
 from .requests import TokenizedPrompt, TokenizedRequest
 
@@ -125,25 +124,15 @@ class PackedSteering:
             block: the edited one.
         """
         fronts = common_beginnings([row.ids[: row.lookup] for row in rows], [row.context for row in rows])
-        # Beginnings are rows by themselves, which the others have in front.
-        stems = sorted(set(fronts) - {()})
-        pieces = [*stems, *(row.ids[len(front):] for row, front in zip(rows, fronts, strict=True))]
-        order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
-        widths = [len(pieces[i]) for i in order]
-        starts = dict(zip(order, itertools.accumulate(widths, initial=0), strict=False))
-        stem_tokens = {stem: range(starts[i], starts[i] + len(stem)) for i, stem in enumerate(stems)} | {(): range(0)}
-        before = [range(0)] * len(stems) + [stem_tokens[front] for front in fronts]
-        layout = PackedRows(widths, [before[i] for i in order], recording=True)
-        packed = packed_tokens([pieces[i] for i in order], [len(before[i]) for i in order], editable.input_device)
-        replay = BlockReplay.record(editable, packed, block + 1, editable.num_blocks, packed_rows=layout)
+        packed = pack_behind([row.ids for row in rows], fronts, editable.input_device, recording=True)
+        replay = BlockReplay.record(editable, packed.tokens, block + 1, editable.num_blocks, packed_rows=packed.layout)
         # Steps need the keys and values in front of lookups, in the blocks above the edited one.
-        table = {layer: layout.recorded[layer] for layer in range(block + 1, editable.num_blocks)}
+        table = {layer: packed.layout.recorded[layer] for layer in range(block + 1, editable.num_blocks)}
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids) - rows[i].lookup)
-        firsts = [starts[len(stems) + i] for i in order]
-        rows, fronts = [rows[i] for i in order], [fronts[i] for i in order]
-        lookups = [first + row.lookup - len(front) for first, row, front in zip(firsts, rows, fronts, strict=True)]
-        in_front = [[*stem_tokens[front], *range(first, lookup)]
-                    for front, first, lookup in zip(fronts, firsts, lookups, strict=True)]
+        rows = [rows[i] for i in order]
+        lookups = [packed.starts[i] + row.lookup - len(fronts[i]) for i, row in zip(order, rows, strict=True)]
+        in_front = [[*packed.fronts[i], *range(packed.starts[i], lookup)]
+                    for i, lookup in zip(order, lookups, strict=True)]
         widths = [len(row.ids) - row.lookup for row in rows]
         kept = PackedRows(widths, in_front, table)
         tokens = [lookup + i for lookup, width in zip(lookups, widths, strict=True) for i in range(width)]
@@ -243,6 +232,18 @@ class PaddedSteering:
 
 
 # --- which of them a model allows ---------------------------------------------------------------------------
+
+# Rows end to end; padded behind keys and values of the tokens in front; padded, with all tokens in every step.
+Layout = Literal["packed", "padded", "whole"]
+
+
+def layout_of(editable: EditableModel, requests: Sequence[TokenizedRequest]) -> Layout:
+    """How these edits' rows can be laid out on this model, which must be frozen: the cheapest way that is exact."""
+    prompts = [prompt for request in requests for prompt in (request.plain, *request.contexts)]
+    longest, shortest = (chosen(prompts, key=lambda prompt: prompt.lookup) for chosen in (max, min))
+    if packing_is_exact(editable, [longest, shortest]):
+        return "packed"
+    return "padded" if prefix_is_exact(editable, longest) else "whole"
 
 @torch.no_grad()
 def packing_is_exact(editable: EditableModel, prompts: Sequence[TokenizedPrompt]) -> bool:

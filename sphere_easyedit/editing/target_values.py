@@ -28,7 +28,7 @@ from ..models import EditableModel, logits_at
 from .packing import attending_packed
 from .replay import BlockReplay, pad_rows
 from .requests import TokenizedPrompt, TokenizedRequest
-from .steering import PackedSteering, PaddedSteering, Steering, packing_is_exact, prefix_is_exact, rows_of
+from .steering import PackedSteering, PaddedSteering, Steering, layout_of, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +74,8 @@ def optimise_target_values(
     losses, steps = [0.0] * len(requests), [0] * len(requests)
     longest = max((prompt for request in requests for prompt in _rewriting_prompts(request)), key=lambda p: p.lookup)
     _check_head(editable, longest)
-    shortest = min((prompt for request in requests for prompt in _rewriting_prompts(request)), key=lambda p: p.lookup)
-    packed = packing_is_exact(editable, [longest, shortest])
-    use_prefix = packed or prefix_is_exact(editable, longest)
+    layout = layout_of(editable, requests)
+    packed = layout == "packed"
     batches = packed_micro_batches if packed else padded_micro_batches
     with attending_packed(editable.model) if packed else nullcontext():
         for batch in batches(requests, hparams.token_budget):
@@ -84,7 +83,7 @@ def optimise_target_values(
             rows = [row for edit, request in enumerate(group) for row in rows_of(edit, request)]
             block = editable.layers[-1]
             steering = (PackedSteering.record(editable, rows, block) if packed
-                        else PaddedSteering.record(editable, rows, block, use_prefix))
+                        else PaddedSteering.record(editable, rows, block, use_prefix=layout == "padded"))
             result = _MicroBatch(editable, group, hparams, steering).optimise()
             values[batch] = result.values
             for i, loss, count in zip(batch, result.losses, result.steps, strict=True):

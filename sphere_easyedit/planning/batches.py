@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from ..editing.replay import common_beginnings
 from ..editing.requests import TokenizedRequest
-from ..editing.steering import Row, packing_is_exact, prefix_is_exact, rows_of
+from ..editing.steering import Layout, Row, rows_of
 from ..editing.target_values import packed_micro_batches, padded_micro_batches
-from ..models import EditableModel
 from .shapes import ModelShape
-
-# Rows end to end; padded behind keys and values of the tokens in front; padded, with all tokens in every step.
-Layout = Literal["packed", "padded", "whole"]
 
 
 @dataclass(frozen=True)
@@ -69,15 +64,6 @@ def total_tokens(runs: Iterable[Run]) -> int:
 def expected_layout(shape: ModelShape) -> Layout:
     """How the optimiser should lay out edits, by the model's class alone."""
     return "packed" if shape.packs else "padded"
-
-
-def layout_of(editable: EditableModel, requests: Sequence[TokenizedRequest]) -> Layout:
-    """How the optimiser would lay out these edits, as it finds out itself; the model must be frozen."""
-    prompts = [prompt for request in requests for prompt in (request.plain, *request.contexts)]
-    longest, shortest = (chosen(prompts, key=lambda prompt: prompt.lookup) for chosen in (max, min))
-    if packing_is_exact(editable, [longest, shortest]):
-        return "packed"
-    return "padded" if prefix_is_exact(editable, longest) else "whole"
 
 
 def micro_batches(requests: Sequence[TokenizedRequest], token_budget: int, layout: Layout) -> list[MicroBatch]:

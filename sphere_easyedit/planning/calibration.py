@@ -12,12 +12,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..editing.contexts import seeded
-from ..editing.corpus import GENERATED
+from ..editing.corpus import GENERATED, GENERATED_AT_ONCE
 from ..editing.covariance import null_space
 from ..editing.executors import is_alphaedit
 from ..editing.keys import BatchStates
 from ..editing.requests import TokenizedRequest
 from ..editing.restraints import prune, rect
+from ..editing.steering import Layout, layout_of
 from ..editing.target_values import TOKENS_PER_STEP, optimise_target_values
 from ..evaluation.datasets import EditRecord
 from ..evaluation.generation import generate_continuations
@@ -26,7 +27,7 @@ from ..hparams import SPHEREHyperParams
 from ..hyperspherical import hyperspherical_energy
 from ..models import EditableModel, frozen
 from ..projection import PrincipalSpace
-from .batches import Layout, expected_layout, layout_of, micro_batches, total_tokens
+from .batches import expected_layout, micro_batches, total_tokens
 from .counts import (
     energy_flops,
     evaluation_flops,
@@ -46,7 +47,6 @@ logger = logging.getLogger(__name__)
 STEPS: Final = 3  # gradient steps
 _SECONDS: Final = 5.0  # that each part may take by a first, rough estimate
 _METRIC_SIDE: Final = 768
-_GENERATED_AT_ONCE: Final = 100  # of editing/corpus.py
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def calibrate(editable: EditableModel, tok: PreTrainedTokenizerBase, shape: Mode
     rates |= _evaluation_rates(editable, tok, shape, records, facts, rough)
     rates["contexts"] = rates["continuations"]
     if collects and hparams.mom2_dataset == GENERATED:
-        rows = min(_GENERATED_AT_ONCE, hparams.mom2_n_samples)
+        rows = min(GENERATED_AT_ONCE, hparams.mom2_n_samples)
         rates["text"] = generation_flops(shape, 4 * rows) / _timed(lambda: _generate(editable, rows, 4), device)
     return Calibration(rates, time.perf_counter() - started, edits, layout)
 

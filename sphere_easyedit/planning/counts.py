@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from ..batching import padded_batches
 from ..editing.executors import is_alphaedit
 from ..editing.requests import TokenizedRequest
+from ..editing.steering import Layout
 from ..hparams import SPHEREHyperParams
-from .batches import Layout, Run, micro_batches
+from .batches import Run, micro_batches
 from .shapes import ModelShape
 
 

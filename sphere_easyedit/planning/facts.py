@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..editing.requests import EditRequest, TokenizedPrompt, TokenizedRequest, parse_requests, tokenize_request
 from ..evaluation.datasets import EditRecord, load_records
+from ..evaluation.metrics import questions_of
 from ..tokenization import continuation_ids_batch
 from .results import PlanSettings
 
@@ -71,9 +72,7 @@ def _pairs(records: Sequence[EditRecord]) -> list[list[tuple[str, str]]]:
     seen: set[tuple[str, str]] = set()
     found = []
     for record in records:
-        pairs = [(record.edit_prompt, record.target_new),
-                 *((text, record.target_new) for text in record.paraphrase_prompts),
-                 *((prompt.text, prompt.target) for prompt in record.neighborhood_prompts)]
+        pairs = [pair for asked in questions_of(record).values() for pair in asked]
         fresh = [pair for pair in dict.fromkeys(pairs) if pair not in seen]
         seen.update(fresh)
         found.append(fresh)

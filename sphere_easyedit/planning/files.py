@@ -7,11 +7,12 @@ import math
 from pathlib import Path
 
 from ..editing.corpus import GENERATED
+from ..editing.covariance import FACTOR_FILED_FROM
 from ..editing.executors import is_alphaedit
 from ..hparams import SPHEREHyperParams
 from ..loading import SMOLLM2
 from .counts import keeps_keys
-from .inventory import FACTOR_FILED_FROM, Statistics
+from .inventory import Statistics
 from .results import DiskItem, Download, PlanSettings
 from .shapes import ModelShape
 from .sizes import DOUBLE, FLOAT, HEADER, metric_bytes, moment_bytes, original_weight_bytes

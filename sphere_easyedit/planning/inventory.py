@@ -8,13 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, cast
+from typing import cast
 
 import huggingface_hub
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from ..editing.corpus import GENERATED
-from ..editing.covariance import moment_path
+from ..editing.corpus import GENERATED, GENERATED_LENGTH
+from ..editing.covariance import FACTOR_FILED_FROM, moment_path
 from ..editing.executors import is_alphaedit
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, ModuleNames, max_positions
@@ -22,9 +22,6 @@ from .facts import CHARACTERS_PER_TOKEN
 from .shapes import ModelShape
 
 logger = logging.getLogger(__name__)
-
-FACTOR_FILED_FROM: Final = 2048  # of editing/covariance.py: narrower Cholesky factors are not filed
-_GENERATED_LENGTH: Final = 128  # of editing/corpus.py: tokens of a generated text
 
 
 def read_config(model_name: str, source: str) -> PretrainedConfig:
@@ -130,7 +127,7 @@ def _corpus_tokens(hparams: SPHEREHyperParams, limit: int | None) -> tuple[int, 
     longest = min(hparams.mom2_max_length, limit or hparams.mom2_max_length)
     samples = hparams.mom2_n_samples
     if hparams.mom2_dataset == GENERATED:
-        return samples * min(longest, _GENERATED_LENGTH), ""
+        return samples * min(longest, GENERATED_LENGTH), ""
     path = Path(hparams.mom2_dataset)
     if path.suffix in {".txt", ".jsonl"} and path.is_file():
         lengths = [min(longest, math.ceil(len(line) / CHARACTERS_PER_TOKEN))

@@ -5,18 +5,20 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Final
 
+from ..editing.covariance import TOKENS_AT_ONCE, working_dtype
 from ..editing.executors import is_alphaedit
+from ..editing.steering import Layout
+from ..evaluation.teacher_forcing import TOKENS_PER_PLACE, fast_token_budget
 from ..hparams import SPHEREHyperParams
-from .batches import Layout, micro_batches
+from ..projection import FLOAT64_SIDE
+from .batches import micro_batches
 from .facts import Facts
 from .inventory import Statistics
 from .results import MemoryItem, PlanSettings
 from .shapes import ModelShape
 from .sizes import (
     DOUBLE,
-    DOUBLE_SIDE,
     FLOAT,
     activation_bytes,
     gram_bytes,
@@ -25,13 +27,6 @@ from .sizes import (
     original_weight_bytes,
     running_bytes,
 )
-
-_STATISTICS_TOKENS: Final = 8192  # of editing/covariance.py: tokens at once
-_DOUBLE_MOMENT: Final = 4096  # of editing/covariance.py: wider moments are decomposed in float32
-# Of evaluation/teacher_forcing.py: tokens at once, and so many for each place of logits.
-_CPU_TOKENS: Final = 1024
-_GPU_TOKENS: Final = 8192
-_TOKENS_PER_PLACE: Final = 4
 
 
 def resident_bytes() -> int:
@@ -64,7 +59,7 @@ def memory_items(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSe
         items.extend(_native_items(shape, hparams, settings, facts, statistics, layout, copies))
     # A Gram matrix, its eigenvectors and the solver's copy; the dense update in float32, and the sum with it.
     side = min(shape.d_out, shape.d_in)
-    shaped = 3 * side**2 * (DOUBLE if side <= DOUBLE_SIDE else FLOAT) + 2 * shape.d_out * shape.d_in * FLOAT
+    shaped = 3 * side**2 * (DOUBLE if side <= FLOAT64_SIDE else FLOAT) + 2 * shape.d_out * shape.d_in * FLOAT
     items.append(MemoryItem("projecting and writing a layer", "device", shaped + copies, False))
     items.append(MemoryItem("evaluation, one batch", "device", _evaluation_bytes(shape, facts, device), False))
     return items
@@ -83,19 +78,19 @@ def _native_items(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanS
                      f"token_budget {hparams.token_budget}; with copies of the edited weights")
     if not statistics.metric_is_filed:
         # The matrix, a copy for the solver, and what comes out, in float64 up to a side and float32 above.
-        width = DOUBLE if shape.d_in <= _DOUBLE_MOMENT or not is_alphaedit(hparams) else FLOAT
+        width = working_dtype(shape.d_in).itemsize if is_alphaedit(hparams) else DOUBLE
         yield MemoryItem(f"making the {what}", "device", (3 * width + FLOAT) * shape.d_in**2, False)
     if statistics.missing:
         sums = (len(hparams.layers) * DOUBLE + DOUBLE + FLOAT) * shape.d_in**2
-        yield MemoryItem("collecting statistics", "device", sums + running_bytes(shape, _STATISTICS_TOKENS), False)
+        yield MemoryItem("collecting statistics", "device", sums + running_bytes(shape, TOKENS_AT_ONCE), False)
 
 
 def _evaluation_bytes(shape: ModelShape, facts: Facts, device: str) -> int:
     """One batch: states in a block, and logits as the head makes them and in float32."""
-    tokens = _CPU_TOKENS if device == "cpu" else _GPU_TOKENS
+    tokens = fast_token_budget(device)
     scored = [pair for pairs in facts.scored for pair in pairs]
     tokens_run = min(tokens, sum(read for read, _ in scored))
-    places = min(tokens // _TOKENS_PER_PLACE, sum(targets for _, targets in scored))
+    places = min(tokens // TOKENS_PER_PLACE, sum(targets for _, targets in scored))
     return running_bytes(shape, tokens_run) + places * shape.vocabulary * (shape.itemsize + FLOAT)
 
 

@@ -7,8 +7,11 @@ from typing import Final
 import torch
 
 from ..editing.executors import is_alphaedit
+from ..editing.grams import carries_grams
+from ..editing.solvers import BLOCK
 from ..editing.target_values import LOGITS_AT_ONCE
 from ..hparams import SPHEREHyperParams
+from ..projection import FLOAT64_SIDE
 from .batches import MicroBatch, total_tokens
 from .counts import keeps_keys, key_capacity, null_space_columns
 from .shapes import ModelShape
@@ -16,8 +19,6 @@ from .shapes import ModelShape
 FLOAT: Final = 4  # bytes
 DOUBLE: Final = 8
 HEADER: Final = 1024  # bytes of names and shapes in a file of arrays, about
-DOUBLE_SIDE: Final = 1024  # of projection.py and editing/grams.py: wider Gram matrices are float32
-_FACTOR_BLOCK: Final = 256  # of editing/solvers.py: rows of a factor that are kept together
 
 
 def original_weight_bytes(shape: ModelShape, hparams: SPHEREHyperParams) -> int:
@@ -27,8 +28,8 @@ def original_weight_bytes(shape: ModelShape, hparams: SPHEREHyperParams) -> int:
 
 def factor_bytes(size: int) -> int:
     """A Cholesky factor in float64, kept as block rows that end at the diagonal."""
-    blocks, rest = divmod(size, _FACTOR_BLOCK)
-    full = _FACTOR_BLOCK**2 * blocks * (blocks + 1) // 2
+    blocks, rest = divmod(size, BLOCK)
+    full = BLOCK**2 * blocks * (blocks + 1) // 2
     return DOUBLE * (full + rest * size)
 
 
@@ -54,13 +55,11 @@ def history_bytes(shape: ModelShape, hparams: SPHEREHyperParams, num_edits: int)
 def gram_bytes(shape: ModelShape, hparams: SPHEREHyperParams) -> int:
     """Gram matrices ``d_out x d_out`` that are carried from batch to batch, float64 up to a side of 1024, else float32.
 
-    Carried of wide weights, where every batch takes a principal space from them, or changes them by thin products.
+    Of wide weights alone.
     """
-    low_rank = hparams.executor == "native" and hparams.base_alg not in ("RECT", "PRUNE")
-    asked_for = low_rank or (hparams.projects and hparams.principal_space == "current")
-    if not asked_for or shape.d_out > shape.d_in:
+    if not carries_grams(hparams, hparams.executor == "native") or shape.d_out > shape.d_in:
         return 0
-    return len(hparams.layers) * shape.d_out**2 * (DOUBLE if shape.d_out <= DOUBLE_SIDE else FLOAT)
+    return len(hparams.layers) * shape.d_out**2 * (DOUBLE if shape.d_out <= FLOAT64_SIDE else FLOAT)
 
 
 def moment_bytes(shape: ModelShape, hparams: SPHEREHyperParams) -> int:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
+from ..editing.contexts import NEW_TOKENS, OPENINGS
 from ..editing.corpus import GENERATED
+from ..editing.steering import Layout
 from ..hparams import SPHEREHyperParams
-from .batches import Layout
 from .counts import (
     energy_flops,
     evaluation_flops,
@@ -26,7 +27,6 @@ from .inventory import Statistics
 from .results import PlanSettings, TimePart
 from .shapes import ModelShape
 
-_CONTEXT_STEPS: Final = 5 * 9  # of editing/contexts.py: openings, and tokens generated for each one by one
 _NEW_TOKENS: Final = 20  # of a continuation that a run shows
 
 # Kinds of work, each with a rate of its own, by the parts of a run that they belong to.
@@ -61,7 +61,7 @@ def run_flops(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSetti
         work["solve"] = solve_flops(shape, hparams, settings.num_edits, settings.batch_size)
         work["metrics"] = 0.0 if statistics.metric_is_filed else layers * metric_flops(shape.d_in, hparams)
         if hparams.context_templates is None:
-            work["contexts"] = generation_flops(shape, _CONTEXT_STEPS)
+            work["contexts"] = generation_flops(shape, len(OPENINGS) * NEW_TOKENS)
         if statistics.missing:
             work["moments"] = moment_flops(shape, hparams, statistics.tokens, len(statistics.missing))
             work["text"] = (generation_flops(shape, statistics.tokens) if hparams.mom2_dataset == GENERATED else 0.0)
