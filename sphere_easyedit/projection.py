@@ -44,9 +44,9 @@ class PrincipalSpace:
 
     Build one with :meth:`from_weight` or :meth:`from_gram` (controls: :meth:`spanned_by`). The space describes
     the weight as it was then. It refers to that weight, without copying it, until :attr:`directions` has been
-    read; if the weight was changed before that, whatever needs it raises ``RuntimeError`` instead of mixing two weights. To keep a
-    space beyond an edit (DESIGN's ``principal_space: pretrained``), read :attr:`directions` first: the space
-    then needs the weight no more.
+    read; if the weight was changed before that, whatever needs it raises ``RuntimeError`` instead of mixing two
+    weights. To keep a space beyond an edit (DESIGN's ``principal_space: pretrained``), read :attr:`directions`
+    first: the space then needs the weight no more.
 
     Precision: eigenproblems are float64 where the smaller side is at most 1024 or the weight is float64;
     float32 elsewhere.
