@@ -1,44 +1,35 @@
-"""What an edited model says: efficacy, generalization and specificity.
+"""What an edited model says: efficacy, generalization and specificity by one or several protocols.
 
-Protocol ``paper`` is the one of the SPHERE paper's code, which goes back to ROME and MEMIT. Everything is
-teacher-forced and greedy: a prompt and its target are run through the model once, and a target token is a hit
-where it is the argmax of the logits in front of it. A case's score is the mean over its prompts, a run's the
-mean over its cases.
-
-==============  ====================================  =============================================
-metric          CounterFact and the demo set          ZsRE
-==============  ====================================  =============================================
-efficacy        edit prompt -> ``target_new``         question -> ``answers[0]``
-generalization  paraphrases -> ``target_new``         rephrased question -> ``answers[0]``
-specificity     neighbours -> ``target_true``         ``loc + "?"`` -> ``loc_ans``
-prompt's score  1 where **every** target token is a   the **share** of target tokens that are hits
-                hit, else 0
-==============  ====================================  =============================================
-
-All against the truth, specificity included, and not against what the unedited model said. Target tokens are
-those of ``prompt + " " + target`` beyond the prompt's, so a tokenizer's BOS never is one.
+:mod:`.protocols` defines them. The model is run once over what all of them ask.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, TypedDict, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
-import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..models import max_positions
-from ..tokenization import continuation_ids_batch
+from .bootstrap import MetricSummary, summary_of
 from .datasets import EditRecord
-from .teacher_forcing import Progress, Row, score_rows
+from .protocols import (
+    METRICS,
+    RULES,
+    MetricName,
+    PromptScore,
+    Protocol,
+    Question,
+    agreement,
+    questions_of,
+    rows_of,
+)
+from .teacher_forcing import Progress, RowScore, score_rows
 
-logger = logging.getLogger(__name__)
-
-Protocol = Literal["paper"]
-MetricName = Literal["efficacy", "generalization", "specificity"]
+__all__ = ["CaseScores", "MetricName", "MetricSummary", "Protocol", "evaluate_protocols", "evaluate_records",
+           "questions_of", "summarise"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +42,8 @@ class CaseScores:
         efficacy, generalization, specificity: mean over the case's prompts, 0 to 1; None where it has none.
         efficacy_prompts, generalization_prompts, specificity_prompts: 0 to 1 for each prompt, in the record's
             order.
+        efficacy_magnitudes, generalization_magnitudes, specificity_magnitudes: of ``rome``, -1 to 1 for each prompt.
+        specificity_said: of ``easyedit``, for each neighbour the tokens that the model said at its target's places.
     """
 
     case_id: int
@@ -62,14 +55,34 @@ class CaseScores:
     efficacy_prompts: tuple[float, ...]
     generalization_prompts: tuple[float, ...]
     specificity_prompts: tuple[float, ...]
+    efficacy_magnitudes: tuple[float, ...] = ()
+    generalization_magnitudes: tuple[float, ...] = ()
+    specificity_magnitudes: tuple[float, ...] = ()
+    specificity_said: tuple[tuple[int, ...], ...] = ()
 
+    def magnitude(self, metric: MetricName) -> float | None:
+        """Mean of a metric's magnitudes; None where there are none."""
+        found: tuple[float, ...] = getattr(self, f"{metric}_magnitudes")
+        return _mean(found)
 
-class MetricSummary(TypedDict):
-    """One metric over all cases that have it: percent, and None where no case has it."""
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it, without what is empty by default; :meth:`from_dict` gives back an equal object."""
+        empty = {field.name for field in fields(self) if field.default == ()}
+        return {name: value for name, value in asdict(self).items() if value or name not in empty}
 
-    mean: float | None
-    ci95: list[float] | None
-    n: int
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CaseScores:
+        """Of what :meth:`to_dict` gave, through JSON or not.
+
+        Raises:
+            ValueError: a field is missing or not known.
+        """
+        unlike = {field.name for field in fields(cls) if field.default != ()} - data.keys() \
+            | data.keys() - {field.name for field in fields(cls)}
+        if unlike:
+            raise ValueError(f"these scores lack or don't know {', '.join(sorted(unlike))}: they are not CaseScores' "
+                             "to_dict(); evaluate again")
+        return cls(**{name: _tuples(value) for name, value in data.items()})
 
 
 def evaluate_records(
@@ -80,114 +93,125 @@ def evaluate_records(
     token_budget: int | None = None,
     progress: Progress | None = None,
 ) -> list[CaseScores]:
-    """Score every record, in the records' order.
+    """Score every record by one protocol, in the records' order: see :func:`evaluate_protocols`."""
+    return evaluate_protocols(model, tok, records, [protocol], None, token_budget, progress)[protocol]
 
-    Prompts of all cases are gathered and run together: equal pairs of prompt and target once, and what prompts
-    or targets begin with in common once, too (see :mod:`.teacher_forcing`). Neither the model (device, mode,
+
+def evaluate_protocols(
+    model: nn.Module,
+    tok: PreTrainedTokenizerBase,
+    records: Sequence[EditRecord],
+    protocols: Sequence[Protocol],
+    unedited: Mapping[int, CaseScores] | None = None,
+    token_budget: int | None = None,
+    progress: Progress | None = None,
+) -> dict[Protocol, list[CaseScores]]:
+    """Score every record by each protocol, in the records' order.
+
+    Prompts of all cases and protocols are gathered and run together: equal pairs of prompt and target once, and what
+    prompts or targets begin with in common once, too (see :mod:`.teacher_forcing`). Neither the model (device, mode,
     gradients) nor the tokenizer is changed.
 
     Args:
         model: a causal language model of transformers.
         records: of one or several data sets.
-        protocol: see the module's text.
+        protocols: see :mod:`.protocols`.
+        unedited: what ``easyedit`` gave for the unedited model, by case_id. None says that this model is the
+            unedited one, which agrees with itself: specificity is 1.
         token_budget: tokens of a batch, padding included; a longer row makes a batch of its own. It changes
             time and memory, and results by no more than rounding in the model. None for what is fast: 1024 on a
             CPU, 8192 elsewhere.
-        progress: called with (pairs of prompt and target done, pairs in all) after each batch.
+        progress: called with (questions done, questions in all) after each batch.
 
     Raises:
-        ValueError: the protocol is unknown, the token budget is below 1, a target is blank or has no tokens,
-            a prompt has no tokens to predict from, or a prompt with its target passes the model's context
-            (the case is named).
+        ValueError: a protocol is unknown or does not fit a record, the token budget is below 1, ``unedited`` does not
+            fit the records, a target is blank or has no tokens, a prompt has no tokens to predict from, or a prompt
+            with its target passes the model's context (the case is named).
     """
-    if protocol not in get_args(Protocol):
-        raise ValueError(f"protocol {protocol!r} is not known: choose one of {', '.join(get_args(Protocol))}")
+    for protocol in protocols:
+        if protocol not in RULES:
+            raise ValueError(f"protocol {protocol!r} is not known: choose one of {', '.join(RULES)}")
     if token_budget is not None and token_budget < 1:
         raise ValueError(f"token_budget is {token_budget}: give the tokens of a batch, 1 or more")
-    questions = [_questions(record) for record in records]
-    owners: dict[tuple[str, str], tuple[EditRecord, MetricName]] = {}
-    for record, by_metric in zip(records, questions, strict=True):
-        for metric, pairs in by_metric.items():
-            for pair in pairs:
-                owners.setdefault(pair, (record, metric))
-    rows = _tokenised(tok, owners, _context(model))
-    hits = score_rows(model, rows, token_budget, progress)
-    correct = dict(zip(owners, hits, strict=True))
-
-    scores = []
-    for record, by_metric in zip(records, questions, strict=True):
-        value = _share if record.dataset == "zsre" else _every
-        per_prompt = {
-            metric: tuple(value(correct[pair]) for pair in pairs) for metric, pairs in by_metric.items()
-        }
-        scores.append(
-            CaseScores(
-                case_id=record.case_id,
-                dataset=record.dataset,
-                protocol=protocol,
-                efficacy=_mean(per_prompt["efficacy"]),
-                generalization=_mean(per_prompt["generalization"]),
-                specificity=_mean(per_prompt["specificity"]),
-                efficacy_prompts=per_prompt["efficacy"],
-                generalization_prompts=per_prompt["generalization"],
-                specificity_prompts=per_prompt["specificity"],
-            )
-        )
-    return scores
-
-
-def _questions(record: EditRecord) -> dict[MetricName, list[tuple[str, str]]]:
-    """Prompts of a case with their targets, by what they measure."""
+    asked = {protocol: [RULES[protocol].questions(record) for record in records] for protocol in protocols}
+    names: dict[Question, str] = {}
+    weighed: set[Question] = set()
+    for protocol, cases in asked.items():
+        for record, by_metric in zip(records, cases, strict=True):
+            for metric, prompts in by_metric.items():
+                for question in (question for questions in prompts for question in questions):
+                    names.setdefault(question, f"case {record.case_id} ({record.dataset}), {metric}")
+                    if RULES[protocol].weighs:
+                        weighed.add(question)
+    rows = rows_of(tok, names, max_positions(model.config))  # type: ignore[arg-type]
+    scores = score_rows(model, rows, token_budget, progress,
+                        [number for number, question in enumerate(names) if question in weighed])
+    answers = dict(zip(names, scores, strict=True))
     return {
-        "efficacy": [(record.edit_prompt, record.target_new)],
-        "generalization": [(text, record.target_new) for text in record.paraphrase_prompts],
-        "specificity": [(prompt.text, prompt.target) for prompt in record.neighborhood_prompts],
+        protocol: [
+            _case_scores(record, protocol, {metric: [[answers[question] for question in questions]
+                                                     for questions in prompts]
+                                            for metric, prompts in by_metric.items()}, unedited)
+            for record, by_metric in zip(records, cases, strict=True)
+        ]
+        for protocol, cases in asked.items()
     }
 
 
-def _every(hits: list[bool]) -> float:
-    return float(all(hits))
+def _case_scores(record: EditRecord, protocol: Protocol, answers: Mapping[MetricName, list[list[RowScore]]],
+                 unedited: Mapping[int, CaseScores] | None) -> CaseScores:
+    rules = RULES[protocol]
+    found = {metric: [rules.score(record, answer) for answer in prompts] for metric, prompts in answers.items()}
+    said: tuple[tuple[int, ...], ...] = ()
+    if rules.remembers:
+        said = tuple(answer[0].said for answer in answers["specificity"])
+        before = said if unedited is None else _said_before(record, protocol, said, unedited)
+        found["specificity"] = [PromptScore(agreement(*pair)) for pair in zip(said, before, strict=True)]
+    values = {metric: tuple(score.value for score in found[metric]) for metric in METRICS}
+    magnitudes = {metric: tuple(score.magnitude for score in found[metric] if score.magnitude is not None)
+                  for metric in METRICS}
+    return CaseScores(
+        case_id=record.case_id,
+        dataset=record.dataset,
+        protocol=protocol,
+        efficacy=_mean(values["efficacy"]),
+        generalization=_mean(values["generalization"]),
+        specificity=_mean(values["specificity"]),
+        efficacy_prompts=values["efficacy"],
+        generalization_prompts=values["generalization"],
+        specificity_prompts=values["specificity"],
+        efficacy_magnitudes=magnitudes["efficacy"],
+        generalization_magnitudes=magnitudes["generalization"],
+        specificity_magnitudes=magnitudes["specificity"],
+        specificity_said=said,
+    )
 
 
-def _share(hits: list[bool]) -> float:
-    return sum(hits) / len(hits)
+def _said_before(record: EditRecord, protocol: Protocol, said: tuple[tuple[int, ...], ...],
+                 unedited: Mapping[int, CaseScores]) -> tuple[tuple[int, ...], ...]:
+    before = unedited.get(record.case_id)
+    case = f"case {record.case_id} ({record.dataset})"
+    remedy = f"give the unedited model's scores of these records by protocol {protocol}"
+    if before is None:
+        raise ValueError(f"{case} is not among the {len(unedited)} unedited scores: {remedy}")
+    if before.protocol != protocol:
+        raise ValueError(f"{case}: the unedited scores are of protocol {before.protocol}: {remedy}")
+    if [*map(len, before.specificity_said)] != [*map(len, said)]:
+        raise ValueError(f"{case}: its neighbours' targets have {[*map(len, said)]} tokens, in the unedited scores "
+                         f"{[*map(len, before.specificity_said)]}: {remedy}, with the same tokenizer")
+    return before.specificity_said
 
 
-def _mean(values: tuple[float, ...]) -> float | None:
+def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _context(model: nn.Module) -> int | None:
-    return max_positions(model.config)  # type: ignore[arg-type]
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _tokenised(
-    tok: PreTrainedTokenizerBase,
-    owners: dict[tuple[str, str], tuple[EditRecord, MetricName]],
-    context: int | None,
-) -> list[Row]:
-    """Rows in the order of ``owners``, each fit to be run."""
-    prompts = [text for text, _ in owners]
-    continuations = [" " + target for _, target in owners]
-    rows = [Row(*ids) for ids in continuation_ids_batch(tok, prompts, continuations)]
-    for row, ((text, target), (record, metric)) in zip(rows, owners.items(), strict=True):
-        where = f"case {record.case_id} ({record.dataset}), {metric} prompt {text[:80]!r}"
-        # A blank target still leaves the token of the space in front of it.
-        if not row.target or not target.strip():
-            raise ValueError(f"{where}: target {target!r} has no tokens; give one that the tokenizer knows")
-        if not row.prompt:
-            raise ValueError(f"{where}: the prompt has no tokens to predict from; give one that is not empty")
-        if context is not None and len(row.fed) > context:
-            raise ValueError(
-                f"{where}: {len(row.fed)} tokens with its target, but the model's context is {context}; "
-                "shorten the prompt or leave the case out"
-            )
-    return rows
 
-
-def summarise(
-    scores: Sequence[CaseScores], seed: int = 0, resamples: int = 1000
-) -> dict[MetricName, MetricSummary]:
+def summarise(scores: Sequence[CaseScores], seed: int = 0, resamples: int = 1000) -> dict[str, MetricSummary]:
     """Means over cases in percent, with 95% intervals by bootstrap over cases.
 
     Args:
@@ -198,7 +222,7 @@ def summarise(
 
     Returns:
         For each metric ``{"mean": percent, "ci95": [low, high] in percent, "n": cases that have it}``. Where
-        no case has it, mean and ci95 are None and n is 0.
+        no case has it, mean and ci95 are None and n is 0. For ``rome`` also ``efficacy_magnitude`` and so on.
 
     Raises:
         ValueError: there are no scores, they are of several protocols, or resamples is below 1.
@@ -210,19 +234,8 @@ def summarise(
     protocols = sorted({score.protocol for score in scores})
     if len(protocols) > 1:
         raise ValueError(f"scores are of the protocols {', '.join(protocols)}: summarise each on its own")
-    summary: dict[MetricName, MetricSummary] = {}
-    for metric in get_args(MetricName):
-        values = np.array([v for v in (getattr(score, metric) for score in scores) if v is not None])
-        if not len(values):
-            summary[metric] = {"mean": None, "ci95": None, "n": 0}
-            continue
-        generator = np.random.default_rng(seed)
-        # One draw at a time: all of them at once would be resamples x cases numbers.
-        means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
-        low, high = np.percentile(means, [2.5, 97.5])
-        summary[metric] = {
-            "mean": 100 * float(values.mean()),
-            "ci95": [100 * float(low), 100 * float(high)],
-            "n": len(values),
-        }
-    return summary
+    values: dict[str, list[float | None]] = {
+        metric: [getattr(score, metric) for score in scores] for metric in METRICS}
+    if any(score.efficacy_magnitudes for score in scores):
+        values |= {f"{metric}_magnitude": [score.magnitude(metric) for score in scores] for metric in METRICS}
+    return {name: summary_of(cases, 100.0, seed, resamples) for name, cases in values.items()}

@@ -1,4 +1,4 @@
-"""Many prompts with their targets through a model, for the most likely token in front of each target token.
+"""Many prompts with their targets through a model: what it says in front of each target token, and how likely that is.
 
 Nothing is run twice that need not be. Tokens that other tokens begin with are not run on their own: what a causal model
 says at a place does not depend on what follows, so a prompt's targets of one token share a row. Rows that begin alike
@@ -9,16 +9,16 @@ each whole. Logits are made only where a target token is predicted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise, takewhile
+from itertools import pairwise, takewhile
 
 import torch
 from torch import Tensor, nn
 
 from ..batching import padded_batches
-from ..editing.packing import PackedRows, attending_packed, packed_tokens, packs_exactly
+from ..editing.packing import attending_packed, pack_behind, packs_exactly
 from ..editing.replay import pad_rows
 from ..models import frozen, input_device, logits_at
 
@@ -28,7 +28,8 @@ Progress = Callable[[int, int], None]
 _CPU_TOKENS = 1024
 _GPU_TOKENS = 8192
 # Logits of a place cost a whole vocabulary of float32, 0.5 MB for Llama 3: a batch has so many fewer of them.
-_TOKENS_PER_PLACE = 4
+TOKENS_PER_PLACE = 4
+_WEIGHED_AT_ONCE = 128  # places whose logits are copied to be normalised
 _LEAST_SHARED = 2  # tokens: to run fewer of them again is cheaper than a row of their own
 
 
@@ -68,37 +69,85 @@ class _Batch:
     stems: list[tuple[int, ...]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class RowScore:
+    """What the model says where a row's target is predicted.
+
+    Attributes:
+        said: the argmax in front of each target token.
+        hits: whether it is that token.
+        log_probs: natural logarithm of each target token's probability; None where that was not asked.
+    """
+
+    said: tuple[int, ...]
+    hits: tuple[bool, ...]
+    log_probs: tuple[float, ...] | None = None
+
+
 def score_rows(
-    model: nn.Module, rows: Sequence[Row], token_budget: int | None = None, progress: Progress | None = None
-) -> list[list[bool]]:
-    """For each row, whether each of its target tokens is the argmax.
+    model: nn.Module, rows: Sequence[Row], token_budget: int | None = None, progress: Progress | None = None,
+    weighed: Collection[int] = (),
+) -> list[RowScore]:
+    """Score every row, in the rows' order.
 
     Args:
         model: a causal language model of transformers; stays as it is.
         rows: with at least one token in prompt and target.
         token_budget: tokens of a batch, padding included; None for what is fast on the model's device.
         progress: called with (rows done, rows in all) after each batch.
+        weighed: numbers of the rows whose log-probabilities are wanted. They are made in float32 of the logits at
+            these rows' places alone.
     """
     if token_budget is None:
-        token_budget = _CPU_TOKENS if input_device(model).type == "cpu" else _GPU_TOKENS
-    hits: list[list[bool]] = [[] for _ in rows]
-    done = 0
+        token_budget = fast_token_budget(input_device(model).type)
+    scores: dict[int, RowScore] = {}
+    wanted = set(weighed)
     sequences = _sequences(rows)
     with frozen(model):
         packed = bool(sequences) and _packing_is_exact(model, sequences)
         make_batches, run = (_packed_batches, _packed_logits) if packed else (_padded_batches, _padded_logits)
         with attending_packed(model) if packed else nullcontext():
             for batch in make_batches(sequences, token_budget):
-                said = iter(run(model, batch).argmax(dim=-1).tolist())
-                for sequence in batch.sequences:
-                    by_place = dict(zip(sequence.places, said, strict=False))
-                    for index in sequence.rows:
-                        row = rows[index]
-                        hits[index] = [by_place[at] == token for at, token in zip(row.places, row.target, strict=True)]
-                    done += len(sequence.rows)
+                scores.update(_scores(rows, batch, run(model, batch), wanted))
                 if progress is not None:
-                    progress(done, len(rows))
-    return hits
+                    progress(len(scores), len(rows))
+    return [scores[index] for index in range(len(rows))]
+
+
+def _scores(rows: Sequence[Row], batch: _Batch, logits: Tensor, weighed: set[int]) -> dict[int, RowScore]:
+    """By row, from the logits ``(places, vocabulary)`` of all sequences' places in turn."""
+    said = logits.argmax(dim=-1).tolist()
+    numbers: dict[int, list[int]] = {}  # by row, which of the places are its own
+    first = 0
+    for sequence in batch.sequences:
+        at = {place: first + number for number, place in enumerate(sequence.places)}
+        numbers |= {index: [at[place] for place in rows[index].places] for index in sequence.rows}
+        first += len(at)
+    asked = [index for index in numbers if index in weighed]
+    found = iter(_log_probs(logits, [number for index in asked for number in numbers[index]],
+                            [token for index in asked for token in rows[index].target]))
+    log_probs = {index: tuple(next(found) for _ in numbers[index]) for index in asked}
+    scores = {}
+    for index, own in numbers.items():
+        tokens = tuple(said[number] for number in own)
+        hits = tuple(one == other for one, other in zip(tokens, rows[index].target, strict=True))
+        scores[index] = RowScore(tokens, hits, log_probs.get(index))
+    return scores
+
+
+def _log_probs(logits: Tensor, numbers: list[int], tokens: list[int]) -> list[float]:
+    """Log-probability of each token at the place that ``numbers`` names for it."""
+    found: list[float] = []
+    for start in range(0, len(numbers), _WEIGHED_AT_ONCE):
+        places = torch.tensor(numbers[start: start + _WEIGHED_AT_ONCE], device=logits.device)
+        wanted = torch.tensor(tokens[start: start + _WEIGHED_AT_ONCE], device=logits.device)
+        found += logits[places].log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0].tolist()
+    return found
+
+
+def fast_token_budget(device_type: str) -> int:
+    """Tokens of a batch that are fast on a kind of device."""
+    return _CPU_TOKENS if device_type == "cpu" else _GPU_TOKENS
 
 
 def _sequences(rows: Sequence[Row]) -> list[_Sequence]:
@@ -117,7 +166,7 @@ def _sequences(rows: Sequence[Row]) -> list[_Sequence]:
 
 
 def _padded_batches(sequences: list[_Sequence], token_budget: int) -> Iterator[_Batch]:
-    costs = [_TOKENS_PER_PLACE * len(one.places) for one in sequences]
+    costs = [TOKENS_PER_PLACE * len(one.places) for one in sequences]
     for batch in padded_batches([len(one.tokens) for one in sequences], token_budget, costs, token_budget):
         yield _Batch([sequences[number] for number in batch], [()] * len(batch))
 
@@ -132,7 +181,7 @@ def _packed_batches(sequences: list[_Sequence], token_budget: int) -> Iterator[_
     for sequence, stem in zip(sequences, stems, strict=True):
         known = len(stem) if batch.stems and batch.stems[-1] == stem else 0
         cost = len(sequence.tokens) - known
-        if batch.sequences and max(tokens + cost, _TOKENS_PER_PLACE * (places + len(sequence.places))) > token_budget:
+        if batch.sequences and max(tokens + cost, TOKENS_PER_PLACE * (places + len(sequence.places))) > token_budget:
             yield batch
             batch, tokens, places, cost = _Batch(), 0, 0, len(sequence.tokens)
         batch.sequences.append(sequence)
@@ -202,21 +251,12 @@ def _padded_logits(model: nn.Module, batch: _Batch) -> Tensor:
 
 def _packed_logits(model: nn.Module, batch: _Batch) -> Tensor:
     """The same of packed rows, which the model must attend to (``attending_packed``)."""
-    stems = [stem for stem in dict.fromkeys(batch.stems) if stem]
-    rests = [one.tokens[len(stem):] for one, stem in zip(batch.sequences, batch.stems, strict=True)]
-    pieces = [*map(list, stems), *rests]
-    order = sorted(range(len(pieces)), key=lambda number: len(pieces[number]))
-    widths = [len(pieces[number]) for number in order]
-    starts = dict(zip(order, accumulate(widths, initial=0), strict=False))
-    in_stem = {stem: range(starts[number], starts[number] + len(stem)) for number, stem in enumerate(stems)}
-    in_front = [range(0)] * len(stems) + [in_stem.get(stem, range(0)) for stem in batch.stems]
-    packed = packed_tokens([pieces[number] for number in order], [len(in_front[number]) for number in order],
-                           input_device(model))
-    columns = torch.tensor([starts[len(stems) + number] + at - len(stem)
-                            for number, (one, stem) in enumerate(zip(batch.sequences, batch.stems, strict=True))
-                            for at in one.places])
-    return logits_at(model, packed.input_ids, packed.attention_mask, torch.zeros_like(columns), columns,
-                     position_ids=packed.position_ids, packed_rows=PackedRows(widths, [in_front[n] for n in order]))
+    packed = pack_behind([one.tokens for one in batch.sequences], batch.stems, input_device(model))
+    columns = torch.tensor([start + at - len(stem) for one, stem, start
+                            in zip(batch.sequences, batch.stems, packed.starts, strict=True) for at in one.places])
+    tokens = packed.tokens
+    return logits_at(model, tokens.input_ids, tokens.attention_mask, torch.zeros_like(columns), columns,
+                     position_ids=tokens.position_ids, packed_rows=packed.layout)
 
 
 def _packing_is_exact(model: nn.Module, sequences: list[_Sequence]) -> bool:
