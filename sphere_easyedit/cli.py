@@ -31,12 +31,23 @@ class Dataset(str, Enum):
     """Data sets that the command line knows."""
 
     counterfact = "counterfact"
+    multi_counterfact = "multi_counterfact"
     zsre = "zsre"
+    facts = "facts"
     demo = "demo"
 
 
+class Metrics(str, Enum):
+    """Protocols of metrics."""
+
+    paper = "paper"
+    rome = "rome"
+    easyedit = "easyedit"
+
+
 _METRICS = ("efficacy", "generalization", "specificity")
-_PHASES = {"before": "measuring before", "editing": "editing", "after": "measuring after"}
+_PHASES = {"before": "measuring before", "editing": "editing", "during": "measuring", "last_batch": "measuring",
+           "after": "measuring after"}
 _STATUS_STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 Override = Annotated[list[str], typer.Option("--set", help="Change a hyperparameter: NAME=VALUE (YAML); repeatable.")]
@@ -46,35 +57,79 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more of what
 @app.command()
 def edit(
     hparams: Annotated[str, typer.Option(help="YAML file, or a short name such as AlphaEdit/smollm2-135m.")],
-    output: Annotated[Path, typer.Option(help="Run directory, new or empty.")],
+    output: Annotated[Path, typer.Option(help="Run directory, new or empty (or to resume).")],
     dataset: Annotated[Dataset, typer.Option(help="What to edit.")] = Dataset.demo,
     data: Annotated[Path | None, typer.Option(help="The data set's file; demo has none.")] = None,
     num_edits: Annotated[int | None, typer.Option(min=1, help="Number of facts; all if not given.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Facts edited at once.")] = 100,
     seed: Annotated[int | None, typer.Option(help="Draws and orders the facts; the file's order if not given.")] = None,
+    order_seed: Annotated[int | None, typer.Option(help="Orders the facts drawn anew, without drawing others.")] = None,
+    skip: Annotated[int, typer.Option(min=0, help="Leave out so many of the facts drawn first.")] = 0,
     override: Override = [],  # noqa: B006 - typer reads the default and hands over a new list
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
     = None,
     examples: Annotated[int, typer.Option(min=0, help="Show the continuations of so many edits.")] = 3,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output from its last checkpoint, or "
+                                         "begin it if there is none.")] = False,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Edits between checkpoints, at least.")] = 10,
+    keep_checkpoints: Annotated[int, typer.Option(min=0, help="So many of the newest stay; 0: all.")] = 1,
+    keep_weights_every: Annotated[int | None, typer.Option(min=1, help="Keep the edited weights for good after every "
+                                                           "so many edits.")] = None,
+    follow: Annotated[Path | None, typer.Option(help="PRUNE only: a run of MEMIT whose weights it restrains.")] = None,
+    protocol: Annotated[list[Metrics], typer.Option(help="How metrics are computed; repeatable, the first is the "
+                                                    "summary's.")] = [Metrics.paper],  # noqa: B006
+    eval_before: Annotated[bool, typer.Option(help="Measure all facts in the unedited model.")] = True,
+    eval_after: Annotated[bool, typer.Option(help="Measure all facts after the last edit.")] = True,
+    eval_every: Annotated[int | None, typer.Option(min=1, help="Measure the facts edited so far after every so many "
+                                                   "edits.")] = None,
+    eval_sample: Annotated[int | None, typer.Option(min=1, help="At most so many of them, drawn by seed.")] = None,
+    eval_last_batch: Annotated[bool, typer.Option("--eval-last-batch", help="Measure each batch right after it, as "
+                                                  "EasyEdit does.")] = False,
+    eval_seed: Annotated[int, typer.Option(min=0, help="Of samples and intervals.")] = 0,
+    share_before: Annotated[Path | None, typer.Option(help="Folder in which runs share what they measured before.")]
+    = None,
+    text: Annotated[Path | None, typer.Option(help="Held-out text (.txt, .jsonl) for perplexity.")] = None,
+    text_tokens: Annotated[int | None, typer.Option(min=1, help="So many of its tokens.")] = 8192,
+    text_quality: Annotated[bool, typer.Option("--text-quality", help="Fluency and consistency of generations.")]
+    = False,
+    references: Annotated[Path | None, typer.Option(help="Consistency's reference texts: a folder with ROME's "
+                                                    "attribute_snippets.json, or a .jsonl file.")] = None,
+    abilities: Annotated[list[str], typer.Option(help="General abilities by lm-eval: gsm8k, rte, natural_questions, "
+                                                 "boolq, or any of its tasks; repeatable.")] = [],  # noqa: B006
+    abilities_every: Annotated[int | None, typer.Option(min=1, help="Also after every so many edits.")] = None,
+    abilities_data: Annotated[Path | None, typer.Option(help="Folder of the four tasks' .jsonl files.")] = None,
+    abilities_shots: Annotated[int, typer.Option(min=0, help="Examples in front of each question.")] = 0,
+    abilities_limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions a task.")] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Edit facts into a model, batch after batch, and measure before and after."""
-    from .evaluation.datasets import load_records  # torch and transformers take seconds to import
+    """Edit facts into a model, batch after batch, and measure before, on the way and after."""
+    from .evaluation.datasets import load_records, with_protocol_targets  # torch and transformers take seconds
+    from .evaluation.measuring import AbilitySettings, MeasureSettings
     from .evaluation.sequential import RunSettings, run_sequential
     from .loading import load_model
 
     console = _set_up(verbose)
     _without_bars_of_transformers()
     settings_of_model = _hparams_with(hparams, override)
-    records = load_records(dataset.value, data, num_edits, seed)
+    protocols: Any = tuple(one.value for one in protocol)
+    measure = MeasureSettings(
+        protocols=protocols, before=eval_before, after=eval_after, every=eval_every, sample=eval_sample,
+        last_batch=eval_last_batch, text=text, text_tokens=text_tokens, text_quality=text_quality,
+        references=references, seed=eval_seed, shared_before=share_before,
+        abilities=AbilitySettings(tuple(abilities), abilities_every, abilities_data, abilities_shots, abilities_limit))
+    drawn = load_records(dataset.value, data, num_edits, seed, order_seed=order_seed, skip=skip)
+    records = with_protocol_targets(drawn, protocols[0])
     device = "auto" if settings_of_model.model_parallel else settings_of_model.device
     model, tok = load_model(settings_of_model.model_name, device, dtype)
     described = {"command": " ".join(["sphere-easyedit", *sys.argv[1:]]), "hparams_file": hparams,
-                 "dataset": dataset.value, "data": None if data is None else str(data), "seed": seed}
-    settings = RunSettings(output, batch_size, examples, described)
+                 "dataset": dataset.value, "data": None if data is None else str(data), "seed": seed,
+                 "order_seed": order_seed, "skip": skip}
+    settings = RunSettings(output, batch_size, examples, described, measure, resume, checkpoint_every,
+                           keep_checkpoints, keep_weights_every, follow)
     with _Bars(console) as bars:
         result = run_sequential(model, tok, records, settings_of_model, settings, progress=bars.update)
-    console.print(_summary_table(result.summary, settings_of_model.base_alg, settings_of_model.alpha))
+    if result.summary["post"] is not None:
+        console.print(_summary_table(result.summary, settings_of_model.base_alg, settings_of_model.alpha))
     last = result.tracker.records[-1]
     drift = ", ".join(f"{layer}: {change:+.2e}" for layer, change in last.relative_change.items())
     console.print(f"Hyperspherical energy, relative change by layer: {drift}", highlight=False, soft_wrap=True)
@@ -239,10 +294,12 @@ def _summary_table(summary: dict[str, Any], base_alg: str, alpha: float) -> Tabl
     for column in ("metric (%)", "before", "after", "95% interval", "cases"):
         table.add_column(column, justify="left" if column == "metric (%)" else "right")
     for metric in _METRICS:
-        was, now = summary["pre"][metric], summary["post"][metric]
+        now = summary["post"][metric]
+        was = None if summary["pre"] is None else summary["pre"][metric]["mean"]
         if now["mean"] is not None:
             low, high = now["ci95"]
-            table.add_row(metric, f"{was['mean']:.1f}", f"{now['mean']:.1f}", f"{low:.1f} - {high:.1f}", str(now["n"]))
+            table.add_row(metric, "" if was is None else f"{was:.1f}", f"{now['mean']:.1f}",
+                          f"{low:.1f} - {high:.1f}", str(now["n"]))
     seconds = summary["editing_seconds"] / summary["num_edits"]
     table.caption = f"{seconds:.2f} s an edit, {summary['peak_memory_bytes'] / 1e9:.2f} GB at the peak"
     return table

@@ -122,7 +122,7 @@ def test_a_failed_batch_leaves_the_batches_before_it(tmp_path: Path, tok: PreTra
     after_first: dict[int, torch.Tensor] = {}
     model, hparams, run = tiny_model("llama"), tiny_hparams(tmp_path), tmp_path / "run"
     with pytest.raises(RuntimeError, match="as planned"):
-        run_sequential(model, tok, load_records("demo", None, 4, 0), hparams, RunSettings(run, 2),
+        run_sequential(model, tok, load_records("demo", None, 4, 0), hparams, RunSettings(run, 2, checkpoint_every=2),
                        callbacks=[FailsInSecondBatch()])
     saved = load_file(run / "checkpoints" / "weights-2.safetensors")
     for layer, weight in edited_weights(model, hparams).items():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit import wrapper
+from sphere_easyedit import shaping
 from sphere_easyedit.editing import executors
 from sphere_easyedit.editing.executors import prepare_session, solve_batch, tokenize_batch
 from sphere_easyedit.editing.requests import parse_requests
@@ -490,7 +490,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "earlier keys": (executors.KeyHistory, "extended", 1),
     "projection of the second layer": (sphere.PrincipalSpace, "suppress_keys", 2),
     "projection of the second whole change": (sphere.PrincipalSpace, "suppress", 2),
-    "writing the second layer": (wrapper, "add_update", 2),
+    "writing the second layer": (shaping, "add_update", 2),
     "committing": (sphere.EditSession, "commit", 1),
 }
 CASES = [("AlphaEdit", place) for place in PLACES if "whole change" not in place]

@@ -84,6 +84,23 @@ class EditSession:
             setattr(model, _ATTRIBUTE, session)
         return session
 
+    @classmethod
+    def attach(cls, model: nn.Module, session: EditSession) -> None:
+        """Make a session the one that lives on a model object."""
+        setattr(model, _ATTRIBUTE, session)
+
+    def is_original(self, editable: EditableModel) -> bool:
+        """Whether the model's edited layers are, bit for bit, as they were before this session's first edit."""
+        return self._is_restored(editable)
+
+    def settle(self) -> None:
+        """Forget what a session that was saved and loaded would not know, so that both go on to the same bits.
+
+        Gram matrices, ranks and the factors of earlier keys are derived anew; carried on, they differ by rounding.
+        """
+        self.ranks, self.grams = {}, {}
+        self.history = {layer: KeyHistory(history.keys, None) for layer, history in self.history.items()}
+
     def bind(self, editable: EditableModel, hparams: SPHEREHyperParams) -> None:
         """Make the session fit the model as it stands, starting afresh where it does not.
 

@@ -1,7 +1,13 @@
-"""The sequential run: batch after batch into one model, measured before and after, written to a run directory."""
+"""The sequential run: batch after batch into one model, measured on the way, in a directory that can be resumed.
+
+A killed run goes on from its last checkpoint and ends with the bits of an undisturbed one. For that an undisturbed run,
+too, forgets at each checkpoint what a checkpoint does not hold (``EditSession.settle``), and nothing that decides about
+bits depends on when the process was started.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -9,7 +15,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -17,26 +23,40 @@ from typing import Any, Final
 
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..callbacks import EditCallback, EditEvent, HETracker
+from ..callbacks import EditCallback, EditEvent, HETracker, read_energy_csv
 from ..editing.session import EditSession
-from ..files import replacing
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel
-from ..wrapper import apply_sphere_to_model, prepare
-from .datasets import EditRecord
+from ..wrapper import Executor, apply_sphere_to_model, prepare
+from .checkpoints import resumable, resume_from, save_checkpoint, save_weights, thin_out
+from .conflicts import find_conflicts
+from .datasets import EditRecord, records_fingerprint
+from .following import FollowedWeights
 from .generation import generate_continuations
-from .metrics import CaseScores, evaluate_records, summarise
+from .measuring import (
+    METRIC_NAMES,
+    Measurer,
+    MeasureSettings,
+    Progress,
+    When,
+    abilities_are_due,
+    passed,
+    points_after,
+    when_after,
+)
+from .metrics import CaseScores, Protocol
+from .run_directory import CASES, CONFIG, EDITS, ENERGY, EXAMPLES, METRICS, SUMMARY, RunDirectory
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL: Final = "paper"
 _PACKAGES = ("sphere-easyedit", "torch", "transformers", "numpy", "scipy", "safetensors", "tokenizers")
-
-Progress = Callable[[str, int, int], None]  # (what, done, total)
+# Entries of config.yaml's "run" that must be the same where a run is resumed: they decide about bits, or about which
+# numbers stand side by side.
+_FIXED: Final = ("records", "batch_size", "checkpoint_every", "follows")
+_FIXED_MEASURES: Final = ("protocols", "before", "sample", "seed", "text", "text_tokens", "references")
 
 
 @dataclass(frozen=True)
@@ -44,16 +64,38 @@ class RunSettings:
     """What a run is made of, besides the hyperparameters.
 
     Attributes:
-        output: run directory; must be empty or absent.
+        output: run directory; must be empty or absent, unless ``resume``.
         batch_size: edits a batch.
         examples: so many cases' greedy continuations are kept from before and after editing.
         described: further entries for ``config.yaml`` (data set, seed, command ...).
+        measure: what is measured, and when.
+        resume: go on from the directory's last checkpoint; a directory without one begins from the start.
+        checkpoint_every: a checkpoint is written after the first batch with which so many edits have come since the
+            last one. What was edited since then is what a killed run does again.
+        keep_checkpoints: so many of the newest are kept; 0 keeps all.
+        keep_weights_every: weights (not sessions) are kept for good after every so many edits; None for none but the
+            last. They are what ``evaluate --at`` and exports start from.
+        follows: directory of a finished run of MEMIT with the same facts and batches, all of whose weights were kept:
+            PRUNE restrains that run's weights in place of editing anew. It edits as MEMIT does.
     """
 
     output: Path
     batch_size: int
     examples: int = 0
     described: dict[str, Any] = field(default_factory=dict)
+    measure: MeasureSettings = field(default_factory=MeasureSettings)
+    resume: bool = False
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 1
+    keep_weights_every: int | None = None
+    follows: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("batch_size", self.batch_size, 1), ("checkpoint_every", self.checkpoint_every, 1),
+                                   ("keep_checkpoints", self.keep_checkpoints, 0), ("examples", self.examples, 0),
+                                   ("keep_weights_every", self.keep_weights_every or 1, 1)):
+            if value < least:
+                raise ValueError(f"{name} is {value}; give at least {least}")
 
 
 @dataclass(frozen=True)
@@ -77,24 +119,25 @@ def run_sequential(
     """Edit all records into the model in batches and write the run directory (see DESIGN.md, section 4).
 
     Args:
-        model: changed in place.
+        model: just loaded, without edits; changed in place.
         tok: its tokenizer.
         records: in the order of editing.
         hparams: method and settings.
-        settings: where to write and how large a batch is.
+        settings: where to write, how large a batch is, what to measure.
         callbacks: told of every batch, before it is written down: a batch that one of them undoes leaves no line.
-        progress: called with a phase ("before", "editing", "after"), and how much of it is done.
+        progress: called with a phase ("before", "editing", "during" ...), and how much of it is done.
 
     Raises:
-        ValueError: the directory holds files, there is nothing to edit, or a batch fails; all batches before it are
-            then in the run directory, and a checkpoint of them.
+        ValueError: the directory holds files (and ``resume`` was not asked for) or another run than this one, there is
+            nothing to edit, or a batch fails; all batches up to the last checkpoint are then in the run directory.
     """
-    if settings.batch_size < 1:
-        raise ValueError(f"batch_size is {settings.batch_size}; give at least 1")
     if not records:
         raise ValueError("there are no records to edit")
-    if settings.output.exists() and any(settings.output.iterdir()):
-        raise ValueError(f"{settings.output} is not empty: give a new directory for the run")
+    run = RunDirectory(settings.output)
+    goes_on = settings.resume and run.has(CONFIG)
+    if not goes_on and settings.output.exists() and any(settings.output.iterdir()):
+        raise ValueError(f"{settings.output} is not empty: give a new directory for the run"
+                         + (", this one holds no run to resume" if settings.resume else ", or resume it"))
     editable = hparams.editable(model)
     session = EditSession.of(model)
     if session.num_edits:
@@ -102,113 +145,244 @@ def run_sequential(
     # All that can be refused is refused, and what takes long is collected, before anything is measured or changed.
     started = time.perf_counter()
     prepare(editable, tok, [record.request() for record in records], hparams, session, settings.batch_size)
-    preparation_seconds = time.perf_counter() - started
-    settings.output.mkdir(parents=True, exist_ok=True)
-    config = _config(model, hparams, settings, records)
-    _write_text(settings.output / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     report = progress or (lambda what, done, total: None)
-    examples = list(records[: settings.examples])
+    measurer = Measurer(editable, tok, records, settings.measure, run, report)
+    preparation_seconds = time.perf_counter() - started
+    config = _config(model, hparams, settings, records)
+    if goes_on:
+        same_versions = _check_same_run(run, config)
+        if run.has(SUMMARY):
+            logger.info("%s is finished: nothing is left to do", settings.output)
+            return _finished(run, [record.edit_prompt for record in records[: settings.examples]])
+    with run.locked():
+        if goes_on:
+            _go_back_to_checkpoint(run, editable, same_versions)
+        else:
+            run.write_text(CONFIG, yaml.safe_dump(config, sort_keys=False))
+            if conflicts := find_conflicts(records):
+                logger.warning("%s", conflicts.summary())
+                run.write_json("conflicts.json", conflicts.to_dict())
+        return _Run(editable, tok, records, hparams, settings, run, measurer, callbacks, report).complete(
+            preparation_seconds)
 
-    started = time.perf_counter()
-    pre = _evaluate(model, tok, records, settings, "before", 0, report)
-    before = generate_continuations(model, tok, [record.edit_prompt for record in examples])
-    evaluation_seconds = time.perf_counter() - started
 
-    tracker = HETracker(settings.output / "energy.csv")
-    log = _BatchLog(settings.output / "edits.jsonl", tracker)
-    started = time.perf_counter()
+def _check_same_run(run: RunDirectory, config: Mapping[str, Any]) -> bool:
+    """Refuse to go on with other settings than the run began with; returns whether versions are the same."""
+    was = run.read_config()
     try:
-        _edit_all(model, tok, records, hparams, settings, [*callbacks, tracker, log], report)
-    finally:
-        if session.num_edits:
-            _save_checkpoint(editable, session, settings.output / "checkpoints")
-    editing_seconds = time.perf_counter() - started
-
-    started = time.perf_counter()
-    post = _evaluate(model, tok, records, settings, "after", len(records), report)
-    after = generate_continuations(model, tok, [record.edit_prompt for record in examples])
-    evaluation_seconds += time.perf_counter() - started
-
-    generations = [(record.edit_prompt, was, is_now)
-                   for record, was, is_now in zip(examples, before, after, strict=True)]
-    _write_cases(settings.output / "cases.jsonl", records, pre, post, generations)
-    summary = {
-        "protocol": PROTOCOL,
-        "num_edits": len(records),
-        "pre": summarise(pre),
-        "post": summarise(post),
-        "preparation_seconds": preparation_seconds,
-        "editing_seconds": editing_seconds,
-        "evaluation_seconds": evaluation_seconds,
-        "peak_memory_bytes": peak_memory_bytes(model),
-    }
-    _write_text(settings.output / "summary.json", json.dumps(summary, indent=1))
-    return RunResult(summary, tracker, generations)
+        hparams_then = SPHEREHyperParams.from_dict(was["hparams"]).to_dict()
+        pairs = {f"hyperparameter {name}": (hparams_then.get(name), value)
+                 for name, value in config["hparams"].items() if name not in ("device", "stats_dir")}
+        pairs |= {name: (was["run"].get(name), config["run"][name]) for name in _FIXED}
+        pairs |= {f"measure.{name}": (was["run"]["measure"].get(name), config["run"]["measure"][name])
+                  for name in _FIXED_MEASURES}
+        versions = was["versions"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{run.path / CONFIG} is no configuration of a run that can be resumed ({error})") from error
+    differing = [f"{name} was {then!r} and is {now!r}" for name, (then, now) in pairs.items() if then != now]
+    if differing:
+        raise ValueError(f"{run.path} can't be resumed with other settings: {'; '.join(differing)}. Give the same "
+                         "ones, or another directory")
+    changed = [f"{name} {versions.get(name)} -> {now}" for name, now in config["versions"].items()
+               if versions.get(name) != now]
+    if changed:
+        logger.warning("resumed with other versions (%s): bits may differ from here on", ", ".join(changed))
+    return not changed
 
 
-def _edit_all(model: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord],
-              hparams: SPHEREHyperParams, settings: RunSettings, callbacks: Sequence[EditCallback], report: Progress
-              ) -> None:
-    done = itertools.count(1)
+def _go_back_to_checkpoint(run: RunDirectory, editable: EditableModel, same_versions: bool) -> None:
+    """Bring the model to the last checkpoint, and drop what was written of later batches and will be written again.
 
-    def advance(count: int) -> None:
-        for _ in range(count):
-            report("editing", next(done), len(records))
+    Measurements of later batches stand: the batches end in the same bits again, unless other versions compute them.
+    """
+    numbers = resumable(run.checkpoints)
+    num_edits = numbers[-1] if numbers else 0
+    if numbers:
+        resume_from(editable, run.checkpoints, num_edits)
+    run.keep_until(EDITS, num_edits)
+    run.keep_until(METRICS, None if same_versions else num_edits)
+    if not same_versions:
+        for path in (run.path / "scores").glob("*.jsonl"):
+            if int(path.stem.rpartition("-")[2]) > num_edits:
+                path.unlink()
+    logger.info("resuming %s after %d edits", run.path, num_edits)
 
-    for first in range(0, len(records), settings.batch_size):
-        requests = [record.request() for record in records[first: first + settings.batch_size]]
-        apply_sphere_to_model(model, tok, requests, hparams, callbacks=callbacks, progress=advance)
+
+class _Run:
+    """The batches and measurements of one run that are still to be done."""
+
+    def __init__(self, editable: EditableModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord],
+                 hparams: SPHEREHyperParams, settings: RunSettings, run: RunDirectory, measurer: Measurer,
+                 callbacks: Sequence[EditCallback], report: Progress) -> None:
+        self._editable, self._tok, self._records, self._hparams = editable, tok, records, hparams
+        self._settings, self._run, self._measurer, self._report = settings, run, measurer, report
+        self._tracker = HETracker(run.path / ENERGY)
+        self._callbacks = [*callbacks, self._tracker, _BatchLog(run, self._tracker)]
+        self._examples = [record.edit_prompt for record in records[: settings.examples]]
+        total = len(records)
+        self._sizes = [min(settings.batch_size, total - first) for first in range(0, total, settings.batch_size)]
+        self._checkpoints = _checkpoints(self._sizes, settings.checkpoint_every)
+        ends = list(itertools.accumulate(self._sizes))
+        self._kept_for_good = {end for end, size in zip(ends, self._sizes, strict=True)
+                               if end == total or passed(end, size, settings.keep_weights_every)}
+        self._executor: Executor | None = None
+        if settings.follows is not None:
+            self._executor = FollowedWeights(settings.follows, editable, hparams, ends)
+
+    def complete(self, preparation_seconds: float) -> RunResult:
+        """Do what is left, and sum up."""
+        session, total = EditSession.of(self._editable.model), len(self._records)
+        measure = self._settings.measure
+        if session.num_edits == 0 and not self._run.has(EXAMPLES):
+            self._run.write_json(EXAMPLES, {"before": self._continuations()})
+        done = 0
+        for size in (0, *self._sizes):  # the model as it was loaded comes before the first batch
+            done += size
+            if done < session.num_edits:  # measured before the checkpoint that the run goes on from
+                continue
+            if done > session.num_edits:
+                self._edit(done - size, size)
+                self._keep(session)
+            for point in points_after(done, size, total, measure):
+                self._measurer.measure(point)
+            if abilities_are_due(done, size, total, measure.abilities):
+                self._measurer.measure_abilities(when_after(done, total), done)
+        return self._sum_up(preparation_seconds)
+
+    def _edit(self, first: int, size: int) -> None:
+        done = itertools.count(first + 1)
+
+        def advance(count: int) -> None:
+            for _ in range(count):
+                self._report("editing", next(done), len(self._records))
+
+        requests = [record.request() for record in self._records[first: first + size]]
+        apply_sphere_to_model(self._editable.model, self._tok, requests, self._hparams, callbacks=self._callbacks,
+                              progress=advance, executor=self._executor)
+
+    def _keep(self, session: EditSession) -> None:
+        """Write what is to be kept of the model as it stands."""
+        folder = self._run.checkpoints
+        if session.num_edits in self._checkpoints:
+            session.settle()
+            save_checkpoint(self._editable, session, folder)
+            thin_out(folder, self._settings.keep_checkpoints, self._kept_for_good)
+        elif session.num_edits in self._kept_for_good:
+            save_weights(self._editable, folder, session.num_edits)
+
+    def _continuations(self) -> list[str]:
+        return generate_continuations(self._editable.model, self._tok, self._examples)
+
+    def _sum_up(self, preparation_seconds: float) -> RunResult:
+        run, total, measure = self._run, len(self._records), self._settings.measure
+        lines = run.lines(METRICS)
+        before, after = self._continuations_before(), self._continuations()
+        generations = list(zip(self._examples, before, after, strict=True))
+        scores = {point.when: self._measurer.scores(point)[measure.protocols[0]]
+                  for size, done in ((0, 0), (self._sizes[-1], total))
+                  for point in points_after(done, size, total, measure) if point.when in ("before", "after")}
+        if "after" in scores:
+            _write_cases(run, self._records, scores.get("before"), scores["after"], generations)
+        by_protocol = {protocol: {"pre": _summary_line(lines, "before", protocol),
+                                  "post": _summary_line(lines, "after", protocol)} for protocol in measure.protocols}
+        summary = {
+            "protocol": measure.protocols[0],
+            "num_edits": total,
+            **by_protocol[measure.protocols[0]],
+            "protocols": by_protocol,
+            "watched": {"pre": _watched(lines, "before"), "post": _watched(lines, "after")},
+            "preparation_seconds": preparation_seconds,
+            "editing_seconds": sum(line["wall_seconds"] for line in run.lines(EDITS)),
+            "evaluation_seconds": sum(line["seconds"] for line in lines),
+            "peak_memory_bytes": peak_memory_bytes(self._editable.model),
+            "weights_sha256": weights_checksum(self._editable),
+        }
+        # One batch at least is in the model, so the tracker has read or written its records.
+        tracker = self._tracker
+        if not tracker.records:
+            tracker.records = read_energy_csv(run.path / ENERGY)
+        run.write_json(EXAMPLES, {"before": before, "after": after})
+        run.write_json(SUMMARY, summary)
+        return RunResult(summary, tracker, generations)
+
+    def _continuations_before(self) -> list[str]:
+        found: list[str] = self._run.read_json(EXAMPLES)["before"]
+        return found
+
+
+def _checkpoints(sizes: Sequence[int], every: int) -> set[int]:
+    """After how many edits a checkpoint is made: a function of the batches alone, since it decides about bits."""
+    found, done = [0], 0
+    for size in sizes:
+        done += size
+        if done - found[-1] >= every:
+            found.append(done)
+    return {*found[1:], done}
+
+
+def _finished(run: RunDirectory, examples: Sequence[str]) -> RunResult:
+    tracker = HETracker()
+    tracker.records = read_energy_csv(run.path / ENERGY)
+    said = run.read_json(EXAMPLES)
+    generations = list(zip(examples, said["before"], said["after"], strict=False))
+    return RunResult(run.read_json(SUMMARY), tracker, generations)
 
 
 class _BatchLog(EditCallback):
     """Writes ``edits.jsonl``: a line a batch."""
 
-    def __init__(self, path: Path, tracker: HETracker) -> None:
-        self._path, self._tracker = path, tracker
+    def __init__(self, run: RunDirectory, tracker: HETracker) -> None:
+        self._run, self._tracker = run, tracker
+        self._started = 0.0
+
+    def on_batch_start(self, event: EditEvent) -> None:
+        self._started = time.perf_counter()
 
     def on_batch_end(self, event: EditEvent) -> None:
-        line = {"num_edits": event.num_edits, "case_ids": list(event.case_ids), "seconds": dict(event.seconds),
-                "losses": list(event.losses), "update_norms": dict(event.update_norms),
-                "energy": self._tracker.records[-1].energy}
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        self._run.append(EDITS, {
+            "num_edits": event.num_edits, "case_ids": list(event.case_ids), "seconds": dict(event.seconds),
+            "wall_seconds": time.perf_counter() - self._started + event.seconds.get("preparation", 0.0),
+            "losses": list(event.losses), "update_norms": dict(event.update_norms),
+            "energy": self._tracker.records[-1].energy})
 
 
-def _evaluate(model: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord], settings: RunSettings,
-              when: str, num_edits: int, report: Progress) -> list[CaseScores]:
-    scores = evaluate_records(model, tok, records, protocol=PROTOCOL,
-                              progress=lambda done, total: report(when, done, total))
-    line = {"num_edits": num_edits, "when": when, "protocol": PROTOCOL} | dict(summarise(scores))
-    with (settings.output / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line) + "\n")
-    return scores
+def _summary_line(lines: Sequence[Mapping[str, Any]], when: When, protocol: Protocol) -> dict[str, Any] | None:
+    """The metrics of a line, as ``summary.json`` holds them."""
+    for line in lines:
+        if line["when"] == when and line["protocol"] == protocol:
+            return {name: line[name] for name in METRIC_NAMES if name in line}
+    return None
 
 
-def _write_cases(path: Path, records: Sequence[EditRecord], pre: Sequence[CaseScores], post: Sequence[CaseScores],
-                 generations: Sequence[tuple[str, str, str]]) -> None:
+def _watched(lines: Sequence[Mapping[str, Any]], when: When) -> dict[str, Any] | None:
+    return next((line["watched"] for line in lines if line["when"] == when and "watched" in line), None)
+
+
+def _write_cases(run: RunDirectory, records: Sequence[EditRecord], pre: Sequence[CaseScores] | None,
+                 post: Sequence[CaseScores], generations: Sequence[tuple[str, str, str]]) -> None:
     lines = []
-    for index, (record, was, is_now) in enumerate(zip(records, pre, post, strict=True)):
+    for index, (record, is_now) in enumerate(zip(records, post, strict=True)):
         line: dict[str, Any] = {"case_id": record.case_id, "prompt": record.edit_prompt, "subject": record.subject,
                                 "target_new": record.target_new, "target_true": record.target_true,
-                                "pre": _scores(was), "post": _scores(is_now)}
+                                "pre": None if pre is None else _scores(pre[index]), "post": _scores(is_now)}
         if index < len(generations):
             _, before, after = generations[index]
             line["generations"] = {"before": before, "after": after}
         lines.append(json.dumps(line))
-    _write_text(path, "\n".join(lines) + "\n")
+    run.write_text(CASES, "\n".join(lines) + "\n")
 
 
 def _scores(scores: CaseScores) -> dict[str, float | None]:
     return {"efficacy": scores.efficacy, "generalization": scores.generalization, "specificity": scores.specificity}
 
 
-def _save_checkpoint(editable: EditableModel, session: EditSession, folder: Path) -> None:
-    """The edited weights by parameter name, and the session, after the last batch."""
-    weights = {editable.parameter_name(layer): editable.parameter(layer).detach().cpu().contiguous()
-               for layer in editable.layers}
-    with replacing(folder / f"weights-{session.num_edits}.safetensors") as temporary:
-        save_file(weights, temporary)
-    session.save(folder / f"session-{session.num_edits}.safetensors")
+def weights_checksum(editable: EditableModel) -> str:
+    """SHA-256 of the edited weights' bytes, in the layers' order."""
+    digest = hashlib.sha256()
+    for layer in editable.layers:
+        stored = editable.parameter(layer).detach().cpu().contiguous()
+        digest.update(stored.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _config(model: nn.Module, hparams: SPHEREHyperParams, settings: RunSettings, records: Sequence[EditRecord]
@@ -221,7 +395,10 @@ def _config(model: nn.Module, hparams: SPHEREHyperParams, settings: RunSettings,
             versions[package] = None
     return {
         "run": {**settings.described, "num_edits": len(records), "batch_size": settings.batch_size,
-                "protocol": PROTOCOL},
+                "protocol": settings.measure.protocols[0], "records": records_fingerprint(records),
+                "checkpoint_every": settings.checkpoint_every,
+                "follows": None if settings.follows is None else str(settings.follows),
+                "measure": settings.measure.described()},
         "hparams": hparams.to_dict(),
         "versions": versions,
         "model": {"devices": sorted({str(parameter.device) for parameter in model.parameters()}),
@@ -239,8 +416,3 @@ def peak_memory_bytes(model: nn.Module) -> int:
         return sum(int(torch.cuda.max_memory_allocated(gpu)) for gpu in gpus)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

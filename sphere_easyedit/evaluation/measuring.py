@@ -1,0 +1,313 @@
+"""When a sequential run is measured, on which facts, and how: each measurement is a line of ``metrics.jsonl``.
+
+=============  =======================================================  ============================================
+when           on what                                                  what it shows
+=============  =======================================================  ============================================
+``before``     all facts, in the unedited model                         what editing starts from
+``during``     all facts edited so far, or a seeded sample of them      forgetting
+``last_batch`` the facts of the batch just edited                       what EasyEdit reports
+``after``      all facts, in the model after the last edit              what is left at the end
+=============  =======================================================  ============================================
+
+Scores of single cases go to ``scores/<when>-<num_edits>.jsonl``, a chunk at a time, so that a killed run measures again
+no more than a chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..editing.session import EditSession, Fingerprint
+from ..files import replacing
+from ..models import EditableModel
+from .checkpoints import weight_change_norms
+from .datasets import EditRecord, records_fingerprint
+from .metrics import CaseScores, Protocol, evaluate_protocols, summarise
+from .perplexity import held_out_texts, perplexity
+from .run_directory import METRICS, RunDirectory
+
+logger = logging.getLogger(__name__)
+
+When = Literal["before", "during", "last_batch", "after"]
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+
+# What a line of metrics.jsonl may hold as {"mean", "ci95", "n"}.
+METRIC_NAMES = ("efficacy", "generalization", "specificity", "fluency", "consistency")
+
+_CHUNK = 200  # cases whose scores are written at once: minutes of work on two cores, seconds on a GPU
+
+
+@dataclass(frozen=True)
+class AbilitySettings:
+    """General abilities: which lm-eval tasks, and how (see ``abilities.general_abilities``).
+
+    Attributes:
+        tasks: names; none measures none.
+        every: also after every so many edits; None for before and after only.
+        data: folder of the four tasks' files.
+        num_fewshot, limit, batch_size: handed to lm-eval.
+    """
+
+    tasks: tuple[str, ...] = ()
+    every: int | None = None
+    data: Path | None = None
+    num_fewshot: int = 0
+    limit: int | None = None
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What is measured, and when.
+
+    Attributes:
+        protocols: by which metrics are computed; the first is the summary's.
+        before, after: measure all facts in the unedited model, and after the last edit.
+        every: measure the facts edited so far after the first batch with which so many edits have come; None never.
+        sample: at most so many facts of those, drawn by ``seed``; None for all.
+        last_batch: measure each batch's facts right after it.
+        text: held-out text for perplexity, .txt or .jsonl; None for none.
+        text_tokens: so many of its tokens, from the beginning; None for all.
+        text_quality: measure fluency and consistency of generations, too.
+        references: texts that consistency compares with; None for none, and no consistency.
+        abilities: general abilities.
+        seed: of the samples and of the bootstrap.
+        shared_before: a folder where runs of the same unedited model and facts share what they measured before.
+    """
+
+    protocols: tuple[Protocol, ...] = ("paper",)
+    before: bool = True
+    after: bool = True
+    every: int | None = None
+    sample: int | None = None
+    last_batch: bool = False
+    text: Path | None = None
+    text_tokens: int | None = None
+    text_quality: bool = False
+    references: Path | None = None
+    abilities: AbilitySettings = field(default_factory=AbilitySettings)
+    seed: int = 0
+    shared_before: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("every", self.every), ("sample", self.sample), ("text_tokens", self.text_tokens),
+                            ("abilities.every", self.abilities.every)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: give 1 or more, or leave it out")
+        if not self.protocols or len(set(self.protocols)) < len(self.protocols):
+            raise ValueError(f"protocols are {list(self.protocols)}: name at least one, and none twice")
+        if "easyedit" in self.protocols and not self.before:
+            raise ValueError("protocol 'easyedit' compares with what the unedited model says: measure before editing")
+
+    def described(self) -> dict[str, Any]:
+        """What decides about the numbers, as plain values for ``config.yaml``."""
+        return {
+            "protocols": list(self.protocols), "before": self.before, "after": self.after, "every": self.every,
+            "sample": self.sample, "last_batch": self.last_batch, "seed": self.seed,
+            "text": None if self.text is None else str(self.text), "text_tokens": self.text_tokens,
+            "text_quality": self.text_quality,
+            "references": None if self.references is None else str(self.references),
+            "abilities": {"tasks": list(self.abilities.tasks), "every": self.abilities.every,
+                          "num_fewshot": self.abilities.num_fewshot, "limit": self.abilities.limit},
+        }
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement: when, after how many edits, and on which of the run's records."""
+
+    when: When
+    num_edits: int
+    cases: tuple[int, ...]  # places in the run's records
+
+
+def points_after(num_edits: int, batch: int, total: int, settings: MeasureSettings) -> list[Point]:
+    """What is due once a batch of so many edits has brought the model to ``num_edits`` of ``total``."""
+    points = []
+    if num_edits == 0:
+        return [Point("before", 0, tuple(range(total)))] if settings.before else []
+    if settings.last_batch:
+        points.append(Point("last_batch", num_edits, tuple(range(num_edits - batch, num_edits))))
+    if num_edits == total and settings.after:
+        points.append(Point("after", total, tuple(range(total))))
+    elif passed(num_edits, batch, settings.every):
+        cases = np.arange(num_edits)
+        if settings.sample is not None and settings.sample < num_edits:
+            drawn = np.random.default_rng([settings.seed, num_edits]).choice(num_edits, settings.sample, replace=False)
+            cases = np.sort(drawn)
+        points.append(Point("during", num_edits, tuple(cases.tolist())))
+    return points
+
+
+def abilities_are_due(num_edits: int, batch: int, total: int, settings: AbilitySettings) -> bool:
+    """Whether general abilities are measured once a batch has brought the model to ``num_edits`` of ``total``."""
+    return bool(settings.tasks) and (num_edits in (0, total) or passed(num_edits, batch, settings.every))
+
+
+def passed(num_edits: int, batch: int, every: int | None) -> bool:
+    """Whether a batch that ends at ``num_edits`` reached or passed a multiple of ``every``; None has none."""
+    return every is not None and num_edits // every > (num_edits - batch) // every
+
+
+def when_after(num_edits: int, total: int) -> When:
+    """How a measurement of the whole model after so many edits is called."""
+    return "before" if num_edits == 0 else "after" if num_edits == total else "during"
+
+
+class Measurer:
+    """Measures a model at points of its run, and writes down what it finds; what is written is not measured again.
+
+    Args:
+        editable: the model.
+        tok: its tokenizer.
+        records: all facts of the run, in the order of editing.
+        settings: what is measured.
+        run: where it is written.
+        progress: told how far a measurement is.
+
+    Raises:
+        ValueError: the held-out text can't be read.
+    """
+
+    def __init__(self, editable: EditableModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord],
+                 settings: MeasureSettings, run: RunDirectory, progress: Progress) -> None:
+        self._editable, self._tok, self._records = editable, tok, records
+        self._settings, self._run, self._progress = settings, run, progress
+        if len(settings.protocols) > 1 and "easyedit" in settings.protocols and any(
+                record.dataset == "zsre" for record in records):
+            raise ValueError(f"protocols are {', '.join(settings.protocols)}, but 'easyedit' edits other targets into "
+                             "ZsRE (`alt`) than the rest: measure it in a run of its own")
+        self._texts = None if settings.text is None else held_out_texts(settings.text)
+
+    def measure(self, point: Point) -> None:
+        """Measure at a point, unless ``metrics.jsonl`` has it already."""
+        written = {(line["when"], line["num_edits"], line["protocol"]) for line in self._run.lines(METRICS)}
+        if all((point.when, point.num_edits, protocol) in written for protocol in self._settings.protocols):
+            return
+        started = time.perf_counter()
+        scores = self.scores(point)
+        watched = self._watched()
+        seconds = time.perf_counter() - started
+        for protocol in self._settings.protocols:
+            if (point.when, point.num_edits, protocol) not in written:
+                line: dict[str, Any] = {"num_edits": point.num_edits, "when": point.when, "protocol": protocol,
+                                        "cases": len(point.cases)}
+                self._run.append(METRICS, line | dict(summarise(scores[protocol], self._settings.seed))
+                                 | {"watched": watched, "seconds": seconds})
+            seconds = 0.0  # all protocols were measured at once
+
+    def measure_abilities(self, when: When, num_edits: int) -> None:
+        """Measure general abilities, unless they are written down already."""
+        settings = self._settings.abilities
+        if any("abilities" in line and line["num_edits"] == num_edits for line in self._run.lines(METRICS)):
+            return
+        from .abilities import general_abilities  # lm-eval takes seconds to import, and is an extra
+
+        started = time.perf_counter()
+        found = general_abilities(self._editable.model, self._tok, settings.tasks, settings.data,
+                                  num_fewshot=settings.num_fewshot, limit=settings.limit,
+                                  batch_size=settings.batch_size)
+        protocols = sorted({score.protocol for score in found.values()})
+        self._run.append(METRICS, {
+            "num_edits": num_edits, "when": when, "protocol": "; ".join(protocols),
+            "abilities": {task: score.to_dict() for task, score in found.items()},
+            "seconds": time.perf_counter() - started})
+
+    def scores(self, point: Point) -> dict[Protocol, list[CaseScores]]:
+        """Scores of a point's cases by protocol, from its file as far as that goes, and measured from there on."""
+        name = f"scores/{point.when}-{point.num_edits}.jsonl"
+        if point.when == "before":
+            self._borrow(name)
+        protocols = self._settings.protocols
+        known = _by_protocol(self._run.lines(name), protocols)
+        done = min(len(known[protocol]) for protocol in protocols)
+        if done < len(point.cases):  # a torn chunk is measured again, whole, for the same bits
+            done -= done % _CHUNK
+        if self._run.has(name):
+            self._run.write_text(name, _lines({protocol: known[protocol][:done] for protocol in protocols}))
+        unedited = self._unedited(point)
+        records = [self._records[case] for case in point.cases]
+        for start in range(done, len(records), _CHUNK):
+            chunk = records[start: start + _CHUNK]
+
+            def report(part: int, parts: int, start: int = start, count: int = len(chunk)) -> None:
+                self._progress(point.when, start + count * part // parts, len(records))
+
+            found = evaluate_protocols(self._editable.model, self._tok, chunk, protocols, unedited, progress=report)
+            for protocol in protocols:
+                known[protocol] = [*known[protocol][:start], *found[protocol]]
+            self._run.append_text(name, _lines(found))
+        if point.when == "before":
+            self._lend(name)
+        return known
+
+    def _unedited(self, point: Point) -> Mapping[int, CaseScores] | None:
+        """What the unedited model said, by case_id, where a protocol compares with it."""
+        if "easyedit" not in self._settings.protocols or point.when == "before":
+            return None
+        before = _by_protocol(self._run.lines("scores/before-0.jsonl"), ("easyedit",))["easyedit"]
+        return {scores.case_id: scores for scores in before}
+
+    def _watched(self) -> dict[str, Any]:
+        session = EditSession.of(self._editable.model)
+        found: float | None = None
+        if self._texts is not None:
+            found = perplexity(self._editable.model, self._tok, self._texts, self._settings.text_tokens).perplexity
+        norms = weight_change_norms(self._editable, session.original)
+        return {"perplexity": found, "update_norms": {str(layer): norm for layer, norm in norms.items()}}
+
+    def _shared(self) -> Path | None:
+        """Where other runs look for what this one measures before editing."""
+        if self._settings.shared_before is None:
+            return None
+        key = {"model": model_fingerprint(self._editable.model), "records": records_fingerprint(self._records),
+               "protocols": sorted(self._settings.protocols)}
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        return self._settings.shared_before / f"before-{digest}.jsonl"
+
+    def _borrow(self, name: str) -> None:
+        shared = self._shared()
+        if shared is not None and shared.exists() and not self._run.has(name):
+            logger.info("the unedited model was measured on these facts before: %s", shared)
+            self._run.write_text(name, shared.read_text(encoding="utf-8"))
+
+    def _lend(self, name: str) -> None:
+        shared = self._shared()
+        if shared is not None and not shared.exists():
+            with replacing(shared) as temporary:
+                temporary.write_bytes((self._run.path / name).read_bytes())
+
+
+def _by_protocol(lines: Sequence[Mapping[str, Any]], protocols: Sequence[Protocol]
+                 ) -> dict[Protocol, list[CaseScores]]:
+    return {protocol: [CaseScores.from_dict(line) for line in lines if line["protocol"] == protocol]
+            for protocol in protocols}
+
+
+def _lines(scores: Mapping[Protocol, Sequence[CaseScores]]) -> str:
+    return "".join(json.dumps(one.to_dict()) + "\n" for found in scores.values() for one in found)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Digest of all parameters' values: any change that is no conspiracy shows."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(len(parameter) if parameter.dim() > 1 else 1, -1)
+        prints = Fingerprint.of(flat)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        for sums in (prints.rows, prints.columns):
+            digest.update(sums.numpy().tobytes())
+    return digest.hexdigest()
+
+

@@ -1,0 +1,132 @@
+"""The files of a run directory, written so that a killed process leaves nothing that can't be gone on from."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..files import replacing
+
+CONFIG, EDITS, METRICS, SUMMARY = "config.yaml", "edits.jsonl", "metrics.jsonl", "summary.json"
+ENERGY, CASES, EXAMPLES = "energy.csv", "cases.jsonl", "examples.json"
+
+
+class RunDirectory:
+    """One run's files, by their names in DESIGN.md, section 4.
+
+    Args:
+        path: the directory; made when first written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        return (self.path / name).is_file()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process, until the context or the process ends.
+
+        Raises:
+            ValueError: another process runs in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another process is at work in {self.path}: wait for it, or give another directory"
+                                 ) from error
+            yield
+        finally:
+            os.close(handle)  # and the lock with it
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a whole file, or leave the one before it."""
+        with replacing(self.path / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a whole JSON file."""
+        self.write_text(name, json.dumps(content, indent=1))
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file.
+
+        Raises:
+            ValueError: it is none.
+        """
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.path / name} is no JSON ({error}): it was changed by hand or damaged") from error
+
+    def read_config(self) -> dict[str, Any]:
+        """``config.yaml``'s content.
+
+        Raises:
+            ValueError: it is no YAML mapping.
+        """
+        try:
+            config = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{self.path / CONFIG} is no YAML: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.path / CONFIG} holds {type(config).__name__}, not a mapping")
+        return config
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Add a line to a JSONL file; it is on the disk when this returns."""
+        self.append_text(name, json.dumps(line) + "\n")
+
+    def append_text(self, name: str, text: str) -> None:
+        """Add whole lines to a file; they are on the disk when this returns."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("a", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """All whole lines of a JSONL file; none where it is absent. A last line that was torn is left out.
+
+        Raises:
+            ValueError: a line before the last is no JSON object.
+        """
+        target = self.path / name
+        if not target.exists():
+            return []
+        found = []
+        raw = target.read_bytes().split(b"\n")
+        for number, text in enumerate(raw[:-1], start=1):  # what stands behind the last line break is torn, or nothing
+            try:
+                line = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"{target}, line {number} is no JSON ({error}): it was damaged") from error
+            if not isinstance(line, dict):
+                raise ValueError(f"{target}, line {number} holds {type(line).__name__}, not an object")
+            found.append(line)
+        return found
+
+    def keep_until(self, name: str, num_edits: int | None) -> None:
+        """Drop a JSONL file's lines of more edits than these (None: of none), and a torn last one."""
+        if not self.has(name):
+            return
+        kept = [line for line in self.lines(name) if num_edits is None or line["num_edits"] <= num_edits]
+        self.write_text(name, "".join(json.dumps(line) + "\n" for line in kept))

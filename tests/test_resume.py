@@ -1,0 +1,281 @@
+"""A run that was killed and resumed ends as one that never was."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import GOLDEN, edited_weights, tiny_hparams, tiny_model
+from transformers import PreTrainedTokenizerBase
+
+from sphere_easyedit import EditCallback, EditEvent, SPHEREHyperParams
+from sphere_easyedit.evaluation import sequential
+from sphere_easyedit.evaluation.checkpoints import resumable, saved_weights
+from sphere_easyedit.evaluation.datasets import load_records
+from sphere_easyedit.evaluation.measuring import Measurer, MeasureSettings, points_after
+from sphere_easyedit.evaluation.sequential import RunResult, RunSettings, run_sequential
+
+REPOSITORY = Path(__file__).parents[1]
+TIMES = ("preparation_seconds", "editing_seconds", "evaluation_seconds", "peak_memory_bytes")
+TEXT = " ".join(f"The {noun} of the town is {number} years old." for number, noun in
+                enumerate(["mayor", "church", "bridge", "school", "river", "market", "tower", "wall"] * 4))
+
+
+class InterruptedError_(KeyboardInterrupt):
+    """What stands for a kill in this process."""
+
+
+class KilledIn(EditCallback):
+    """Interrupts the run in a batch, when its weights are already in the model."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_batch_end(self, event: EditEvent) -> None:
+        if event.num_batches == self.batch:
+            raise InterruptedError_
+
+
+def without_times(summary: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in summary.items() if name not in TIMES}
+
+
+def lines_of(run: Path, name: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
+    for line in lines:
+        for timed in ("seconds", "wall_seconds"):
+            line.pop(timed, None)
+    return lines
+
+
+def run_it(folder: Path, name: str, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
+           callbacks: list[EditCallback] | None = None, **settings: Any) -> RunResult:
+    text = folder / "text.txt"
+    text.write_text(TEXT)
+    measure = MeasureSettings(protocols=("paper", "rome"), every=4, sample=3, last_batch=True, text=text,
+                              text_tokens=96)
+    given = {"checkpoint_every": 4, "measure": measure, "resume": True, "examples": 1, **settings}
+    return run_sequential(tiny_model("llama"), tok, load_records("demo", None, 9, 0), hparams,
+                          RunSettings(folder / name, 2, **given), callbacks=callbacks or [])
+
+
+@pytest.mark.parametrize("method", [
+    {"base_alg": "AlphaEdit"},
+    {"base_alg": "MEMIT", "keep_previous_keys": True, "principal_space": "pretrained"},
+    {"base_alg": "RECT"},
+    {"base_alg": "PRUNE"},
+], ids=lambda method: method["base_alg"])
+@pytest.mark.parametrize("batch", [1, 4, 5])
+def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path: Path, tok: PreTrainedTokenizerBase, batch: int,
+                                                         method: dict[str, Any]) -> None:
+    hparams = tiny_hparams(tmp_path, v_num_grad_steps=4, **method)
+    whole = run_it(tmp_path, "whole", tok, hparams)
+    with pytest.raises(InterruptedError_):
+        run_it(tmp_path, "killed", tok, hparams, [KilledIn(batch)])
+    resumed = run_it(tmp_path, "killed", tok, hparams)
+    assert without_times(resumed.summary) == without_times(whole.summary)
+    assert resumed.tracker.records == whole.tracker.records
+    assert resumed.generations == whole.generations
+    for name in ("edits.jsonl", "metrics.jsonl"):
+        assert lines_of(tmp_path / "killed", name) == lines_of(tmp_path / "whole", name)
+    for name in ("energy.csv", "cases.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_measurements_are_not_paid_for_twice(tmp_path: Path, tok: PreTrainedTokenizerBase,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    hparams = tiny_hparams(tmp_path, v_num_grad_steps=2)
+    with pytest.raises(InterruptedError_):
+        run_it(tmp_path, "run", tok, hparams, [KilledIn(4)], checkpoint_every=8)  # batches 1 to 3 are lost
+    before = lines_of(tmp_path / "run", "metrics.jsonl")
+    assert {line["num_edits"] for line in before} == {0, 2, 4, 6}
+    measured = []
+    original = Measurer.scores
+
+    def noted(self: Measurer, point: Any) -> Any:
+        measured.append((point.when, point.num_edits))
+        return original(self, point)
+
+    monkeypatch.setattr(Measurer, "scores", noted)
+    result = run_it(tmp_path, "run", tok, hparams, checkpoint_every=8)
+    assert {("before", 0), ("after", 9)} <= set(measured)  # read again for cases.jsonl
+    assert not [point for point in measured if 0 < point[1] <= 6]
+    assert lines_of(tmp_path / "run", "metrics.jsonl")[: len(before)] == before
+    assert result.summary["num_edits"] == 9
+
+
+def test_a_torn_chunk_of_scores_is_measured_again(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    hparams = tiny_hparams(tmp_path, v_num_grad_steps=2)
+    whole = run_it(tmp_path, "run", tok, hparams)
+    run = tmp_path / "run"
+    scores = (run / "scores" / "after-9.jsonl").read_bytes()
+    (run / "scores" / "after-9.jsonl").write_bytes(scores[: len(scores) // 2])
+    metrics = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in metrics if '"after"' not in line) + '{"num_edi')
+    (run / "summary.json").unlink()
+    again = run_it(tmp_path, "run", tok, hparams)
+    assert without_times(again.summary) == without_times(whole.summary)
+    assert (run / "scores" / "after-9.jsonl").read_bytes() == scores
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    hparams = tiny_hparams(tmp_path, v_num_grad_steps=2)
+    whole = run_it(tmp_path, "run", tok, hparams)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    again = run_it(tmp_path, "run", tok, hparams)
+    assert again.summary == whole.summary
+    assert again.generations == whole.generations
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"alpha": 0.25}, "alpha"), ({"v_lr": 0.25}, "v_lr"), ({"L2": 3.0}, "L2"),
+])
+def test_other_hyperparameters_are_refused(tmp_path: Path, tok: PreTrainedTokenizerBase, change: dict[str, Any],
+                                           message: str) -> None:
+    with pytest.raises(InterruptedError_):
+        run_it(tmp_path, "run", tok, tiny_hparams(tmp_path, v_num_grad_steps=2), [KilledIn(3)])
+    with pytest.raises(ValueError, match=message):
+        run_it(tmp_path, "run", tok, tiny_hparams(tmp_path, v_num_grad_steps=2, **change))
+
+
+def test_other_facts_batches_or_measures_are_refused(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    hparams = tiny_hparams(tmp_path, v_num_grad_steps=2)
+    with pytest.raises(InterruptedError_):
+        run_it(tmp_path, "run", tok, hparams, [KilledIn(3)])
+    for records, batch_size, protocols in ((8, 2, ("paper",)), (9, 3, ("paper",)), (9, 2, ("rome",))):
+        with pytest.raises(ValueError, match="other settings"):
+            run_sequential(tiny_model("llama"), tok, load_records("demo", None, records, 0), hparams,
+                           RunSettings(tmp_path / "run", batch_size, resume=True, checkpoint_every=4,
+                                       measure=MeasureSettings(protocols=protocols)))
+
+
+def test_a_model_with_other_weights_is_refused(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    hparams = tiny_hparams(tmp_path, v_num_grad_steps=2)
+    with pytest.raises(InterruptedError_):
+        run_it(tmp_path, "run", tok, hparams, [KilledIn(4)])
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] += 1.0
+    with pytest.raises(ValueError, match="other weights"):
+        run_sequential(model, tok, load_records("demo", None, 9, 0), hparams,
+                       RunSettings(tmp_path / "run", 2, resume=True, checkpoint_every=4,
+                                   measure=sequential.MeasureSettings(
+                                       protocols=("paper", "rome"), every=4, sample=3, last_batch=True,
+                                       text=tmp_path / "text.txt", text_tokens=96)))
+
+
+def test_old_checkpoints_go_and_kept_weights_stay(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    hparams = tiny_hparams(tmp_path, v_num_grad_steps=2)
+    run_it(tmp_path, "one", tok, hparams, checkpoint_every=2, keep_checkpoints=1, keep_weights_every=4)
+    folder = tmp_path / "one" / "checkpoints"
+    assert resumable(folder) == [9]
+    assert saved_weights(folder) == [4, 8, 9]
+    run_it(tmp_path, "all", tok, hparams, checkpoint_every=2, keep_checkpoints=0)
+    assert resumable(tmp_path / "all" / "checkpoints") == [2, 4, 6, 8, 9]
+
+
+def test_prune_follows_a_run_of_memit(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    memit = tiny_hparams(tmp_path, v_num_grad_steps=3, base_alg="MEMIT", alpha=0.0)
+    prune = tiny_hparams(tmp_path, v_num_grad_steps=3, base_alg="PRUNE")
+    run_it(tmp_path, "memit", tok, memit, checkpoint_every=2, keep_checkpoints=0)
+    alone = run_it(tmp_path, "alone", tok, prune)
+    following = run_it(tmp_path, "following", tok, prune, follows=tmp_path / "memit")
+    assert following.summary["weights_sha256"] == alone.summary["weights_sha256"]
+    assert following.summary["post"] == alone.summary["post"]
+    with pytest.raises(ValueError, match="only PRUNE"):
+        run_it(tmp_path, "no", tok, memit, follows=tmp_path / "memit")
+    with pytest.raises(ValueError, match="v_num_grad_steps"):
+        run_it(tmp_path, "no", tok, tiny_hparams(tmp_path, v_num_grad_steps=2, base_alg="PRUNE"),
+               follows=tmp_path / "memit")
+
+
+def test_runs_share_what_they_measured_before(tmp_path: Path, tok: PreTrainedTokenizerBase,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    from sphere_easyedit.evaluation import measuring
+
+    hparams, records = tiny_hparams(tmp_path, v_num_grad_steps=2), load_records("demo", None, 4, 0)
+    measure = MeasureSettings(shared_before=tmp_path / "shared")
+    one = run_sequential(tiny_model("llama"), tok, records, hparams, RunSettings(tmp_path / "one", 2, measure=measure))
+    calls = []
+    original = measuring.evaluate_protocols
+    monkeypatch.setattr(measuring, "evaluate_protocols", lambda *args, **more: calls.append(1) or original(*args, **more))
+    two = run_sequential(tiny_model("llama"), tok, records, hparams, RunSettings(tmp_path / "two", 2, measure=measure))
+    assert len(calls) == 1  # after editing
+    assert two.summary["pre"] == one.summary["pre"]
+    other = tiny_model("llama")
+    with torch.no_grad():
+        other.model.embed_tokens.weight[0, 0] += 1.0
+    run_sequential(other, tok, records, hparams, RunSettings(tmp_path / "three", 2, measure=measure))
+    assert len(calls) == 3
+
+
+def test_points_of_a_run() -> None:
+    settings = MeasureSettings(every=5, sample=4, last_batch=True)
+    assert [point.when for point in points_after(0, 0, 12, settings)] == ["before"]
+    assert [point.when for point in points_after(3, 3, 12, settings)] == ["last_batch"]
+    last, during = points_after(6, 3, 12, settings)
+    assert last.cases == (3, 4, 5)
+    assert len(set(during.cases)) == 4
+    assert set(during.cases) <= set(range(6))
+    assert during == points_after(6, 3, 12, settings)[1]  # the same sample in every run
+    assert [point.when for point in points_after(12, 3, 12, settings)] == ["last_batch", "after"]
+    assert points_after(0, 0, 12, MeasureSettings(before=False)) == []
+
+
+@pytest.mark.parametrize("settings", [{"every": 0}, {"sample": 0}, {"protocols": ()}, {"protocols": ("paper", "paper")},
+                                      {"protocols": ("easyedit",), "before": False}])
+def test_impossible_measures_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        MeasureSettings(**settings)
+
+
+def test_kill_9_at_random_moments(tmp_path: Path) -> None:
+    """The command line, killed five times and resumed, against one that was left alone."""
+    tiny_model("llama").save_pretrained(tmp_path / "tiny-llama")
+    for file in (GOLDEN / "llama" / "tiny-llama").glob("tokenizer*"):
+        (tmp_path / "tiny-llama" / file.name).write_bytes(file.read_bytes())
+    settings = tiny_hparams(tmp_path, model_name="tiny-llama", v_num_grad_steps=8).to_dict() | {"stats_dir": "stats"}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "text.txt").write_text(TEXT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+
+    def start(output: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "sphere_easyedit", "edit", "--hparams", "tiny.yaml", "--num-edits", "24",
+             "--batch-size", "3", "--seed", "1", "--eval-every", "6", "--eval-last-batch", "--checkpoint-every", "1",
+             "--text", "text.txt", "--text-tokens", "64", "--output", output, "--resume"],
+            cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    started = time.monotonic()
+    whole = start("whole")
+    assert whole.wait(timeout=300) == 0, whole.stderr and whole.stderr.read()
+    seconds = time.monotonic() - started
+    moments, kills = random.Random(0), 0
+    while kills < 5:
+        process = start("killed")
+        # Most of a process's time goes by before its first batch; what is left should be hit, too.
+        try:
+            process.wait(timeout=moments.uniform(0.5, 0.95) * seconds)
+            break  # it was faster than the blow
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    last = start("killed")
+    assert last.wait(timeout=300) == 0, last.stderr and last.stderr.read()
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed")]
+    assert without_times(summaries[1]) == without_times(summaries[0])
+    for name in ("edits.jsonl", "metrics.jsonl"):
+        assert lines_of(tmp_path / "killed", name) == lines_of(tmp_path / "whole", name)
+    assert (tmp_path / "killed" / "energy.csv").read_bytes() == (tmp_path / "whole" / "energy.csv").read_bytes()
