@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -11,15 +13,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sphere_easyedit.evaluation.datasets import (
     EditRecord,
     EvaluationPrompt,
     MissingDatasetError,
+    draw_records,
     fill,
     load_counterfact,
+    load_multi_counterfact,
     load_records,
     load_zsre,
+    records_fingerprint,
+    with_protocol_targets,
 )
 
 DATA = Path(os.environ.get("SPHERE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -186,9 +194,73 @@ def test_selection_by_order_and_by_seed(tmp_path: Path) -> None:
 
 def test_more_edits_than_records(tmp_path: Path) -> None:
     path = written(tmp_path, [counterfact_raw(1), counterfact_raw(2)])
-    with pytest.raises(ValueError, match=r"num_edits is 3, but counterfact .* holds 2 records"):
+    with pytest.raises(ValueError, match=r"num_edits is 3, but counterfact .* holds 2 records: ask for at most 2"):
         load_records("counterfact", path, 3, None)
+    with pytest.raises(ValueError, match=r"num_edits is 2 and skip 1, but .* holds 2 records: ask for at most 1"):
+        load_records("counterfact", path, 2, 0, skip=1)
+    for num_edits in (None, 1):
+        with pytest.raises(ValueError, match=r"skip.* 2, but .* holds 2 records: skip at most 1"):
+            load_records("counterfact", path, num_edits, skip=2)
     assert len(load_records("counterfact", path, 2, 0)) == 2
+    assert len(load_records("counterfact", path, skip=1)) == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("order_seed", -1), ("skip", -1)])
+def test_wrong_numbers_of_a_draw(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{name} is -1"):
+        load_records("demo", None, 1, 0, **{name: value})
+
+
+def plain(number: int) -> EditRecord:
+    return EditRecord(number, "The harbour of {} lies on the", f"Port {number}", "Black Sea", None, (), (), (), "facts")
+
+
+seeds = st.integers(0, 2**32)
+
+
+@given(st.integers(1, 60), st.none() | seeds, st.data())
+def test_fewer_edits_are_the_beginning_of_more(size: int, seed: int | None, data: st.DataObject) -> None:
+    records = [plain(number) for number in range(size)]
+    more = data.draw(st.integers(1, size))
+    fewer = data.draw(st.integers(1, more))
+    assert draw_records(records, fewer, seed) == draw_records(records, more, seed)[:fewer]
+    assert sorted(r.case_id for r in draw_records(records, None, seed)) == list(range(size))
+
+
+@given(st.integers(2, 60), st.none() | seeds, st.data())
+def test_skipped_records_are_those_that_a_run_of_as_many_edits_sees(size: int, seed: int | None, data: st.DataObject
+                                                                    ) -> None:
+    records = [plain(number) for number in range(size)]
+    skip = data.draw(st.integers(0, size - 1))
+    wanted = data.draw(st.integers(1, size - skip))
+    held_out = draw_records(records, wanted, seed, skip=skip)
+    whole = draw_records(records, None, seed)
+    assert held_out == whole[skip : skip + wanted]
+    assert draw_records(records, None, seed, skip=skip) == whole[skip:]
+    if skip:
+        seen = {record.case_id for record in draw_records(records, skip, seed)}
+        assert seen.isdisjoint(record.case_id for record in held_out)
+
+
+@given(st.integers(1, 60), st.none() | seeds, seeds, seeds, st.data())
+def test_order_seed_reorders_what_the_seed_drew(size: int, seed: int | None, order: int, other: int, data: st.DataObject
+                                                ) -> None:
+    records = [plain(number) for number in range(size)]
+    wanted = data.draw(st.integers(1, size))
+    skip = data.draw(st.integers(0, size - wanted))
+    drawn = draw_records(records, wanted, seed, skip=skip)
+    ordered = draw_records(records, wanted, seed, order_seed=order, skip=skip)
+    assert {r.case_id for r in ordered} == {r.case_id for r in drawn} and len(ordered) == wanted
+    assert ordered == [drawn[int(i)] for i in np.random.default_rng(order).permutation(wanted)]
+    again = draw_records(records, wanted, seed, order_seed=other, skip=skip)
+    assert {r.case_id for r in again} == {r.case_id for r in drawn}
+
+
+def test_seeds_give_different_draws_and_orders() -> None:
+    records = [plain(number) for number in range(100)]
+    assert draw_records(records, 20, 0) != draw_records(records, 20, 1)
+    first, second = (draw_records(records, 20, 0, order_seed=order) for order in (0, 1))
+    assert first != second and sorted(r.case_id for r in first) == sorted(r.case_id for r in second)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +285,87 @@ def test_demo_needs_no_file() -> None:
     assert all(record.target_true and record.neighborhood_prompts for record in records)
 
 
+# --- MultiCounterFact -----------------------------------------------------------------------------------------
+
+
+def test_multi_counterfact_may_lack_paraphrases_and_repeat_subjects(tmp_path: Path) -> None:
+    whole, bare = counterfact_raw(1), counterfact_raw(2)
+    bare["requested_rewrite"]["subject"] = "Port 1"
+    del bare["paraphrase_prompts"], bare["generation_prompts"]
+    path = written(tmp_path, [whole, bare])
+    first, second = load_records("multi_counterfact", path)
+    assert first.dataset == second.dataset == "multi_counterfact"
+    assert (first.subject, first.paraphrase_prompts) == ("Port 1", tuple(whole["paraphrase_prompts"]))
+    assert (second.subject, second.paraphrase_prompts, second.generation_prompts) == ("Port 1", (), ())
+    assert len(second.neighborhood_prompts) == 3
+    with pytest.raises(ValueError, match=r"record 1 \(case_id 2\), field 'paraphrase_prompts': found nothing"):
+        load_counterfact(path)
+    with pytest.raises(ValueError, match=r"record 0 \(case_id 1\), field 'neighborhood_prompts': found nothing"):
+        load_multi_counterfact(written(tmp_path, [remove_or_put(counterfact_raw(1), "neighborhood_prompts", ABSENT)]))
+
+
+# --- protocols and fingerprints ---------------------------------------------------------------------------------
+
+
+def test_protocols_edit_their_own_target(tmp_path: Path) -> None:
+    (counterfact,) = load_counterfact(written(tmp_path, [counterfact_raw()]))
+    (zsre,) = load_zsre(written(tmp_path, [zsre_raw()]))
+    for protocol in ("paper", "rome"):
+        assert with_protocol_targets([counterfact, zsre], protocol) == [counterfact, zsre]
+    same, edited = with_protocol_targets([counterfact, zsre], "easyedit")
+    assert same == counterfact
+    assert (edited.target_new, edited.target_alt, edited.target_true) == ("1950", "1950", "1899")
+    assert edited.paraphrase_prompts == zsre.paraphrase_prompts and edited.prompt == zsre.prompt
+    assert with_protocol_targets([same, edited], "easyedit") == [same, edited]
+    with pytest.raises(ValueError, match="protocol 'easyedti' is not known: choose one of paper, rome, easyedit"):
+        with_protocol_targets([zsre], "easyedti")
+
+
+def test_zsre_without_alt_is_refused_for_easyedit(tmp_path: Path) -> None:
+    raw = [zsre_raw(f"Press {number}") for number in range(9)]
+    for item in raw[1:8]:
+        item["alt"] = ""
+    records = load_zsre(written(tmp_path, raw))
+    assert with_protocol_targets(records, "paper") == records
+    with pytest.raises(ValueError, match=r"7 of 9 ZsRE records have no alt, .*case_id 1, 2, 3, 4, 5, \.\.\.\): leave"):
+        with_protocol_targets(records, "easyedit")
+    kept = [record for record in records if record.target_alt]
+    assert [record.target_new for record in with_protocol_targets(kept, "easyedit")] == ["1950", "1950"]
+
+
+def test_zsre_one_hop_of_easyedit(tmp_path: Path) -> None:
+    raw = zsre_raw() | {"portability": {"Recalled Relation": "(a, b, c)", "New Question": "What is sold there?",
+                                        "New Answer": " Books"}}
+    (record,) = load_zsre(written(tmp_path, [raw]))
+    assert record.portability_prompts == (EvaluationPrompt("What is sold there?", "Books"),)
+    raw["portability"]["New Answer"] = 5
+    with pytest.raises(ValueError, match=r"record 0, field 'portability.New Answer': found int 5"):
+        load_zsre(written(tmp_path, [raw]))
+
+
+@given(st.permutations(range(5)), st.integers(0, 4))
+def test_fingerprint_is_of_content_and_order(order: list[int], changed: int) -> None:
+    records = [plain(number) for number in range(5)]
+    fingerprint = records_fingerprint(records)
+    assert len(fingerprint) == 64 and fingerprint == records_fingerprint(tuple(records))
+    reordered = [records[i] for i in order]
+    assert (records_fingerprint(reordered) == fingerprint) == (reordered == records)
+    assert records_fingerprint(records[:changed]) != fingerprint
+    for change in ({"target_true": ""}, {"paraphrase_prompts": ("x",)}, {"dataset": "zsre"}, {"target_new": "Black"},
+                   {"neighborhood_prompts": (EvaluationPrompt("a", "b"),)}, {"subject": "\ud800"}):
+        other = list(records)
+        other[changed] = dataclasses.replace(records[changed], **change)
+        assert records_fingerprint(other) != fingerprint
+
+
+def test_fingerprint_stays_from_version_to_version() -> None:
+    # A run's resume check compares it with one from another day: a change here ends every run's life.
+    line = ('{"case_id":3,"dataset":"facts","generation_prompts":[],"neighborhood_prompts":[],"paraphrase_prompts":[],'
+            '"portability_prompts":[],"prompt":"The harbour of {} lies on the","subject":"Port 3","target_alt":null,'
+            '"target_new":"Black Sea","target_true":null}\n')
+    assert records_fingerprint([plain(3)]) == hashlib.sha256(line.encode()).hexdigest()
+
+
 # --- bad files ----------------------------------------------------------------------------------------------
 
 
@@ -223,8 +376,8 @@ def test_missing_file_says_where_to_put_it(tmp_path: Path) -> None:
             load(path)
         assert isinstance(caught.value, MissingDatasetError) and isinstance(caught.value, ValueError)
         assert what in str(caught.value)
-    with pytest.raises(MissingDatasetError, match="zsre needs a file"):
-        load_records("zsre", None, 1, None)
+    with pytest.raises(MissingDatasetError, match=r"facts needs a file: give the path of a \.jsonl"):
+        load_records("facts", None, 1, None)
     with pytest.raises(ValueError, match="is no file"):
         load_counterfact(tmp_path)
 
@@ -386,6 +539,9 @@ def test_real_files_load_whole(name: str, load: Callable[[Path], list[EditRecord
             neighbour = EvaluationPrompt(item["loc"] + "?", item["loc_ans"].strip())
             assert record.neighborhood_prompts == (neighbour,)
             assert record.paraphrase_prompts == (item["rephrase"],)
+            hop = item.get("portability")
+            asked = [] if hop is None else [EvaluationPrompt(hop["New Question"], hop["New Answer"].strip())]
+            assert list(record.portability_prompts) == asked
         else:
             rewrite = item["requested_rewrite"]
             assert record.case_id == item["case_id"]
@@ -395,6 +551,30 @@ def test_real_files_load_whole(name: str, load: Callable[[Path], list[EditRecord
             targets = {prompt.target for prompt in record.neighborhood_prompts}
             assert targets == {rewrite["target_true"]["str"]}
             assert list(record.generation_prompts) == item["generation_prompts"]
+
+
+def test_real_zsre_in_easyedits_protocol() -> None:
+    records = load_zsre(real("zsre_mend_eval.json"))
+    kept = [record for record in records if record.target_alt]
+    assert 0 < len(records) - len(kept) < 10
+    with pytest.raises(ValueError, match="have no alt"):
+        with_protocol_targets(records, "easyedit")
+    for before, after in zip(kept, with_protocol_targets(kept, "easyedit"), strict=True):
+        assert after.target_new == before.target_alt
+        assert after.case_id == before.case_id and after.edit_prompt == before.edit_prompt
+
+
+def test_real_held_out_records_are_not_seen() -> None:
+    path = real("counterfact.json")
+    seen = {record.case_id for record in load_records("counterfact", path, 2000, 0)}
+    held_out = {record.case_id for record in load_records("counterfact", path, 100, 0, skip=2000)}
+    assert len(seen) == 2000 and len(held_out) == 100 and seen.isdisjoint(held_out)
+
+
+def test_real_counterfact_reads_as_multi_counterfact() -> None:
+    path = real("counterfact.json")
+    records = load_counterfact(path)
+    assert load_multi_counterfact(path) == [dataclasses.replace(r, dataset="multi_counterfact") for r in records]
 
 
 def test_real_selection_is_fixed_by_the_seed() -> None:

@@ -1,0 +1,101 @@
+"""Facts that get in each other's way: edited twice, edited to two targets, or about one subject.
+
+They are reported and stay in the data: which to leave out is for whoever set the run up.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .records import EditRecord
+
+
+def normalised(text: str) -> str:
+    """Text as it is compared here: without case, in Unicode's NFC, one space for any whitespace and none around it."""
+    folded = unicodedata.normalize("NFD", text).casefold()  # canonical caseless matching, Unicode's D145
+    return " ".join(unicodedata.normalize("NFC", folded).split())
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Records that share a text.
+
+    Attributes:
+        text: what they share, as the first of them spells it.
+        positions: their indices in the list that was searched, ascending; so also the order of editing.
+        case_ids: of the same records.
+        targets: their ``target_new``.
+    """
+
+    text: str
+    positions: tuple[int, ...]
+    case_ids: tuple[int, ...]
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ConflictReport:
+    """What ``find_conflicts`` found; groups are in the order of their first record.
+
+    Attributes:
+        records: how many were searched.
+        duplicates: the same prompt edited to the same target; ``text`` is the prompt with its subject.
+        contradictions: the same prompt edited to different targets, so that at most one can hold in the end; ``text``
+            is the prompt with its subject.
+        repeated_subjects: one subject edited more than once, be it in the same prompt or in others; ``text`` is the
+            subject. Keys at the subject's last token are alike then.
+    """
+
+    records: int
+    duplicates: tuple[Conflict, ...]
+    contradictions: tuple[Conflict, ...]
+    repeated_subjects: tuple[Conflict, ...]
+
+    def __bool__(self) -> bool:
+        """Whether anything was found."""
+        return bool(self.duplicates or self.contradictions or self.repeated_subjects)
+
+    def summary(self) -> str:
+        """One line that counts the groups."""
+        return (f"{self.records} records: {len(self.duplicates)} facts edited more than once, "
+                f"{len(self.contradictions)} prompts edited to different targets, "
+                f"{len(self.repeated_subjects)} subjects edited more than once")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as what JSON can hold, with its summary."""
+        return {"summary": self.summary(), **asdict(self)}
+
+
+def find_conflicts(records: Sequence[EditRecord]) -> ConflictReport:
+    """Search records for facts edited twice, contradictions and subjects edited more than once.
+
+    Prompts (with their subject filled in), subjects and targets are compared as ``normalised`` makes them.
+    """
+    prompts = [normalised(record.edit_prompt) for record in records]
+    targets = [normalised(record.target_new) for record in records]
+    facts = _groups(zip(prompts, targets, strict=True))
+    asked = [group for group in _groups(prompts) if len({targets[position] for position in group}) > 1]
+    subjects = _groups(normalised(record.subject) for record in records)
+    return ConflictReport(
+        records=len(records),
+        duplicates=tuple(_conflict(records, group, records[group[0]].edit_prompt) for group in facts),
+        contradictions=tuple(_conflict(records, group, records[group[0]].edit_prompt) for group in asked),
+        repeated_subjects=tuple(_conflict(records, group, records[group[0]].subject) for group in subjects),
+    )
+
+
+def _groups(keys: Iterable[object]) -> list[list[int]]:
+    """Positions of equal keys, where there are two or more."""
+    found: dict[object, list[int]] = {}
+    for position, key in enumerate(keys):
+        found.setdefault(key, []).append(position)
+    return [group for group in found.values() if len(group) > 1]
+
+
+def _conflict(records: Sequence[EditRecord], positions: list[int], text: str) -> Conflict:
+    group = [records[position] for position in positions]
+    return Conflict(text, tuple(positions), tuple(record.case_id for record in group),
+                    tuple(record.target_new for record in group))

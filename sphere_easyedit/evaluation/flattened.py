@@ -1,0 +1,115 @@
+"""The same facts in EasyEdit's flattened files: a record is one prompt with its subject filled in, and strings.
+
+Three shapes of its data are read: its CounterFact (``counterfact-edit.json``, ``-train``, ``-val``), whatever its ZsRE
+class makes of MEND's schema, and KnowEdit, whose ``locality`` and ``portability`` are objects of named axes. Axes are
+joined in the file's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .json_records import RawRecord, shown
+from .records import DatasetName, EditRecord, EvaluationPrompt
+
+
+def is_flattened(raw: Mapping[str, Any]) -> bool:
+    """Whether a record is of this schema rather than of a published one."""
+    return "prompt" in raw and "requested_rewrite" not in raw and "src" not in raw
+
+
+def flattened_record(given: RawRecord, dataset: DatasetName) -> EditRecord:
+    """A record of a flattened file.
+
+    Needed: ``prompt`` (with the subject in it letter by letter, or one ``{}``), ``subject``, ``target_new``. Read where
+    they are there: ``case_id`` (else the record's index), ``ground_truth``, ``rephrase_prompt`` or ``rephrase``,
+    ``locality_prompt`` with ``locality_ground_truth``, ``portability_prompt`` with ``portability_ground_truth``,
+    ``locality`` and ``portability``. Prompts are a string or a list; of several answers the first counts. An axis may
+    hold prompts whose answer is blank, which are passed over: all this is as in EasyEdit.
+
+    Of a ZsRE record the file's ``target_new`` is ``alt`` and its ``ground_truth`` the first right answer, so the two go
+    where MEND's schema puts them: ``target_alt`` and ``target_new``; and ``locality_prompt`` gets the ``?`` that the
+    paper's protocol puts after ``loc``.
+    """
+    subject = given.text("subject")
+    target = given.text("target_new").strip()
+    truth = _first(given, "ground_truth", given.raw.get("ground_truth"))
+    zsre = dataset == "zsre"
+    ending = "?" if zsre else ""
+    neighbours = [EvaluationPrompt(pair.text + ending, pair.target) for pair in _pairs(given, "locality_")]
+    return EditRecord(
+        case_id=given.case_id(),
+        prompt=given.template_or_around("prompt", subject),
+        subject=subject,
+        target_new=(truth or target) if zsre else target,
+        target_true=None if zsre else truth,
+        paraphrase_prompts=_rephrased(given),
+        neighborhood_prompts=(*neighbours, *answered_prompts(given, "locality")),
+        generation_prompts=(),
+        dataset=dataset,
+        target_alt=target if zsre else None,
+        portability_prompts=(*_pairs(given, "portability_"), *answered_prompts(given, "portability")),
+    )
+
+
+def answered_prompts(given: RawRecord, field: str) -> tuple[EvaluationPrompt, ...]:
+    """Prompts with their answers from an object of axes; none where there is no such field.
+
+    An axis is ``{"prompt": ..., "ground_truth": ...}`` or a list of such; or the object is GPT-4's one hop for ZsRE and
+    CounterFact, with ``New Question`` and ``New Answer``.
+    """
+    if not given.has(field):
+        return ()
+    axes = given.part(field, given.raw[field], "an object of named axes with prompts and answers")
+    if "New Question" in axes.raw:
+        return (EvaluationPrompt(axes.text("New Question"), axes.text("New Answer").strip()),)
+    return tuple(pair for axis, group in axes.raw.items() for pair in _axis(axes, axis, group))
+
+
+def _axis(axes: RawRecord, axis: str, group: Any) -> Iterator[EvaluationPrompt]:
+    named = [(f"{axis}[{i}]", item) for i, item in enumerate(group)] if isinstance(group, list) else [(axis, group)]
+    for name, item in named:
+        inner = axes.part(name, item, "an object with prompt and ground_truth")
+        for text, answer in _answers(inner, "prompt", "ground_truth"):
+            if answer is not None:
+                yield EvaluationPrompt(text, answer)
+
+
+def _pairs(given: RawRecord, prefix: str) -> Iterator[EvaluationPrompt]:
+    """Prompts with their answers from two fields of the record itself; none where there is no such prompt."""
+    asked, answered = f"{prefix}prompt", f"{prefix}ground_truth"
+    if given.has(asked):
+        for text, answer in _answers(given, asked, answered):
+            if answer is None:
+                given.refuse(answered, shown(given.raw[answered]), "an answer that is not blank")
+            yield EvaluationPrompt(text, answer)
+
+
+def _answers(given: RawRecord, asked: str, answered: str) -> list[tuple[str, str | None]]:
+    """Each prompt with the first of its answers, None where that is blank."""
+    prompts = _strings(given, asked)
+    answers = given.value(answered, object, "an answer to the prompt")
+    if not isinstance(given.raw[asked], list):
+        answers = [answers]
+    elif not isinstance(answers, list) or len(answers) != len(prompts):
+        given.refuse(answered, shown(answers), f"a list of as many answers as there are prompts, {len(prompts)}")
+    return [(text, _first(given, answered, answer)) for text, answer in zip(prompts, answers, strict=True)]
+
+
+def _strings(given: RawRecord, field: str) -> tuple[str, ...]:
+    """A string that is there, or a list of them."""
+    return given.texts(field) if isinstance(given.raw.get(field), list) else (given.text(field),)
+
+
+def _rephrased(given: RawRecord) -> tuple[str, ...]:
+    return next((_strings(given, field) for field in ("rephrase_prompt", "rephrase") if given.has(field)), ())
+
+
+def _first(given: RawRecord, field: str, answer: Any) -> str | None:
+    """The first of answers and their other names, however deep the lists; None where it is blank."""
+    while isinstance(answer, list):
+        answer = answer[0] if answer else None
+    if answer is not None and not isinstance(answer, str):
+        given.refuse(field, shown(answer), "a string, or a list that begins with one")
+    return (answer or "").strip() or None

@@ -1,0 +1,134 @@
+"""One fact to edit with the prompts that measure it, whatever file it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+DatasetName = Literal["counterfact", "multi_counterfact", "zsre", "facts", "demo"]
+
+SLOT: Final = "{}"
+_PROTOCOLS: Final = ("paper", "rome", "easyedit")
+_NAMED: Final = 5  # cases that an error names
+
+
+class MissingDatasetError(FileNotFoundError, ValueError):
+    """No data set file where one was named, none named where one is needed, or none that could be downloaded."""
+
+
+def fill(template: str, subject: str) -> str:
+    """Put the subject into a template's single ``{}``; every other brace stays as it is.
+
+    ``str.format`` would read other braces as fields of its own, and a subject may hold braces too.
+    """
+    return template.replace(SLOT, subject, 1)
+
+
+@dataclass(frozen=True)
+class EvaluationPrompt:
+    """A prompt and its correct continuation, ``target`` without the space that goes between them."""
+
+    text: str
+    target: str
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """One fact to edit and the prompts that measure it.
+
+    Attributes:
+        case_id: number of the case; unique in a data set. Where a file gives none: the record's index in it.
+        prompt: template with exactly one ``{}`` for the subject.
+        subject: as it stands in the prompt.
+        target_new: what the edited model shall say; no space in front.
+        target_true: what the world says, or None where the data set does not say (ZsRE, some facts of users' own).
+        paraphrase_prompts: the edit prompt in other words, subject filled in; their target is ``target_new``.
+        neighborhood_prompts: prompts that the edit should leave alone, each with its true continuation.
+        generation_prompts: beginnings of free text about the subject; empty where the data set has none.
+        dataset: which protocol details apply when measured.
+        target_alt: ZsRE's ``alt``, a made-up answer that EasyEdit's protocol edits in; None elsewhere.
+        portability_prompts: prompts whose answer follows from the edit, with that answer. Those of ZsRE follow
+            from ``target_alt``, so they belong to EasyEdit's protocol alone.
+
+    Raises:
+        ValueError: the prompt has not exactly one ``{}``.
+    """
+
+    case_id: int
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str | None
+    paraphrase_prompts: tuple[str, ...]
+    neighborhood_prompts: tuple[EvaluationPrompt, ...]
+    generation_prompts: tuple[str, ...]
+    dataset: DatasetName
+    target_alt: str | None = None
+    portability_prompts: tuple[EvaluationPrompt, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.prompt.count(SLOT) != 1:
+            raise ValueError(
+                f"case {self.case_id}: prompt {self.prompt!r} holds {self.prompt.count(SLOT)} times '{{}}'; "
+                "put it exactly once, where the subject goes"
+            )
+
+    @property
+    def edit_prompt(self) -> str:
+        """The prompt with its subject."""
+        return fill(self.prompt, self.subject)
+
+    def request(self) -> dict[str, Any]:
+        """EasyEdit's edit request: case_id, prompt (the template with ``{}``), subject, target_new."""
+        return {
+            "case_id": self.case_id,
+            "prompt": self.prompt,
+            "subject": self.subject,
+            "target_new": self.target_new,
+        }
+
+
+def with_protocol_targets(records: Sequence[EditRecord], protocol: str) -> list[EditRecord]:
+    """Records with the target that a protocol edits in.
+
+    ``paper`` and ``rome`` edit ``target_new`` as loaded, which for ZsRE is the first of the right answers. ``easyedit``
+    edits ZsRE's made-up ``target_alt`` instead; what was ``target_new`` becomes ``target_true``. Records of other
+    data sets, and any that edit ``target_alt`` already, stay as they are.
+
+    Raises:
+        ValueError: the protocol is unknown, or a ZsRE record that ``easyedit`` should edit has no ``target_alt``.
+    """
+    if protocol not in _PROTOCOLS:
+        raise ValueError(f"protocol {protocol!r} is not known: choose one of {', '.join(_PROTOCOLS)}")
+    if protocol != "easyedit":
+        return list(records)
+    without = [record.case_id for record in records if record.dataset == "zsre" and not record.target_alt]
+    if without:
+        named = ", ".join(map(str, without[:_NAMED])) + (", ..." if len(without) > _NAMED else "")
+        raise ValueError(
+            f"{len(without)} of {len(records)} ZsRE records have no alt, which protocol easyedit edits in (case_id "
+            f"{named}): leave them out before drawing, as EasyEdit's own loader does, or use protocol paper"
+        )
+    return [_editing_alt(record) for record in records]
+
+
+def _editing_alt(record: EditRecord) -> EditRecord:
+    if record.dataset != "zsre" or record.target_alt is None or record.target_new == record.target_alt:
+        return record
+    return dataclasses.replace(record, target_new=record.target_alt, target_true=record.target_new)
+
+
+def records_fingerprint(records: Iterable[EditRecord]) -> str:
+    """SHA-256 in hex over every field of every record, in order: two runs with the same one edit and measure the same.
+
+    What is hashed is one line of JSON a record, keys sorted, nothing but ASCII, no spaces.
+    """
+    digest = hashlib.sha256()
+    for record in records:
+        line = json.dumps(dataclasses.asdict(record), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+        digest.update(line.encode("ascii") + b"\n")
+    return digest.hexdigest()
