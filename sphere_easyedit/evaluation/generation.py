@@ -1,38 +1,60 @@
-"""What a model says when it is left to go on: greedy continuations of prompts."""
+"""What a model says when it is left to go on: greedy or sampled continuations of prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..models import frozen, input_device, max_positions
 from ..tokenization import continuation_ids_batch
+from .teacher_forcing import Progress
 
-# Tokens in one batch of prompts, whose first step makes logits for all of them.
-_BATCH_TOKENS = 512
+_BATCH_TOKENS = 1024  # of the prompts in a batch
+_MOST_ROWS = 64  # of a batch: each keeps its keys and values, 13 MB for 100 tokens of Llama 3
+
+_Wanted = tuple[tuple[int, ...], tuple[int, ...]]  # a prompt's tokens, and its seed
 
 
 def generate_continuations(
-    model: nn.Module, tok: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int = 20
+    model: nn.Module,
+    tok: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int = 20,
+    top_k: int | None = None,
+    seeds: Sequence[Sequence[int]] | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
-    """What the model says after each prompt, greedily: the continuations alone, without special tokens.
+    """What the model says after each prompt: the continuations alone, without special tokens.
 
-    Greedy to the letter: the model's own generation settings (penalties, temperature) don't count, its end
-    tokens do. Prompts of equal length run together, so nothing is padded, and a prompt's continuation does
-    not depend on the others; model and tokenizer stay as they are.
+    Greedy, or drawn from the ``top_k`` likeliest tokens in proportion to their probabilities, as ROME generates. To the
+    letter: the model's own generation settings (penalties, temperature) don't count, its end tokens do. Prompts of
+    equal length run together, so nothing is padded, and a prompt's continuation does not depend on the others; model
+    and tokenizer stay as they are.
+
+    Args:
+        top_k: None for greedy.
+        seeds: with ``top_k``, numbers from which each prompt's own draws come; one list of them a prompt.
+        progress: called with (prompts done, prompts in all) after each batch; equal ones run once.
 
     Raises:
-        ValueError: max_new_tokens is below 1, a prompt has no tokens, or with ``max_new_tokens`` it passes
-            the model's context.
+        ValueError: max_new_tokens or top_k is below 1, there are not as many seeds as prompts, a prompt has no tokens,
+            or with ``max_new_tokens`` it passes the model's context.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}: give 1 or more, or None for greedy")
+    if (top_k is None) != (seeds is None) or (seeds is not None and len(seeds) != len(prompts)):
+        raise ValueError(f"top_k is {top_k}, with {'no' if seeds is None else len(seeds)} seeds for {len(prompts)} "
+                         "prompts: give as many seeds as prompts with top_k, and none without")
     context = max_positions(model.config)  # type: ignore[arg-type]
     prompt_ids = [ids for ids, _ in continuation_ids_batch(tok, prompts, [""] * len(prompts))]
-    by_length: dict[int, list[int]] = {}
     for index, ids in enumerate(prompt_ids):
         if not ids:
             raise ValueError(f"prompt {index} ({prompts[index]!r}) has no tokens: give one that is not empty")
@@ -42,20 +64,39 @@ def generate_continuations(
                 f"prompt {index} ({prompts[index][:80]!r}) has {len(ids)} tokens: with max_new_tokens "
                 f"{max_new_tokens} it passes the model's context of {context}; shorten it or ask for fewer"
             )
-        by_length.setdefault(len(ids), []).append(index)
     device = input_device(model)
     ends = _end_ids(model, tok)
-    texts = [""] * len(prompts)
-    with frozen(model), torch.no_grad():
-        for length, group in by_length.items():
-            size = max(1, _BATCH_TOKENS // length)
-            for start in range(0, len(group), size):
-                chunk = group[start : start + size]
-                input_ids = torch.tensor([prompt_ids[index] for index in chunk], device=device)
-                found = _greedy(model, input_ids, max_new_tokens, ends)
-                for index, new_ids in zip(chunk, found, strict=True):
-                    texts[index] = _new_text(tok, prompt_ids[index], new_ids)
-    return texts
+    wanted = [(tuple(ids), () if seeds is None else tuple(seeds[index])) for index, ids in enumerate(prompt_ids)]
+    texts: dict[_Wanted, str] = {}
+    with frozen(model), torch.no_grad(), _last_place_alone(model):
+        for chunk in _chunks(wanted):
+            input_ids = torch.tensor([ids for ids, _ in chunk], device=device)
+            draws = None if top_k is None else torch.tensor(
+                np.stack([np.random.default_rng(seed).random(max_new_tokens) for _, seed in chunk]))
+            found = _generate(model, input_ids, max_new_tokens, ends, top_k, draws)
+            texts |= {one: _new_text(tok, list(one[0]), new) for one, new in zip(chunk, found, strict=True)}
+            if progress is not None:
+                progress(sum(one in texts for one in wanted), len(wanted))
+    return [texts[one] for one in wanted]
+
+
+def _chunks(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
+    """What is wanted, once each, in batches of one length; the longest first."""
+    for length, group in groupby(sorted(dict.fromkeys(wanted), key=lambda one: -len(one[0])), lambda one: len(one[0])):
+        alike = list(group)
+        size = max(1, min(_MOST_ROWS, _BATCH_TOKENS // length))
+        yield from (alike[start: start + size] for start in range(0, len(alike), size))
+
+
+@contextmanager
+def _last_place_alone(model: nn.Module) -> Iterator[None]:
+    """Logits for the last token of each row only: those of a whole prompt are a vocabulary for each of its tokens."""
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(lambda _module, args: (args[0][:, -1:], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _end_ids(model: nn.Module, tok: PreTrainedTokenizerBase) -> set[int]:
@@ -65,16 +106,24 @@ def _end_ids(model: nn.Module, tok: PreTrainedTokenizerBase) -> set[int]:
     return {int(end) for end in ends if end is not None}
 
 
-def _greedy(model: nn.Module, input_ids: Tensor, max_new_tokens: int, ends: set[int]) -> list[list[int]]:
-    """New token ids of each row of ``input_ids`` ``(rows, tokens)``, up to its first end token."""
+def _generate(model: nn.Module, input_ids: Tensor, max_new_tokens: int, ends: set[int], top_k: int | None,
+              draws: Tensor | None) -> list[list[int]]:
+    """New token ids of each row of ``input_ids`` ``(rows, tokens)``, up to its first end token.
+
+    ``draws`` are ``(rows, max_new_tokens)`` in [0, 1).
+    """
     new: list[list[int]] = [[] for _ in range(len(input_ids))]
     ended = [False] * len(new)
     mask = torch.ones_like(input_ids)
     feed, past = input_ids, None
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         out = model(input_ids=feed, attention_mask=mask, past_key_values=past, use_cache=True)
         past = out.past_key_values
-        chosen = out.logits[:, -1].float().argmax(dim=-1)  # (rows,)
+        logits = out.logits[:, -1].float()
+        if top_k is None or draws is None:
+            chosen = logits.argmax(dim=-1)  # (rows,)
+        else:
+            chosen = _drawn(logits, top_k, draws[:, step])
         for number, token in enumerate(chosen.tolist()):
             ended[number] = ended[number] or token in ends
             if not ended[number]:
@@ -84,6 +133,15 @@ def _greedy(model: nn.Module, input_ids: Tensor, max_new_tokens: int, ends: set[
         feed = chosen.to(input_ids.device).unsqueeze(1)
         mask = torch.cat([mask, torch.ones_like(feed)], dim=1)
     return new
+
+
+def _drawn(logits: Tensor, top_k: int, draws: Tensor) -> Tensor:
+    """Of each row's ``top_k`` likeliest tokens the one where their summed probabilities first pass the draw."""
+    values, tokens = (found.cpu() for found in logits.topk(min(top_k, logits.shape[-1]), dim=-1))  # (rows, k)
+    passed = values.double().softmax(dim=-1).cumsum(dim=-1) > draws[:, None]
+    # No place passes where logits are no numbers, or rounding leaves the sum below the draw.
+    passed[:, -1] = True
+    return tokens.gather(1, passed.int().argmax(dim=-1, keepdim=True))[:, 0]
 
 
 def _new_text(tok: PreTrainedTokenizerBase, prompt_ids: list[int], new_ids: list[int]) -> str:

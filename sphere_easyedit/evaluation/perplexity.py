@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -50,6 +50,10 @@ class Perplexity:
     nll: float
     tokens: int
     window: int
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """As JSON takes it: None for what is infinite or no number."""
+        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
 def perplexity(
