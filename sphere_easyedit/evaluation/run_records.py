@@ -17,6 +17,7 @@ When = Literal["before", "during", "last_batch", "after"]
 CaseId = int | str
 PAPER: Final = "paper"
 SPHERE: Final = "SPHERE"  # the variant that projects onto the principal space's complement
+_NORMAL_95: Final = 1.96  # standard errors
 # Entries of a line in metrics.jsonl that are objects and no metrics.
 _NO_METRICS: Final = ("watched", "abilities")
 
@@ -54,7 +55,7 @@ class Point:
 
 @dataclass(frozen=True)
 class AbilityPoint:
-    """General abilities at one point of a run, by task."""
+    """General abilities at one point of a run, by task: in percent, intervals by the normal approximation."""
 
     num_edits: int
     when: When
@@ -313,11 +314,14 @@ def _estimate(value: object, name: str, where: str) -> Estimate | None:
     given = _mapping(value, name, where)
     if given.get("mean") is None:
         return None
-    ends = given.get("ci95")
+    mean, n = _number(given["mean"], name, where), _count(given.get("n"), f"n of {name}", where)
+    ends, error = given.get("ci95"), given.get("stderr")
+    if ends is None and error is not None:  # of general abilities the harness tells no interval
+        half = _NORMAL_95 * _number(error, f"stderr of {name}", where)
+        return Estimate(mean, (mean - half, mean + half), n)
     if ends is not None and not (isinstance(ends, list) and len(ends) == 2):
         raise ValueError(f"{where}: ci95 of {name} is {ends!r}, not [low, high]")
-    interval = None if ends is None else (_number(ends[0], name, where), _number(ends[1], name, where))
-    return Estimate(_number(given["mean"], name, where), interval, _count(given.get("n"), f"n of {name}", where))
+    return Estimate(mean, None if ends is None else (_number(ends[0], name, where), _number(ends[1], name, where)), n)
 
 
 def _by_layer(value: object, name: str, where: str) -> dict[int, float]:

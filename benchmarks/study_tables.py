@@ -1,0 +1,84 @@
+"""Reads a folder of runs and writes the study's tables, as Markdown and as CSV.
+
+    python benchmarks/study_tables.py runs/study --output results
+    python benchmarks/study_tables.py runs/study --output results --weights   # also cosines and spectra of weights
+
+`results/tables.md` has all but the curves; each table is in a CSV file of its name, too. `--weights` loads the models
+of runs that kept checkpoints and takes seconds for each edited layer of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sphere_easyedit.evaluation.checkpoints import saved_weights
+from sphere_easyedit.evaluation.run_records import PAPER, RunRecords, find_runs
+from sphere_easyedit.evaluation.study import abilities_table, arms_of, differences_table, gains_table, results_table
+from sphere_easyedit.evaluation.study_energy import collapse_table, correlation_table, curves_table, regression_table
+from sphere_easyedit.evaluation.study_weights import weight_tables
+from sphere_easyedit.files import replacing
+from sphere_easyedit.hparams import SPHEREHyperParams
+from sphere_easyedit.loading import load_model
+from sphere_easyedit.models import EditableModel
+
+
+def loader() -> Callable[[RunRecords], tuple[EditableModel, SPHEREHyperParams]]:
+    """What loads the unedited model of a run; runs of one model one after the other share it."""
+    loaded: dict[tuple[Any, ...], nn.Module] = {}
+
+    def load(run: RunRecords) -> tuple[EditableModel, SPHEREHyperParams]:
+        hparams = SPHEREHyperParams.from_dict(dict(run.config["hparams"]))
+        dtypes = run.config.get("model", {}).get("dtypes", [])
+        dtype = str(dtypes[0]).removeprefix("torch.") if len(dtypes) == 1 else None
+        key = hparams.model_name, dtype
+        if key not in loaded:
+            loaded.clear()
+            loaded[key], _ = load_model(hparams.model_name, hparams.device, dtype)
+        return hparams.editable(loaded[key]), hparams
+
+    return load
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder with run directories, at any depth")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--protocol", default=PAPER, help="of the metrics")
+    parser.add_argument("--collapse-share", type=float, default=0.5, help="of efficacy's running maximum")
+    parser.add_argument("--collapse-perplexity", type=float, default=10.0, help="times the unedited model's")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap")
+    parser.add_argument("--weights", action="store_true", help="also describe the checkpoints' weights")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+    arms = arms_of(find_runs(given.runs))
+    thresholds = given.collapse_share, given.collapse_perplexity
+    curves = curves_table(arms, given.protocol)
+    tables = [results_table(arms, given.protocol),
+              differences_table(arms, given.protocol, given.seed, given.resamples),
+              gains_table(arms, given.protocol, given.seed, given.resamples),
+              collapse_table(arms, given.protocol, *thresholds),
+              correlation_table(arms, given.protocol, *thresholds), regression_table(arms, given.protocol),
+              abilities_table(arms)]
+    if given.weights:
+        tables += weight_tables([arm for arm in arms if saved_weights(arm.run.directory / "checkpoints")], loader())
+    command = shlex.join(["python", *sys.argv])
+    with replacing(given.output / "tables.md") as temporary:
+        temporary.write_text(f"Made by `{command}`.\n\n" + "\n".join(
+            table.to_markdown() for table in tables if table.rows), encoding="utf-8")
+    for table in (curves, *tables):
+        table.write_csv(given.output / f"{table.name}.csv")
+    print(f"{len(arms)} runs, {sum(bool(table.rows) for table in tables)} tables: {given.output / 'tables.md'}")
+
+
+if __name__ == "__main__":
+    main()
