@@ -4,7 +4,7 @@
     python benchmarks/study_tables.py runs/study --output results --weights   # also cosines and spectra of weights
 
 `results/tables.md` has all but the curves; each table is in a CSV file of its name, too. `--weights` loads the models
-of runs that kept checkpoints and takes seconds for each edited layer of each.
+of runs that kept checkpoints (and data sets, for the keys of the first facts) and takes seconds for each layer of each.
 """
 
 from __future__ import annotations
@@ -13,38 +13,55 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit.evaluation.checkpoints import saved_weights
+from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.run_records import PAPER, RunRecords, find_runs
 from sphere_easyedit.evaluation.study import abilities_table, arms_of, differences_table, gains_table, results_table
 from sphere_easyedit.evaluation.study_energy import collapse_table, correlation_table, curves_table, regression_table
-from sphere_easyedit.evaluation.study_weights import weight_tables
+from sphere_easyedit.evaluation.study_weights import keys_of_edits, weight_tables
 from sphere_easyedit.files import replacing
 from sphere_easyedit.hparams import SPHEREHyperParams
 from sphere_easyedit.loading import load_model
 from sphere_easyedit.models import EditableModel
 
+KEYS = 100  # facts whose keys are described
 
-def loader() -> Callable[[RunRecords], tuple[EditableModel, SPHEREHyperParams]]:
-    """What loads the unedited model of a run; runs of one model one after the other share it."""
-    loaded: dict[tuple[Any, ...], nn.Module] = {}
 
-    def load(run: RunRecords) -> tuple[EditableModel, SPHEREHyperParams]:
+class Models:
+    """Unedited models of runs; runs of one model one after the other share it."""
+
+    def __init__(self) -> None:
+        self._name: tuple[str, str | None] | None = None
+        self._loaded: tuple[nn.Module, PreTrainedTokenizerBase] | None = None
+
+    def editable(self, run: RunRecords) -> tuple[EditableModel, SPHEREHyperParams]:
+        """The model with the run's layers, and the run's hyperparameters."""
         hparams = SPHEREHyperParams.from_dict(dict(run.config["hparams"]))
-        dtypes = run.config.get("model", {}).get("dtypes", [])
-        dtype = str(dtypes[0]).removeprefix("torch.") if len(dtypes) == 1 else None
-        key = hparams.model_name, dtype
-        if key not in loaded:
-            loaded.clear()
-            loaded[key], _ = load_model(hparams.model_name, hparams.device, dtype)
-        return hparams.editable(loaded[key]), hparams
+        return hparams.editable(self._model(run, hparams)[0]), hparams
 
-    return load
+    def keys(self, run: RunRecords) -> dict[int, Tensor]:
+        """Keys of the run's first facts, by layer."""
+        hparams = SPHEREHyperParams.from_dict(dict(run.config["hparams"]))
+        model, tok = self._model(run, hparams)
+        told = run.config["run"]
+        records = load_records(told["dataset"], None if told["data"] is None else Path(told["data"]), told["num_edits"],
+                               told["seed"], order_seed=told.get("order_seed"), skip=told.get("skip", 0))
+        contexts = run.config["model"]["context_templates"] or []
+        return keys_of_edits(hparams.editable(model), tok, [record.request() for record in records[:KEYS]], contexts,
+                             hparams.token_budget)
+
+    def _model(self, run: RunRecords, hparams: SPHEREHyperParams) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        dtypes = run.config.get("model", {}).get("dtypes", [])
+        name = hparams.model_name, str(dtypes[0]).removeprefix("torch.") if len(dtypes) == 1 else None
+        if self._loaded is None or name != self._name:
+            self._loaded = None
+            self._name, self._loaded = name, load_model(name[0], hparams.device, name[1])
+        return self._loaded
 
 
 def main() -> None:
@@ -70,7 +87,9 @@ def main() -> None:
               correlation_table(arms, given.protocol, *thresholds), regression_table(arms, given.protocol),
               abilities_table(arms)]
     if given.weights:
-        tables += weight_tables([arm for arm in arms if saved_weights(arm.run.directory / "checkpoints")], loader())
+        models = Models()
+        tables += weight_tables([arm for arm in arms if saved_weights(arm.run.directory / "checkpoints")],
+                                models.editable, models.keys)
     command = shlex.join(["python", *sys.argv])
     with replacing(given.output / "tables.md") as temporary:
         temporary.write_text(f"Made by `{command}`.\n\n" + "\n".join(

@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_hparams, tiny_model
+from conftest import REQUESTS, tiny_hparams, tiny_model
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import PrincipalSpace
+from sphere_easyedit.editing.covariance import moment_path, save_moment
 from sphere_easyedit.evaluation.analysis import energy_correlations, energy_points
 from sphere_easyedit.evaluation.collapse import Collapse, collapse_of
 from sphere_easyedit.evaluation.geometry import neuron_geometry
 from sphere_easyedit.evaluation.run_records import Estimate, RunRecords, find_runs
+from sphere_easyedit.evaluation.spectra import principal_share
 from sphere_easyedit.evaluation.study import (
     Arm,
     abilities_table,
@@ -37,7 +40,7 @@ from sphere_easyedit.evaluation.study_energy import (
     curves_table,
     regression_table,
 )
-from sphere_easyedit.evaluation.study_weights import stages, weight_tables
+from sphere_easyedit.evaluation.study_weights import keys_of_edits, stages, weight_tables
 from sphere_easyedit.evaluation.tables import Column, Table
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "study_tables.py"
@@ -344,7 +347,8 @@ def test_a_table_is_written_in_both_forms(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_weights_are_described_in_the_right_orientation(tmp_path: Path, family: str) -> None:
+def test_weights_are_described_in_the_right_orientation(tmp_path: Path, family: str, tok: PreTrainedTokenizerBase
+                                                        ) -> None:
     model = tiny_model(family)
     hparams = tiny_hparams(tmp_path)
     editable = hparams.editable(model)
@@ -364,7 +368,10 @@ def test_weights_are_described_in_the_right_orientation(tmp_path: Path, family: 
     assert seen == [(edits, {1: (48, 80), 2: (48, 80)}) for edits in (0, 100, 200)]
     assert all(torch.equal(editable.weight(layer), weight) for layer, weight in unedited.items())
 
-    tables = weight_tables(arms_of([run]), lambda run: (editable, hparams))
+    keys = keys_of_edits(editable, tok, REQUESTS, [], 100)
+    assert {layer: tuple(found.shape) for layer, found in keys.items()} == {1: (3, 80), 2: (3, 80)}
+    save_moment(moment_path(editable, hparams, 1), keys[1].double().T @ keys[1].double(), 3, 3)
+    tables = weight_tables(arms_of([run]), lambda run: (editable, hparams), lambda run: keys)
     geometry, spectra, updates = (rows_of(table) for table in tables)
     states = ("unedited", 0), ("MEMIT", 100), ("MEMIT", 200)
     assert [(row["method"], row["edits"], row["layer"]) for row in geometry] == [
@@ -372,6 +379,11 @@ def test_weights_are_described_in_the_right_orientation(tmp_path: Path, family: 
     assert geometry[1]["std"] == neuron_geometry(unedited[2]).std
     space = PrincipalSpace.from_weight(unedited[1], 0.5)
     assert spectra[0]["rank at gamma 0.5"] == space.rank and spectra[0]["d_in"] == 80
+    of_keys = spectra[0]["edits' keys in the principal space"]
+    assert of_keys == principal_share(keys[1], space).share and 0 < of_keys < 1
+    assert spectra[0]["keys' second moment in the principal space"] == pytest.approx(of_keys, rel=1e-5)
+    assert spectra[1]["keys' second moment in the principal space"] is None  # of this layer none was filed
+    assert spectra[2]["edits' keys in the principal space"] is None
     assert [(row["layer"], row["from"], row["to"]) for row in updates] == [
         (1, 0, 100), (2, 0, 100), (1, 100, 200), (2, 100, 200), (1, 0, 200), (2, 0, 200)]
     first = steps[0][1].double()

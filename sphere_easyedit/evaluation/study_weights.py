@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..editing.covariance import load_moment, moment_path
+from ..editing.keys import BatchStates
+from ..editing.requests import parse_requests, tokenize_request
 from ..hparams import SPHEREHyperParams
-from ..models import EditableModel
+from ..models import EditableModel, frozen, max_positions
 from ..projection import PrincipalSpace
 from .checkpoints import put_weights, saved_weights
 from .geometry import QUANTILES, neuron_geometry
@@ -47,8 +51,26 @@ def stages(run: RunRecords, editable: EditableModel) -> Iterator[tuple[int, dict
             editable.set_weight(layer, weight)
 
 
-def weight_tables(arms: Sequence[Arm], load: Callable[[RunRecords], tuple[EditableModel, SPHEREHyperParams]]
-                  ) -> list[Table]:
+def keys_of_edits(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Sequence[Mapping[str, Any]],
+                  contexts: Sequence[str], token_budget: int) -> dict[int, Tensor]:
+    """Keys ``(edits, d_in)`` of facts by layer, as editing reads them, by the weights as they stand.
+
+    Args:
+        requests: EasyEdit's dicts.
+        contexts: templates besides the plain prompt.
+        token_budget: padded tokens that go through the model at once.
+
+    Raises:
+        ValueError: a request is not of its form, or does not fit the model's context.
+    """
+    limit = max_positions(editable.config)
+    tokenized = [tokenize_request(tok, request, contexts, limit) for request in parse_requests(requests)]
+    with frozen(editable.model):
+        return BatchStates(editable, tokenized, token_budget).read_all()
+
+
+def weight_tables(arms: Sequence[Arm], load: Callable[[RunRecords], tuple[EditableModel, SPHEREHyperParams]],
+                  keys: Callable[[RunRecords], Mapping[int, Tensor]] | None = None) -> list[Table]:
     """Pairwise cosines and spectra of weights at every checkpoint, and where the change between checkpoints lies.
 
     A weight that holds nan or infinity is left out with a warning.
@@ -56,6 +78,7 @@ def weight_tables(arms: Sequence[Arm], load: Callable[[RunRecords], tuple[Editab
     Args:
         arms: of whose runs checkpoints were kept.
         load: gives the unedited model of a run with its layers, and the run's hyperparameters.
+        keys: gives ``(n, d_in)`` keys of edits by layer in the unedited model, which ``load`` has just given.
 
     Returns:
         The tables ``geometry``, ``spectra`` and ``updates``.
@@ -66,6 +89,8 @@ def weight_tables(arms: Sequence[Arm], load: Callable[[RunRecords], tuple[Editab
     described: set[tuple[str, int]] = set()  # unedited weights are those of all runs of a model
     for arm in arms:
         editable, hparams = load(arm.run)
+        undescribed = any((arm.run.model, layer) not in described for layer in editable.layers)
+        keys_there = keys(arm.run) if keys is not None and undescribed else {}
         paths: dict[int, _Path] = {}
         for num_edits, weights in stages(arm.run, editable):
             for layer, weight in weights.items():
@@ -82,8 +107,9 @@ def weight_tables(arms: Sequence[Arm], load: Callable[[RunRecords], tuple[Editab
                 described.add((arm.run.model, layer))
                 who = arm.who() if num_edits else (arm.run.model, None, None, UNEDITED)
                 geometry.append((*who, num_edits, layer, *_geometry(weight)))
-                spectra.append((*who, num_edits, layer, *_spectrum(weight),
-                                *(_moment(editable, hparams, layer, weight) if num_edits == 0 else (None, None))))
+                of_keys = ((None, None, None) if num_edits else
+                           _shares_of_keys(editable, hparams, layer, weight, keys_there.get(layer)))
+                spectra.append((*who, num_edits, layer, *_spectrum(weight), *of_keys))
         updates += [(*arm.who(), layer, *path.whole()) for layer, path in paths.items() if path.steps > 1]
     return [
         Table("geometry", "Pairwise cosines of neurons",
@@ -94,7 +120,8 @@ def weight_tables(arms: Sequence[Arm], load: Callable[[RunRecords], tuple[Editab
         Table("spectra", "How row directions spread",
               (*WHO, Column("edits"), Column("layer"), Column("effective rank"), Column("participation"),
                *(Column(f"rank at gamma {gamma:g}") for gamma in GAMMAS), Column("d_in"),
-               Column("keys' covariance in the principal space", _SHARE), Column("by chance", _SHARE)), tuple(spectra),
+               Column("keys' second moment in the principal space", _SHARE),
+               Column("edits' keys in the principal space", _SHARE), Column("by chance", _SHARE)), tuple(spectra),
               "Effective rank: exponential of the entropy of What^T What's spectrum; participation: one over the sum "
               "of its squared shares. The principal space is that of the run's gamma.").without_empty_columns(),
         Table("updates", "Where the change between checkpoints lies",
@@ -118,14 +145,14 @@ def _spectrum(weight: Tensor) -> tuple[Cell, ...]:
     return found.effective_rank, found.participation, *found.ranks_at.values(), found.d_in
 
 
-def _moment(editable: EditableModel, hparams: SPHEREHyperParams, layer: int, weight: Tensor) -> tuple[Cell, Cell]:
-    """Share of the keys' covariance in the weight's principal space, and by chance; nothing where it was not kept."""
+def _shares_of_keys(editable: EditableModel, hparams: SPHEREHyperParams, layer: int, weight: Tensor,
+                    keys: Tensor | None) -> tuple[Cell, Cell, Cell]:
+    """Shares in the weight's principal space: of the second moment, where its file is, and of keys; and by chance."""
+    space = PrincipalSpace.from_weight(weight, hparams.gamma)
     path = moment_path(editable, hparams, layer)
-    if not path.is_file():
-        return None, None
-    moment = load_moment(path, editable.d_in(layer)).to(weight.device)
-    found = moment_share(moment, PrincipalSpace.from_weight(weight, hparams.gamma))
-    return found.share, found.chance
+    of_moment = (moment_share(load_moment(path, editable.d_in(layer)).to(weight.device), space).share
+                 if path.is_file() else None)
+    return of_moment, None if keys is None else principal_share(keys, space).share, space.rank / space.d_in
 
 
 class _Path:
