@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -33,9 +32,9 @@ def generate_continuations(
     """What the model says after each prompt: the continuations alone, without special tokens.
 
     Greedy, or drawn from the ``top_k`` likeliest tokens in proportion to their probabilities, as ROME generates. To the
-    letter: the model's own generation settings (penalties, temperature) don't count, its end tokens do. Prompts of
-    equal length run together, so nothing is padded, and a prompt's continuation does not depend on the others; model
-    and tokenizer stay as they are.
+    letter: the model's own generation settings (penalties, temperature) don't count, its end tokens do. Prompts run
+    together from the first token on, so nothing is padded, and a prompt's continuation does not depend on the others;
+    model and tokenizer stay as they are.
 
     Args:
         top_k: None for greedy.
@@ -64,28 +63,32 @@ def generate_continuations(
                 f"prompt {index} ({prompts[index][:80]!r}) has {len(ids)} tokens: with max_new_tokens "
                 f"{max_new_tokens} it passes the model's context of {context}; shorten it or ask for fewer"
             )
-    device = input_device(model)
     ends = _end_ids(model, tok)
     wanted = [(tuple(ids), () if seeds is None else tuple(seeds[index])) for index, ids in enumerate(prompt_ids)]
     texts: dict[_Wanted, str] = {}
     with frozen(model), torch.no_grad(), _last_place_alone(model):
-        for chunk in _chunks(wanted):
-            input_ids = torch.tensor([ids for ids, _ in chunk], device=device)
-            draws = None if top_k is None else torch.tensor(
-                np.stack([np.random.default_rng(seed).random(max_new_tokens) for _, seed in chunk]))
-            found = _generate(model, input_ids, max_new_tokens, ends, top_k, draws)
+        for chunk in _chunks(wanted, max_new_tokens):
+            choose = _likeliest if top_k is None else _Drawing(top_k, [seed for _, seed in chunk], max_new_tokens)
+            found = _generate(model, [ids for ids, _ in chunk], max_new_tokens, ends, choose)
             texts |= {one: _new_text(tok, list(one[0]), new) for one, new in zip(chunk, found, strict=True)}
             if progress is not None:
                 progress(sum(one in texts for one in wanted), len(wanted))
     return [texts[one] for one in wanted]
 
 
-def _chunks(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
-    """What is wanted, once each, in batches of one length; the longest first."""
-    for length, group in groupby(sorted(dict.fromkeys(wanted), key=lambda one: -len(one[0])), lambda one: len(one[0])):
-        alike = list(group)
-        size = max(1, min(_MOST_ROWS, _BATCH_TOKENS // length))
-        yield from (alike[start: start + size] for start in range(0, len(alike), size))
+def _chunks(wanted: Sequence[_Wanted], max_new_tokens: int) -> Iterator[list[_Wanted]]:
+    """What is wanted, once each, in batches of like length; the longest first."""
+    chunk: list[_Wanted] = []
+    for one in sorted(dict.fromkeys(wanted), key=lambda one: -len(one[0])):
+        longest = len(chunk[0][0]) if chunk else 0
+        # A batch takes as many steps more as its lengths differ; one of its own would take max_new_tokens.
+        if chunk and (longest - len(one[0]) > max_new_tokens // 4
+                      or len(chunk) == max(1, min(_MOST_ROWS, _BATCH_TOKENS // longest))):
+            yield chunk
+            chunk = []
+        chunk.append(one)
+    if chunk:
+        yield chunk
 
 
 @contextmanager
@@ -106,42 +109,59 @@ def _end_ids(model: nn.Module, tok: PreTrainedTokenizerBase) -> set[int]:
     return {int(end) for end in ends if end is not None}
 
 
-def _generate(model: nn.Module, input_ids: Tensor, max_new_tokens: int, ends: set[int], top_k: int | None,
-              draws: Tensor | None) -> list[list[int]]:
-    """New token ids of each row of ``input_ids`` ``(rows, tokens)``, up to its first end token.
+def _generate(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: set[int],
+              choose: Callable[[Tensor, Tensor], Tensor]) -> list[list[int]]:
+    """New token ids of each row of prompt ids, up to its first end token.
 
-    ``draws`` are ``(rows, max_new_tokens)`` in [0, 1).
+    All rows are at the same place: where the shorter go on, the longer still read their prompts.
+
+    Args:
+        choose: of float32 logits ``(rows, vocabulary)`` and how many new tokens each row has ``(rows,)``, the next
+            token of each ``(rows,)``.
     """
-    new: list[list[int]] = [[] for _ in range(len(input_ids))]
+    device = input_device(model)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    shortest = int(lengths.min())
+    new: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(new)
-    mask = torch.ones_like(input_ids)
-    feed, past = input_ids, None
-    for step in range(max_new_tokens):
+    feed, past = torch.tensor([prompt[:shortest] for prompt in prompts], device=device), None
+    mask = torch.ones_like(feed)
+    for place in range(shortest, int(lengths.max()) + max_new_tokens):
         out = model(input_ids=feed, attention_mask=mask, past_key_values=past, use_cache=True)
         past = out.past_key_values
-        logits = out.logits[:, -1].float()
-        if top_k is None or draws is None:
-            chosen = logits.argmax(dim=-1)  # (rows,)
-        else:
-            chosen = _drawn(logits, top_k, draws[:, step])
-        for number, token in enumerate(chosen.tolist()):
-            ended[number] = ended[number] or token in ends
-            if not ended[number]:
-                new[number].append(token)
+        tokens = choose(out.logits[:, -1].float(), place - lengths).tolist()
+        for number, prompt in enumerate(prompts):
+            if place < len(prompt):
+                tokens[number] = prompt[place]
+            elif not ended[number]:
+                ended[number] = tokens[number] in ends
+                new[number] += [] if ended[number] else [tokens[number]]
+                ended[number] |= len(new[number]) == max_new_tokens
         if all(ended):
             break
-        feed = chosen.to(input_ids.device).unsqueeze(1)
+        feed = torch.tensor(tokens, device=device).unsqueeze(1)
         mask = torch.cat([mask, torch.ones_like(feed)], dim=1)
     return new
 
 
-def _drawn(logits: Tensor, top_k: int, draws: Tensor) -> Tensor:
-    """Of each row's ``top_k`` likeliest tokens the one where their summed probabilities first pass the draw."""
-    values, tokens = (found.cpu() for found in logits.topk(min(top_k, logits.shape[-1]), dim=-1))  # (rows, k)
-    passed = values.double().softmax(dim=-1).cumsum(dim=-1) > draws[:, None]
-    # No place passes where logits are no numbers, or rounding leaves the sum below the draw.
-    passed[:, -1] = True
-    return tokens.gather(1, passed.int().argmax(dim=-1, keepdim=True))[:, 0]
+def _likeliest(logits: Tensor, _steps: Tensor) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
+class _Drawing:
+    """Of each row's ``top_k`` likeliest tokens the one where their summed probabilities first pass the row's draw."""
+
+    def __init__(self, top_k: int, seeds: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        self._top_k = top_k
+        self._draws = torch.tensor(np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds]))
+
+    def __call__(self, logits: Tensor, steps: Tensor) -> Tensor:
+        values, tokens = (found.cpu() for found in logits.topk(min(self._top_k, logits.shape[-1]), dim=-1))  # (rows, k)
+        draws = self._draws.gather(1, steps.clamp(0, self._draws.shape[1] - 1)[:, None])
+        passed = values.double().softmax(dim=-1).cumsum(dim=-1) > draws
+        # No place passes where logits are no numbers, or rounding leaves the sum below the draw.
+        passed[:, -1] = True
+        return tokens.gather(1, passed.int().argmax(dim=-1, keepdim=True))[:, 0]
 
 
 def _new_text(tok: PreTrainedTokenizerBase, prompt_ids: list[int], new_ids: list[int]) -> str:
