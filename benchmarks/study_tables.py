@@ -3,8 +3,9 @@
     python benchmarks/study_tables.py runs/study --output results
     python benchmarks/study_tables.py runs/study --output results --weights   # also cosines and spectra of weights
 
-`results/tables.md` has all but the curves; each table is in a CSV file of its name, too. `--weights` loads the models
-of runs that kept checkpoints (and data sets, for the keys of the first facts) and takes seconds for each layer of each.
+`results/tables.md` has all but the curves; each table is in a CSV file of its name, too: there by layer what here is
+the mean over layers. `--weights` loads the models of runs that kept checkpoints, their data sets for the keys of first
+facts, and statistics of keys: start it where the runs were started. It takes a second for each layer of a checkpoint.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.run_records import PAPER, RunRecords, find_runs
 from sphere_easyedit.evaluation.study import abilities_table, arms_of, differences_table, gains_table, results_table
 from sphere_easyedit.evaluation.study_energy import collapse_table, correlation_table, curves_table, regression_table
-from sphere_easyedit.evaluation.study_weights import keys_of_edits, weight_tables
+from sphere_easyedit.evaluation.study_weights import keys_of_edits, over_layers, weight_tables
 from sphere_easyedit.files import replacing
 from sphere_easyedit.hparams import SPHEREHyperParams
 from sphere_easyedit.loading import load_model
 from sphere_easyedit.models import EditableModel
+
+logger = logging.getLogger(__name__)
 
 KEYS = 100  # facts whose keys are described
 
@@ -49,8 +52,13 @@ class Models:
         hparams = SPHEREHyperParams.from_dict(dict(run.config["hparams"]))
         model, tok = self._model(run, hparams)
         told = run.config["run"]
-        records = load_records(told["dataset"], None if told["data"] is None else Path(told["data"]), told["num_edits"],
-                               told["seed"], order_seed=told.get("order_seed"), skip=told.get("skip", 0))
+        try:
+            records = load_records(told["dataset"], None if told["data"] is None else Path(told["data"]),
+                                   told["num_edits"], told["seed"], order_seed=told.get("order_seed"),
+                                   skip=told.get("skip", 0))
+        except ValueError as error:  # relative paths hold in the folder where the run was started
+            logger.warning("%s: no keys of its facts: %s", run.directory, error)
+            return {}
         contexts = run.config["model"]["context_templates"] or []
         return keys_of_edits(hparams.editable(model), tok, [record.request() for record in records[:KEYS]], contexts,
                              hparams.token_budget)
@@ -77,7 +85,10 @@ def main() -> None:
     given = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
-    arms = arms_of(find_runs(given.runs))
+    try:
+        arms = arms_of(find_runs(given.runs))
+    except ValueError as error:
+        parser.error(str(error))
     thresholds = given.collapse_share, given.collapse_perplexity
     curves = curves_table(arms, given.protocol)
     tables = [results_table(arms, given.protocol),
@@ -86,17 +97,19 @@ def main() -> None:
               collapse_table(arms, given.protocol, *thresholds),
               correlation_table(arms, given.protocol, *thresholds), regression_table(arms, given.protocol),
               abilities_table(arms)]
+    by_layer = []
     if given.weights:
         models = Models()
-        tables += weight_tables([arm for arm in arms if saved_weights(arm.run.directory / "checkpoints")],
-                                models.editable, models.keys)
+        by_layer = weight_tables([arm for arm in arms if saved_weights(arm.run.directory / "checkpoints")],
+                                 models.editable, models.keys)
+    readable = [table for table in (*tables, *map(over_layers, by_layer)) if table.rows]
     command = shlex.join(["python", *sys.argv])
     with replacing(given.output / "tables.md") as temporary:
         temporary.write_text(f"Made by `{command}`.\n\n" + "\n".join(
-            table.to_markdown() for table in tables if table.rows), encoding="utf-8")
-    for table in (curves, *tables):
+            table.to_markdown() for table in readable), encoding="utf-8")
+    for table in (curves, *tables, *by_layer):
         table.write_csv(given.output / f"{table.name}.csv")
-    print(f"{len(arms)} runs, {sum(bool(table.rows) for table in tables)} tables: {given.output / 'tables.md'}")
+    print(f"{len(arms)} runs, {len(readable)} tables: {given.output / 'tables.md'}")
 
 
 if __name__ == "__main__":

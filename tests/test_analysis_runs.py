@@ -40,7 +40,7 @@ from sphere_easyedit.evaluation.study_energy import (
     curves_table,
     regression_table,
 )
-from sphere_easyedit.evaluation.study_weights import keys_of_edits, stages, weight_tables
+from sphere_easyedit.evaluation.study_weights import keys_of_edits, over_layers, stages, weight_tables
 from sphere_easyedit.evaluation.tables import Column, Table
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "study_tables.py"
@@ -329,16 +329,16 @@ def test_abilities_are_listed_by_edits(tmp_path: Path) -> None:
 
 def test_a_table_is_written_in_both_forms(tmp_path: Path) -> None:
     table = Table("t", "Title", (Column("name"), Column("|x|", ".2f"), Column("mean"), Column("nothing")), (
-        ("a|b", 1.234, Estimate(2.0, (-1.0, 3.0), 4), None), ("c", math.nan, Estimate(5.0, None, 1), None),
+        ("a|b", 1.234, Estimate(2.0, (-1.0, 3.0), 4), None), ("c", math.nan, Estimate(-0.01, None, 1), None),
         ("d", None, None, None)), "Note.")
     assert table.to_markdown() == (
         "### Title\n\nNote.\n\n| name | \\|x\\| | mean | nothing |\n| --- | ---: | ---: | --- |\n"
-        "| a\\|b | 1.23 | 2.0 (-1.0 to 3.0) | - |\n| c | - | 5.0 | - |\n| d | - | - | - |\n")
+        "| a\\|b | 1.23 | 2.0 (-1.0 to 3.0) | - |\n| c | - | 0.0 | - |\n| d | - | - | - |\n")
     table.without_empty_columns().write_csv(tmp_path / "t.csv")
     with (tmp_path / "t.csv").open(newline="") as stream:
         assert list(csv.reader(stream)) == [
             ["name", "|x|", "mean", "mean low", "mean high", "mean n"], ["a|b", "1.234", "2.0", "-1.0", "3.0", "4"],
-            ["c", "", "5.0", "", "", "1"], ["d", "", "", "", "", ""]]
+            ["c", "", "-0.01", "", "", "1"], ["d", "", "", "", "", ""]]
     with pytest.raises(ValueError, match="row 0 has 1 cells for 2 columns"):
         Table("t", "", (Column("a"), Column("b")), ((1,),))
 
@@ -391,6 +391,15 @@ def test_weights_are_described_in_the_right_orientation(tmp_path: Path, family: 
     assert updates[0]["in the principal space"] == pytest.approx(share, rel=1e-4)
     assert updates[0]["by chance"] == space.rank / 80 and updates[0]["cosine with the step before"] is None
     assert updates[2]["cosine with the step before"] == pytest.approx(0, abs=0.1)
+
+
+    whole = over_layers(tables[2])
+    assert [column.name for column in whole.columns][:7] == [
+        "model", "data set", "seed", "method", "from", "to", "layers"]
+    first_step = rows_of(whole)[0]
+    assert len(whole.rows) == 3 and (first_step["from"], first_step["to"], first_step["layers"]) == (0, 100, 2)
+    assert first_step["times chance"] == pytest.approx((updates[0]["times chance"] + updates[1]["times chance"]) / 2)
+    assert first_step["cosine with the step before"] is None
 
 
 def test_a_broken_checkpoint_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 UNEDITED = "unedited"
 _SHARE = ".4f"
+_LAYER = "layer"
+_IDENTITY = (*(column.name for column in WHO), "edits", "from", "to")  # what tells rows apart, besides the layer
 
 
 def stages(run: RunRecords, editable: EditableModel) -> Iterator[tuple[int, dict[int, Tensor]]]:
@@ -113,19 +116,19 @@ def weight_tables(arms: Sequence[Arm], load: Callable[[RunRecords], tuple[Editab
         updates += [(*arm.who(), layer, *path.whole()) for layer, path in paths.items() if path.steps > 1]
     return [
         Table("geometry", "Pairwise cosines of neurons",
-              (*WHO, Column("edits"), Column("layer"), Column("mean", _SHARE), Column("std", _SHARE),
+              (*WHO, Column("edits"), Column(_LAYER), Column("mean", _SHARE), Column("std", _SHARE),
                Column("share above 0.5", _SHARE), Column("mean |cos|", _SHARE),
                *(Column(f"q{100 * share:g}", _SHARE) for share in QUANTILES)), tuple(geometry),
               "Over all pairs of rows of an edited weight; q5: the 5% quantile."),
         Table("spectra", "How row directions spread",
-              (*WHO, Column("edits"), Column("layer"), Column("effective rank"), Column("participation"),
+              (*WHO, Column("edits"), Column(_LAYER), Column("effective rank"), Column("participation"),
                *(Column(f"rank at gamma {gamma:g}") for gamma in GAMMAS), Column("d_in"),
                Column("keys' second moment in the principal space", _SHARE),
                Column("edits' keys in the principal space", _SHARE), Column("by chance", _SHARE)), tuple(spectra),
               "Effective rank: exponential of the entropy of What^T What's spectrum; participation: one over the sum "
               "of its squared shares. The principal space is that of the run's gamma.").without_empty_columns(),
         Table("updates", "Where the change between checkpoints lies",
-              (*WHO, Column("layer"), Column("from"), Column("to"), Column("in the principal space", _SHARE),
+              (*WHO, Column(_LAYER), Column("from"), Column("to"), Column("in the principal space", _SHARE),
                Column("by chance", _SHARE), Column("times chance", ".2f"), Column("in the unedited one's", _SHARE),
                Column("cosine with the step before", ".3f"), Column("in its row space", _SHARE),
                Column("by chance there", _SHARE)), tuple(updates),
@@ -133,6 +136,27 @@ def weight_tables(arms: Sequence[Arm], load: Callable[[RunRecords], tuple[Editab
               "the unedited weight; in the leading row space (90% of the squared norm) of the step before."
               ).without_empty_columns(),
     ]
+
+
+def over_layers(table: Table) -> Table:
+    """A table of ``weight_tables`` with the mean over layers in place of the layers, and how many they are."""
+    names = [column.name for column in table.columns]
+    kept = [index for index, name in enumerate(names) if name in _IDENTITY]
+    averaged = [index for index, name in enumerate(names) if name not in (*_IDENTITY, _LAYER)]
+    groups: dict[tuple[Cell, ...], list[tuple[Cell, ...]]] = {}
+    for row in table.rows:
+        groups.setdefault(tuple(row[index] for index in kept), []).append(row)
+    rows = []
+    for key, members in groups.items():
+        cells = [[row[index] for row in members] for index in averaged]
+        rows.append((*key, len(members), *(_mean([cell for cell in column if isinstance(cell, int | float)])
+                                           for column in cells)))
+    return replace(table, columns=(*(table.columns[index] for index in kept), Column("layers"),
+                                   *(table.columns[index] for index in averaged)), rows=tuple(rows))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _geometry(weight: Tensor) -> tuple[Cell, ...]:

@@ -88,13 +88,18 @@ def _text(cell: Cell, spec: str) -> str:
     if isinstance(cell, Estimate | PairedDifference):
         if math.isnan(cell.mean):
             return NOTHING
-        mean = format(cell.mean, spec)
+        mean = _number(cell.mean, spec)
         if cell.ci95 is None or any(map(math.isnan, cell.ci95)):
             return mean
-        return f"{mean} ({cell.ci95[0]:{spec}} to {cell.ci95[1]:{spec}})"
+        return f"{mean} ({_number(cell.ci95[0], spec)} to {_number(cell.ci95[1], spec)})"
     if isinstance(cell, float):
-        return NOTHING if math.isnan(cell) else format(cell, spec)
+        return NOTHING if math.isnan(cell) else _number(cell, spec)
     return str(cell)
+
+
+def _number(value: float, spec: str) -> str:
+    text = format(value, spec)
+    return text.removeprefix("-") if float(text) == 0 else text  # no minus in front of what rounds to 0
 
 
 def _plain(cell: Cell) -> str | int:
