@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, normalizers
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from sphere_easyedit.evaluation import teacher_forcing
+from sphere_easyedit.evaluation.bootstrap import bootstrap_interval
 from sphere_easyedit.evaluation.datasets import (
     EditRecord,
     EvaluationPrompt,
@@ -498,6 +500,14 @@ def test_bootstrap_interval() -> None:
     assert summarise([score_of(0, 1.0)])["efficacy"] == {"mean": 100.0, "ci95": [100.0, 100.0], "n": 1}
 
 
+@pytest.mark.parametrize("cases", [1, 7, 3000])
+def test_interval_is_that_of_one_resample_at_a_time(cases: int) -> None:
+    values = np.random.default_rng(5).random(cases)
+    generator = np.random.default_rng(3)
+    means = [values[generator.integers(0, cases, cases)].mean() for _ in range(250)]
+    assert bootstrap_interval(values, 3, 250) == tuple(np.percentile(means, [2.5, 97.5]))
+
+
 def test_summary_refuses() -> None:
     with pytest.raises(ValueError, match="no scores"):
         summarise([])
@@ -554,8 +564,64 @@ def test_continuations_refuse(llama: Any) -> None:
         (lambda: generate_continuations(llama, tok, ["A"], 0), "max_new_tokens is 0"),
         (lambda: generate_continuations(llama, tok, ["A", ""]), r"prompt 1 \(''\) has no tokens"),
         (lambda: generate_continuations(llama, tok, ["X" + " a" * 250], 10), "the model's context of 256"),
+        (lambda: generate_continuations(llama, tok, ["A"], top_k=0, seeds=[[1]]), "top_k is 0"),
+        (lambda: generate_continuations(llama, tok, ["A"], top_k=5), "top_k is 5, with no seeds for 1 prompts"),
+        (lambda: generate_continuations(llama, tok, ["A"], top_k=5, seeds=[]), "with 0 seeds for 1 prompts"),
+        (lambda: generate_continuations(llama, tok, ["A"], seeds=[[1]]), "top_k is None, with 1 seeds"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
     assert len(generate_continuations(llama, tok, ["X" + " a" * 250], 6)) == 1
+
+
+def slow_draws(model: Any, tok: Any, ids: list[int], top_k: int, draws: list[float]) -> list[int]:
+    new: list[int] = []
+    for draw in draws:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + new])).logits[0, -1].double()
+        likeliest = logits.argsort(descending=True)[:top_k]
+        summed = torch.softmax(logits[likeliest], dim=0).cumsum(0)
+        new.append(int(likeliest[int((summed <= draw).sum())]))
+        if new[-1] == tok.eos_token_id:
+            return new[:-1]
+    return new
+
+
+def test_sampled_continuations_depend_on_their_prompt_and_seed_alone(model: Any) -> None:
+    tok, prompts, seeds = tokenizer("bos"), [*PROMPTS, PROMPTS[0]], [(3, number) for number in range(6)]
+    texts = generate_continuations(model, tok, prompts, 12, 4, seeds)
+    assert texts[0] != texts[5]  # another seed
+    assert texts[0] != generate_continuations(model, tok, prompts[:1], 12)[0]
+    for number in range(6):
+        assert generate_continuations(model, tok, [prompts[number]], 12, 4, [seeds[number]]) == [texts[number]]
+        ids = [0, *tok(prompts[number], add_special_tokens=False).input_ids]
+        draws = np.random.default_rng(seeds[number]).random(12).tolist()
+        assert texts[number] == decoded(tok, ids, slow_draws(model, tok, ids, 4, draws))
+    greedy = generate_continuations(model, tok, prompts, 12)
+    assert generate_continuations(model, tok, prompts, 12, 1, seeds) == greedy
+
+
+def test_tokens_are_drawn_by_their_probabilities(llama: Any) -> None:
+    tok, count = tokenizer("plain"), 1000
+    logits = llama(torch.tensor([tok("The").input_ids])).logits[0, -1].detach().double()
+    values, tokens = logits.topk(3)
+    values = torch.softmax(values, dim=0)
+    texts = generate_continuations(llama, tok, ["The"] * count, 1, 3, [[number] for number in range(count)])
+    assert set(texts) <= {tok.decode([token]) for token in tokens.tolist()}
+    for value, token in zip(values.tolist(), tokens.tolist(), strict=True):
+        found = texts.count(tok.decode([token]))
+        assert abs(found - count * value) < 4 * (count * value * (1 - value)) ** 0.5
+
+
+def test_prompts_generate_together_and_equal_ones_once(llama: Any) -> None:
+    tok, rows = tokenizer("plain"), []
+    handle = llama.lm_head.register_forward_hook(lambda _module, _args, out: rows.append(tuple(out.shape[:2])))
+    seen: list[tuple[int, int]] = []
+    try:
+        texts = generate_continuations(llama, tok, PROMPTS * 3, 80, progress=lambda *done: seen.append(done))
+    finally:
+        handle.remove()
+    assert texts[:5] == texts[5:10] == texts[10:]
+    assert set(rows) == {(5, 1)}  # five rows, logits of their last place alone
+    assert seen == [(15, 15)]
