@@ -80,6 +80,7 @@ def edit(
                                                     "summary's.")] = [Metrics.paper],  # noqa: B006
     eval_before: Annotated[bool, typer.Option(help="Measure all facts in the unedited model.")] = True,
     eval_after: Annotated[bool, typer.Option(help="Measure all facts after the last edit.")] = True,
+    eval_cases: Annotated[int | None, typer.Option(min=1, help="At most so many facts then, drawn by seed.")] = None,
     eval_every: Annotated[int | None, typer.Option(min=1, help="Measure the facts edited so far after every so many "
                                                    "edits.")] = None,
     eval_sample: Annotated[int | None, typer.Option(min=1, help="At most so many of them, drawn by seed.")] = None,
@@ -113,8 +114,8 @@ def edit(
     settings_of_model = _hparams_with(hparams, override)
     protocols: Any = tuple(one.value for one in protocol)
     measure = MeasureSettings(
-        protocols=protocols, before=eval_before, after=eval_after, every=eval_every, sample=eval_sample,
-        last_batch=eval_last_batch, text=text, text_tokens=text_tokens, text_quality=text_quality,
+        protocols=protocols, before=eval_before, after=eval_after, cases=eval_cases, every=eval_every,
+        sample=eval_sample, last_batch=eval_last_batch, text=text, text_tokens=text_tokens, text_quality=text_quality,
         references=references, seed=eval_seed, shared_before=share_before,
         abilities=AbilitySettings(tuple(abilities), abilities_every, abilities_data, abilities_shots, abilities_limit))
     drawn = load_records(dataset.value, data, num_edits, seed, order_seed=order_seed, skip=skip)
@@ -137,6 +138,54 @@ def edit(
         console.print(f"\n[bold]{_escaped(prompt)}[/]\n  before:{_escaped(before)}\n  after: {_escaped(after)}",
                       highlight=False, soft_wrap=True)
     console.print(f"\nRun directory: {output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    at: Annotated[list[int], typer.Option(min=0, help="After so many edits, whose weights were kept; 0 is the unedited "
+                                          "model. Repeatable; the last checkpoint if not given.")] = [],  # noqa: B006
+    facts: Annotated[bool, typer.Option(help="Measure the facts; --no-facts for general abilities alone.")] = True,
+    protocol: Annotated[list[Metrics], typer.Option(help="How metrics are computed; repeatable.")]
+    = [Metrics.paper],  # noqa: B006
+    eval_sample: Annotated[int | None, typer.Option(min=1, help="At most so many of the facts edited so far.")] = None,
+    eval_seed: Annotated[int, typer.Option(min=0, help="Of samples and intervals.")] = 0,
+    text: Annotated[Path | None, typer.Option(help="Held-out text (.txt, .jsonl) for perplexity.")] = None,
+    text_tokens: Annotated[int | None, typer.Option(min=1, help="So many of its tokens.")] = 8192,
+    abilities: Annotated[list[str], typer.Option(help="General abilities, as for edit; repeatable.")]
+    = [],  # noqa: B006
+    abilities_data: Annotated[Path | None, typer.Option(help="Folder of the four tasks' .jsonl files.")] = None,
+    abilities_shots: Annotated[int, typer.Option(min=0, help="Examples in front of each question.")] = 0,
+    abilities_limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions a task.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
+    = None,
+    verbose: Verbose = False,
+) -> None:
+    """Measure a run again from weights that it kept; lines are added to its metrics.jsonl."""
+    from .evaluation.checkpoints import saved_weights
+    from .evaluation.measuring import AbilitySettings, MeasureSettings
+    from .evaluation.revisiting import EditedRun
+    from .loading import load_model
+
+    console = _set_up(verbose)
+    _without_bars_of_transformers()
+    edited = EditedRun(run)
+    wanted = at or saved_weights(edited.directory.checkpoints)[-1:]
+    if not wanted:
+        raise ValueError(f"{run} kept no weights: nothing can be measured")
+    protocols: Any = tuple(one.value for one in protocol)
+    measure = MeasureSettings(
+        protocols=protocols, before=facts, after=facts, sample=eval_sample, seed=eval_seed, text=text,
+        text_tokens=text_tokens,
+        abilities=AbilitySettings(tuple(abilities), None, abilities_data, abilities_shots, abilities_limit))
+    model, tok = load_model(edited.hparams.model_name, edited.hparams.device, dtype)
+    with _Bars(console) as bars:
+        lines = edited.measure(model, tok, sorted(wanted), measure, bars.update)
+    for line in lines:
+        found = line.get("abilities") or {name: line[name] for name in _METRICS}
+        shown = ", ".join(f"{name} {score['mean']:.1f}" for name, score in found.items() if score["mean"] is not None)
+        console.print(f"{line['num_edits']} edits, {line['when']}, {line['protocol']}: {shown}", highlight=False,
+                      soft_wrap=True)
 
 
 @app.command("hparams")

@@ -40,19 +40,20 @@ _MODULE_TEMPLATES = ("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp",
 _RANGES = MappingProxyType({
     "gamma": "[0, 1]", "alpha": "[0, 1]", "v_lr": "(0, inf)", "v_weight_decay": "[0, inf)",
     "clamp_norm_factor": "(0, inf)", "kl_factor": "[0, inf)", "mom2_update_weight": "(0, inf)",
-    "nullspace_threshold": "(0, inf)", "nullspace_share": "(0, 1]", "L2": "(0, inf)",
+    "energy_budget": "(0, inf)", "nullspace_threshold": "(0, inf)", "nullspace_share": "(0, 1]", "L2": "(0, inf)",
     "rect_keep": "(0, 1]", "prune_log_base": "(1, inf)",
 })
 _SMALLEST = MappingProxyType({
     "v_num_grad_steps": 1, "v_loss_layer": 0, "mom2_n_samples": 1, "mom2_max_length": 2, "max_length": 1,
     "batch_size": 1, "token_budget": 1, "seed": 0,
 })
-_FLAGS = ("mom2_adjustment", "model_parallel", "keep_previous_keys", "batched_target_values")
+_FLAGS = ("mom2_adjustment", "compensate", "model_parallel", "keep_previous_keys", "batched_target_values")
 _STRINGS = ("alg_name", "model_name", "base_alg", "layer_selection", "fact_token", "mom2_dataset",
             "mom2_dtype", "stats_dir", "P_loc", "target_values_dir", *_MODULE_FIELDS)
 _CHOICES = MappingProxyType({
     "alg_name": ("SPHERE", *PLAIN_ALGS), "executor": ("native", "easyedit"), "projection_stage": ("layer", "update"),
     "principal_space": ("current", "pretrained"), "suppression": ("principal", "random", "shrink"),
+    "gamma_rule": ("share", "knee"), "space_source": ("weight", "keys", "both"),
     "layer_selection": ("all", "random"),
     "fact_token": ("subject_last", "last", "subject_first", "subject_first_after_last"),
     "mom2_dtype": ("float32", "float64", "float16"),
@@ -65,11 +66,13 @@ _OPTIMISER = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "cla
 _NOT_CARRIED = frozenset({
     "alg_name", "model_name", "device", "batch_size", "max_length", "token_budget", "model_parallel", "stats_dir",
     "batched_target_values", "target_values_dir", "gamma", "alpha", "projection_stage", "principal_space",
-    "suppression", "rect_keep", "prune_log_base", *_OPTIMISER,
+    "suppression", "gamma_rule", "space_source", "energy_budget", "compensate", "rect_keep", "prune_log_base",
+    *_OPTIMISER,
 })
 
 # Fields that no EasyEdit method asks for, so a key close to one of them is a slip and not the method's own.
-_OURS = ("base_alg", "gamma", "alpha", "projection_stage", "principal_space", "suppression", "executor",
+_OURS = ("base_alg", "gamma", "alpha", "projection_stage", "principal_space", "suppression", "gamma_rule",
+         "space_source", "energy_budget", "compensate", "executor",
          "executor_hparams", "batched_target_values", "target_values_dir", "context_templates", "rect_keep",
          "prune_log_base", "keep_previous_keys", "nullspace_share", "mom2_max_length", "token_budget", *_ALIASES)
 
@@ -159,6 +162,13 @@ class SPHEREHyperParams:
     # principal: SPHERE. The others are its controls: a random subspace of the same rank in the principal one's place,
     # or no projection and the update merely shrunk to the norm that projecting would leave.
     suppression: str = "principal"
+    # Beyond the paper: the number of directions from the spectrum's knee; directions of the keys' second moment, or of
+    # weight and keys together; alpha raised until a batch changes a layer's HE by no more than this share of it; values
+    # corrected so that the projected update moves the batch's own keys as far as the solved one.
+    gamma_rule: str = "share"  # share | knee
+    space_source: str = "weight"  # weight | keys | both
+    energy_budget: float | None = None
+    compensate: bool = False
 
     # Target values.
     layer_selection: str = "all"
@@ -339,6 +349,7 @@ class SPHEREHyperParams:
     def __post_init__(self) -> None:
         self._check_types()
         self._resolve_method()
+        self._check_variants()
         self._check_extras()
         if self.executor == "native":
             self._check_native()
@@ -430,6 +441,24 @@ class SPHEREHyperParams:
             self.projection_stage = "layer" if layerwise else "update"
         if self.principal_space is None:
             self.principal_space = "pretrained" if self.base_alg == "PRUNE" else "current"
+
+    def _check_variants(self) -> None:
+        """Refuse variants of the suppression that this method has no part for."""
+        if self.space_source != "weight" and self.executor != "native":
+            raise ValueError(f"space_source is {self.space_source}, but the keys' second moment is the native solve's: "
+                             "say `executor: native` or `space_source: weight`")
+        if self.space_source != "weight" and self.gamma_rule == "knee":
+            raise ValueError("gamma_rule is knee, which is of the weight's spectrum: say `space_source: weight`, or "
+                             "`gamma_rule: share`")
+        if self.energy_budget is not None and self.base_alg == "PRUNE":
+            raise ValueError("energy_budget is a batch's, but PRUNE restrains the whole change since the pretrained "
+                             "weight: leave it out")
+        if self.compensate and (self.executor != "native" or self.base_alg not in ("MEMIT", "AlphaEdit")):
+            raise ValueError(f"compensate needs an update in the keys that it was solved for, which {self.base_alg} "
+                             f"with executor {self.executor} has not: say `compensate: false`")
+        if self.suppression == "shrink" and (self.compensate or self.energy_budget is not None):
+            raise ValueError("suppression is shrink, a control of the paper's projection alone: leave out compensate "
+                             "and energy_budget")
 
     def _check_extras(self) -> None:
         if not isinstance(self.executor_hparams, Mapping):

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-import math
+import logging
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .editing.covariance import load_moment, moment_path
 from .editing.executors import Update, add_update, dense
 from .editing.grams import GramMatrices
 from .editing.restraints import prune, rect
 from .editing.session import EditSession
 from .editing.solvers import LowRankUpdate
 from .hparams import SPHEREHyperParams
+from .hyperspherical import energy_from_gram, hyperspherical_energy
 from .models import EditableModel
 from .projection import PrincipalSpace
+from .suppression import (
+    compensated,
+    frobenius_norm,
+    joint_space,
+    knee_space,
+    random_directions,
+    scaled,
+    suppressed,
+    within_budget,
+)
+
+logger = logging.getLogger(__name__)
 
 
 class Shaping:
@@ -57,20 +71,40 @@ class Shaping:
 
     def _suppressed(self, layer: int, update: Update) -> Update:
         """The update with its principal part damped, or what stands in its place as a control."""
-        alpha, space = self._hparams.alpha, self._space(layer)
-        if self._hparams.suppression == "random":
-            space = PrincipalSpace.spanned_by(random_directions(space, self._hparams.seed, layer), space.gamma)
-        if not isinstance(update, LowRankUpdate):
-            projected: Update = space.suppress(update, alpha)
-        else:  # projecting R K^T is projecting its keys
-            projected = LowRankUpdate(update.values, space.suppress_keys(update.keys, alpha))
-        if self._hparams.suppression != "shrink":
-            return projected
-        norm = frobenius_norm(update)
-        share = frobenius_norm(projected) / norm if norm else 1.0
-        if isinstance(update, LowRankUpdate):
-            return LowRankUpdate(share * update.values, update.keys)
-        return share * update
+        hparams, space = self._hparams, self._space(layer)
+        if hparams.suppression == "random":
+            space = PrincipalSpace.spanned_by(random_directions(space, hparams.seed, layer), space.gamma)
+        if hparams.energy_budget is not None:
+            change_of = self._energy_change(layer)
+            projected, alpha = within_budget(change_of, update, space, hparams.alpha, hparams.energy_budget)
+            logger.debug("layer %d: alpha %.3f keeps the energy's change within its budget", layer, alpha)
+        else:
+            projected = suppressed(update, space, hparams.alpha)
+        if hparams.suppression == "shrink":
+            norm = frobenius_norm(update)
+            return scaled(update, frobenius_norm(projected) / norm if norm else 1.0)
+        if hparams.compensate and isinstance(update, LowRankUpdate) and isinstance(projected, LowRankUpdate):
+            return compensated(projected, update)
+        return projected
+
+    def _energy_change(self, layer: int) -> Callable[[Update], float]:
+        """Relative change of the layer's hyperspherical energy by an update."""
+        weight, carried = self._editable.weight(layer), self._grams.carry(layer)
+        before = float(hyperspherical_energy(weight) if carried is None
+                       else energy_from_gram(carried.matrix, weight=weight))
+
+        def change(update: Update) -> float:
+            after = None
+            if carried is not None and isinstance(update, LowRankUpdate):
+                after = carried.after(weight, update)
+            if after is None:
+                precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
+                energy = float(hyperspherical_energy(precise + dense(update)))
+            else:
+                energy = float(energy_from_gram(after.matrix))
+            return energy / before - 1.0 if before else 0.0
+
+        return change
 
     def write(self, layer: int, update: Update) -> None:
         """Add a shaped update to its layer's weight."""
@@ -93,43 +127,35 @@ class Shaping:
             self._editable.set_weight(layer, original + change)
 
     def _space(self, layer: int) -> PrincipalSpace:
-        weight = self._editable.weight(layer)
-        if not self._prunes and self._hparams.principal_space == "current":
+        """The layer's principal space: of the weight as it stands, or of the original one."""
+        hparams, weight = self._hparams, self._editable.weight(layer)
+        if not self._prunes and hparams.principal_space == "current":
             gram = self._grams.get(layer)
+            if hparams.space_source != "weight" or hparams.gamma_rule == "knee":
+                return self._made_from(layer, weight)
             if gram is None:  # of a tall weight
-                return PrincipalSpace.from_weight(weight, self._hparams.gamma)
-            space = PrincipalSpace.from_gram(weight, gram, self._hparams.gamma, self._session.ranks.get(layer))
+                return PrincipalSpace.from_weight(weight, hparams.gamma)
+            space = PrincipalSpace.from_gram(weight, gram, hparams.gamma, self._session.ranks.get(layer))
             self._session.ranks[layer] = space.rank
             return space
-        kept = self._session.spaces.get(layer)
-        if kept is None or kept.gamma != self._hparams.gamma:
-            space = PrincipalSpace.from_weight(self._session.original[layer].to(weight.device), self._hparams.gamma)
+        # Told apart by all that makes it, since the session outlives the hyperparameters.
+        key = f"{layer} {hparams.space_source} {hparams.gamma_rule} {hparams.gamma!r}"
+        if key not in self._session.spaces:
+            space = self._made_from(layer, self._session.original[layer].to(weight.device))
             space.directions  # noqa: B018 - formed now, the space no longer refers to the weight
-            self._session.spaces[layer] = space
-        return self._session.spaces[layer]
+            self._session.spaces[key] = space
+        return self._session.spaces[key]
+
+    def _made_from(self, layer: int, weight: Tensor) -> PrincipalSpace:
+        hparams = self._hparams
+        if hparams.space_source != "weight":
+            width = self._editable.d_in(layer)
+            moment = load_moment(moment_path(self._editable, hparams, layer), width).to(weight.device)
+            return joint_space(weight if hparams.space_source == "both" else None, moment, hparams.gamma)
+        return knee_space(weight) if hparams.gamma_rule == "knee" else PrincipalSpace.from_weight(weight, hparams.gamma)
 
 
 def check_finite(layer: int, weight: Tensor) -> None:
     """Refuse a weight, or a change of one, that holds nan or infinity (ValueError)."""
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"the executor left non-finite values in layer {layer}: nothing was changed")
-
-
-def frobenius_norm(update: Update) -> float:
-    """``||dW||_F``; of factors by ``||R K^T||_F^2 = tr (R^T R)(K^T K)``, without the product of both."""
-    if not isinstance(update, LowRankUpdate):
-        return float(update.double().norm())
-    values, keys = update.values.double(), update.keys.double()
-    return math.sqrt(max(0.0, float(((values.T @ values) * (keys.T @ keys)).sum())))
-
-
-def random_directions(like: PrincipalSpace, seed: int, layer: int) -> Tensor:
-    """Orthonormal columns ``(d_in, r)`` that have nothing to do with the weight: as many as ``like`` has.
-
-    The same seed and layer give the same directions from batch to batch; a space of higher rank has those of a lower
-    one and some more.
-    """
-    drawn = np.random.default_rng([seed, layer]).standard_normal((like.rank, like.d_in))
-    basis, _ = torch.linalg.qr(torch.from_numpy(drawn).T)
-    columns: Tensor = basis
-    return columns.to(like.device, torch.float32)

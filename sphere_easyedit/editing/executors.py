@@ -222,7 +222,7 @@ def _solve_layer(editable: EditableModel, layer: int, keys: Tensor, residuals: T
     if adjusted is None:
         logger.warning("layer %d: solving densely in the space of %d inputs", layer, len(keys))
         adjusted = _plain_solve(editable, layer, keys, history, hparams, metric)
-    return LowRankUpdate(residuals.T.to(device), adjusted.float())
+    return LowRankUpdate(residuals.T.to(device), adjusted.float(), keys)
 
 
 def _plain_solve(editable: EditableModel, layer: int, keys: Tensor, history: KeyHistory, hparams: SPHEREHyperParams,

@@ -108,11 +108,18 @@ class GramMatrices(Mapping[int, Tensor]):
                         if layer in carried and carried[layer].matrix.device == editable.weight(layer).device}
 
     def __getitem__(self, layer: int) -> Tensor:
-        if layer not in self._layers:
+        found = self.carry(layer)
+        if found is None:
             raise KeyError(layer)
+        return found.matrix
+
+    def carry(self, layer: int) -> GramMatrix | None:
+        """G and what it was carried through, computed now if need be; None of a layer that none is offered of."""
+        if layer not in self._layers:
+            return None
         if layer not in self.carried:
             self.carried[layer] = GramMatrix.of(self._editable.weight(layer))
-        return self.carried[layer].matrix
+        return self.carried[layer]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._layers)

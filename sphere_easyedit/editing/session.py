@@ -42,7 +42,8 @@ class EditSession:
         unrestrained: PRUNE's weights that editing goes on from, on the CPU; else empty.
         history: earlier keys by layer.
         metrics: how keys are weighed, by layer; rebuilt when needed, not saved.
-        spaces: principal spaces of the original weights, by layer; rebuilt when needed, not saved.
+        spaces: principal spaces of the original weights, by layer and how they were made; rebuilt when needed, not
+            saved.
         ranks: of the last principal space, by layer: where the next one's is looked for first.
         grams: Gram matrices of the weights as the last batch left them, by layer, where one was asked for; rebuilt when
             needed, not saved.
@@ -63,7 +64,7 @@ class EditSession:
         self.unrestrained: dict[int, Tensor] = {}
         self.history: dict[int, KeyHistory] = {}
         self.metrics: dict[int, KeyMetric | None] = {}
-        self.spaces: dict[int, PrincipalSpace] = {}
+        self.spaces: dict[str, PrincipalSpace] = {}
         self.ranks: dict[int, int] = {}
         self.grams: dict[int, GramMatrix] = {}
         self.executor_caches: dict[str, Any] = {}

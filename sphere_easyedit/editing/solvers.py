@@ -43,10 +43,14 @@ _PROBES = 16
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """A weight change ``dW = values @ keys.T``, one column an edit: values ``(d_out, n)``, keys ``(d_in, n)``."""
+    """A weight change ``dW = values @ keys.T``, one column an edit: values ``(d_out, n)``, keys ``(d_in, n)``.
+
+    ``solved_for`` are the batch's own keys ``(d_in, n)``, where the update was solved for any.
+    """
 
     values: Tensor
     keys: Tensor
+    solved_for: Tensor | None = None
 
     def dense(self) -> Tensor:
         """The change ``(d_out, d_in)``."""

@@ -3,10 +3,10 @@
 =============  =======================================================  ============================================
 when           on what                                                  what it shows
 =============  =======================================================  ============================================
-``before``     all facts, in the unedited model                         what editing starts from
+``before``     all facts (or a seeded sample), in the unedited model    what editing starts from
 ``during``     all facts edited so far, or a seeded sample of them      forgetting
 ``last_batch`` the facts of the batch just edited                       what EasyEdit reports
-``after``      all facts, in the model after the last edit              what is left at the end
+``after``      the same facts, in the model after the last edit         what is left at the end
 =============  =======================================================  ============================================
 
 Scores of single cases go to ``scores/<when>-<num_edits>.jsonl``, a chunk at a time, so that a killed run measures again
@@ -74,6 +74,7 @@ class MeasureSettings:
     Attributes:
         protocols: by which metrics are computed; the first is the summary's.
         before, after: measure all facts in the unedited model, and after the last edit.
+        cases: at most so many facts then, drawn by ``seed``; None for all.
         every: measure the facts edited so far after the first batch with which so many edits have come; None never.
         sample: at most so many facts of those, drawn by ``seed``; None for all.
         last_batch: measure each batch's facts right after it.
@@ -89,6 +90,7 @@ class MeasureSettings:
     protocols: tuple[Protocol, ...] = ("paper",)
     before: bool = True
     after: bool = True
+    cases: int | None = None
     every: int | None = None
     sample: int | None = None
     last_batch: bool = False
@@ -101,8 +103,8 @@ class MeasureSettings:
     shared_before: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("every", self.every), ("sample", self.sample), ("text_tokens", self.text_tokens),
-                            ("abilities.every", self.abilities.every)):
+        for name, value in (("cases", self.cases), ("every", self.every), ("sample", self.sample),
+                            ("text_tokens", self.text_tokens), ("abilities.every", self.abilities.every)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: give 1 or more, or leave it out")
         if not self.protocols or len(set(self.protocols)) < len(self.protocols):
@@ -113,8 +115,8 @@ class MeasureSettings:
     def described(self) -> dict[str, Any]:
         """What decides about the numbers, as plain values for ``config.yaml``."""
         return {
-            "protocols": list(self.protocols), "before": self.before, "after": self.after, "every": self.every,
-            "sample": self.sample, "last_batch": self.last_batch, "seed": self.seed,
+            "protocols": list(self.protocols), "before": self.before, "after": self.after, "cases": self.cases,
+            "every": self.every, "sample": self.sample, "last_batch": self.last_batch, "seed": self.seed,
             "text": None if self.text is None else str(self.text), "text_tokens": self.text_tokens,
             "text_quality": self.text_quality,
             "references": None if self.references is None else str(self.references),
@@ -134,20 +136,24 @@ class Point:
 
 def points_after(num_edits: int, batch: int, total: int, settings: MeasureSettings) -> list[Point]:
     """What is due once a batch of so many edits has brought the model to ``num_edits`` of ``total``."""
-    points = []
     if num_edits == 0:
-        return [Point("before", 0, tuple(range(total)))] if settings.before else []
+        return [point_at(0, total, settings)] if settings.before else []
+    points = []
     if settings.last_batch:
         points.append(Point("last_batch", num_edits, tuple(range(num_edits - batch, num_edits))))
-    if num_edits == total and settings.after:
-        points.append(Point("after", total, tuple(range(total))))
-    elif passed(num_edits, batch, settings.every):
-        cases = np.arange(num_edits)
-        if settings.sample is not None and settings.sample < num_edits:
-            drawn = np.random.default_rng([settings.seed, num_edits]).choice(num_edits, settings.sample, replace=False)
-            cases = np.sort(drawn)
-        points.append(Point("during", num_edits, tuple(cases.tolist())))
+    if settings.after if num_edits == total else passed(num_edits, batch, settings.every):
+        points.append(point_at(num_edits, total, settings))
     return points
+
+
+def point_at(num_edits: int, total: int, settings: MeasureSettings) -> Point:
+    """The measurement of the model after so many edits: on all facts before and after, else on those edited so far."""
+    when = when_after(num_edits, total)
+    among, wanted = (num_edits, settings.sample) if when == "during" else (total, settings.cases)
+    if wanted is None or wanted >= among:
+        return Point(when, num_edits, tuple(range(among)))
+    drawn = np.random.default_rng([settings.seed, among]).choice(among, wanted, replace=False)
+    return Point(when, num_edits, tuple(np.sort(drawn).tolist()))
 
 
 def abilities_are_due(num_edits: int, batch: int, total: int, settings: AbilitySettings) -> bool:
@@ -177,7 +183,7 @@ class Measurer:
         progress: told how far a measurement is.
 
     Raises:
-        ValueError: the held-out text can't be read.
+        ValueError: the held-out text can't be read, or the protocols edit different facts.
     """
 
     def __init__(self, editable: EditableModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord],
@@ -272,7 +278,7 @@ class Measurer:
         if self._settings.shared_before is None:
             return None
         key = {"model": model_fingerprint(self._editable.model), "records": records_fingerprint(self._records),
-               "protocols": sorted(self._settings.protocols)}
+               "cases": [self._settings.cases, self._settings.seed], "protocols": sorted(self._settings.protocols)}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         return self._settings.shared_before / f"before-{digest}.jsonl"
 

@@ -44,6 +44,7 @@ from .measuring import (
     When,
     abilities_are_due,
     passed,
+    point_at,
     points_after,
     when_after,
 )
@@ -56,7 +57,7 @@ _PACKAGES = ("sphere-easyedit", "torch", "transformers", "numpy", "scipy", "safe
 # Entries of config.yaml's "run" that must be the same where a run is resumed: they decide about bits, or about which
 # numbers stand side by side.
 _FIXED: Final = ("records", "batch_size", "checkpoint_every", "follows")
-_FIXED_MEASURES: Final = ("protocols", "before", "sample", "seed", "text", "text_tokens", "references")
+_FIXED_MEASURES: Final = ("protocols", "before", "cases", "sample", "seed", "text", "text_tokens", "references")
 
 
 @dataclass(frozen=True)
@@ -278,11 +279,8 @@ class _Run:
         lines = run.lines(METRICS)
         before, after = self._continuations_before(), self._continuations()
         generations = list(zip(self._examples, before, after, strict=True))
-        scores = {point.when: self._measurer.scores(point)[measure.protocols[0]]
-                  for size, done in ((0, 0), (self._sizes[-1], total))
-                  for point in points_after(done, size, total, measure) if point.when in ("before", "after")}
-        if "after" in scores:
-            _write_cases(run, self._records, scores.get("before"), scores["after"], generations)
+        if measure.after:
+            self._write_cases(generations)
         by_protocol = {protocol: {"pre": _summary_line(lines, "before", protocol),
                                   "post": _summary_line(lines, "after", protocol)} for protocol in measure.protocols}
         summary = {
@@ -304,6 +302,25 @@ class _Run:
         run.write_json(EXAMPLES, {"before": before, "after": after})
         run.write_json(SUMMARY, summary)
         return RunResult(summary, tracker, generations)
+
+    def _write_cases(self, generations: Sequence[tuple[str, str, str]]) -> None:
+        measure, total = self._settings.measure, len(self._records)
+        after = point_at(total, total, measure)
+        post = self._measurer.scores(after)[measure.protocols[0]]
+        pre: Sequence[CaseScores | None] = [None] * len(post)
+        if measure.before:
+            pre = self._measurer.scores(point_at(0, total, measure))[measure.protocols[0]]
+        lines = []
+        for case, was, is_now in zip(after.cases, pre, post, strict=True):
+            record = self._records[case]
+            line: dict[str, Any] = {"case_id": record.case_id, "prompt": record.edit_prompt, "subject": record.subject,
+                                    "target_new": record.target_new, "target_true": record.target_true,
+                                    "pre": None if was is None else _scores(was), "post": _scores(is_now)}
+            if case < len(generations):
+                _, said, says = generations[case]
+                line["generations"] = {"before": said, "after": says}
+            lines.append(json.dumps(line))
+        self._run.write_text(CASES, "\n".join(lines) + "\n")
 
     def _continuations_before(self) -> list[str]:
         found: list[str] = self._run.read_json(EXAMPLES)["before"]
@@ -356,20 +373,6 @@ def _summary_line(lines: Sequence[Mapping[str, Any]], when: When, protocol: Prot
 
 def _watched(lines: Sequence[Mapping[str, Any]], when: When) -> dict[str, Any] | None:
     return next((line["watched"] for line in lines if line["when"] == when and "watched" in line), None)
-
-
-def _write_cases(run: RunDirectory, records: Sequence[EditRecord], pre: Sequence[CaseScores] | None,
-                 post: Sequence[CaseScores], generations: Sequence[tuple[str, str, str]]) -> None:
-    lines = []
-    for index, (record, is_now) in enumerate(zip(records, post, strict=True)):
-        line: dict[str, Any] = {"case_id": record.case_id, "prompt": record.edit_prompt, "subject": record.subject,
-                                "target_new": record.target_new, "target_true": record.target_true,
-                                "pre": None if pre is None else _scores(pre[index]), "post": _scores(is_now)}
-        if index < len(generations):
-            _, before, after = generations[index]
-            line["generations"] = {"before": before, "after": after}
-        lines.append(json.dumps(line))
-    run.write_text(CASES, "\n".join(lines) + "\n")
 
 
 def _scores(scores: CaseScores) -> dict[str, float | None]:

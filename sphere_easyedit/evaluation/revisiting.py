@@ -1,0 +1,89 @@
+"""Measuring a run again from weights that it kept: other protocols, other facts, general abilities."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..editing.session import EditSession
+from ..hparams import SPHEREHyperParams
+from .checkpoints import put_weights
+from .datasets import EditRecord, load_records, records_fingerprint, with_protocol_targets
+from .measuring import Measurer, MeasureSettings, Progress, point_at, when_after
+from .run_directory import METRICS, RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+class EditedRun:
+    """A run's facts and hyperparameters, read from its directory.
+
+    Args:
+        path: the run directory.
+
+    Attributes:
+        hparams: as the run resolved them.
+        records: its facts, in the order of editing.
+
+    Raises:
+        ValueError: the directory holds no run, or its data set has changed since.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.directory = RunDirectory(path)
+        config = self.directory.read_config()
+        try:
+            self.hparams = SPHEREHyperParams.from_dict(config["hparams"])
+            self.records = _records(config["run"])
+            fingerprint = config["run"]["records"]
+        except KeyError as error:
+            raise ValueError(f"{path} holds no run that can be measured again: config.yaml lacks {error}") from error
+        if records_fingerprint(self.records) != fingerprint:
+            raise ValueError(f"the facts of {path} are not in its data set any more: {config['run']['data']} has "
+                             "changed since")
+
+    def measure(self, model: nn.Module, tok: PreTrainedTokenizerBase, at: Sequence[int], settings: MeasureSettings,
+                progress: Progress | None = None) -> list[dict[str, Any]]:
+        """Measure the model after so many edits, and add the lines to ``metrics.jsonl`` that are not there.
+
+        Args:
+            model: the model that the run edited, just loaded; left with the weights of the last measurement.
+            tok: its tokenizer.
+            at: numbers of edits whose weights were kept, or 0 for the unedited model.
+            settings: what to measure. With ``before`` and ``after`` off facts are left alone, and general abilities
+                measured alone.
+            progress: told how far a measurement is.
+
+        Returns:
+            The lines at these numbers of edits, those included that were there before.
+
+        Raises:
+            ValueError: weights were not kept, or are of another model.
+        """
+        editable = self.hparams.editable(model)
+        EditSession.of(model).bind(editable, self.hparams)  # takes note of the original weights
+        measurer = Measurer(editable, tok, self.records, settings, self.directory, progress or (lambda *_: None))
+        total = len(self.records)
+        with self.directory.locked():
+            for num_edits in at:
+                if num_edits:
+                    put_weights(editable, self.directory.checkpoints, num_edits)
+                elif list(at).index(0):
+                    raise ValueError("the unedited model comes first: give 0 in front of other numbers of edits")
+                if settings.before or settings.after:
+                    measurer.measure(point_at(num_edits, total, settings))
+                if settings.abilities.tasks:
+                    measurer.measure_abilities(when_after(num_edits, total), num_edits)
+        return [line for line in self.directory.lines(METRICS) if line["num_edits"] in set(at)]
+
+
+def _records(run: dict[str, Any]) -> list[EditRecord]:
+    data = None if run["data"] is None else Path(run["data"])
+    drawn = load_records(run["dataset"], data, run["num_edits"], run["seed"], order_seed=run.get("order_seed"),
+                         skip=run.get("skip", 0))
+    return with_protocol_targets(drawn, run["protocol"])

@@ -1,0 +1,196 @@
+"""Controls and variants of the suppression: what they promise, on tensors and within an edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REQUESTS, edited_weights, relative_error, tiny_hparams, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+import sphere_easyedit as sphere
+from sphere_easyedit.editing.solvers import LowRankUpdate
+from sphere_easyedit.suppression import (
+    compensated,
+    frobenius_norm,
+    joint_space,
+    knee,
+    knee_space,
+    random_directions,
+    scaled,
+    suppressed,
+    within_budget,
+)
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def update_of(seed: int, d_out: int = 10, d_in: int = 16, edits: int = 3) -> LowRankUpdate:
+    return LowRankUpdate(drawn(seed, d_out, edits), drawn(seed + 1, d_in, edits), drawn(seed + 2, d_in, edits))
+
+
+@given(SEEDS)
+@settings(max_examples=25, deadline=None)
+def test_norm_of_factors_is_that_of_their_product(seed: int) -> None:
+    update = update_of(seed)
+    assert frobenius_norm(update) == pytest.approx(float(update.dense().norm()), rel=1e-9)
+    assert frobenius_norm(update.dense()) == pytest.approx(frobenius_norm(update), rel=1e-9)
+    assert relative_error(scaled(update, 0.3).dense(), 0.3 * update.dense()) < 1e-12
+
+
+def test_random_directions_are_orthonormal_nested_and_of_the_seed() -> None:
+    weight = drawn(0, 12, 20).float()
+    wide, thin = (sphere.PrincipalSpace.from_weight(weight, gamma) for gamma in (0.8, 0.3))
+    directions = random_directions(wide, 5, 2)
+    assert directions.shape == (20, wide.rank)
+    assert relative_error(directions.T @ directions, torch.eye(wide.rank)) < 1e-5
+    assert torch.allclose(random_directions(thin, 5, 2), directions[:, : thin.rank], atol=1e-6)
+    assert not torch.allclose(random_directions(wide, 6, 2), directions)
+    assert not torch.allclose(random_directions(wide, 5, 3), directions)
+
+
+@pytest.mark.parametrize(("spectrum", "expected"), [
+    ([8.0, 7.0, 1.0, 0.9, 0.8], 2), ([5.0, 0.1, 0.1, 0.1], 1), ([4.0, 3.0, 2.0, 1.0], 1), ([1.0, 1.0, 1.0], 1), ([2.0], 1),
+    ([9.0, 8.5, 8.0, 0.2, 0.1, 0.1, 0.1], 3),
+])
+def test_knee(spectrum: list[float], expected: int) -> None:
+    assert knee(torch.tensor(spectrum)) == expected
+
+
+def test_knee_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        knee(torch.zeros(0))
+
+
+def test_knee_space_takes_the_leading_directions() -> None:
+    # Rows that share two directions, and little besides.
+    weight = drawn(1, 12, 2) @ drawn(2, 2, 20) + 0.05 * drawn(3, 12, 20)
+    space = knee_space(weight)
+    assert space.rank == 2
+    whole = sphere.PrincipalSpace.from_weight(weight, 1.0)
+    assert space.gamma == pytest.approx(float(whole.spectrum[:2].sum() / whole.spectrum.sum()))
+    assert relative_error(space.directions.abs(), whole.directions[:, :2].abs()) < 1e-5
+
+
+@given(SEEDS, st.floats(0.05, 0.95))
+@settings(max_examples=25, deadline=None)
+def test_joint_space_against_plain_eigenvectors(seed: int, gamma: float) -> None:
+    weight, keys = drawn(seed, 10, 8), drawn(seed + 1, 30, 8)
+    moment = keys.T @ keys / 30
+    unit = weight / weight.norm(dim=1, keepdim=True)
+    for source, total in ((None, moment / moment.trace()), (weight, moment / moment.trace() + unit.T @ unit / 10)):
+        space = joint_space(source, moment, gamma)
+        values = torch.linalg.eigvalsh(total).flip(0)
+        passing = int((values.cumsum(0) / values.sum() <= gamma).sum()) + 1
+        assert space.rank == passing
+        inside = space.directions.double().T @ total @ space.directions.double()
+        assert float(inside.trace()) == pytest.approx(float(values[:passing].sum()), rel=1e-5)
+
+
+@given(SEEDS, st.floats(0.0, 1.0))
+@settings(max_examples=25, deadline=None)
+def test_compensation_restores_what_the_batch_was_solved_for(seed: int, alpha: float) -> None:
+    update = update_of(seed)
+    space = sphere.PrincipalSpace.from_weight(drawn(seed + 3, 10, 16), 0.3)
+    projected = suppressed(update, space, alpha)
+    assert isinstance(projected, LowRankUpdate)
+    repaired = compensated(projected, update)
+    assert update.solved_for is not None
+    wanted = update.dense() @ update.solved_for
+    if float((repaired.values - update.values).norm()) < 9.9 * float(update.values.norm()):  # not held back
+        assert relative_error(repaired.dense() @ update.solved_for, wanted) < 1e-6
+    # What was taken out stays out: the row space is the projected one.
+    assert torch.equal(repaired.keys, projected.keys)
+    assert float((repaired.values - update.values).norm()) <= 10.01 * float(update.values.norm())
+
+
+def test_compensation_needs_the_keys() -> None:
+    update = LowRankUpdate(torch.ones(2, 1), torch.ones(3, 1))
+    with pytest.raises(ValueError, match="solved for"):
+        compensated(update, update)
+
+
+@given(SEEDS, st.floats(1e-4, 0.5), st.floats(0.0, 0.9))
+@settings(max_examples=25, deadline=None)
+def test_a_budget_is_kept_with_the_least_strength(seed: int, budget: float, alpha: float) -> None:
+    weight, update = drawn(seed, 10, 16), update_of(seed + 7)
+    space = sphere.PrincipalSpace.from_weight(weight, 0.5)
+    energy = float(sphere.hyperspherical_energy(weight))
+
+    def change(candidate: Any) -> float:
+        dense = candidate.dense() if isinstance(candidate, LowRankUpdate) else candidate
+        return float(sphere.hyperspherical_energy(weight + dense)) / energy - 1.0
+
+    found, strength = within_budget(change, update, space, alpha, budget)
+    assert abs(change(found)) <= budget
+    assert alpha <= strength <= 1.0
+    if abs(change(suppressed(update, space, alpha))) <= budget:
+        assert strength == alpha
+        assert relative_error(found.dense(), suppressed(update, space, alpha).dense()) == 0.0
+
+
+def edit(tmp_path: Path, tok: PreTrainedTokenizerBase, **changes: Any) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Weight changes of one batch, and the weights before it."""
+    model = tiny_model("llama")
+    hparams = tiny_hparams(tmp_path, v_num_grad_steps=4, projection_stage="update", **changes)
+    before = edited_weights(model, hparams)
+    sphere.apply_sphere_to_model(model, tok, REQUESTS, hparams)
+    return {layer: weight - before[layer] for layer, weight in edited_weights(model, hparams).items()}, before
+
+
+@pytest.mark.parametrize("base_alg", ["AlphaEdit", "MEMIT", "RECT"])
+def test_controls_within_an_edit(tmp_path: Path, tok: PreTrainedTokenizerBase, base_alg: str) -> None:
+    plain, before = edit(tmp_path, tok, base_alg=base_alg, alpha=0.0)
+    projected, _ = edit(tmp_path, tok, base_alg=base_alg, alpha=0.8)
+    shrunk, _ = edit(tmp_path, tok, base_alg=base_alg, alpha=0.8, suppression="shrink")
+    random, _ = edit(tmp_path, tok, base_alg=base_alg, alpha=0.8, suppression="random")
+    for layer, change in plain.items():
+        assert float(shrunk[layer].norm()) == pytest.approx(float(projected[layer].norm()), rel=1e-3)
+        cosine = (shrunk[layer] * change).sum() / (shrunk[layer].norm() * change.norm())
+        assert float(cosine) == pytest.approx(1.0, abs=1e-4)
+        directions = random_directions(sphere.PrincipalSpace.from_weight(before[layer], 0.5), 0, layer)
+        assert relative_error(random[layer], change - 0.8 * change @ directions @ directions.T) < 1e-3
+        assert relative_error(random[layer], projected[layer]) > 0.05
+
+
+@pytest.mark.parametrize("variant", [
+    {"gamma_rule": "knee"}, {"space_source": "keys"}, {"space_source": "both"}, {"compensate": True},
+    {"energy_budget": 1e-6}, {"gamma_rule": "knee", "principal_space": "pretrained"},
+], ids=str)
+def test_variants_within_an_edit(tmp_path: Path, tok: PreTrainedTokenizerBase, variant: dict[str, Any]) -> None:
+    paper, before = edit(tmp_path, tok, base_alg="MEMIT")
+    varied, _ = edit(tmp_path, tok, base_alg="MEMIT", **variant)
+    for layer, change in varied.items():
+        assert bool(torch.isfinite(change).all())
+        assert relative_error(change, paper[layer]) > 1e-3
+        if "energy_budget" in variant:
+            drift = sphere.hyperspherical_energy(before[layer] + change) / sphere.hyperspherical_energy(before[layer])
+            assert abs(float(drift) - 1) < 1.1e-6
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"base_alg": "RECT", "compensate": True}, "compensate"),
+    ({"base_alg": "PRUNE", "energy_budget": 0.1}, "energy_budget"),
+    ({"base_alg": "MEMIT", "suppression": "shrink", "compensate": True}, "shrink"),
+    ({"base_alg": "MEMIT", "space_source": "keys", "gamma_rule": "knee"}, "knee"),
+    ({"base_alg": "MEMIT", "energy_budget": 0}, "energy_budget"),
+    ({"base_alg": "MEMIT", "suppression": "none"}, "suppression"),
+    ({"base_alg": "ROME", "executor": "easyedit", "space_source": "both"}, "space_source"),
+])
+def test_variants_that_do_not_go_together_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_hparams(tmp_path, **changes)
+
+
+def test_spanned_by_refuses_what_is_not_orthonormal() -> None:
+    with pytest.raises(ValueError, match="orthonormal"):
+        sphere.PrincipalSpace.spanned_by(torch.ones(4, 2), 0.5)
