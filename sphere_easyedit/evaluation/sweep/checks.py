@@ -1,0 +1,93 @@
+"""Checks of what stands in a sweep's file; each raises ValueError with the place, the value and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file that names no key twice, at any depth."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = yaml.safe_load(text)
+        _refuse_repetition(path, yaml.compose(text, Loader=yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a sweep is a YAML mapping with `methods` or `runs`, found {content!r:.60}")
+    return content
+
+
+def _refuse_repetition(path: Path, node: yaml.Node | None) -> None:
+    """YAML would silently keep the last of two keys."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ValueError(f"{path}, line {key.start_mark.line + 1}: {key.value} is given twice: remove one")
+                seen.add(key.value)
+            _refuse_repetition(path, value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_repetition(path, value)
+
+
+def check_keys(mapping: Mapping[Any, Any], known: Collection[str], where: str) -> None:
+    """Refuse a key that is not known."""
+    for key in mapping:
+        if key not in known:
+            raise ValueError(f"{where} knows no {key!r}{hint(str(key), known)}")
+
+
+def refuse_both(one: Iterable[str], other: Collection[str], where: str, there: str) -> None:
+    """Refuse a name that stands in two places."""
+    if both := [name for name in one if name in other]:
+        raise ValueError(f"{both[0]} is given under both {where} and {there}: remove one")
+
+
+def hint(name: str, known: Collection[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all."""
+    by_lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f": did you mean {by_lower[near[0]]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+def as_mapping(value: Any, where: str) -> Mapping[Any, Any]:
+    """A mapping; empty for None."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be a mapping of names to values, not {value!r:.60}")
+    return value
+
+
+def as_text(value: Any, where: str) -> str:
+    """A text that is not blank."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where} must be given as a text, not {value!r:.60}")
+    return value
+
+
+def as_whole(value: Any, where: str, least: int) -> int:
+    """A whole number from ``least`` on."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{where} is {value!r:.60}: give a whole number of at least {least}")
+    return value
+
+
+def as_flag(value: Any, where: str) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{where} is {value!r:.60}: give true or false")
+    return value
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list as it is, anything else as a list of one."""
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,176 @@
+"""From groups of runs, which differ by axes, to the runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from ...hparams import SPHEREHyperParams
+from .checks import as_list, as_whole, check_keys
+from .names import compose, is_name
+from .record import SPHERE_ONLY, Run
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one method that share all but seeds and axes.
+
+    Attributes:
+        where: in the file, for errors.
+        name: given in place of the one that is made up.
+        settings: a run that the axes change; its name, seed and hyperparameters are still to be filled in.
+        own: hyperparameters of the method with its file and ``set`` as they are, which a made-up name leaves out.
+        told: further settings that a made-up name must tell, as they differ from the top of the file.
+        follow: arm whose runs these follow, or None.
+        gamma, alpha: (None,) for ``own``.
+        axes: further hyperparameters with their values.
+    """
+
+    where: str
+    name: str | None
+    settings: Run
+    own: SPHEREHyperParams
+    told: Mapping[str, Any]
+    follow: str | None
+    seeds: tuple[int, ...]
+    sphere: tuple[bool, ...]
+    gamma: tuple[Any, ...]
+    alpha: tuple[Any, ...]
+    axes: Mapping[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The runs of a group that differ by seed alone.
+
+    Attributes:
+        changes: hyperparameters on top of the group's.
+        point: method, sphere, gamma, alpha and axes as far as they play a part, by which ``without`` chooses.
+    """
+
+    group: Group
+    sphere: bool
+    changes: Mapping[str, Any]
+    point: Mapping[str, Any]
+    seeds: tuple[int, ...]
+
+
+def arms_of(group: Group) -> Iterator[Arm]:
+    """Arms in the order of the axes, the last one changing fastest. Without SPHERE its own axes are one point."""
+    general = {name: values for name, values in group.axes.items() if name not in SPHERE_ONLY}
+    special = {name: values for name, values in group.axes.items() if name in SPHERE_ONLY}
+    special = {"gamma": group.gamma, "alpha": group.alpha, **special}
+    for values in product(*general.values()):
+        common = dict(zip(general, values, strict=True))
+        for sphere in group.sphere:
+            for of_sphere in product(*special.values()) if sphere else [()]:
+                changes = {**common, **(dict(zip(special, of_sphere, strict=True)) if sphere else {"alpha": 0})}
+                own = {name: getattr(group.own, name) for name in ("gamma", "alpha") if changes.get(name, 0) is None}
+                point = {"method": group.settings.method, "sphere": sphere, **changes, **own}
+                changes = {name: value for name, value in changes.items() if name not in own}
+                yield Arm(group, sphere, changes, point, group.seeds)
+
+
+def without(arms: list[Arm], exclude: Any, axes: Iterable[str]) -> list[Arm]:
+    """``arms`` without the runs that entries of ``exclude`` describe, each by a value or a list of them for every name.
+
+    Raises:
+        ValueError: ``exclude`` is no list of mappings, names something unknown, or an entry describes no run.
+    """
+    if not isinstance(exclude, list) or not all(isinstance(entry, Mapping) and entry for entry in exclude):
+        raise ValueError("exclude must be a list of mappings such as {method: MEMIT, gamma: 0.3}, not "
+                         f"{exclude!r:.60}")
+    for index, entry in enumerate(exclude):
+        check_keys(entry, ("method", "sphere", "seed", "gamma", "alpha", *axes), f"exclude[{index}]")
+        wanted = {name: as_list(value) for name, value in entry.items() if name != "seed"}
+        seeds = [as_whole(seed, f"exclude[{index}].seed", 0) for seed in as_list(entry.get("seed", []))]
+        kept, matched = [], False
+        for arm in arms:
+            left = arm.seeds
+            if all(name in arm.point and arm.point[name] in values for name, values in wanted.items()):
+                left = tuple(seed for seed in arm.seeds if "seed" in entry and seed not in seeds)
+            matched |= left != arm.seeds
+            kept += [replace(arm, seeds=left)] if left else []
+        if not matched:
+            raise ValueError(f"exclude[{index}] {dict(entry)!r} describes no run of the grid: correct or remove it")
+        arms = kept
+    return arms
+
+
+def runs_of(arms: Sequence[Arm], seeds_outermost: bool) -> list[Run]:
+    """The arms' runs with their hyperparameters, checked, and their names.
+
+    Raises:
+        FileNotFoundError: there is no such hyperparameter file.
+        ValueError: hyperparameters are wrong, two runs are the same or have the same name, or a name is impossible.
+    """
+    runs = [run for arm in arms for run in _runs(arm)]
+    if seeds_outermost:
+        order = list(dict.fromkeys(run.seed for run in runs))
+        runs.sort(key=lambda run: order.index(run.seed))
+    _refuse_duplicates(runs)
+    return _followable(runs)
+
+
+def resolve(hparams: str, changes: Mapping[str, Any], where: str) -> SPHEREHyperParams:
+    """Hyperparameters of a file with changes, as ``edit`` makes them of ``--hparams`` and ``--set``."""
+    loaded = SPHEREHyperParams.from_hparams(hparams)
+    try:
+        return SPHEREHyperParams.from_dict({**loaded.to_dict(), **changes})
+    except ValueError as error:
+        raise ValueError(f"{where} ({hparams} with {dict(changes)!r}): {error}") from error
+
+
+def _runs(arm: Arm) -> Iterator[Run]:
+    group = arm.group
+    given = {**group.settings.set, **arm.changes}
+    resolved = resolve(group.settings.hparams, given, group.where)
+    if arm.sphere and not resolved.projects:
+        raise ValueError(f"{group.where}: gamma {resolved.gamma:g} with alpha {resolved.alpha:g} projects nothing, "
+                         "which is `sphere: false`: give both above 0")
+    run = replace(group.settings, sphere=arm.sphere, set=given, hyperparameters=resolved.to_dict())
+    name = _made_up(run, group, resolved) if group.name is None else group.name
+    for seed in arm.seeds:
+        follows = None if group.follow is None else f"{group.follow}-seed{seed}"
+        yield replace(run, name=f"{name}-seed{seed}", arm=name, seed=seed, follows=follows)
+
+
+def _made_up(run: Run, group: Group, resolved: SPHEREHyperParams) -> str:
+    head = [run.method, "plain"]
+    if run.sphere:
+        head[1:] = ["sphere", f"gamma{resolved.gamma:g}", f"alpha{resolved.alpha:g}"]
+    others = [name for name in run.set if name not in (("gamma", "alpha") if run.sphere else SPHERE_ONLY)]
+    told = {name: run.value(name) for name in others if run.value(name) != getattr(group.own, name, None)}
+    return compose(head, {**group.told, **told})
+
+
+def _followable(runs: Sequence[Run]) -> list[Run]:
+    """The runs, those that others follow with the weights of each batch kept."""
+    followed = {run.follows for run in runs if run.follows is not None}
+    leaders = {run.name: run for run in runs if run.follows is None}
+    for run in runs:
+        if run.follows is not None and run.follows not in leaders:
+            raise ValueError(f"{run.name} follows {run.follows}, which is no run of this sweep that edits by itself: "
+                             f"name the arm (a run without its seed) of one of {', '.join(leaders) or 'none'}")
+    return [replace(run, edit={"keep-weights-every": run.batch_size, **run.edit}) if run.name in followed else run
+            for run in runs]
+
+
+def _refuse_duplicates(runs: Sequence[Run]) -> None:
+    arms: dict[str, str] = {}
+    contents: dict[str, Run] = {}
+    for run in runs:
+        content = json.dumps([run.playing(), run.dataset, run.data, run.num_edits, run.batch_size, run.edit],
+                             sort_keys=True, default=repr)
+        other = contents.setdefault(f"{run.seed} {content}", run)
+        if other is not run:
+            raise ValueError(f"the runs {other.name} and {run.name} are the same: give each value of an axis once, and "
+                             "to an entry of `runs` that is meant with SPHERE alone `sphere: true`")
+        if arms.setdefault(run.arm.casefold(), content) != content:  # directories' names may ignore case
+            raise ValueError(f"two runs that differ would be called {run.arm}: list one of them under `runs` with a "
+                             "`name` of its own")
+        if not is_name(run.arm):
+            raise ValueError(f"runs can't be called {run.arm!r}: list them under `runs` with a `name`")

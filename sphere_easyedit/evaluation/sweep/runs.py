@@ -1,0 +1,301 @@
+"""Running a sweep: one process a run, so many at a time, each going on where it was interrupted."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, Literal
+
+import yaml
+
+from .record import Run, Sweep, check_only_added, read_record, write_record
+
+logger = logging.getLogger(__name__)
+
+LOCK: Final = "sweep.lock"
+PROGRAM: Final = (sys.executable, "-m", "sphere_easyedit", "edit")
+_POLL_SECONDS: Final = 0.1
+_TAIL_LINES: Final = 20
+_TAIL_BYTES: Final = 8192
+
+Status = Literal["present", "started", "finished", "failed"]
+Progress = Callable[[str, Status, int, int], None]  # (run's name, what happened to it, runs settled, runs in all)
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a run ended.
+
+    Attributes:
+        status: ``present``: it was finished already; else ``finished`` or ``failed``.
+        returncode: exit status of its process, negative for a signal's number; None if it was not started.
+        seconds: that the process took; 0 if it was not started.
+        log: what it said, this time and before.
+        tail: of a failed run, the log's last lines.
+    """
+
+    name: str
+    status: Status
+    returncode: int | None
+    seconds: float
+    log: Path
+    tail: str = ""
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Outcomes in the sweep's order."""
+
+    outcomes: tuple[RunOutcome, ...]
+
+    @property
+    def failed(self) -> tuple[RunOutcome, ...]:
+        """Those that failed; ``run_sweep`` tries them again."""
+        return tuple(outcome for outcome in self.outcomes if outcome.status == "failed")
+
+
+def run_sweep(sweep: Sweep, output: str | Path, jobs: int = 1, progress: Progress | None = None,
+              program: Sequence[str] = PROGRAM, grace_seconds: float = 10.0) -> SweepResult:
+    """Run what of the sweep is not finished; run directories and logs are ``output/NAME`` and ``output/NAME.log``.
+
+    A run is finished when its ``summary.json`` is there. A failed one does not stop the others. Each process gets
+    ``OMP_NUM_THREADS``, its share of the cores, unless that is set. On SIGINT, SIGTERM and SIGHUP, and on any error,
+    the processes are ended; called again, the sweep goes on.
+
+    Args:
+        sweep: of ``load_sweep``. A folder's sweep may only grow.
+        output: the sweep's folder.
+        jobs: processes at a time.
+        progress: told of each run.
+        program: what is run, in front of a run's arguments.
+        grace_seconds: that processes have between SIGTERM and SIGKILL.
+
+    Raises:
+        ValueError: ``jobs`` is below 1, a data file is not there, ``output`` belongs to a sweep with other runs or
+            settings, has a finished run made with other settings, or is in use by another sweep. Nothing was started.
+        KeyboardInterrupt: after SIGINT.
+        SystemExit: after SIGTERM or SIGHUP, with 128 and the signal's number.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs is {jobs}: give 1 or more")
+    output = Path(output)
+    for run in sweep.runs:
+        if run.data is not None and not Path(run.data).is_file():
+            raise ValueError(f"run {run.name}: its data {run.data} is no file (looked for {Path(run.data).absolute()}):"
+                             " correct `data`, which is relative to the working directory")
+    with _locked(output) as lock:
+        recorded = read_record(output)
+        if recorded is not None:
+            check_only_added(sweep, recorded, output)
+        present = {run.name for run in sweep.runs if _is_finished(run, output / run.name)}
+        write_record(sweep, output)
+        waiting = [run for run in sweep.runs if run.name not in present]
+        threads = max(1, _cores() // max(1, min(jobs, len(waiting))))
+        processes = _Processes(output, tuple(program), threads, lock)
+        outcomes: dict[str, RunOutcome] = {}
+
+        def tell(name: str, status: Status) -> None:
+            if progress is not None:
+                progress(name, status, len(outcomes), len(sweep.runs))
+
+        for name in (run.name for run in sweep.runs if run.name in present):
+            outcomes[name] = RunOutcome(name, "present", None, 0.0, processes.log(name))
+            tell(name, "present")
+        with _Ending() as ending:
+            try:
+                while (waiting or processes.running) and ending.signal is None:
+                    for run in _startable(waiting, outcomes, jobs - len(processes.running)):
+                        waiting.remove(run)
+                        processes.start(run)
+                        tell(run.name, "started")
+                    for outcome in [*processes.ended(), *_hopeless(waiting, outcomes, processes)]:
+                        outcomes[outcome.name] = outcome
+                        tell(outcome.name, outcome.status)
+                    waiting = [run for run in waiting if run.name not in outcomes]
+                    time.sleep(_POLL_SECONDS)
+            finally:
+                processes.end(grace_seconds)
+    return SweepResult(tuple(outcomes[run.name] for run in sweep.runs))
+
+
+def _startable(waiting: Sequence[Run], outcomes: Mapping[str, RunOutcome], at_most: int) -> list[Run]:
+    """Those next in order whose leaders, if they follow others, came to their end."""
+    done = {name for name, outcome in outcomes.items() if outcome.status != "failed"}
+    return [run for run in waiting if run.follows is None or run.follows in done][:at_most]
+
+
+def _hopeless(waiting: Sequence[Run], outcomes: Mapping[str, RunOutcome], processes: _Processes) -> list[RunOutcome]:
+    """Outcomes of those whose leaders failed."""
+    failed = {name for name, outcome in outcomes.items() if outcome.status == "failed"}
+    return [RunOutcome(run.name, "failed", None, 0.0, processes.log(run.name),
+                       f"not started, as {run.follows}, which it follows, failed")
+            for run in waiting if run.follows in failed]
+
+
+@dataclass(frozen=True)
+class _Child:
+    run: Run
+    process: subprocess.Popen[bytes]
+    started: float
+
+    def signal(self, number: signal.Signals) -> None:
+        """To the process and all that it started."""
+        if self.process.returncode is None:  # else its number may be another process's by now
+            with suppress(ProcessLookupError, PermissionError):  # it just ended; macOS says the latter of a zombie
+                os.killpg(self.process.pid, number)
+
+
+class _Processes:
+    """The processes that run, each with its log."""
+
+    def __init__(self, output: Path, program: tuple[str, ...], threads: int, lock: int) -> None:
+        self.running: list[_Child] = []
+        self._output, self._program, self._lock = output, program, lock
+        self._environment = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **os.environ}
+
+    def log(self, name: str) -> Path:
+        return self._output / f"{name}.log"
+
+    def start(self, run: Run) -> None:
+        command = [*self._program, *run.arguments(self._output / run.name)]
+        with self.log(run.name).open("ab") as log:
+            log.write(f"# {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z} {shlex.join(command)}\n".encode())
+            log.flush()
+            # A session of its own, so that it is ended with all that it started, and by us alone. The lock goes along:
+            # it holds until the last process that has it ends, were this one killed before its children.
+            process = subprocess.Popen(command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                       start_new_session=True, pass_fds=(self._lock,))
+        self.running.append(_Child(run, process, time.monotonic()))
+
+    def ended(self) -> list[RunOutcome]:
+        """Outcomes of those that ended since the last call."""
+        ended = [child for child in self.running if child.process.poll() is not None]
+        self.running = [child for child in self.running if child not in ended]
+        return [self._outcome(child) for child in ended]
+
+    def _outcome(self, child: _Child) -> RunOutcome:
+        name, returncode, log = child.run.name, child.process.returncode, self.log(child.run.name)
+        seconds = time.monotonic() - child.started
+        if returncode == 0 and _summary(self._output / name) is not None:
+            return RunOutcome(name, "finished", returncode, seconds, log)
+        if returncode == 0:
+            logger.warning("%s ended without an error, but also without summary.json", name)
+        return RunOutcome(name, "failed", returncode, seconds, log, _tail(log))
+
+    def end(self, grace_seconds: float) -> None:
+        """End all, and wait for them."""
+        for child in self.running:
+            child.signal(signal.SIGTERM)
+        deadline = time.monotonic() + grace_seconds
+        for child in self.running:
+            try:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                logger.warning("%s did not end within %g s and is killed", child.run.name, grace_seconds)
+                child.signal(signal.SIGKILL)
+                child.process.wait()
+
+
+class _Ending:
+    """Notes the signals that ask this process to end; raises what they mean once the block is left.
+
+    Not in the middle of whatever runs, where a process just started would be forgotten. Signals that were ignored
+    (nohup) stay so. Outside the main thread signals can't be caught and are not.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Ending:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal is not None:
+            raise SystemExit(128 + self.signal)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[int]:
+    """The folder for one sweep alone, as long as the context or any process that was given the descriptor lives."""
+    output.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 32).decode(errors="replace").strip()
+            raise ValueError(f"{output} is in use by the sweep of process {owner}, or by runs that it left behind when "
+                             "it was killed: wait for them or end them") from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _is_finished(run: Run, folder: Path) -> bool:
+    """Whether the run is done; refuses one that was done with other settings, by whomever."""
+    summary = _summary(folder)
+    if summary is None:
+        return False
+    remedy = f"{folder} holds a finished run of other settings; remove it, or give another folder"
+    if run.num_edits is not None and summary.get("num_edits", run.num_edits) != run.num_edits:
+        raise ValueError(f"run {run.name}: num_edits was {summary['num_edits']} and is {run.num_edits} now: {remedy}")
+    config = folder / "config.yaml"
+    written = yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else None
+    described = written if isinstance(written, dict) else {}
+    for name, was in (described.get("run") or {}).items():
+        if name in ("dataset", "data", "seed", "batch_size") and was != getattr(run, name):
+            raise ValueError(f"run {run.name}: {name} was {was!r} and is {getattr(run, name)!r} now: {remedy}")
+    if (change := run.change_from(described.get("hparams") or {})) is not None:
+        raise ValueError(f"run {run.name}: {change}: {remedy}")
+    return True
+
+
+def _summary(folder: Path) -> dict[str, Any] | None:
+    path = folder / "summary.json"
+    if not path.exists():
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return summary if isinstance(summary, dict) else None
+
+
+def _tail(log: Path) -> str:
+    with log.open("rb") as stream:
+        stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, stream.tell() - _TAIL_BYTES))
+        text = stream.read().decode(errors="replace")
+    return "\n".join(text.splitlines()[-_TAIL_LINES:])
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,283 @@
+"""A sweep's processes, with a program in place of the real one that does what its option says."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sphere_easyedit.evaluation.sweep import Run, Sweep, run_sweep
+from sphere_easyedit.evaluation.sweep.record import RECORD
+
+# Each call is a line of calls.jsonl; --stub says what happens.
+PROGRAM = '''
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+arguments = sys.argv[1:]
+folder = Path(arguments[arguments.index("--output") + 1])
+stub = ([one.partition("=")[2] for one in arguments if one.startswith("--stub=")] or ["finish"])[0]
+calls = folder.parent / "calls.jsonl"
+def note(what):
+    with calls.open("a") as stream:
+        stream.write(json.dumps({"name": folder.name, "what": what, "at": time.monotonic(), "pid": os.getpid(),
+                                 "threads": os.environ["OMP_NUM_THREADS"], "arguments": arguments}) + "\\n")
+folder.mkdir(exist_ok=True)
+if stub == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+note("started")
+print("hello from", folder.name, flush=True)
+if stub in ("hang", "stubborn") or (stub == "hang-once" and not (folder / "hung").exists()):
+    (folder / "hung").touch()
+    time.sleep(60)
+if stub == "with-child":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (folder / "child").write_text(str(child.pid))
+    time.sleep(60)
+if stub == "work":
+    time.sleep(0.1)
+while stub == "meet" and calls.read_text().count("started") < 2:
+    time.sleep(0.02)
+if stub == "fail" or (stub == "fail-once" and not (folder / "failed").exists()):
+    (folder / "failed").touch()
+    print("line\\n" * 100 + "the reason", file=sys.stderr)
+    sys.exit(3)
+if stub != "silent":
+    (folder / "summary.json").write_text(json.dumps({"num_edits": 4}))
+note("ended")
+'''
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    file = tmp_path_factory.mktemp("program") / "program.py"
+    file.write_text(PROGRAM)
+    return sys.executable, str(file)
+
+
+def run_named(name: str, stub: str = "finish", **changes: Any) -> Run:
+    run = Run(f"{name}-seed0", name, "MEMIT", False, 0, "MEMIT/x", {"alpha": 0}, "demo", None, 4, 2, {"stub": stub},
+              None, {"alpha": 0.0, "v_lr": 0.5, "device": None})
+    return replace(run, **changes)
+
+
+def sweep_of(*runs: Run) -> Sweep:
+    return Sweep(tuple(runs))
+
+
+def calls(output: Path, what: str = "started") -> list[dict[str, Any]]:
+    file = output / "calls.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [line for line in lines if line["what"] == what]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there, and no zombie that nobody has waited for yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_runs_all_and_again_none(tmp_path: Path, program: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    told: list[tuple[str, str, int, int]] = []
+    sweep = sweep_of(run_named("a"), run_named("b"))
+    out = tmp_path / "deep" / "out"
+    result = run_sweep(sweep, out, 2, lambda *one: told.append(one), program)
+    assert [(one.name, one.status, one.returncode) for one in result.outcomes] == [
+        ("a-seed0", "finished", 0), ("b-seed0", "finished", 0)]
+    assert result.failed == ()
+    assert told[:2] == [("a-seed0", "started", 0, 2), ("b-seed0", "started", 0, 2)]
+    assert {one[:2] for one in told[2:]} == {("a-seed0", "finished"), ("b-seed0", "finished")}
+    assert [one[2:] for one in told[2:]] == [(1, 2), (2, 2)]
+    first = calls(out)[0]
+    assert first["arguments"] == sweep.runs[["a-seed0", "b-seed0"].index(first["name"])].arguments(out / first["name"])
+    cores = len(os.sched_getaffinity(0))
+    assert {call["threads"] for call in calls(out)} == {str(max(1, cores // 2))}
+    assert (out / "a-seed0.log").read_text().startswith("# ")
+    assert "hello from a-seed0" in (out / "a-seed0.log").read_text()
+    assert [entry["name"] for entry in yaml.safe_load((out / RECORD).read_text())["runs"]] == ["a-seed0", "b-seed0"]
+
+    told.clear()
+    again = run_sweep(sweep, out, 2, lambda *one: told.append(one), program)
+    assert [(one.status, one.returncode) for one in again.outcomes] == [("present", None)] * 2
+    assert told == [("a-seed0", "present", 1, 2), ("b-seed0", "present", 2, 2)]
+    assert len(calls(out)) == 2
+
+
+def test_threads_that_are_set_stay(tmp_path: Path, program: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    run_sweep(sweep_of(run_named("a")), tmp_path, 1, None, program)
+    assert calls(tmp_path)[0]["threads"] == "7"
+
+
+def test_a_failure_does_not_stop_the_others_and_is_tried_again(tmp_path: Path, program: tuple[str, str]) -> None:
+    sweep = sweep_of(run_named("a", "fail-once"), run_named("b"), run_named("c", "silent"))
+    result = run_sweep(sweep, tmp_path, 1, None, program)
+    assert [(one.status, one.returncode) for one in result.outcomes] == [("failed", 3), ("finished", 0), ("failed", 0)]
+    failed = result.failed[0]
+    assert failed.tail.splitlines()[-1] == "the reason"
+    assert len(failed.tail.splitlines()) <= 20
+    assert failed.log == tmp_path / "a-seed0.log"
+    again = run_sweep(sweep, tmp_path, 1, None, program)
+    assert [one.status for one in again.outcomes] == ["finished", "present", "failed"]
+    log = (tmp_path / "a-seed0.log").read_text()
+    assert log.count("hello from") == 2  # what the first attempt said is still there
+
+
+def test_no_more_at_a_time_than_jobs_and_in_order(tmp_path: Path, program: tuple[str, str]) -> None:
+    stubs = {"a": "meet", "b": "meet", "c": "work", "d": "work", "e": "work"}  # the first two end only side by side
+    run_sweep(sweep_of(*(run_named(*one) for one in stubs.items())), tmp_path, 2, None, program)
+    events = sorted([(call["at"], 1, call["name"]) for call in calls(tmp_path)]
+                    + [(call["at"], -1, call["name"]) for call in calls(tmp_path, "ended")])
+    at_once = [sum(step for _, step, _ in events[: place + 1]) for place in range(len(events))]
+    assert max(at_once) == 2
+    assert {name for _, _, name in events[:2]} == {"a-seed0", "b-seed0"}
+    assert [name for _, step, name in events if step == 1][-1] == "e-seed0"
+
+
+def test_who_follows_waits(tmp_path: Path, program: tuple[str, str]) -> None:
+    follower = run_named("prune", follows="memit-seed0")
+    result = run_sweep(sweep_of(follower, run_named("other"), run_named("memit", "work")), tmp_path, 3, None, program)
+    assert [one.status for one in result.outcomes] == ["finished"] * 3
+    ended = {call["name"]: call["at"] for call in calls(tmp_path, "ended")}
+    started = {call["name"]: call["at"] for call in calls(tmp_path)}
+    assert started["prune-seed0"] > ended["memit-seed0"]
+    assert calls(tmp_path)[-1]["arguments"][-2:] == ["--follow", str(tmp_path / "memit-seed0")]
+
+
+def test_who_follows_a_failure_is_not_started(tmp_path: Path, program: tuple[str, str]) -> None:
+    follower = run_named("prune", follows="memit-seed0")
+    result = run_sweep(sweep_of(run_named("memit", "fail-once"), follower), tmp_path, 2, None, program)
+    assert [one.status for one in result.outcomes] == ["failed", "failed"]
+    assert "memit-seed0, which it follows, failed" in result.failed[1].tail
+    again = run_sweep(sweep_of(run_named("memit", "fail-once"), follower), tmp_path, 2, None, program)
+    assert [one.status for one in again.outcomes] == ["finished", "finished"]
+
+
+def test_a_sweep_may_only_grow(tmp_path: Path, program: tuple[str, str]) -> None:
+    run_sweep(sweep_of(run_named("a")), tmp_path, 1, None, program)
+    grown = run_sweep(sweep_of(run_named("b"), run_named("a")), tmp_path, 1, None, program)
+    assert [one.status for one in grown.outcomes] == ["finished", "present"]
+    for changed, message in ((run_named("a", batch_size=3), "batch_size was 2 and is 3 now"),
+                             (run_named("a", set={"alpha": 0, "v_lr": 1}), "set was"),
+                             (run_named("a", hyperparameters={"alpha": 0.0, "v_lr": 1.0}), "v_lr was 0.5 and is 1.0"),
+                             (run_named("c"), "has a run a-seed0, which this sweep no longer has")):
+        with pytest.raises(ValueError, match=message):
+            run_sweep(sweep_of(changed, run_named("b")), tmp_path, 1, None, program)
+    assert len(calls(tmp_path)) == 2
+    # A hyperparameter that came into being since, and another machine's device, change nothing.
+    newer = run_named("a", hyperparameters={"alpha": 0.0, "v_lr": 0.5, "device": "cpu", "new": 1})
+    assert run_sweep(sweep_of(newer, run_named("b")), tmp_path, 1, None, program).failed == ()
+
+
+@pytest.mark.parametrize(("config", "summary", "message"), [
+    ({"hparams": {"alpha": 0.5, "v_lr": 0.5}, "run": {}}, {"num_edits": 4}, "alpha was 0.5 and is 0.0 now"),
+    ({"hparams": {}, "run": {"seed": 1}}, {"num_edits": 4}, "seed was 1 and is 0 now"),
+    ({"hparams": {"alpha": 0.0}, "run": {"seed": 0}}, {"num_edits": 5}, "num_edits was 5 and is 4 now"),
+])
+def test_a_finished_run_of_other_settings_is_refused(tmp_path: Path, program: tuple[str, str], config: dict[str, Any],
+                                                     summary: dict[str, Any], message: str) -> None:
+    (tmp_path / "b-seed0").mkdir()
+    (tmp_path / "b-seed0" / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "b-seed0" / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match=message):
+        run_sweep(sweep_of(run_named("a"), run_named("b")), tmp_path, 1, None, program)
+    assert calls(tmp_path) == []
+
+
+def test_a_finished_run_of_the_same_settings_is_taken_over(tmp_path: Path, program: tuple[str, str]) -> None:
+    (tmp_path / "a-seed0").mkdir()
+    config = {"hparams": {"alpha": 0.0, "v_lr": 0.5, "device": "cuda"},
+              "run": {"seed": 0, "dataset": "demo", "data": None, "command": "sphere-easyedit edit"}}
+    (tmp_path / "a-seed0" / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "a-seed0" / "summary.json").write_text(json.dumps({"num_edits": 4}))
+    assert run_sweep(sweep_of(run_named("a")), tmp_path, 1, None, program).outcomes[0].status == "present"
+
+
+def test_what_is_refused_before_anything_starts(tmp_path: Path, program: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match="jobs is 0"):
+        run_sweep(sweep_of(run_named("a")), tmp_path / "out", 0, None, program)
+    with pytest.raises(ValueError, match="no-such-file.json is no file"):
+        run_sweep(sweep_of(run_named("a", data="no-such-file.json")), tmp_path / "out", 1, None, program)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / RECORD).write_text("runs: [{name: a}]")
+    with pytest.raises(ValueError, match="no record of a sweep"):
+        run_sweep(sweep_of(run_named("a")), tmp_path, 1, None, program)
+
+
+def test_an_error_in_between_ends_the_processes(tmp_path: Path, program: tuple[str, str]) -> None:
+    def fails(name: str, status: str, done: int, total: int) -> None:
+        if name == "b-seed0" and status == "finished":
+            raise RuntimeError("as planned")
+
+    with pytest.raises(RuntimeError, match="as planned"):
+        run_sweep(sweep_of(run_named("a", "hang"), run_named("b")), tmp_path, 2, fails, program)
+    for call in calls(tmp_path):
+        assert not is_alive(call["pid"])
+
+
+def start_sweep(output: Path, program: tuple[str, str], *runs: Run) -> Any:
+    """A sweep in a process of its own, which leaves with 130 after KeyboardInterrupt."""
+
+    def work() -> None:
+        try:
+            run_sweep(Sweep(runs), output, 2, None, program, grace_seconds=0.5)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    process = multiprocessing.get_context("fork").Process(target=work)  # a new one would import torch for seconds
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize(("number", "returncode"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_all_that_was_started(tmp_path: Path, program: tuple[str, str], number: signal.Signals,
+                                            returncode: int) -> None:
+    process = start_sweep(tmp_path, program, run_named("a", "with-child"), run_named("b", "stubborn"), run_named("c"))
+    child = tmp_path / "a-seed0" / "child"
+    wait_for(lambda: len(calls(tmp_path)) == 2 and child.exists() and child.read_text() != "")
+    pids = [call["pid"] for call in calls(tmp_path)] + [int(child.read_text())]
+    assert all(map(is_alive, pids))
+    os.kill(process.pid, number)
+    process.join(20)
+    assert process.exitcode == returncode
+    wait_for(lambda: not any(map(is_alive, pids)), 2.0)
+    assert {call["name"] for call in calls(tmp_path)} == {"a-seed0", "b-seed0"}  # c was not begun
+    # It can go on from there: the record knows all three.
+    assert len(yaml.safe_load((tmp_path / RECORD).read_text())["runs"]) == 3
+
+
+def test_one_sweep_a_folder_even_when_the_first_was_killed(tmp_path: Path, program: tuple[str, str]) -> None:
+    run = run_named("a", "hang-once")
+    process = start_sweep(tmp_path, program, run)
+    wait_for(lambda: len(calls(tmp_path)) == 1)
+    with pytest.raises(ValueError, match=f"in use by the sweep of process {process.pid}"):
+        run_sweep(sweep_of(run), tmp_path, 1, None, program)
+    process.kill()
+    process.join()
+    orphan = calls(tmp_path)[0]["pid"]
+    assert is_alive(orphan)
+    with pytest.raises(ValueError, match="runs that it left behind"):
+        run_sweep(sweep_of(run), tmp_path, 1, None, program)
+    assert len(calls(tmp_path)) == 1
+    os.kill(orphan, signal.SIGKILL)
+    wait_for(lambda: not is_alive(orphan))
+    assert run_sweep(sweep_of(run), tmp_path, 1, None, program).outcomes[0].status == "finished"
