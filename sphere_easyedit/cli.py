@@ -91,10 +91,11 @@ def edit(
     = None,
     text: Annotated[Path | None, typer.Option(help="Held-out text (.txt, .jsonl) for perplexity.")] = None,
     text_tokens: Annotated[int | None, typer.Option(min=1, help="So many of its tokens.")] = 8192,
-    text_quality: Annotated[bool, typer.Option("--text-quality", help="Fluency and consistency of generations.")]
-    = False,
-    references: Annotated[Path | None, typer.Option(help="Consistency's reference texts: a folder with ROME's "
-                                                    "attribute_snippets.json, or a .jsonl file.")] = None,
+    fluency: Annotated[bool, typer.Option("--fluency", help="Measure the fluency of generated text, too.")] = False,
+    fluency_tokens: Annotated[int, typer.Option(min=1, help="New tokens of a text.")] = 100,
+    fluency_prompts: Annotated[int | None, typer.Option(min=1, help="At most so many texts a case.")] = None,
+    references: Annotated[Path | None, typer.Option(help="Measure consistency, too, with these texts: a folder of "
+                                                    "ROME's files, or a .txt or .jsonl corpus.")] = None,
     abilities: Annotated[list[str], typer.Option(help="General abilities by lm-eval: gsm8k, rte, natural_questions, "
                                                  "boolq, or any of its tasks; repeatable.")] = [],  # noqa: B006
     abilities_every: Annotated[int | None, typer.Option(min=1, help="Also after every so many edits.")] = None,
@@ -107,15 +108,19 @@ def edit(
     from .evaluation.datasets import load_records, with_protocol_targets  # torch and transformers take seconds
     from .evaluation.measuring import AbilitySettings, MeasureSettings
     from .evaluation.sequential import RunSettings, run_sequential
+    from .evaluation.text_quality import Decoding
     from .loading import load_model
 
     console = _set_up(verbose)
     _without_bars_of_transformers()
     settings_of_model = _hparams_with(hparams, override)
     protocols: Any = tuple(one.value for one in protocol)
+    decoding = None
+    if fluency or references is not None:
+        decoding = Decoding(fluency_tokens, seed=eval_seed, prompts=fluency_prompts)
     measure = MeasureSettings(
         protocols=protocols, before=eval_before, after=eval_after, cases=eval_cases, every=eval_every,
-        sample=eval_sample, last_batch=eval_last_batch, text=text, text_tokens=text_tokens, text_quality=text_quality,
+        sample=eval_sample, last_batch=eval_last_batch, text=text, text_tokens=text_tokens, decoding=decoding,
         references=references, seed=eval_seed, shared_before=share_before,
         abilities=AbilitySettings(tuple(abilities), abilities_every, abilities_data, abilities_shots, abilities_limit))
     drawn = load_records(dataset.value, data, num_edits, seed, order_seed=order_seed, skip=skip)

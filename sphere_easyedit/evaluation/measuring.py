@@ -35,7 +35,9 @@ from .checkpoints import weight_change_norms
 from .datasets import EditRecord, records_fingerprint
 from .metrics import CaseScores, Protocol, evaluate_protocols, summarise
 from .perplexity import held_out_texts, perplexity
+from .references import load_references
 from .run_directory import METRICS, RunDirectory
+from .text_quality import Decoding, TextQuality, measure_text_quality, summarise_text_quality
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,9 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 # What a line of metrics.jsonl may hold as {"mean", "ci95", "n"}.
 METRIC_NAMES = ("efficacy", "generalization", "specificity", "fluency", "consistency")
 
-_CHUNK = 200  # cases whose scores are written at once: minutes of work on two cores, seconds on a GPU
+# Cases whose scores are written at once: minutes of work on two cores, seconds on a GPU.
+_CHUNK = 200
+_CHUNK_OF_TEXTS = 50
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,8 @@ class MeasureSettings:
         last_batch: measure each batch's facts right after it.
         text: held-out text for perplexity, .txt or .jsonl; None for none.
         text_tokens: so many of its tokens, from the beginning; None for all.
-        text_quality: measure fluency and consistency of generations, too.
-        references: texts that consistency compares with; None for none, and no consistency.
+        decoding: how text is generated for fluency and consistency; None measures neither.
+        references: what consistency compares with (see ``references.load_references``); None measures no consistency.
         abilities: general abilities.
         seed: of the samples and of the bootstrap.
         shared_before: a folder where runs of the same unedited model and facts share what they measured before.
@@ -96,7 +100,7 @@ class MeasureSettings:
     last_batch: bool = False
     text: Path | None = None
     text_tokens: int | None = None
-    text_quality: bool = False
+    decoding: Decoding | None = None
     references: Path | None = None
     abilities: AbilitySettings = field(default_factory=AbilitySettings)
     seed: int = 0
@@ -109,6 +113,8 @@ class MeasureSettings:
                 raise ValueError(f"{name} is {value}: give 1 or more, or leave it out")
         if not self.protocols or len(set(self.protocols)) < len(self.protocols):
             raise ValueError(f"protocols are {list(self.protocols)}: name at least one, and none twice")
+        if self.references is not None and self.decoding is None:
+            raise ValueError(f"references {self.references} are given, but no text is to be generated: give decoding")
         if "easyedit" in self.protocols and not self.before:
             raise ValueError("protocol 'easyedit' compares with what the unedited model says: measure before editing")
 
@@ -118,7 +124,7 @@ class MeasureSettings:
             "protocols": list(self.protocols), "before": self.before, "after": self.after, "cases": self.cases,
             "every": self.every, "sample": self.sample, "last_batch": self.last_batch, "seed": self.seed,
             "text": None if self.text is None else str(self.text), "text_tokens": self.text_tokens,
-            "text_quality": self.text_quality,
+            "decoding": None if self.decoding is None else self.decoding.described(),
             "references": None if self.references is None else str(self.references),
             "abilities": {"tasks": list(self.abilities.tasks), "every": self.abilities.every,
                           "num_fewshot": self.abilities.num_fewshot, "limit": self.abilities.limit},
@@ -195,6 +201,9 @@ class Measurer:
             raise ValueError(f"protocols are {', '.join(settings.protocols)}, but 'easyedit' edits other targets into "
                              "ZsRE (`alt`) than the rest: measure it in a run of its own")
         self._texts = None if settings.text is None else held_out_texts(settings.text)
+        self._references = None
+        if settings.references is not None:
+            self._references = load_references(settings.references, records)
 
     def measure(self, point: Point) -> None:
         """Measure at a point, unless ``metrics.jsonl`` has it already."""
@@ -204,12 +213,13 @@ class Measurer:
         started = time.perf_counter()
         scores = self.scores(point)
         watched = self._watched()
+        quality = self._text_quality(point)
         seconds = time.perf_counter() - started
         for protocol in self._settings.protocols:
             if (point.when, point.num_edits, protocol) not in written:
                 line: dict[str, Any] = {"num_edits": point.num_edits, "when": point.when, "protocol": protocol,
                                         "cases": len(point.cases)}
-                self._run.append(METRICS, line | dict(summarise(scores[protocol], self._settings.seed))
+                self._run.append(METRICS, line | dict(summarise(scores[protocol], self._settings.seed)) | quality
                                  | {"watched": watched, "seconds": seconds})
             seconds = 0.0  # all protocols were measured at once
 
@@ -257,6 +267,26 @@ class Measurer:
         if point.when == "before":
             self._lend(name)
         return known
+
+    def _text_quality(self, point: Point) -> dict[str, Any]:
+        """Fluency and consistency of a point's cases that have generation prompts, with their protocols."""
+        decoding = self._settings.decoding
+        records = [self._records[case] for case in point.cases if self._records[case].generation_prompts]
+        if decoding is None or not records:
+            return {}
+        name = f"texts/{point.when}-{point.num_edits}.jsonl"
+        known = [TextQuality.from_dict(line) for line in self._run.lines(name)]
+        if self._run.has(name):  # a torn line goes
+            self._run.write_text(name, "".join(json.dumps(one.to_dict()) + "\n" for one in known))
+        for start in range(len(known), len(records), _CHUNK_OF_TEXTS):
+            found = measure_text_quality(self._editable.model, self._tok, records[start: start + _CHUNK_OF_TEXTS],
+                                         self._references, decoding)
+            known += found
+            self._run.append_text(name, "".join(json.dumps(one.to_dict()) + "\n" for one in found))
+            self._progress(point.when, min(start + _CHUNK_OF_TEXTS, len(records)), len(records))
+        summary = summarise_text_quality(known, self._settings.seed)
+        protocols = {"fluency": known[0].fluency_protocol, "consistency": known[0].consistency_protocol}
+        return {name: {**one, "protocol": protocols[name]} for name, one in summary.items() if one["n"]}
 
     def _unedited(self, point: Point) -> Mapping[int, CaseScores] | None:
         """What the unedited model said, by case_id, where a protocol compares with it."""

@@ -57,7 +57,8 @@ _PACKAGES = ("sphere-easyedit", "torch", "transformers", "numpy", "scipy", "safe
 # Entries of config.yaml's "run" that must be the same where a run is resumed: they decide about bits, or about which
 # numbers stand side by side.
 _FIXED: Final = ("records", "batch_size", "checkpoint_every", "follows")
-_FIXED_MEASURES: Final = ("protocols", "before", "cases", "sample", "seed", "text", "text_tokens", "references")
+_FIXED_MEASURES: Final = ("protocols", "before", "cases", "sample", "seed", "text", "text_tokens", "decoding",
+                          "references")
 
 
 @dataclass(frozen=True)
