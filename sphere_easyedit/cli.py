@@ -185,7 +185,7 @@ def evaluate(
         abilities=AbilitySettings(tuple(abilities), None, abilities_data, abilities_shots, abilities_limit))
     model, tok = load_model(edited.hparams.model_name, edited.hparams.device, dtype)
     with _Bars(console) as bars:
-        lines = edited.measure(model, tok, sorted(wanted), measure, bars.update)
+        lines = edited.measure(model, tok, wanted, measure, bars.update)
     for line in lines:
         found = line.get("abilities") or {name: line[name] for name in _METRICS}
         shown = ", ".join(f"{name} {score['mean']:.1f}" for name, score in found.items() if score["mean"] is not None)

@@ -54,13 +54,14 @@ class EditedRun:
         Args:
             model: the model that the run edited, just loaded; left with the weights of the last measurement.
             tok: its tokenizer.
-            at: numbers of edits whose weights were kept, or 0 for the unedited model.
+            at: numbers of edits whose weights were kept, in any order, or 0 for the unedited model.
             settings: what to measure. With ``before`` and ``after`` off facts are left alone, and general abilities
                 measured alone.
             progress: told how far a measurement is.
 
         Returns:
-            The lines at these numbers of edits, those included that were there before.
+            The lines at these numbers of edits, those included that were there before. Protocol ``easyedit`` measures
+            the unedited model too, if that was not done.
 
         Raises:
             ValueError: weights were not kept, or are of another model.
@@ -69,17 +70,17 @@ class EditedRun:
         EditSession.of(model).bind(editable, self.hparams)  # takes note of the original weights
         measurer = Measurer(editable, tok, self.records, settings, self.directory, progress or (lambda *_: None))
         total = len(self.records)
+        # The unedited model's scores are what protocol easyedit compares with.
+        numbers = sorted({*at, *([0] if "easyedit" in settings.protocols else [])})
         with self.directory.locked():
-            for num_edits in at:
+            for num_edits in numbers:
                 if num_edits:
                     put_weights(editable, self.directory.checkpoints, num_edits)
-                elif list(at).index(0):
-                    raise ValueError("the unedited model comes first: give 0 in front of other numbers of edits")
                 if settings.before or settings.after:
                     measurer.measure(point_at(num_edits, total, settings))
                 if settings.abilities.tasks:
                     measurer.measure_abilities(when_after(num_edits, total), num_edits)
-        return [line for line in self.directory.lines(METRICS) if line["num_edits"] in set(at)]
+        return [line for line in self.directory.lines(METRICS) if line["num_edits"] in numbers]
 
 
 def _records(run: dict[str, Any]) -> list[EditRecord]:
