@@ -193,6 +193,36 @@ def evaluate(
                       soft_wrap=True)
 
 
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML file: methods, SPHERE or not, seeds, gamma, alpha and so on.")],
+    output: Annotated[Path, typer.Option(help="Folder of the sweep's runs; one that was begun goes on.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
+    collect_only: Annotated[bool, typer.Option("--collect-only", help="Start nothing; write the tables of what is "
+                                               "there.")] = False,
+) -> None:
+    """Run what one YAML file describes, and collect it into one table with paired differences."""
+    from .evaluation.sweep import collect, load_sweep, run_sweep
+
+    console = _set_up(verbose=False)
+    parameters = typer.main.get_group(app).commands["edit"].params
+    options = {name.removeprefix("--").removeprefix("no-") for parameter in parameters
+               for name in (*parameter.opts, *parameter.secondary_opts)}
+    planned = load_sweep(file, options)
+    failed: tuple[Any, ...] = ()
+    if not collect_only:
+        def report(name: str, what: str, settled: int, count: int) -> None:
+            console.print(f"{settled}/{count} {name}: {what}", highlight=False, soft_wrap=True)
+
+        failed = run_sweep(planned, output, jobs, report).failed
+    for path in collect(output).write(output):
+        console.print(str(path), highlight=False, soft_wrap=True)
+    for outcome in failed:
+        console.print(Text(f"\n{outcome.name} failed ({outcome.log}):\n{outcome.tail}", style="red"), soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
+
+
 @app.command("hparams")
 def hparams_command(
     model: Annotated[str, typer.Argument(help="Folder or hub name of a decoder; its config alone is read.")],
