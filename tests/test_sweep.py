@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 from sphere_easyedit.cli import _hparams_with, app
 from sphere_easyedit.evaluation.sweep import Run, Sweep, load_sweep
 from sphere_easyedit.evaluation.sweep.names import LONGEST, compose, is_name
+from sphere_easyedit.evaluation.sweep.record import SPHERE_ONLY
+from sphere_easyedit.hparams import SPHEREHyperParams
 
 BASE: dict[str, Any] = {"model": "smollm2-135m", "methods": ["MEMIT", "AlphaEdit"]}
 
@@ -50,7 +53,7 @@ def test_arguments_are_what_edit_takes(tmp_path: Path) -> None:
     """Parsed by the real command line, and resolved by it to the same hyperparameters."""
     sweep = load(tmp_path, dataset="counterfact", data="cf.json", num_edits=20, batch_size=5, seeds=4,
                  edit={"eval-every": 10, "eval_sample": 3, "protocol": ["paper", "rome"], "eval-before": False,
-                       "text-quality": True, "text": None},
+                       "eval-last-batch": True, "text": None},
                  set={"context_templates": ["He said: {}", "No. {}"], "mom2_dataset": "1e-3", "v_lr": 1e-5,
                       "P_loc": None, "mom2_update_weight": 1e-7},
                  methods={"MEMIT": {"v_weight_decay": 0}, "PRUNE": None}, follow={"PRUNE": "MEMIT-plain"})
@@ -60,7 +63,7 @@ def test_arguments_are_what_edit_takes(tmp_path: Path) -> None:
         assert _hparams_with(parsed["hparams"], parsed["override"]).to_dict() == run.hyperparameters
         assert (parsed["num_edits"], parsed["batch_size"], parsed["seed"]) == (20, 5, 4)
         assert (parsed["eval_every"], parsed["eval_sample"], parsed["eval_before"]) == (10, 3, False)
-        assert ([one.value for one in parsed["protocol"]], parsed["text_quality"]) == (["paper", "rome"], True)
+        assert ([one.value for one in parsed["protocol"]], parsed["eval_last_batch"]) == (["paper", "rome"], True)
         assert (parsed["dataset"].value, parsed["data"], parsed["resume"]) == ("counterfact", Path("cf.json"), True)
         assert parsed["output"] == tmp_path / "out" / run.name
     assert (sweep.runs[0].value("mom2_update_weight"), sweep.runs[0].value("v_weight_decay")) == (1e-7, 0)
@@ -88,6 +91,10 @@ def test_what_makes_a_method_valid_also_does_without_sphere(tmp_path: Path) -> N
     runs = load(tmp_path, hparams="AlphaEdit/smollm2-135m", methods={"PRUNE": own}).runs
     assert [run.name for run in runs] == ["PRUNE-plain-seed0", "PRUNE-sphere-gamma0.5-alpha0.5-seed0"]
     assert {run.hyperparameters["base_alg"] for run in runs} == {"PRUNE"}
+
+
+def test_what_is_spheres_own_are_hyperparameters() -> None:
+    assert set(SPHERE_ONLY) <= {field.name for field in fields(SPHEREHyperParams)}
 
 
 def test_axes_by_method(tmp_path: Path) -> None:
@@ -147,7 +154,7 @@ def test_names_stay_when_something_is_added(tmp_path: Path) -> None:
     assert len(after) == 2 * 3 * (2 + 2 * 2 * 2)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(methods=st.lists(st.sampled_from(["MEMIT", "AlphaEdit", "RECT"]), min_size=1, unique=True),
        sphere=st.lists(st.booleans(), min_size=1, unique=True),
        seeds=st.lists(st.integers(0, 99), min_size=1, max_size=3, unique=True),
@@ -175,6 +182,7 @@ LISTS = st.lists(SCALARS | st.lists(SCALARS, max_size=3), max_size=4)
 VALUES = SCALARS | LISTS | st.dictionaries(TEXTS, SCALARS, max_size=3)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(parts=st.lists(TEXTS, min_size=1, max_size=3), told=st.dictionaries(TEXTS, VALUES, max_size=3))
 def test_a_name_is_one_directory_and_no_way_out(parts: list[str], told: dict[str, Any]) -> None:
     name = compose(["A", *parts], told)
@@ -184,6 +192,7 @@ def test_a_name_is_one_directory_and_no_way_out(parts: list[str], told: dict[str
     assert len(name) <= LONGEST
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_values_pass_the_command_line_as_they_are(value: Any) -> None:
     run = Run("a-seed0", "a", "M", False, 0, "f.yaml", {"x": value}, "demo", None, None, 1, {}, None, {})

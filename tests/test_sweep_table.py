@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -252,6 +252,7 @@ class Given(MeasuredRun):
 SERIES = st.dictionaries(st.integers(1, 5), st.floats(-100, 100), max_size=4)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.tuples(SERIES, SERIES), min_size=1, max_size=5))
 def test_differences_are_of_pairs_and_turn_around(series: list[tuple[dict[int, float], dict[int, float]]]) -> None:
     pairs = [(Given("a", seed, one), Given("b", seed, other)) for seed, (one, other) in enumerate(series)]

@@ -22,7 +22,8 @@ class Group:
         where: in the file, for errors.
         name: given in place of the one that is made up.
         settings: a run that the axes change; its name, seed and hyperparameters are still to be filled in.
-        own: hyperparameters of the method with its file and ``set`` as they are, which a made-up name leaves out.
+        file: hyperparameters of its file.
+        own: these with ``set`` and the method's own, which a made-up name leaves out.
         told: further settings that a made-up name must tell, as they differ from the top of the file.
         follow: arm whose runs these follow, or None.
         gamma, alpha: (None,) for ``own``.
@@ -32,6 +33,7 @@ class Group:
     where: str
     name: str | None
     settings: Run
+    file: Mapping[str, Any]
     own: SPHEREHyperParams
     told: Mapping[str, Any]
     follow: str | None
@@ -104,7 +106,6 @@ def runs_of(arms: Sequence[Arm], seeds_outermost: bool) -> list[Run]:
     """The arms' runs with their hyperparameters, checked, and their names.
 
     Raises:
-        FileNotFoundError: there is no such hyperparameter file.
         ValueError: hyperparameters are wrong, two runs are the same or have the same name, or a name is impossible.
     """
     runs = [run for arm in arms for run in _runs(arm)]
@@ -115,19 +116,18 @@ def runs_of(arms: Sequence[Arm], seeds_outermost: bool) -> list[Run]:
     return _followable(runs)
 
 
-def resolve(hparams: str, changes: Mapping[str, Any], where: str) -> SPHEREHyperParams:
+def resolve(file: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> SPHEREHyperParams:
     """Hyperparameters of a file with changes, as ``edit`` makes them of ``--hparams`` and ``--set``."""
-    loaded = SPHEREHyperParams.from_hparams(hparams)
     try:
-        return SPHEREHyperParams.from_dict({**loaded.to_dict(), **changes})
+        return SPHEREHyperParams.from_dict({**file, **changes})
     except ValueError as error:
-        raise ValueError(f"{where} ({hparams} with {dict(changes)!r}): {error}") from error
+        raise ValueError(f"{where} with {dict(changes)!r}: {error}") from error
 
 
 def _runs(arm: Arm) -> Iterator[Run]:
     group = arm.group
     given = {**group.settings.set, **arm.changes}
-    resolved = resolve(group.settings.hparams, given, group.where)
+    resolved = resolve(group.file, given, group.where)
     if arm.sphere and not resolved.projects:
         raise ValueError(f"{group.where}: gamma {resolved.gamma:g} with alpha {resolved.alpha:g} projects nothing, "
                          "which is `sphere: false`: give both above 0")

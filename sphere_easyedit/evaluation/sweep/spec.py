@@ -38,6 +38,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, get_args
 
+from ...hparams import SPHEREHyperParams
 from ..datasets import DatasetName
 from .checks import as_flag, as_list, as_mapping, as_text, as_whole, check_keys, hint, read_yaml, refuse_both
 from .grid import Group, arms_of, resolve, runs_of, without
@@ -83,6 +84,7 @@ class _Reader:
     def __init__(self, content: Mapping[str, Any], edit_options: Collection[str] | None) -> None:
         check_keys(content, _GRID_KEYS, "the sweep")
         self._top, self._edit_options = content, edit_options
+        self._files: dict[str, dict[str, Any]] = {}  # hyperparameter files that were read
         self._methods = _methods(content.get("methods"))
         self._entries = _entries(content.get("runs"))
         if not self._methods and not self._entries:
@@ -129,10 +131,13 @@ class _Reader:
         told |= {name: value for name, value in edit.items() if value != edit_above.get(name)}
         lists = {name: self._choices(name, self._top.get(name) if entry.get(name) is None else entry[name], method)
                  for name in _LISTS}
+        if settings.hparams not in self._files:
+            self._files[settings.hparams] = SPHEREHyperParams.from_hparams(settings.hparams).to_dict()
+        file = self._files[settings.hparams]
         follow = entry.get("follow", self._follow.get(method))
         return Group(
-            where=where, name=_name(entry, where), settings=settings, told=told,
-            own=resolve(settings.hparams, common, where),
+            where=where, name=_name(entry, where), settings=settings, told=told, file=file,
+            own=resolve(file, common, where),
             follow=None if follow is None else as_text(follow, f"{where}: follow"),
             seeds=tuple(as_whole(seed, f"{where}: a seed", 0) for seed in lists["seeds"] or (0,)),
             sphere=tuple(as_flag(sphere, f"{where}: sphere") for sphere in lists["sphere"] or (False, True)),
