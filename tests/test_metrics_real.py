@@ -1,0 +1,61 @@
+"""Protocols `paper` and `rome`, case by case, on real records and a real model, one plain model call a question."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sphere_easyedit.evaluation.datasets import load_records
+from sphere_easyedit.evaluation.metrics import evaluate_protocols
+from sphere_easyedit.loading import SMOLLM2, load_model
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture
+def all_threads() -> Iterator[None]:
+    """Undo conftest's single thread, which suits tiny models only."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def slow(model: Any, tok: Any, prompt: str, target: str) -> tuple[bool, float]:
+    """Whether every target token is the argmax, and the mean of their log-probabilities."""
+    start, ids = len(tok(prompt).input_ids), tok(prompt + " " + target).input_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].double()
+    log_probs, wanted = logits.log_softmax(-1)[start - 1: -1], torch.tensor(ids[start:])
+    return bool((log_probs.argmax(-1) == wanted).all()), float(log_probs.gather(1, wanted[:, None]).mean())
+
+
+@pytest.mark.usefixtures("all_threads")
+def test_fifty_real_records_case_by_case(data_dir: Path) -> None:
+    try:
+        model, tok = load_model(SMOLLM2, "cpu", torch.float32)
+    except ValueError as error:
+        pytest.skip(str(error))
+    records = load_records("counterfact", data_dir / "counterfact.json", 50, seed=3)
+    scores = evaluate_protocols(model, tok, records, ["paper", "rome"])
+    kinds = set()
+    for paper, rome, record in zip(scores["paper"], scores["rome"], records, strict=True):
+        new, true = record.target_new, record.target_true or ""
+        asked = {"efficacy": [(record.edit_prompt, new, true)],
+                 "generalization": [(text, new, true) for text in record.paraphrase_prompts],
+                 "specificity": [(one.text, true, new) for one in record.neighborhood_prompts]}
+        for metric, questions in asked.items():
+            for number, (prompt, wanted, other) in enumerate(questions):
+                (hit, one), (_, two) = slow(model, tok, prompt, wanted), slow(model, tok, prompt, other)
+                assert getattr(paper, f"{metric}_prompts")[number] == float(hit)
+                value = getattr(rome, f"{metric}_prompts")[number]
+                assert value == float(one > two)
+                assert getattr(rome, f"{metric}_magnitudes")[number] == pytest.approx(
+                    math.exp(one) - math.exp(two), abs=1e-5)
+                kinds.add((metric, hit, value))
+    assert {("specificity", True, 1.0), ("specificity", False, 1.0), ("efficacy", False, 0.0)} <= kinds
