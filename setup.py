@@ -39,7 +39,8 @@ setup(
         # compile llama.cpp.
         "demo": ["gguf>=0.10"],
         "report": ["matplotlib>=3.8", "scikit-learn>=1.4"],
-        "eval": ["lm-eval>=0.4.5", "datasets>=2.20", "scikit-learn>=1.4"],
+        # lm-eval before 0.4.13 loads tasks and counts records in another way.
+        "eval": ["lm-eval>=0.4.13", "datasets>=2.20", "scikit-learn>=1.4"],
         # What EasyEdit's main branch imports; EasyEdit itself is a checkout (EASYEDIT_HOME), since the release on PyPI
         # pins what can't be installed beside a current torch.
         "easyedit": ["av", "cachetools", "datasets", "einops", "fairscale", "gpustat", "higher", "httpx", "hydra-core",

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source run_scripts/setup_venv.sh
-setup_venv demo,test
+setup_venv demo,eval,test
 
 if [ $# -eq 0 ]; then
   .venv/bin/ruff check .
