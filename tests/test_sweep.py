@@ -272,8 +272,10 @@ def test_text_that_is_no_sweep(tmp_path: Path, text: str, message: str) -> None:
         load_sweep(tmp_path / "sweep.yaml")
 
 
-def test_a_flag_that_can_only_be_left_out(tmp_path: Path) -> None:
+def test_a_flag_is_switched_off_only_where_it_can_be(tmp_path: Path) -> None:
     known = ["eval-before", "no-eval-before", "verbose"]
-    run = load(tmp_path, known, edit={"eval-before": False, "verbose": False}).runs[0]
+    run = load(tmp_path, known, edit={"eval-before": False, "verbose": None}).runs[0]
     assert run.arguments(tmp_path)[-1] == "--no-eval-before"
     assert "verbose" not in run.edit
+    with pytest.raises(ValueError, match="there is no --no-verbose"):
+        load(tmp_path, known, edit={"verbose": False})

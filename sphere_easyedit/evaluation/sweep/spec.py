@@ -63,7 +63,8 @@ def load_sweep(path: str | Path, edit_options: Collection[str] | None = None) ->
 
     Args:
         path: the file.
-        edit_options: names of the options that ``edit`` has, without dashes in front; None lets any pass.
+        edit_options: names of the options that ``edit`` has, without dashes in front, ``no-`` and all; None lets any
+            pass.
 
     Raises:
         FileNotFoundError: this file, or a hyperparameter file, is not there.
@@ -173,7 +174,8 @@ class _Reader:
             if not all(isinstance(part, (str, int, float)) for part in as_list("" if item is None else item)):
                 raise ValueError(f"{where}.{key} is {item!r:.60}: give a text, a number, true or false, or a list")
             if item is False and self._edit_options is not None and f"no-{name}" not in self._edit_options:
-                item = None  # a flag that can only be left out
+                raise ValueError(f"{where}: {key} is false, but there is no --no-{name}: leave it out, or give null to "
+                                 "undo what stands above")
             found[name] = item
         return found
 
