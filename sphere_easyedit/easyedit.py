@@ -219,7 +219,7 @@ def make_editor(hparams: Any, dtype: str | torch.dtype | None = torch.float32) -
 def edit_arguments(records: Sequence[EditRecord]) -> dict[str, Any]:
     """Records as EasyEdit's own examples hand them to ``BaseEditor.edit`` and ``batch_edit``.
 
-    One paraphrase a record, all its neighbours as locality, and ZsRE in EasyEdit's protocol: the target is ``alt``
+    One paraphrase a record (None where it has none), all its neighbours as locality, and ZsRE in EasyEdit's protocol: the target is ``alt``
     where a record has it, and the neighbour's question is as it stands in the file.
     """
     neighbours = [[prompt.text.removesuffix("?") if record.dataset == "zsre" else prompt.text
@@ -230,7 +230,7 @@ def edit_arguments(records: Sequence[EditRecord]) -> dict[str, Any]:
         "subject": [record.subject for record in records],
         "target_new": [record.target_alt or record.target_new for record in records],
         "ground_truth": [record.target_true or record.target_new for record in records],
-        "rephrase_prompts": [record.paraphrase_prompts[0] for record in records],
+        "rephrase_prompts": [next(iter(record.paraphrase_prompts), None) for record in records],
         "locality_inputs": {"neighborhood": {"prompt": neighbours, "ground_truth": answers}},
     }
 
