@@ -206,7 +206,7 @@ def sweep(
 
     console = _set_up(verbose=False)
     parameters = typer.main.get_group(app).commands["edit"].params
-    options = {name.removeprefix("--").removeprefix("no-") for parameter in parameters
+    options = {name.removeprefix("--") for parameter in parameters
                for name in (*parameter.opts, *parameter.secondary_opts)}
     planned = load_sweep(file, options)
     failed: tuple[Any, ...] = ()

@@ -219,8 +219,8 @@ def make_editor(hparams: Any, dtype: str | torch.dtype | None = torch.float32) -
 def edit_arguments(records: Sequence[EditRecord]) -> dict[str, Any]:
     """Records as EasyEdit's own examples hand them to ``BaseEditor.edit`` and ``batch_edit``.
 
-    One paraphrase a record (None where it has none), all its neighbours as locality, and ZsRE in EasyEdit's protocol: the target is ``alt``
-    where a record has it, and the neighbour's question is as it stands in the file.
+    One paraphrase a record (None where it has none), all its neighbours as locality, and ZsRE in EasyEdit's protocol:
+    the target is ``alt`` where a record has it, and the neighbour's question is as it stands in the file.
     """
     neighbours = [[prompt.text.removesuffix("?") if record.dataset == "zsre" else prompt.text
                    for prompt in record.neighborhood_prompts] for record in records]

@@ -59,22 +59,22 @@ _CHOICES = MappingProxyType({
     "mom2_dtype": ("float32", "float64", "float16"),
 })
 
+# Fields that change nothing where alpha is 0.
+SPHERE_ONLY = ("gamma", "alpha", "projection_stage", "principal_space", "suppression", "gamma_rule", "space_source",
+               "energy_budget", "compensate")
 _OPTIMISER = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor")
 # Fields that leave keys, null spaces and original weights of a session as they are: where and in what portions one
 # computes, how a target value is found, and how an update is shaped, of which nothing outlives its batch. (Principal
 # spaces know their gamma.)
 _NOT_CARRIED = frozenset({
     "alg_name", "model_name", "device", "batch_size", "max_length", "token_budget", "model_parallel", "stats_dir",
-    "batched_target_values", "target_values_dir", "gamma", "alpha", "projection_stage", "principal_space",
-    "suppression", "gamma_rule", "space_source", "energy_budget", "compensate", "rect_keep", "prune_log_base",
-    *_OPTIMISER,
+    "batched_target_values", "target_values_dir", "rect_keep", "prune_log_base", *SPHERE_ONLY, *_OPTIMISER,
 })
 
 # Fields that no EasyEdit method asks for, so a key close to one of them is a slip and not the method's own.
-_OURS = ("base_alg", "gamma", "alpha", "projection_stage", "principal_space", "suppression", "gamma_rule",
-         "space_source", "energy_budget", "compensate", "executor",
-         "executor_hparams", "batched_target_values", "target_values_dir", "context_templates", "rect_keep",
-         "prune_log_base", "keep_previous_keys", "nullspace_share", "mom2_max_length", "token_budget", *_ALIASES)
+_OURS = ("base_alg", *SPHERE_ONLY, "executor", "executor_hparams", "batched_target_values", "target_values_dir",
+         "context_templates", "rect_keep", "prune_log_base", "keep_previous_keys", "nullspace_share", "mom2_max_length",
+         "token_budget", *_ALIASES)
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 

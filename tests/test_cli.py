@@ -52,6 +52,57 @@ def test_edit_runs_end_to_end(workplace: Path) -> None:
     assert config["run"]["seed"] == 1
 
 
+def test_a_run_is_measured_again(workplace: Path) -> None:
+    done = run_cli("edit", "--hparams", "tiny.yaml", "--num-edits", "4", "--batch-size", "2", "--output", "again",
+                   "--set", "v_num_grad_steps=2", "--no-eval-before", "--eval-every", "2", "--keep-weights-every", "2",
+                   cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    done = run_cli("evaluate", "again", "--at", "2", "--at", "0", "--protocol", "rome", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert "0 edits, before, rome: efficacy" in done.stdout
+    assert "2 edits, during, rome: efficacy" in done.stdout
+    lines = [json.loads(line) for line in (workplace / "again" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["num_edits"], line["protocol"]) for line in lines] == [
+        (2, "paper"), (4, "paper"), (0, "rome"), (2, "rome")]
+    done = run_cli("evaluate", "again", "--at", "3", cwd=workplace)
+    assert done.returncode == 2
+    assert "kept are 2, 4" in done.stderr
+
+
+def test_users_own_facts_and_a_resumed_run(workplace: Path) -> None:
+    (workplace / "mine.csv").write_text("prompt,subject,target_new\nThe capital of {} is,France,Rome\n"
+                                        "The mayor of {} is,Bonn,Ann\n")
+    arguments = ("edit", "--hparams", "tiny.yaml", "--dataset", "facts", "--data", "mine.csv", "--batch-size", "1",
+                 "--set", "v_num_grad_steps=2", "--output", "mine", "--resume")
+    done = run_cli(*arguments, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    summary = (workplace / "mine" / "summary.json").read_text()
+    done = run_cli(*arguments, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert "finished" in done.stderr
+    assert (workplace / "mine" / "summary.json").read_text() == summary
+    done = run_cli(*arguments, "--batch-size", "2", cwd=workplace)
+    assert done.returncode == 2
+    assert "batch_size was 1 and is 2" in done.stderr
+
+
+def test_a_sweep_end_to_end(workplace: Path) -> None:
+    (workplace / "sweep.yaml").write_text(yaml.safe_dump({
+        "runs": [{"name": f"AlphaEdit-{name}", "method": "AlphaEdit", "hparams": "tiny.yaml", "sphere": name != "plain"}
+                 for name in ("plain", "sphere")],
+        "num_edits": 4, "batch_size": 2, "set": {"v_num_grad_steps": 2}, "edit": {"share-before": "shared"}}))
+    done = run_cli("sweep", "sweep.yaml", "--output", "swept", cwd=workplace)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2/2 AlphaEdit-sphere-seed0: finished" in done.stdout
+    table = (workplace / "swept" / "table.csv").read_text()
+    assert "AlphaEdit-sphere-seed0" in table
+    assert (workplace / "swept" / "differences.csv").read_text().count("\n") > 1
+    assert len(list((workplace / "shared").iterdir())) == 1
+    done = run_cli("sweep", "sweep.yaml", "--output", "swept", cwd=workplace)
+    assert "AlphaEdit-plain-seed0: present" in done.stdout
+    assert (workplace / "swept" / "table.csv").read_text() == table
+
+
 def test_edit_on_zsre_file(workplace: Path, data_dir: Path) -> None:
     file = str(data_dir / "zsre_mend_eval.json")
     done = run_cli("edit", "--hparams", "tiny.yaml", "--dataset", "zsre", "--data", file, "--num-edits", "2",

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import GOLDEN, edited_weights, tiny_hparams, tiny_model
+from conftest import GOLDEN, tiny_hparams, tiny_model
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import EditCallback, EditEvent, SPHEREHyperParams
@@ -209,7 +209,8 @@ def test_runs_share_what_they_measured_before(tmp_path: Path, tok: PreTrainedTok
     one = run_sequential(tiny_model("llama"), tok, records, hparams, RunSettings(tmp_path / "one", 2, measure=measure))
     calls = []
     original = measuring.evaluate_protocols
-    monkeypatch.setattr(measuring, "evaluate_protocols", lambda *args, **more: calls.append(1) or original(*args, **more))
+    monkeypatch.setattr(measuring, "evaluate_protocols",
+                        lambda *args, **more: calls.append(1) or original(*args, **more))
     two = run_sequential(tiny_model("llama"), tok, records, hparams, RunSettings(tmp_path / "two", 2, measure=measure))
     assert len(calls) == 1  # after editing
     assert two.summary["pre"] == one.summary["pre"]
@@ -218,6 +219,7 @@ def test_runs_share_what_they_measured_before(tmp_path: Path, tok: PreTrainedTok
         other.model.embed_tokens.weight[0, 0] += 1.0
     run_sequential(other, tok, records, hparams, RunSettings(tmp_path / "three", 2, measure=measure))
     assert len(calls) == 3
+    assert len(list((tmp_path / "shared").iterdir())) == 2  # one a model, none of an edited one
 
 
 def test_points_of_a_run() -> None:

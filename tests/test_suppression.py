@@ -59,8 +59,8 @@ def test_random_directions_are_orthonormal_nested_and_of_the_seed() -> None:
 
 
 @pytest.mark.parametrize(("spectrum", "expected"), [
-    ([8.0, 7.0, 1.0, 0.9, 0.8], 2), ([5.0, 0.1, 0.1, 0.1], 1), ([4.0, 3.0, 2.0, 1.0], 1), ([1.0, 1.0, 1.0], 1), ([2.0], 1),
-    ([9.0, 8.5, 8.0, 0.2, 0.1, 0.1, 0.1], 3),
+    ([8.0, 7.0, 1.0, 0.9, 0.8], 2), ([5.0, 0.1, 0.1, 0.1], 1), ([4.0, 3.0, 2.0, 1.0], 1), ([1.0, 1.0, 1.0], 1),
+    ([2.0], 1), ([9.0, 8.5, 8.0, 0.2, 0.1, 0.1, 0.1], 3),
 ])
 def test_knee(spectrum: list[float], expected: int) -> None:
     assert knee(torch.tensor(spectrum)) == expected

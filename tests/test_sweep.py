@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from sphere_easyedit.cli import _hparams_with, app
 from sphere_easyedit.evaluation.sweep import Run, Sweep, load_sweep
 from sphere_easyedit.evaluation.sweep.names import LONGEST, compose, is_name
-from sphere_easyedit.evaluation.sweep.record import SPHERE_ONLY
-from sphere_easyedit.hparams import SPHEREHyperParams
+from sphere_easyedit.hparams import SPHERE_ONLY, SPHEREHyperParams
 
 BASE: dict[str, Any] = {"model": "smollm2-135m", "methods": ["MEMIT", "AlphaEdit"]}
 
@@ -39,6 +38,20 @@ def test_the_smallest_file(tmp_path: Path) -> None:
                             "AlphaEdit-sphere-gamma0.5-alpha0.5-seed0"]
     assert [run.hyperparameters["alpha"] for run in sweep.runs] == [0, 0.8, 0, 0.5]
     assert {run.dataset for run in sweep.runs} == {"demo"}
+
+
+def test_environment_variables_stand_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FACTS", "/some/where")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    given = {"dataset": "counterfact", "data": "${FACTS}/cf.json", "set": {"stats_dir": "${FACTS}/stats"},
+             "edit": {"text": "${FACTS}/text.txt", "protocol": ["paper"]}}
+    run = load(tmp_path, **given).runs[0]
+    assert run.data == "/some/where/cf.json"
+    assert run.hyperparameters["stats_dir"] == "/some/where/stats"
+    assert "--text=/some/where/text.txt" in run.arguments(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"NOWHERE, which is not set"):
+        load(tmp_path, **{**given, "data": "${NOWHERE}/cf.json"})
+    assert load(tmp_path, dataset="counterfact", data="costs $5 {here}.json").runs[0].data == "costs $5 {here}.json"
 
 
 def test_seeds_go_outside_or_inside(tmp_path: Path) -> None:

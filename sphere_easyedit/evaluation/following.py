@@ -9,14 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..editing.session import EditSession
-from ..hparams import SPHEREHyperParams
+from ..hparams import SPHERE_ONLY, SPHEREHyperParams
 from ..models import EditableModel
 from .checkpoints import put_weights, saved_weights
 from .run_directory import CONFIG, RunDirectory
 
 # What may differ between the two runs: how PRUNE reads out, and where things lie.
-_FREE = ("base_alg", "alg_name", "alpha", "gamma", "projection_stage", "principal_space", "suppression",
-         "prune_log_base", "rect_keep", "device", "stats_dir")
+_FREE = (*SPHERE_ONLY, "base_alg", "alg_name", "prune_log_base", "rect_keep", "device", "stats_dir")
 
 
 class FollowedWeights:

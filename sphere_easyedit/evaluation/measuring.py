@@ -243,8 +243,10 @@ class Measurer:
     def scores(self, point: Point) -> dict[Protocol, list[CaseScores]]:
         """Scores of a point's cases by protocol, from its file as far as that goes, and measured from there on."""
         name = f"scores/{point.when}-{point.num_edits}.jsonl"
-        if point.when == "before":
-            self._borrow(name)
+        shared = self._shared() if point.when == "before" and not self._run.has(name) else None
+        if shared is not None and shared.exists():
+            logger.info("the unedited model was measured on these facts before: %s", shared)
+            self._run.write_text(name, shared.read_text(encoding="utf-8"))
         protocols = self._settings.protocols
         known = _by_protocol(self._run.lines(name), protocols)
         done = min(len(known[protocol]) for protocol in protocols)
@@ -264,8 +266,9 @@ class Measurer:
             for protocol in protocols:
                 known[protocol] = [*known[protocol][:start], *found[protocol]]
             self._run.append_text(name, _lines(found))
-        if point.when == "before":
-            self._lend(name)
+        if shared is not None and not shared.exists():
+            with replacing(shared) as temporary:
+                temporary.write_bytes((self._run.path / name).read_bytes())
         return known
 
     def _text_quality(self, point: Point) -> dict[str, Any]:
@@ -311,18 +314,6 @@ class Measurer:
                "cases": [self._settings.cases, self._settings.seed], "protocols": sorted(self._settings.protocols)}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         return self._settings.shared_before / f"before-{digest}.jsonl"
-
-    def _borrow(self, name: str) -> None:
-        shared = self._shared()
-        if shared is not None and shared.exists() and not self._run.has(name):
-            logger.info("the unedited model was measured on these facts before: %s", shared)
-            self._run.write_text(name, shared.read_text(encoding="utf-8"))
-
-    def _lend(self, name: str) -> None:
-        shared = self._shared()
-        if shared is not None and not shared.exists():
-            with replacing(shared) as temporary:
-                temporary.write_bytes((self._run.path / name).read_bytes())
 
 
 def _by_protocol(lines: Sequence[Mapping[str, Any]], protocols: Sequence[Protocol]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -20,7 +24,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a sweep is a YAML mapping with `methods` or `runs`, found {content!r:.60}")
-    return content
+    return {key: _expanded(value, path) for key, value in content.items()}
+
+
+def _expanded(value: Any, path: Path) -> Any:
+    """Texts with environment variables in the form ``${NAME}`` replaced by what they stand for."""
+    if isinstance(value, dict):
+        return {key: _expanded(item, path) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expanded(item, path) for item in value]
+    if not isinstance(value, str):
+        return value
+    missing = [name for name in _VARIABLE.findall(value) if name not in os.environ]
+    if missing:
+        raise ValueError(f"{path}: {value!r} names the environment variable {missing[0]}, which is not set: set it, or "
+                         "write the path itself")
+    return _VARIABLE.sub(lambda match: os.environ[match.group(1)], value)
 
 
 def _refuse_repetition(path: Path, node: yaml.Node | None) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from ...hparams import SPHEREHyperParams
+from ...hparams import SPHERE_ONLY, SPHEREHyperParams
 from .checks import as_list, as_whole, check_keys
 from .names import compose, is_name
-from .record import SPHERE_ONLY, Run
+from .record import Run
 
 
 @dataclass(frozen=True)

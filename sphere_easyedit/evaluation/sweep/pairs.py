@@ -12,8 +12,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from ...hparams import SPHERE_ONLY
 from ..paired import paired_bootstrap
-from .record import KEEPING, SPHERE_ONLY, Run
+from .record import KEEPING, Run
 from .results import Key, MeasuredRun
 
 logger = logging.getLogger(__name__)

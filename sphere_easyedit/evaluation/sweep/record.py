@@ -10,11 +10,9 @@ from typing import Any, Final
 import yaml
 
 from ...files import replacing
+from ...hparams import SPHERE_ONLY
 
 RECORD: Final = "sweep.yaml"
-# Hyperparameters that change nothing where nothing is projected.
-SPHERE_ONLY: Final = ("gamma", "alpha", "projection_stage", "principal_space", "suppression", "gamma_rule",
-                      "space_source", "energy_budget", "compensate")
 # Options of `edit` that say what is kept or told of a run, and change no number.
 KEEPING: Final = frozenset({"keep-weights-every", "keep-checkpoints", "examples", "share-before", "verbose"})
 

@@ -23,7 +23,7 @@
 
 An entry of ``runs`` may say all that stands above but methods, exclude and seeds_outermost. Its ``set`` and ``edit``
 are added to those above; axes above are the grid's alone. A lone value stands for a list of one. Paths are relative to
-the working directory, as everywhere.
+the working directory, as everywhere; ``${NAME}`` is an environment variable's value: ``${SPHERE_DATA}/zsre.json``.
 
 A run is named METHOD-plain-seedS or METHOD-sphere-gammaG-alphaA-seedS. What differs from the hyperparameter file and
 ``set`` stands in front of the seed, so a new axis leaves the names of runs that keep to the file as they are. With a

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...files import replacing
+from ...hparams import SPHERE_ONLY
 from ..tables import Column, Table
 from .markdown import Row, as_text, changes_table, several, wide_tables
 from .pairs import Difference, differences, same_seeds, with_and_without_sphere
-from .record import KEEPING, RECORD, SPHERE_ONLY, Run, read_record
+from .record import KEEPING, RECORD, Run, read_record
 from .results import MeasuredRun, Measurement
 
 ROWS: Final = "table.csv"
