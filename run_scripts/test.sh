@@ -8,5 +8,6 @@ setup_venv demo,eval,test
 if [ $# -eq 0 ]; then
   .venv/bin/ruff check .
   .venv/bin/mypy sphere_easyedit
+  set -- --numprocesses auto --dist loadfile  # a file's tests share what they made
 fi
 .venv/bin/python -m pytest "$@"
