@@ -429,7 +429,7 @@ def test_prompts_that_lose_their_beginning_are_counted(
     (data / "gsm8k.jsonl").write_text(json.dumps({"question": long["passage"], "answer": "#### 1"}))
     general_abilities(tiny_model("llama"), tok, ["boolq", "gsm8k", "rte"], data, max_new_tokens=SHORT)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert [warning.split(" prompts")[0] for warning in warnings] == ["boolq: 2", "gsm8k: 1"]
+    assert [warning.split(" requests")[0] for warning in warnings] == ["boolq: 2", "gsm8k: 1"]
 
 
 def test_a_missing_harness_is_named(monkeypatch: pytest.MonkeyPatch, tok: PreTrainedTokenizerBase, data: Path) -> None:

@@ -95,6 +95,8 @@ def test_a_run_is_measured_again_from_its_weights(tmp_path: Path, tok: PreTraine
     assert rome[4]["watched"]["update_norms"] != rome[6]["watched"]["update_norms"]
     assert rome[0]["watched"]["update_norms"] == {"1": 0.0, "2": 0.0}
     assert model_fingerprint(again) == model_fingerprint(model)
+    scores = lines_of(tmp_path / "run" / "scores" / "after-6.jsonl")
+    assert [line["protocol"] for line in scores] == ["paper"] * 6 + ["rome"] * 6  # none took another's place
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     edited.measure(tiny_model("llama"), tok, [6], MeasureSettings(protocols=("rome",)))
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before

@@ -236,7 +236,8 @@ def test_points_of_a_run() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"every": 0}, {"sample": 0}, {"protocols": ()}, {"protocols": ("paper", "paper")},
-                                      {"protocols": ("easyedit",), "before": False}])
+                                      {"protocols": ("easyedit",), "before": False},
+                                      {"protocols": ("easyedit",), "cases": 3, "every": 2}, {"cases": 0}])
 def test_impossible_measures_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         MeasureSettings(**settings)

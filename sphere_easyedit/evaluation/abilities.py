@@ -137,7 +137,7 @@ def general_abilities(
             results = harness.run(lm, asked, limit, seed)
             logger.info("%s: %.1f s", name, time.perf_counter() - started)
             if lm.truncated > before:
-                logger.warning("%s: %d prompts don't fit the model's context of %d tokens and lost their beginning",
+                logger.warning("%s: %d requests lost the beginning of their prompt to the model's context of %d tokens",
                                name, lm.truncated - before, lm.max_length)
             scores |= _scores(name, results, _protocol(harness, name, harness.most_new_tokens(asked)))
     return scores

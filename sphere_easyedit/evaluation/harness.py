@@ -48,7 +48,7 @@ class LentModel(HFLM):  # type: ignore[misc]
 
     Attributes:
         report: called with (requests done, requests in all) of the kind of request under way.
-        truncated: prompts so far that lost their beginning, since they did not fit the model's context.
+        truncated: requests so far whose prompt lost its beginning, since it did not fit the model's context.
     """
 
     def __init__(self, model: nn.Module, tok: PreTrainedTokenizerBase, batch_size: int) -> None:
@@ -140,7 +140,7 @@ class _Ended(StoppingCriteria):
     def __init__(self, tok: PreTrainedTokenizerBase, width: int, stops: Sequence[str]) -> None:
         self._tok, self._width, self._stops = tok, width, [stop for stop in stops if stop]
         # A model may write a stop sequence in other tokens than the tokenizer, and other text around it.
-        self._look = 2 + max(len(tok.encode(stop, add_special_tokens=False)) for stop in self._stops)
+        self._look = 2 + max((len(tok.encode(stop, add_special_tokens=False)) for stop in self._stops), default=0)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return self.of(input_ids, self._look)

@@ -19,7 +19,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -117,6 +117,9 @@ class MeasureSettings:
             raise ValueError(f"references {self.references} are given, but no text is to be generated: give decoding")
         if "easyedit" in self.protocols and not self.before:
             raise ValueError("protocol 'easyedit' compares with what the unedited model says: measure before editing")
+        if "easyedit" in self.protocols and self.cases is not None and (self.every or self.last_batch):
+            raise ValueError(f"cases is {self.cases}, but protocol 'easyedit' compares every fact measured on the way "
+                             "with what the unedited model says: leave it out")
 
     def described(self) -> dict[str, Any]:
         """What decides about the numbers, as plain values for ``config.yaml``."""
@@ -224,14 +227,17 @@ class Measurer:
             seconds = 0.0  # all protocols were measured at once
 
     def measure_abilities(self, when: When, num_edits: int) -> None:
-        """Measure general abilities, unless they are written down already."""
+        """Measure those of the general abilities that are not written down already."""
         settings = self._settings.abilities
-        if any("abilities" in line and line["num_edits"] == num_edits for line in self._run.lines(METRICS)):
+        measured = {task for line in self._run.lines(METRICS) if line["num_edits"] == num_edits
+                    for task in line.get("abilities", ())}
+        tasks = [task for task in settings.tasks if task not in measured]
+        if not tasks:
             return
         from .abilities import general_abilities  # lm-eval takes seconds to import, and is an extra
 
         started = time.perf_counter()
-        found = general_abilities(self._editable.model, self._tok, settings.tasks, settings.data,
+        found = general_abilities(self._editable.model, self._tok, tasks, settings.data,
                                   num_fewshot=settings.num_fewshot, limit=settings.limit,
                                   batch_size=settings.batch_size)
         protocols = sorted({score.protocol for score in found.values()})
@@ -248,28 +254,28 @@ class Measurer:
             logger.info("the unedited model was measured on these facts before: %s", shared)
             self._run.write_text(name, shared.read_text(encoding="utf-8"))
         protocols = self._settings.protocols
-        known = _by_protocol(self._run.lines(name), protocols)
-        done = min(len(known[protocol]) for protocol in protocols)
-        if done < len(point.cases):  # a torn chunk is measured again, whole, for the same bits
-            done -= done % _CHUNK
-        if self._run.has(name):
-            self._run.write_text(name, _lines({protocol: known[protocol][:done] for protocol in protocols}))
-        unedited = self._unedited(point)
+        self._run.keep_whole_lines(name)
+        known = {(line["protocol"], line["case_id"]): CaseScores.from_dict(line) for line in self._run.lines(name)}
         records = [self._records[case] for case in point.cases]
-        for start in range(done, len(records), _CHUNK):
+        unedited = self._unedited(point)
+        for start in range(0, len(records), _CHUNK):
             chunk = records[start: start + _CHUNK]
+            missing = {(protocol, record.case_id) for protocol in protocols for record in chunk} - known.keys()
+            if not missing:
+                continue
 
             def report(part: int, parts: int, start: int = start, count: int = len(chunk)) -> None:
                 self._progress(point.when, start + count * part // parts, len(records))
 
+            # A torn chunk is measured whole, for the same bits.
             found = evaluate_protocols(self._editable.model, self._tok, chunk, protocols, unedited, progress=report)
-            for protocol in protocols:
-                known[protocol] = [*known[protocol][:start], *found[protocol]]
-            self._run.append_text(name, _lines(found))
+            fresh = {(one.protocol, one.case_id): one for scores in found.values() for one in scores}
+            self._run.append_text(name, _lines(one for key, one in fresh.items() if key in missing))
+            known |= fresh
         if shared is not None and not shared.exists():
             with replacing(shared) as temporary:
                 temporary.write_bytes((self._run.path / name).read_bytes())
-        return known
+        return {protocol: [known[protocol, record.case_id] for record in records] for protocol in protocols}
 
     def _text_quality(self, point: Point) -> dict[str, Any]:
         """Fluency and consistency of a point's cases that have generation prompts, with their protocols."""
@@ -278,14 +284,13 @@ class Measurer:
         if decoding is None or not records:
             return {}
         name = f"texts/{point.when}-{point.num_edits}.jsonl"
+        self._run.keep_whole_lines(name)
         known = [TextQuality.from_dict(line) for line in self._run.lines(name)]
-        if self._run.has(name):  # a torn line goes
-            self._run.write_text(name, "".join(json.dumps(one.to_dict()) + "\n" for one in known))
         for start in range(len(known), len(records), _CHUNK_OF_TEXTS):
             found = measure_text_quality(self._editable.model, self._tok, records[start: start + _CHUNK_OF_TEXTS],
                                          self._references, decoding)
             known += found
-            self._run.append_text(name, "".join(json.dumps(one.to_dict()) + "\n" for one in found))
+            self._run.append_text(name, _lines(found))
             self._progress(point.when, min(start + _CHUNK_OF_TEXTS, len(records)), len(records))
         summary = summarise_text_quality(known, self._settings.seed)
         protocols = {"fluency": known[0].fluency_protocol, "consistency": known[0].consistency_protocol}
@@ -295,8 +300,8 @@ class Measurer:
         """What the unedited model said, by case_id, where a protocol compares with it."""
         if "easyedit" not in self._settings.protocols or point.when == "before":
             return None
-        before = _by_protocol(self._run.lines("scores/before-0.jsonl"), ("easyedit",))["easyedit"]
-        return {scores.case_id: scores for scores in before}
+        return {line["case_id"]: CaseScores.from_dict(line) for line in self._run.lines("scores/before-0.jsonl")
+                if line["protocol"] == "easyedit"}
 
     def _watched(self) -> dict[str, Any]:
         session = EditSession.of(self._editable.model)
@@ -316,14 +321,8 @@ class Measurer:
         return self._settings.shared_before / f"before-{digest}.jsonl"
 
 
-def _by_protocol(lines: Sequence[Mapping[str, Any]], protocols: Sequence[Protocol]
-                 ) -> dict[Protocol, list[CaseScores]]:
-    return {protocol: [CaseScores.from_dict(line) for line in lines if line["protocol"] == protocol]
-            for protocol in protocols}
-
-
-def _lines(scores: Mapping[Protocol, Sequence[CaseScores]]) -> str:
-    return "".join(json.dumps(one.to_dict()) + "\n" for found in scores.values() for one in found)
+def _lines(found: Iterable[CaseScores | TextQuality]) -> str:
+    return "".join(json.dumps(one.to_dict()) + "\n" for one in found)
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -124,9 +124,12 @@ class RunDirectory:
             found.append(line)
         return found
 
-    def keep_until(self, name: str, num_edits: int | None) -> None:
-        """Drop a JSONL file's lines of more edits than these (None: of none), and a torn last one."""
-        if not self.has(name):
-            return
-        kept = [line for line in self.lines(name) if num_edits is None or line["num_edits"] <= num_edits]
+    def keep_whole_lines(self, name: str) -> None:
+        """Drop a JSONL file's last line if it was torn."""
+        if self.has(name) and not (self.path / name).read_bytes().endswith(b"\n"):
+            self.write_text(name, "".join(json.dumps(line) + "\n" for line in self.lines(name)))
+
+    def keep_until(self, name: str, num_edits: int) -> None:
+        """Drop a JSONL file's lines of more edits than these."""
+        kept = [line for line in self.lines(name) if line["num_edits"] <= num_edits]
         self.write_text(name, "".join(json.dumps(line) + "\n" for line in kept))

@@ -202,8 +202,9 @@ def _go_back_to_checkpoint(run: RunDirectory, editable: EditableModel, same_vers
     if numbers:
         resume_from(editable, run.checkpoints, num_edits)
     run.keep_until(EDITS, num_edits)
-    run.keep_until(METRICS, None if same_versions else num_edits)
+    run.keep_whole_lines(METRICS)
     if not same_versions:
+        run.keep_until(METRICS, num_edits)
         for path in (run.path / "scores").glob("*.jsonl"):
             if int(path.stem.rpartition("-")[2]) > num_edits:
                 path.unlink()
