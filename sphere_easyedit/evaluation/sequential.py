@@ -11,15 +11,13 @@ import hashlib
 import itertools
 import json
 import logging
-import platform
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 import yaml
@@ -49,16 +47,10 @@ from .measuring import (
     when_after,
 )
 from .metrics import CaseScores, Protocol
+from .run_config import check_same_run, run_config
 from .run_directory import CASES, CONFIG, EDITS, ENERGY, EXAMPLES, METRICS, SUMMARY, RunDirectory
 
 logger = logging.getLogger(__name__)
-
-_PACKAGES = ("sphere-easyedit", "torch", "transformers", "numpy", "scipy", "safetensors", "tokenizers")
-# Entries of config.yaml's "run" that must be the same where a run is resumed: they decide about bits, or about which
-# numbers stand side by side.
-_FIXED: Final = ("records", "batch_size", "checkpoint_every", "follows")
-_FIXED_MEASURES: Final = ("protocols", "before", "cases", "sample", "seed", "text", "text_tokens", "decoding",
-                          "references")
 
 
 @dataclass(frozen=True)
@@ -150,9 +142,14 @@ def run_sequential(
     report = progress or (lambda what, done, total: None)
     measurer = Measurer(editable, tok, records, settings.measure, run, report)
     preparation_seconds = time.perf_counter() - started
-    config = _config(model, hparams, settings, records)
+    described = {**settings.described, "num_edits": len(records), "batch_size": settings.batch_size,
+                 "protocol": settings.measure.protocols[0], "records": records_fingerprint(records),
+                 "checkpoint_every": settings.checkpoint_every,
+                 "follows": None if settings.follows is None else str(settings.follows),
+                 "measure": settings.measure.described()}
+    config = run_config(model, hparams, described)
     if goes_on:
-        same_versions = _check_same_run(run, config)
+        same_versions = check_same_run(run, config)
         if run.has(SUMMARY):
             logger.info("%s is finished: nothing is left to do", settings.output)
             return _finished(run, [record.edit_prompt for record in records[: settings.examples]])
@@ -166,30 +163,6 @@ def run_sequential(
                 run.write_json("conflicts.json", conflicts.to_dict())
         return _Run(editable, tok, records, hparams, settings, run, measurer, callbacks, report).complete(
             preparation_seconds)
-
-
-def _check_same_run(run: RunDirectory, config: Mapping[str, Any]) -> bool:
-    """Refuse to go on with other settings than the run began with; returns whether versions are the same."""
-    was = run.read_config()
-    try:
-        hparams_then = SPHEREHyperParams.from_dict(was["hparams"]).to_dict()
-        pairs = {f"hyperparameter {name}": (hparams_then.get(name), value)
-                 for name, value in config["hparams"].items() if name not in ("device", "stats_dir")}
-        pairs |= {name: (was["run"].get(name), config["run"][name]) for name in _FIXED}
-        pairs |= {f"measure.{name}": (was["run"]["measure"].get(name), config["run"]["measure"][name])
-                  for name in _FIXED_MEASURES}
-        versions = was["versions"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{run.path / CONFIG} is no configuration of a run that can be resumed ({error})") from error
-    differing = [f"{name} was {then!r} and is {now!r}" for name, (then, now) in pairs.items() if then != now]
-    if differing:
-        raise ValueError(f"{run.path} can't be resumed with other settings: {'; '.join(differing)}. Give the same "
-                         "ones, or another directory")
-    changed = [f"{name} {versions.get(name)} -> {now}" for name, now in config["versions"].items()
-               if versions.get(name) != now]
-    if changed:
-        logger.warning("resumed with other versions (%s): bits may differ from here on", ", ".join(changed))
-    return not changed
 
 
 def _go_back_to_checkpoint(run: RunDirectory, editable: EditableModel, same_versions: bool) -> None:
@@ -388,30 +361,6 @@ def weights_checksum(editable: EditableModel) -> str:
         stored = editable.parameter(layer).detach().cpu().contiguous()
         digest.update(stored.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _config(model: nn.Module, hparams: SPHEREHyperParams, settings: RunSettings, records: Sequence[EditRecord]
-            ) -> dict[str, Any]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "run": {**settings.described, "num_edits": len(records), "batch_size": settings.batch_size,
-                "protocol": settings.measure.protocols[0], "records": records_fingerprint(records),
-                "checkpoint_every": settings.checkpoint_every,
-                "follows": None if settings.follows is None else str(settings.follows),
-                "measure": settings.measure.described()},
-        "hparams": hparams.to_dict(),
-        "versions": versions,
-        "model": {"devices": sorted({str(parameter.device) for parameter in model.parameters()}),
-                  "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
-                  "context_templates": EditSession.of(model).contexts},
-        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(),
-                    "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
-    }
 
 
 def peak_memory_bytes(model: nn.Module) -> int:

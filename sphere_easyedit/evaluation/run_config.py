@@ -1,0 +1,85 @@
+"""What a run is: the content of ``config.yaml``, and whether a run that is to be resumed is the same one."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from ..editing.session import EditSession
+from ..hparams import SPHEREHyperParams
+from .run_directory import CONFIG, RunDirectory
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("sphere-easyedit", "torch", "transformers", "numpy", "scipy", "safetensors", "tokenizers")
+# Entries of config.yaml's "run" that must be the same where a run is resumed: they decide about bits, or about which
+# numbers stand side by side.
+_FIXED: Final = ("records", "batch_size", "checkpoint_every", "follows")
+_FIXED_MEASURES: Final = ("protocols", "before", "cases", "sample", "seed", "text", "text_tokens", "decoding",
+                          "references")
+
+
+def run_config(model: nn.Module, hparams: SPHEREHyperParams, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of ``config.yaml``: everything resolved, versions, machine.
+
+    Args:
+        run: what the run edits and measures.
+    """
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "run": dict(run),
+        "hparams": hparams.to_dict(),
+        "versions": versions,
+        "model": {"devices": sorted({str(parameter.device) for parameter in model.parameters()}),
+                  "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
+                  "context_templates": EditSession.of(model).contexts},
+        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(),
+                    "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
+    }
+
+
+def check_same_run(run: RunDirectory, config: Mapping[str, Any]) -> bool:
+    """Refuse to go on with other settings than the run began with.
+
+    Returns:
+        Whether versions, threads and kind of machine are all the same as then.
+
+    Raises:
+        ValueError: a setting that decides about bits, or about which numbers stand side by side, is another one.
+    """
+    was = run.read_config()
+    try:
+        hparams_then = SPHEREHyperParams.from_dict(was["hparams"]).to_dict()
+        pairs = {f"hyperparameter {name}": (hparams_then.get(name), value)
+                 for name, value in config["hparams"].items() if name not in ("device", "stats_dir")}
+        pairs |= {name: (was["run"].get(name), config["run"][name]) for name in _FIXED}
+        pairs |= {f"measure.{name}": (was["run"]["measure"].get(name), config["run"]["measure"][name])
+                  for name in _FIXED_MEASURES}
+        versions = was["versions"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{run.path / CONFIG} is no configuration of a run that can be resumed ({error})") from error
+    differing = [f"{name} was {then!r} and is {now!r}" for name, (then, now) in pairs.items() if then != now]
+    if differing:
+        raise ValueError(f"{run.path} can't be resumed with other settings: {'; '.join(differing)}. Give the same "
+                         "ones, or another directory")
+    changed = [f"{name} {versions.get(name)} -> {now}" for name, now in config["versions"].items()
+               if versions.get(name) != now]
+    machine = was.get("machine") or {}
+    # Sums are split among threads, and go to other kernels on another kind of processor.
+    changed += [f"{name} {machine.get(name)} -> {now}" for name, now in config["machine"].items()
+                if machine.get(name) != now]
+    if changed:
+        logger.warning("resumed with other versions or on another machine (%s): bits may differ from here on",
+                       ", ".join(changed))
+    return not changed
