@@ -102,6 +102,7 @@ def edit(
     abilities_data: Annotated[Path | None, typer.Option(help="Folder of the four tasks' .jsonl files.")] = None,
     abilities_shots: Annotated[int, typer.Option(min=0, help="Examples in front of each question.")] = 0,
     abilities_limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions a task.")] = None,
+    abilities_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many new tokens an answer.")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Edit facts into a model, batch after batch, and measure before, on the way and after."""
@@ -122,7 +123,8 @@ def edit(
         protocols=protocols, before=eval_before, after=eval_after, cases=eval_cases, every=eval_every,
         sample=eval_sample, last_batch=eval_last_batch, text=text, text_tokens=text_tokens, decoding=decoding,
         references=references, seed=eval_seed, shared_before=share_before,
-        abilities=AbilitySettings(tuple(abilities), abilities_every, abilities_data, abilities_shots, abilities_limit))
+        abilities=AbilitySettings(tuple(abilities), abilities_every, abilities_data, abilities_shots, abilities_limit,
+                                  abilities_tokens))
     drawn = load_records(dataset.value, data, num_edits, seed, order_seed=order_seed, skip=skip)
     records = with_protocol_targets(drawn, protocols[0])
     device = "auto" if settings_of_model.model_parallel else settings_of_model.device
@@ -162,6 +164,7 @@ def evaluate(
     abilities_data: Annotated[Path | None, typer.Option(help="Folder of the four tasks' .jsonl files.")] = None,
     abilities_shots: Annotated[int, typer.Option(min=0, help="Examples in front of each question.")] = 0,
     abilities_limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions a task.")] = None,
+    abilities_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many new tokens an answer.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
     = None,
     verbose: Verbose = False,
@@ -182,7 +185,8 @@ def evaluate(
     measure = MeasureSettings(
         protocols=protocols, before=facts, after=facts, sample=eval_sample, seed=eval_seed, text=text,
         text_tokens=text_tokens,
-        abilities=AbilitySettings(tuple(abilities), None, abilities_data, abilities_shots, abilities_limit))
+        abilities=AbilitySettings(tuple(abilities), None, abilities_data, abilities_shots, abilities_limit,
+                                  abilities_tokens))
     model, tok = load_model(edited.hparams.model_name, edited.hparams.device, dtype)
     with _Bars(console) as bars:
         lines = edited.measure(model, tok, wanted, measure, bars.update)

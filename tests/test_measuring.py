@@ -12,7 +12,7 @@ from conftest import tiny_hparams, tiny_model
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.measuring import MeasureSettings, model_fingerprint
+from sphere_easyedit.evaluation.measuring import AbilitySettings, MeasureSettings, model_fingerprint
 from sphere_easyedit.evaluation.metrics import evaluate_records, summarise
 from sphere_easyedit.evaluation.revisiting import EditedRun
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
@@ -115,3 +115,22 @@ def test_fingerprints_tell_models_apart() -> None:
     with torch.no_grad():
         model.transformer.ln_f.bias[3] += 1e-3
     assert model_fingerprint(model) != before
+
+
+def test_abilities_on_the_way(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    pytest.importorskip("lm_eval")
+    folder = tmp_path / "general"
+    folder.mkdir()
+    (folder / "boolq.jsonl").write_text("".join(json.dumps({
+        "question": f"is the {noun} old", "passage": f"The {noun} is very old.", "answer": number % 2 == 0}) + "\n"
+        for number, noun in enumerate(["mayor", "bridge", "church"])))
+    records = load_records("demo", None, 4, 0)
+    measure = MeasureSettings(before=False, after=False,
+                              abilities=AbilitySettings(("boolq",), every=2, data=folder, limit=2))
+    run_sequential(tiny_model("llama"), tok, records, tiny_hparams(tmp_path, v_num_grad_steps=2),
+                   RunSettings(tmp_path / "run", 2, measure=measure))
+    lines = lines_of(tmp_path / "run" / "metrics.jsonl")
+    assert [(line["when"], line["num_edits"]) for line in lines] == [("before", 0), ("during", 2), ("after", 4)]
+    for line in lines:
+        assert line["protocol"].startswith("lm-eval")
+        assert line["abilities"]["boolq"]["n"] == 2

@@ -60,7 +60,7 @@ class AbilitySettings:
         tasks: names; none measures none.
         every: also after every so many edits; None for before and after only.
         data: folder of the four tasks' files.
-        num_fewshot, limit, batch_size: handed to lm-eval.
+        num_fewshot, limit, max_new_tokens, batch_size: see there.
     """
 
     tasks: tuple[str, ...] = ()
@@ -68,7 +68,8 @@ class AbilitySettings:
     data: Path | None = None
     num_fewshot: int = 0
     limit: int | None = None
-    batch_size: int = 8
+    max_new_tokens: int | None = None
+    batch_size: int = 32
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ class MeasureSettings:
             "decoding": None if self.decoding is None else self.decoding.described(),
             "references": None if self.references is None else str(self.references),
             "abilities": {"tasks": list(self.abilities.tasks), "every": self.abilities.every,
-                          "num_fewshot": self.abilities.num_fewshot, "limit": self.abilities.limit},
+                          "num_fewshot": self.abilities.num_fewshot, "limit": self.abilities.limit,
+                          "max_new_tokens": self.abilities.max_new_tokens},
         }
 
 
@@ -239,7 +241,8 @@ class Measurer:
         started = time.perf_counter()
         found = general_abilities(self._editable.model, self._tok, tasks, settings.data,
                                   num_fewshot=settings.num_fewshot, limit=settings.limit,
-                                  batch_size=settings.batch_size)
+                                  batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
+                                  progress=lambda task, done, total: self._progress(when, done, total))
         protocols = sorted({score.protocol for score in found.values()})
         self._run.append(METRICS, {
             "num_edits": num_edits, "when": when, "protocol": "; ".join(protocols),
