@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,15 @@ from sphere_easyedit.loading import SMOLLM2, load_model
 pytestmark = pytest.mark.real
 
 
-@pytest.fixture
-def all_threads() -> Iterator[None]:
-    """Undo conftest's single thread, which suits tiny models only."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def slow(model: Any, tok: Any, prompt: str, target: str) -> tuple[bool, float]:
     """Whether every target token is the argmax, and the mean of their log-probabilities."""
     start, ids = len(tok(prompt).input_ids), tok(prompt + " " + target).input_ids
     with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0].double()
-    log_probs, wanted = logits.log_softmax(-1)[start - 1: -1], torch.tensor(ids[start:])
+        logits = model(torch.tensor([ids])).logits[0, start - 1: -1]
+    log_probs, wanted = logits.double().log_softmax(-1), torch.tensor(ids[start:])
     return bool((log_probs.argmax(-1) == wanted).all()), float(log_probs.gather(1, wanted[:, None]).mean())
 
 
-@pytest.mark.usefixtures("all_threads")
 def test_fifty_real_records_case_by_case(data_dir: Path) -> None:
     try:
         model, tok = load_model(SMOLLM2, "cpu", torch.float32)
@@ -55,7 +44,8 @@ def test_fifty_real_records_case_by_case(data_dir: Path) -> None:
                 assert getattr(paper, f"{metric}_prompts")[number] == float(hit)
                 value = getattr(rome, f"{metric}_prompts")[number]
                 assert value == float(one > two)
+                # Float32 through 30 layers: log-probabilities differ from float64's by up to 3e-5.
                 assert getattr(rome, f"{metric}_magnitudes")[number] == pytest.approx(
-                    math.exp(one) - math.exp(two), abs=1e-5)
+                    math.exp(one) - math.exp(two), abs=1e-4)
                 kinds.add((metric, hit, value))
     assert {("specificity", True, 1.0), ("specificity", False, 1.0), ("efficacy", False, 0.0)} <= kinds
