@@ -48,7 +48,7 @@ setup(
                      "opencv-python-headless", "pandas", "portalocker", "pyjwt", "qwen-vl-utils", "requests", "rouge",
                      "scikit-learn", "sentence-transformers", "sentencepiece", "timm", "torchvision", "zhipuai"],
         "test": ["pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10",
-                 "setuptools>=68", "wheel"],
+                 "scikit-learn>=1.4", "setuptools>=68", "wheel"],
     },
     entry_points={"console_scripts": ["sphere-easyedit=sphere_easyedit.cli:main"]},
     classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3"],

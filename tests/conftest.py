@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import sphere_easyedit as sphere
+from sphere_easyedit.easyedit import load_easyedit
 
 # Tiny models gain nothing from threads, and lose much where test processes share the cores.
 torch.set_num_threads(1)
@@ -141,3 +142,12 @@ def data_dir() -> Path:
     if not (folder / "counterfact.json").exists():
         pytest.skip(f"no real records at {folder}; set SPHERE_DATA to the folder that holds counterfact.json")
     return folder
+
+
+@pytest.fixture(scope="session")
+def package() -> Any:
+    """EasyEdit, imported; tests that need it skip where there is none."""
+    try:
+        return load_easyedit()
+    except ImportError as error:
+        pytest.skip(str(error))

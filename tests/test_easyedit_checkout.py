@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import sphere_easyedit as sphere
-from sphere_easyedit.easyedit import load_easyedit, make_editor, wrappable
+from sphere_easyedit.easyedit import make_editor, wrappable
 from sphere_easyedit.loading import smollm2_folder
 
 pytestmark = pytest.mark.easyedit
@@ -43,14 +43,6 @@ OWN: dict[str, dict[str, Any]] = {
     "CORE": {},
 }
 ONE_BY_ONE = ("ROME", "R-ROME")
-
-
-@pytest.fixture(scope="module")
-def package() -> Any:
-    try:
-        return load_easyedit()
-    except ImportError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)

@@ -17,20 +17,12 @@ import torch
 from test_metrics import AROUND, mixed_records, tokenizer
 from test_metrics_protocols import built, edited
 
-from sphere_easyedit.easyedit import edit_arguments, load_easyedit
+from sphere_easyedit.easyedit import edit_arguments
 from sphere_easyedit.evaluation.datasets import EditRecord, load_records
 from sphere_easyedit.evaluation.metrics import CaseScores, evaluate_protocols, evaluate_records
 from sphere_easyedit.loading import SMOLLM2, load_model
 
 pytestmark = pytest.mark.easyedit
-
-
-@pytest.fixture(scope="module")
-def package() -> Any:
-    try:
-        return load_easyedit()
-    except ImportError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)
