@@ -373,7 +373,7 @@ class _Bars:
     def update(self, phase: str, done: int, total: int) -> None:
         if phase not in self._tasks:
             self._tasks[phase] = self._progress.add_task(_PHASES[phase], total=total)
-        self._progress.update(self._tasks[phase], completed=done)
+        self._progress.update(self._tasks[phase], completed=done, total=total)  # a phase that recurs may grow
 
 
 def _summary_table(summary: dict[str, Any], base_alg: str, alpha: float) -> Table:
