@@ -59,7 +59,8 @@ def edit(
     hparams: Annotated[str, typer.Option(help="YAML file, or a short name such as AlphaEdit/smollm2-135m.")],
     output: Annotated[Path, typer.Option(help="Run directory, new or empty (or to resume).")],
     dataset: Annotated[Dataset, typer.Option(help="What to edit.")] = Dataset.demo,
-    data: Annotated[Path | None, typer.Option(help="The data set's file; demo has none.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The data set's file; if not given, looked for in SPHERE_DATA, then "
+                                               "downloaded. demo has none.")] = None,
     num_edits: Annotated[int | None, typer.Option(min=1, help="Number of facts; all if not given.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Facts edited at once.")] = 100,
     seed: Annotated[int | None, typer.Option(help="Draws and orders the facts; the file's order if not given.")] = None,

@@ -127,12 +127,13 @@ class Shaping:
             self._editable.set_weight(layer, original + change)
 
     def _space(self, layer: int) -> PrincipalSpace:
-        """The layer's principal space: of the weight as it stands, or of the original one."""
+        """The layer's principal space: of the weight as it stands, or of what does not change from batch to batch."""
         hparams, weight = self._hparams, self._editable.weight(layer)
-        if not self._prunes and hparams.principal_space == "current":
-            gram = self._grams.get(layer)
-            if hparams.space_source != "weight" or hparams.gamma_rule == "knee":
+        # The keys' space knows no weight: it is the same for all batches.
+        if not self._prunes and hparams.principal_space == "current" and hparams.space_source != "keys":
+            if hparams.space_source == "both" or hparams.gamma_rule == "knee":
                 return self._made_from(layer, weight)
+            gram = self._grams.get(layer)
             if gram is None:  # of a tall weight
                 return PrincipalSpace.from_weight(weight, hparams.gamma)
             space = PrincipalSpace.from_gram(weight, gram, hparams.gamma, self._session.ranks.get(layer))

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .editing.executors import Update
 from .editing.solvers import LowRankUpdate
 from .projection import PrincipalSpace
-
-Update = LowRankUpdate | Tensor
 
 _BISECTIONS = 20
 _LARGEST_REPAIR = 10.0  # times the values' norm: beyond it there is too little of the keys left to write through

@@ -324,6 +324,19 @@ def test_abilities_are_listed_by_edits(tmp_path: Path) -> None:
     assert rows[0]["gsm8k"].ci95 == pytest.approx((39.02, 40.98))  # of the standard error
 
 
+def test_abilities_may_be_measured_one_after_the_other(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    last = RunRecords.read(folder).abilities[-1]
+    more = {"num_edits": last.num_edits, "when": last.when, "protocol": last.protocol}
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({**more, "abilities": {"boolq": {"mean": 60.0, "n": 50}}}) + "\n")
+    assert [sorted(point.abilities) for point in RunRecords.read(folder).abilities[-2:]] == [["gsm8k"], ["boolq"]]
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({**more, "abilities": {"gsm8k": {"mean": 1.0, "n": 50}}}) + "\n")
+    with pytest.raises(ValueError, match="two lines of"):
+        RunRecords.read(folder)
+
+
 # --- tables ---------------------------------------------------------------------------------------------------
 
 

@@ -195,9 +195,29 @@ def test_prune_follows_a_run_of_memit(tmp_path: Path, tok: PreTrainedTokenizerBa
     assert following.summary["post"] == alone.summary["post"]
     with pytest.raises(ValueError, match="only PRUNE"):
         run_it(tmp_path, "no", tok, memit, follows=tmp_path / "memit")
-    with pytest.raises(ValueError, match="v_num_grad_steps"):
+    with pytest.raises(ValueError, match="edited with other v_num_grad_steps"):
         run_it(tmp_path, "no", tok, tiny_hparams(tmp_path, v_num_grad_steps=2, base_alg="PRUNE"),
                follows=tmp_path / "memit")
+    assert not (tmp_path / "no").exists()  # refused before anything was written
+
+
+def test_other_versions_measure_again_what_comes_later(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    hparams = tiny_hparams(tmp_path, v_num_grad_steps=2)
+    with pytest.raises(InterruptedError_):
+        run_it(tmp_path, "run", tok, hparams, [KilledIn(4)])  # a checkpoint after 4 edits, measured up to 6
+    run = tmp_path / "run"
+    (run / "texts").mkdir()
+    for name in ("scores", "texts"):
+        for num_edits in (4, 6):
+            (run / name / f"last_batch-{num_edits}.jsonl").touch()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["versions"]["torch"] = "2.2.0"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(InterruptedError_):
+        run_it(tmp_path, "run", tok, hparams, [KilledIn(3)])
+    assert [path.name for path in sorted((run / "texts").iterdir())] == ["last_batch-4.jsonl"]
+    assert not (run / "scores" / "last_batch-6.jsonl").exists()
+    assert max(line["num_edits"] for line in lines_of(run, "metrics.jsonl")) == 4
 
 
 def test_runs_share_what_they_measured_before(tmp_path: Path, tok: PreTrainedTokenizerBase,

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -36,12 +36,11 @@ from .datasets import EditRecord, records_fingerprint
 from .metrics import CaseScores, Protocol, evaluate_protocols, summarise
 from .perplexity import held_out_texts, perplexity
 from .references import load_references
-from .run_directory import METRICS, RunDirectory
+from .run_directory import METRICS, RunDirectory, When
 from .text_quality import Decoding, TextQuality, measure_text_quality, summarise_text_quality
 
 logger = logging.getLogger(__name__)
 
-When = Literal["before", "during", "last_batch", "after"]
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 # What a line of metrics.jsonl may hold as {"mean", "ci95", "n"}.

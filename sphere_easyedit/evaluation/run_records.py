@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, get_args
 
 from ..callbacks import EnergyRecord, read_energy_csv
-from .run_directory import CONFIG, EDITS, ENERGY, METRICS, SUMMARY, RunDirectory
+from .run_directory import CONFIG, EDITS, ENERGY, METRICS, SUMMARY, RunDirectory, When
 
-When = Literal["before", "during", "last_batch", "after"]
 CaseId = int | str
 PAPER: Final = "paper"
 SPHERE: Final = "SPHERE"  # the variant that projects onto the principal space's complement
@@ -126,8 +125,10 @@ class RunRecords:
                 abilities.append(_ability_point(line, where))
             else:
                 points.append(_point(line, where))
-        both: list[Point | AbilityPoint] = [*points, *abilities]
-        _check_unique(files.path / METRICS, [(point.num_edits, point.when, point.protocol) for point in both])
+        _check_unique(files.path / METRICS, [
+            *((point.num_edits, point.when, point.protocol) for point in points),
+            # Tasks may be measured one after the other, by one protocol.
+            *((point.num_edits, point.when, point.protocol, task) for point in abilities for task in point.abilities)])
         batches = [_batch(line, where) for where, line in _lines(files, EDITS)]
         _check_unique(files.path / EDITS, [batch.num_edits for batch in batches])
         energy = read_energy_csv(files.path / ENERGY) if files.has(ENERGY) else []

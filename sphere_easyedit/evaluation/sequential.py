@@ -39,7 +39,6 @@ from .measuring import (
     Measurer,
     MeasureSettings,
     Progress,
-    When,
     abilities_are_due,
     passed,
     point_at,
@@ -48,7 +47,7 @@ from .measuring import (
 )
 from .metrics import CaseScores, Protocol
 from .run_config import check_same_run, run_config
-from .run_directory import CASES, CONFIG, EDITS, ENERGY, EXAMPLES, METRICS, SUMMARY, RunDirectory
+from .run_directory import CASES, CONFIG, EDITS, ENERGY, EXAMPLES, METRICS, SUMMARY, RunDirectory, When
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +152,7 @@ def run_sequential(
         if run.has(SUMMARY):
             logger.info("%s is finished: nothing is left to do", settings.output)
             return _finished(run, [record.edit_prompt for record in records[: settings.examples]])
+    work = _Run(editable, tok, records, hparams, settings, run, measurer, callbacks, report)
     with run.locked():
         if goes_on:
             _go_back_to_checkpoint(run, editable, same_versions)
@@ -161,8 +161,7 @@ def run_sequential(
             if conflicts := find_conflicts(records):
                 logger.warning("%s", conflicts.summary())
                 run.write_json("conflicts.json", conflicts.to_dict())
-        return _Run(editable, tok, records, hparams, settings, run, measurer, callbacks, report).complete(
-            preparation_seconds)
+        return work.complete(preparation_seconds)
 
 
 def _go_back_to_checkpoint(run: RunDirectory, editable: EditableModel, same_versions: bool) -> None:
@@ -178,7 +177,7 @@ def _go_back_to_checkpoint(run: RunDirectory, editable: EditableModel, same_vers
     run.keep_whole_lines(METRICS)
     if not same_versions:
         run.keep_until(METRICS, num_edits)
-        for path in (run.path / "scores").glob("*.jsonl"):
+        for path in itertools.chain.from_iterable((run.path / part).glob("*.jsonl") for part in ("scores", "texts")):
             if int(path.stem.rpartition("-")[2]) > num_edits:
                 path.unlink()
     logger.info("resuming %s after %d edits", run.path, num_edits)

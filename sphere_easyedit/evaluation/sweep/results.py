@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from ..run_directory import CONFIG, METRICS, SUMMARY, RunDirectory
-from ..run_records import CaseId, Estimate, RunRecords, When
+from ..run_directory import CONFIG, METRICS, SUMMARY, RunDirectory, When
+from ..run_records import CaseId, Estimate, RunRecords
 from .record import Run
 
 PERPLEXITY: Final = "perplexity"
