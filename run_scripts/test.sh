@@ -3,7 +3,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source run_scripts/setup_venv.sh
-setup_venv demo,eval,test
+setup_venv demo,eval,report,test
+
+# The report is tested in a browser; where there is none and none can be installed, those tests skip and say so.
+if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
+    >/dev/null || echo "chromium could not be installed: tests in a browser will skip" >&2
+fi
 
 if [ $# -eq 0 ]; then
   .venv/bin/ruff check .

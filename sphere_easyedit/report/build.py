@@ -1,0 +1,109 @@
+"""From run directories to report.html, and the same figures as SVG and PNG."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ..evaluation.run_records import RunRecords
+from ..files import replacing
+from .abilities import abilities_figure
+from .cases import tables_of
+from .changes import changes_figure
+from .curves import curves_figure
+from .figure import Figure, as_file
+from .forgetting import forgetting_figure
+from .gains import gains_figure
+from .neurons import Neurons
+from .notices import notices_of
+from .page import Page
+from .runs import ReportRun, named_runs
+from .shares import shares_figure
+
+logger = logging.getLogger(__name__)
+
+_SCALE: Final = 2.0  # of PNG files against their SVG
+_REFRESH: Final = 30  # seconds
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """What was written: the page, and the figures' files."""
+
+    html: Path
+    figures: tuple[Path, ...]
+
+
+def write_report(runs: Sequence[str | Path], output: str | Path | None = None, files: bool = True,
+                 live: bool = False) -> ReportFiles:
+    """Write ``report.html``, self-contained, and the figures beside it in ``figures/`` as SVG and PNG.
+
+    Args:
+        runs: run directories, of runs that ended or are under way.
+        output: folder to write to; the run's own directory where there is one run.
+        files: also write SVG and PNG.
+        live: of a run under way: the page loads itself anew, and what takes seconds to compute is left for the end.
+
+    Raises:
+        ValueError: a directory holds no run or a damaged one, several runs are given without ``output``, or what draws
+            is not installed. Nothing is then written.
+    """
+    if output is None and len(runs) != 1:
+        raise ValueError(f"{len(runs)} runs are given: say where the report of all of them goes (output)")
+    folder = Path(runs[0] if output is None else output)
+    named = named_runs([RunRecords.read(run) for run in runs])
+    figures, notes = figures_of(named, live)
+    title = named[0].label if len(named) == 1 else f"{len(named)} runs"
+    page = Page(f"SPHERE: {title}", named, notices_of(named), figures, tables_of(named), notes,
+                _REFRESH if live else None).html()
+    html = folder / "report.html"
+    with replacing(html) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return ReportFiles(html, tuple(write_figures(figures, folder / "figures")) if files else ())
+
+
+def figures_of(runs: Sequence[ReportRun], live: bool = False) -> tuple[list[Figure], list[str]]:
+    """All figures that the runs have data for, and why others are not there."""
+    notes = []
+    neurons = Neurons(runs)
+    found = [curves_figure(runs), changes_figure(runs), gains_figure(runs), forgetting_figure(runs),
+             abilities_figure(runs), shares_figure(runs), *neurons.figures(embedded=not live)]
+    figures = [figure for figure in found if figure is not None]
+    names = {figure.name for figure in figures}
+    for name, text in (
+            ("changes", "No regression of changes: it takes three pairs of evaluations (`edit --eval-every`)."),
+            ("gains", "No bars of gains: they take a finished run of a base method and one of the same with SPHERE."),
+            ("forgetting", "No forgetting: it takes evaluations' scores, in a run's `scores/`."),
+            ("abilities", "No general abilities: `edit --abilities` or `evaluate --abilities` measure them."),
+            ("shares", "No shares in the principal space: `evaluate --neurons` finds them from kept weights."),
+            ("heatmaps", "No pictures of neurons: `evaluate --neurons` makes them from kept weights.")):
+        if name not in names:
+            notes.append(text)
+    return figures, notes
+
+
+def write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
+    """Each figure as SVG and PNG, with its first choices.
+
+    Raises:
+        ValueError: vl-convert-python is not installed.
+    """
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise ValueError("figures need vl-convert-python: pip install 'sphere-easyedit[report]'") from error
+    written = []
+    for figure in figures:
+        spec = as_file(figure)
+        for suffix in ("svg", "png"):
+            path = folder / f"{figure.name}.{suffix}"
+            with replacing(path) as temporary:
+                if suffix == "svg":
+                    temporary.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
+                else:
+                    temporary.write_bytes(vl_convert.vegalite_to_png(spec, scale=_SCALE))
+            written.append(path)
+    return written

@@ -1,0 +1,82 @@
+"""The facts of the runs, to search: what was asked, what is right before and after, what the model says."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..evaluation.run_directory import CASES, RunDirectory
+from ..evaluation.run_records import CaseId
+from .forgetting import scores_at
+from .runs import ReportRun
+
+logger = logging.getLogger(__name__)
+
+LOST, MISSED, HELD, UNKNOWN = "lost since", "not learned", "held", "known before"
+_ORDER: Final = (LOST, MISSED, HELD, UNKNOWN)
+_METRIC: Final = "efficacy"
+MOST: Final = 2000  # facts of a run on the page: 400 kB
+
+
+@dataclass(frozen=True)
+class CaseTable:
+    """A run's facts, those lost since first.
+
+    Attributes:
+        label: of the run.
+        rows: (case, prompt, wanted, true, state, before, after, last evaluation that saw it right or None, generation
+            before, generation after); before and after are true where the model said what was wanted, texts are None
+            where none were generated.
+        left_out: how many facts are not in it, for its size.
+    """
+
+    label: str
+    rows: tuple[tuple[Any, ...], ...]
+    left_out: int
+
+
+def case_table(run: ReportRun) -> CaseTable | None:
+    """A finished run's facts, from ``cases.jsonl`` and the scores of evaluations on the way; None before its end."""
+    files = RunDirectory(run.run.directory)
+    if not files.has(CASES):
+        return None
+    seen_right = _last_seen_right(run)
+    rows = []
+    for line in files.lines(CASES):
+        before, after = _right(line.get("pre")), _right(line.get("post"))
+        case = line.get("case_id")
+        last = seen_right.get(case) if case is not None else None
+        said = line.get("generations") or {}
+        rows.append((case, line.get("prompt"), line.get("target_new"), line.get("target_true"),
+                     _state(before, after, last), before, after, last, said.get("before"), said.get("after")))
+    rows.sort(key=lambda row: _ORDER.index(row[4]))
+    return CaseTable(run.label, tuple(rows[:MOST]), max(0, len(rows) - MOST))
+
+
+def _last_seen_right(run: ReportRun) -> dict[CaseId, int]:
+    """The last evaluation on the way (number of edits) in which a case was right, by case."""
+    found: dict[CaseId, int] = {}
+    for point in run.run.points:
+        if point.when in ("during", "last_batch") and point.protocol == run.protocol:
+            for case, scores in scores_at(run, point.when, point.num_edits).items():
+                if scores.get(_METRIC, 0.0) >= 1.0:
+                    found[case] = max(found.get(case, 0), point.num_edits)
+    return found
+
+
+def _right(scores: Mapping[str, Any] | None) -> bool | None:
+    value = None if scores is None else scores.get(_METRIC)
+    return None if value is None else bool(value >= 1.0)
+
+
+def _state(before: bool | None, after: bool | None, last: int | None) -> str:
+    if after:
+        return UNKNOWN if before else HELD
+    return LOST if last is not None else MISSED
+
+
+def tables_of(runs: Sequence[ReportRun]) -> list[CaseTable]:
+    """Tables of the runs that have one."""
+    return [table for table in map(case_table, runs) if table is not None]

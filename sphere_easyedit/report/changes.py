@@ -1,0 +1,104 @@
+"""Change of each metric against change of hyperspherical energy, from point to point (the paper's Figure 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from ..evaluation.analysis import FEWEST, LOG_PERPLEXITY, change_pairs, energy_points, regress
+from .figure import SMALL, Choice, Figure, Panel, Row, Spec, by_run, chosen, params, quantitative, shown, tooltip
+from .runs import ReportRun
+
+_METRICS: Final = ("efficacy", "generalization", "specificity", "fluency", "consistency", LOG_PERPLEXITY)
+_KINDS: Final = (("signed", "signed, mean over layers"), ("magnitude", "magnitude, mean over layers"))
+_STEPS: Final = 25  # of a regression's line and band
+
+
+def changes_figure(runs: Sequence[ReportRun]) -> Figure | None:
+    """Pairs of consecutive points of every run, with the regression over all of them; None with fewer than three."""
+    choice = Choice("kind", "Change of HE", _KINDS)
+    points = {run.label: energy_points(run.run, run.protocol) for run in runs}
+    panels: list[Panel] = []
+    rows: list[Row] = []
+    told: list[str] = []
+    for metric in _METRICS:
+        pairs: list[dict[str, Any]] = []
+        lines: list[dict[str, Any]] = []
+        for kind, _ in _KINDS:
+            named = [(label, pair) for label, series in points.items()
+                     for pair in change_pairs(series, metric, magnitude=kind == "magnitude")]
+            x, y = [pair[0] for _, pair in named], [pair[1] for _, pair in named]
+            if len(named) < FEWEST or len(set(x)) == 1 or len(set(y)) == 1:
+                continue  # nothing moved, or too little was seen
+            line, row, text = _regression(x, y, metric, kind)
+            pairs += [{"run": label, "kind": kind, "x": pair[0], "y": pair[1]} for label, pair in named]
+            lines += line
+            rows.append(row)
+            told.append(text)
+        if pairs:
+            panels.append(_panel(metric, pairs, lines, [run.label for run in runs], choice))
+    if not panels:
+        return None
+    return Figure(
+        "changes", "When hyperspherical energy moves, what else does",
+        "A point: the change of a metric between two consecutive evaluations of a run against the change of HE "
+        "(relative to the unedited model) between them. Line: least squares over all runs shown here together, "
+        "whichever are ticked, with the 95% interval of its mean. Points of one run are no independent draws, so p "
+        "flatters.", " ".join(told), tuple(panels), (choice,),
+        columns=("metric", "change of HE", "slope", "95% interval", "r", "p", "pairs"), rows=tuple(rows))
+
+
+def _regression(x: Sequence[float], y: Sequence[float], metric: str, kind: str
+                ) -> tuple[list[dict[str, Any]], Row, str]:
+    """The line with its band, its row of numbers, and it in words."""
+    fit = regress(x, y)
+    slope = f"{fit.slope:.3g}"
+    row = (metric, kind, slope, f"{fit.slope_ci95[0]:.3g} to {fit.slope_ci95[1]:.3g}", f"{fit.r:+.2f}", f"{fit.p:.2g}",
+           fit.n)
+    text = f"{metric} on {kind} change of HE: slope {slope}, r {fit.r:+.2f}, p {fit.p:.2g}, {fit.n} pairs."
+    from scipy import stats  # takes a second to import
+
+    places = np.linspace(min(x), max(x), _STEPS)
+    values = fit.slope * places + fit.intercept
+    residuals = np.asarray(y) - (fit.slope * np.asarray(x) + fit.intercept)
+    centred = np.asarray(x) - np.mean(x)
+    # The interval of the mean at x: t s sqrt(1/n + (x - mean)^2 / sum of squares).
+    error = np.sqrt((residuals**2).sum() / (fit.n - 2)) * np.sqrt(
+        1 / fit.n + (places - np.mean(x)) ** 2 / (centred**2).sum())
+    half = float(stats.t.ppf(0.975, fit.n - 2)) * error
+    line = [{"kind": kind, "x": float(place), "y": float(value), "low": float(value - width),
+             "high": float(value + width), "text": f"r {fit.r:+.2f}, p {fit.p:.1g}, n {fit.n}"}
+            for place, value, width in zip(places, values, half, strict=True)]
+    return line, row, text
+
+
+def _panel(metric: str, pairs: list[dict[str, Any]], lines: list[dict[str, Any]], labels: Sequence[str], choice: Choice
+           ) -> Panel:
+    x = quantitative("x", "change of HE", axis=dict(SMALL))
+    y = quantitative("y", f"change of {metric.replace('_', ' ')}")
+    layers: list[Spec] = [{"transform": [shown()], "mark": {"type": "point", "opacity": 0.85}, "encoding": {
+        "x": x, "y": y, **by_run(labels, ("color", "shape")),
+        "tooltip": tooltip(("run", "run", None), ("x", "change of HE", ".2e"), ("y", f"change of {metric}", ".3~g"))}}]
+    if lines:
+        values = {"values": lines}
+        layers = [
+            {"data": values, "mark": {"type": "area", "color": "var(--muted)", "opacity": 0.2},
+             "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}}},
+            {"data": values, "mark": {"type": "line", "color": "var(--ink)", "strokeWidth": 1.5},
+             "encoding": {"x": x, "y": y}},
+            *layers,
+            {"data": values,
+             "transform": [{"window": [{"op": "row_number", "as": "row"}]}, {"filter": "datum.row == 1"}],
+             "mark": {"type": "text", "align": "right", "baseline": "top"},
+             "encoding": {"text": {"field": "text"}, "x": {"value": "width"}, "y": {"value": 0}}}]
+    title = metric.replace("_", " ")
+    return Panel(f"{title[0].upper()}{title[1:]}", {
+        "data": {"values": pairs}, "params": params(labels, (choice,)), "transform": [chosen("kind")],
+        "layer": [_of_kind(layer) for layer in layers]})
+
+
+def _of_kind(layer: Spec) -> Spec:
+    """Layers with data of their own choose from it themselves."""
+    return layer if "data" not in layer else {**layer, "transform": [chosen("kind"), *layer.get("transform", [])]}

@@ -1,0 +1,68 @@
+"""Each base method beside itself with SPHERE and with its controls, at the end of the runs (the paper's Figure 7)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Final
+
+from ..evaluation.run_records import SPHERE
+from .figure import HEIGHT, Figure, Panel, Row, Spec, by_run, params, quantitative, shown, tooltip
+from .runs import ReportRun
+
+_METRICS: Final = ("efficacy", "generalization", "specificity")
+
+
+def gains_figure(runs: Sequence[ReportRun]) -> Figure | None:
+    """Bars by base method; None where no base method was run without SPHERE and with it, to its end."""
+    by_base: defaultdict[str, list[ReportRun]] = defaultdict(list)
+    for run in runs:
+        if run.run.after(run.protocol) is not None:
+            by_base[run.run.base].append(run)
+    kept = {base: members for base, members in by_base.items()
+            if {None, SPHERE} <= {member.run.variant for member in members}}
+    compared = [member for members in kept.values() for member in members]
+    if not compared:
+        return None
+    panels, rows = [], list[Row]()
+    for metric in _METRICS:
+        data: list[dict[str, Any]] = []
+        for place, member in enumerate(compared):
+            point = member.run.after(member.protocol)
+            found = None if point is None else point.metrics.get(metric)
+            if point is not None and found is not None:
+                low, high = found.ci95 or (found.mean, found.mean)
+                # Bases stand apart by the width of a bar.
+                left = place + list(kept).index(member.run.base)
+                data.append({"run": member.label, "base": member.run.base, "mean": found.mean, "low": low, "high": high,
+                             "edits": point.num_edits, "left": left, "right": left + 0.9, "middle": left + 0.45})
+                rows.append((member.run.base, member.label, metric, point.num_edits, f"{found.mean:.1f}",
+                             f"{low:.1f} to {high:.1f}"))
+        if not data:
+            continue
+        panels.append(_panel(metric, data, [run.label for run in runs]))
+    return Figure(
+        "gains", "Each base method, and the same with SPHERE",
+        "After the last edit, on all facts of a run or a seeded sample of them, with 95% intervals by bootstrap over "
+        "cases. Bars of one base stand in the order of the list of runs.",
+        " ".join(f"{label}: {metric} {mean} ({interval})." for _, label, metric, _, mean, interval in rows),
+        tuple(panels), columns=("base", "run", "metric", "edits", "%", "95% interval"), rows=tuple(rows))
+
+
+def _panel(metric: str, data: list[dict[str, Any]], labels: Sequence[str]) -> Panel:
+    plain: Spec = {"axis": None, "scale": {"zero": False, "nice": False, "domain": [
+        min(row["left"] for row in data) - 0.3, max(row["right"] for row in data) + 0.3]}}
+    y = quantitative("mean", "%")
+    # Under the plot, since bars have no axis; kept clear of it by an axis title's worth of room.
+    bases: Spec = {
+        "transform": [{"aggregate": [{"op": "mean", "field": "middle", "as": "middle"}], "groupby": ["base"]}],
+        "mark": {"type": "text", "baseline": "top", "dy": 6, "clip": False},
+        "encoding": {"x": quantitative("middle", **plain), "y": {"value": HEIGHT}, "text": {"field": "base"}}}
+    return Panel(f"{metric[0].upper()}{metric[1:]} (%)", {"data": {"values": data}, "params": params(labels), "layer": [
+        {"transform": [shown()], "mark": "bar", "encoding": {
+            "x": quantitative("left", **plain), "x2": {"field": "right"}, "y": y, "y2": {"datum": 0}, **by_run(labels),
+            "tooltip": tooltip(("run", "run", None), ("mean", metric, ".1f"), ("low", "95% from", ".1f"),
+                               ("high", "to", ".1f"), ("edits", "edits", ",d"))}},
+        {"transform": [shown()], "mark": {"type": "rule", "color": "var(--ink)"}, "encoding": {
+            "x": quantitative("middle", **plain), "y": {**y, "field": "low"}, "y2": {"field": "high"}}},
+        bases]})

@@ -1,0 +1,90 @@
+"""What a report warns of first: collapse, drift, numbers that are no numbers, a run that has not ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Final
+
+from ..evaluation.analysis import mean_magnitude
+from ..evaluation.collapse import collapse_of
+from .runs import ReportRun
+
+_EARLY: Final = 3  # batches by which a run's own pace of drift is told
+_FASTER: Final = 5.0  # times that pace
+
+Level = str  # "bad", "warning" or "note"
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One warning: how grave (``bad``, ``warning`` or ``note``), about which run, and what."""
+
+    level: Level
+    label: str
+    text: str
+
+
+def notices_of(runs: Sequence[ReportRun]) -> list[Notice]:
+    """Warnings about all runs, the gravest first."""
+    found = [notice for run in runs for check in (_collapse, _not_finite, _drift, _unfinished) for notice in check(run)]
+    return sorted(found, key=lambda notice: ("bad", "warning", "note").index(notice.level))
+
+
+def _collapse(run: ReportRun) -> list[Notice]:
+    found = collapse_of(run.run, run.protocol)
+    if found is None:
+        return []
+    why = {"efficacy": "efficacy on the facts so far fell below half of its best",
+           "perplexity": "perplexity passed ten times the unedited model's"}
+    return [Notice("bad", run.label, f"collapsed by {found.num_edits:,} edits: "
+                                     f"{' and '.join(why[reason] for reason in found.reasons)}.")]
+
+
+def _not_finite(run: ReportRun) -> list[Notice]:
+    notices = []
+    losses = sum(not math.isfinite(loss) for batch in run.run.batches for loss in batch.losses)
+    if losses:
+        notices.append(Notice("bad", run.label, f"{losses} target values ended in a loss that is not finite."))
+    broken = [point.num_edits for point in run.run.points
+              if point.perplexity is not None and not math.isfinite(point.perplexity)]
+    if broken:
+        notices.append(Notice("bad", run.label, f"perplexity is not finite from {min(broken):,} edits on; figures "
+                                                "leave such values out."))
+    energies = [record.num_edits for record in run.run.energy
+                if not all(map(math.isfinite, record.relative_change.values()))]
+    if energies:
+        notices.append(Notice("bad", run.label, f"hyperspherical energy is not finite from {min(energies):,} edits on; "
+                                                "figures leave such values out."))
+    return notices
+
+
+def _drift(run: ReportRun) -> list[Notice]:
+    """Energy that moves several times faster, by edits, than in the run's first batches."""
+    records = [record for record in run.run.energy if all(map(math.isfinite, record.relative_change.values()))]
+    paces = []
+    for earlier, later in pairwise(records):
+        step = {layer: later.relative_change[layer] - change for layer, change in earlier.relative_change.items()}
+        edits = later.num_edits - earlier.num_edits
+        if step and edits > 0:
+            paces.append((later.num_edits, mean_magnitude(step) / edits))
+    if len(paces) <= _EARLY:
+        return []
+    usual = median(pace for _, pace in paces[:_EARLY])
+    faster = next((edits for edits, pace in paces[_EARLY:] if pace > _FASTER * usual), None)
+    if faster is None or usual == 0:
+        return []
+    return [Notice("warning", run.label, f"hyperspherical energy moves more than {_FASTER:g} times as fast from "
+                                         f"{faster:,} edits on as in the first {_EARLY} batches.")]
+
+
+def _unfinished(run: ReportRun) -> list[Notice]:
+    if run.run.summary is not None:
+        return []
+    done = run.run.batches[-1].num_edits if run.run.batches else 0
+    total = run.run.config["run"].get("num_edits")
+    return [Notice("note", run.label, f"has not ended: {done:,} of {total:,} edits so far." if isinstance(total, int)
+                   else f"has not ended: {done:,} edits so far.")]

@@ -1,0 +1,129 @@
+"""The page: one HTML file with its data, its style and its drawing library inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Final
+
+import yaml
+
+from ..evaluation.run_records import Estimate
+from .cases import CaseTable
+from .figure import SERIES, Figure, on_page
+from .notices import Notice
+from .runs import ReportRun
+
+_METRICS: Final = ("efficacy", "generalization", "specificity", "fluency", "consistency")
+_ASSETS: Final = "assets"
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page shows.
+
+    Attributes:
+        title: of the document.
+        runs, notices, figures, cases: its parts.
+        notes: why a figure is not there, and what would bring it.
+        refresh: seconds after which the page loads itself anew, while a run is under way.
+    """
+
+    title: str
+    runs: Sequence[ReportRun]
+    notices: Sequence[Notice]
+    figures: Sequence[Figure]
+    cases: Sequence[CaseTable]
+    notes: Sequence[str] = ()
+    refresh: int | None = None
+
+    def html(self) -> str:
+        """The file's content.
+
+        Raises:
+            ValueError: Jinja2 or vl-convert-python is not installed.
+        """
+        environment = _environment()
+        data = {"figures": {figure.name: {
+                    "panels": [{"spec": on_page(panel), "log": dict(panel.log), "startLog": panel.start_log,
+                                "canvas": panel.canvas} for panel in figure.panels]} for figure in self.figures},
+                "cases": [asdict(table) for table in self.cases]}
+        return str(environment.get_template("report.html.j2").render(
+            page=self, data=_json(data), colours=SERIES, summary=[_summary(run) for run in self.runs],
+            details=[_details(run) for run in self.runs], css=_asset("report.css"), js=_asset("report.js"),
+            library=_library()))
+
+
+@cache
+def _library() -> str:
+    """Vega, Vega-Lite and Vega-Embed in one script; bundling them takes seconds, so a process does it once."""
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise ValueError("a report needs vl-convert-python: pip install 'sphere-easyedit[report]'") from error
+    # A closing tag inside a script would end it; in JavaScript strings the slash may be escaped.
+    bundle = str(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # its stub knows no default
+    return bundle.replace("</script", "<\\/script")
+
+
+def _environment() -> Any:
+    try:
+        from jinja2 import Environment, FunctionLoader, StrictUndefined
+    except ImportError as error:
+        raise ValueError("a report needs Jinja2: pip install 'sphere-easyedit[report]'") from error
+    return Environment(loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                       lstrip_blocks=True)
+
+
+def _asset(name: str) -> str:
+    return (resources.files(__package__) / _ASSETS / name).read_text(encoding="utf-8")
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    """JSON that may stand inside a script element, whatever texts it holds."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _summary(run: ReportRun) -> dict[str, Any]:
+    """A run's row in the table of results: what was measured last."""
+    before, points = run.run.before(run.protocol), run.run.trajectory(run.protocol)
+    last = points[-1] if points else before
+    batches = run.run.batches
+    edits = batches[-1].num_edits if batches else 0
+    summary = run.run.summary or {}
+    seconds = summary.get("editing_seconds")
+    if seconds is None and batches:
+        seconds = sum(sum(batch.seconds.values()) for batch in batches)
+    return {"edits": edits, "measured_at": None if last is None else last.num_edits,
+            "metrics": [_estimate(None if last is None else last.metrics.get(name)) for name in _METRICS],
+            "before": [_estimate(None if before is None else before.metrics.get(name)) for name in _METRICS],
+            "perplexity": None if last is None else last.perplexity,
+            "perplexity_before": None if before is None else before.perplexity,
+            "seconds_an_edit": seconds / edits if seconds and edits else None}
+
+
+def _estimate(found: Estimate | None) -> str:
+    if found is None:
+        return ""
+    interval = "" if found.ci95 is None else f" ({found.ci95[0]:.1f} to {found.ci95[1]:.1f})"
+    return f"{found.mean:.1f}{interval}"
+
+
+def _details(run: ReportRun) -> dict[str, Any]:
+    """What a run was made of and what it cost."""
+    summary, config = run.run.summary or {}, run.run.config
+    parts: dict[str, float] = {}
+    for batch in run.run.batches:
+        for part, seconds in batch.seconds.items():
+            parts[part] = parts.get(part, 0.0) + seconds
+    costs = [(f"{part.replace('_', ' ')} of batches", f"{seconds:,.1f} s") for part, seconds in parts.items()]
+    costs += [(name.replace("_seconds", "").replace("_", " "), f"{summary[name]:,.1f} s")
+              for name in ("preparation_seconds", "editing_seconds", "evaluation_seconds") if name in summary]
+    if "peak_memory_bytes" in summary:
+        costs.append(("memory at the peak", f"{summary['peak_memory_bytes'] / 1e9:.2f} GB"))
+    return {"costs": costs, "protocol": run.protocol, "directory": str(run.run.directory),
+            "config": yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)}

@@ -1,0 +1,59 @@
+"""The runs of a report, with the names that its figures give them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..evaluation.run_records import PAPER, CaseId, RunRecords
+from ..evaluation.study import Arm, arms_of, title_of
+
+
+@dataclass(frozen=True)
+class ReportRun:
+    """A run under a label that no other of the report has.
+
+    Attributes:
+        label: in legends and tables.
+        run: its records.
+    """
+
+    label: str
+    run: RunRecords
+
+    @property
+    def protocol(self) -> str:
+        """By which its main metrics were computed: the first that it names."""
+        protocols = self.run.config["run"].get("measure", {}).get("protocols") or [self.run.config["run"].get(
+            "protocol", PAPER)]
+        return str(protocols[0])
+
+    @cached_property
+    def edited_at(self) -> dict[CaseId, int]:
+        """Edits in the model once a case's batch had ended, by case."""
+        return {case: batch.num_edits for batch in self.run.batches for case in batch.case_ids}
+
+
+def named_runs(runs: Sequence[RunRecords]) -> list[ReportRun]:
+    """Runs in the study's order, each with a name: its method, and what else it takes to tell it from the others.
+
+    Raises:
+        ValueError: there are none, or one comes twice.
+    """
+    if not runs:
+        raise ValueError("there are no runs to report on: give run directories")
+    places = Counter(run.directory.resolve() for run in runs)
+    if twice := [str(place) for place, count in places.items() if count > 1]:
+        raise ValueError(f"{', '.join(twice)} is named more than once: name each run once")
+    arms = arms_of(runs)
+    labels = [arm.label for arm in arms]
+    further: tuple[Callable[[Arm], str], ...] = (
+        lambda arm: title_of(arm.run.dataset), lambda arm: arm.run.model, lambda arm: f"seed {arm.run.seed}")
+    for more in further:
+        if len(set(labels)) < len(labels) and len({more(arm) for arm in arms}) > 1:
+            labels = [f"{label}, {more(arm)}" for label, arm in zip(labels, arms, strict=True)]
+    if len(set(labels)) < len(labels):
+        labels = [str(arm.run.directory) for arm in arms]
+    return [ReportRun(label, arm.run) for label, arm in zip(labels, arms, strict=True)]

@@ -1,0 +1,326 @@
+"""From run directories to report.html and figures: what the numbers are, and what the page holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, tiny_hparams, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from test_analysis_runs import write_run
+from transformers import AutoTokenizer
+
+from sphere_easyedit import PrincipalSpace
+from sphere_easyedit.evaluation.datasets import load_records
+from sphere_easyedit.evaluation.measuring import MeasureSettings
+from sphere_easyedit.evaluation.run_records import RunRecords
+from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
+from sphere_easyedit.evaluation.spectra import principal_share
+from sphere_easyedit.report.build import figures_of, write_report
+from sphere_easyedit.report.cases import case_table
+from sphere_easyedit.report.changes import _regression
+from sphere_easyedit.report.figure import as_file, coloured, on_page, spread, with_values
+from sphere_easyedit.report.forgetting import forgetting_figure
+from sphere_easyedit.report.neurons import embed
+from sphere_easyedit.report.notices import notices_of
+from sphere_easyedit.report.runs import named_runs
+from sphere_easyedit.report.shares import _before_suppression
+
+vl_convert = pytest.importorskip("vl_convert", reason="vl-convert-python (the extra `report`) is not installed")
+
+ALL = ["curves", "changes", "gains", "forgetting", "shares", "heatmaps", "embedding", "cosines", "spectra"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two real runs of a tiny model: MEMIT without SPHERE and with it, 12 facts, one of them with a tag in it."""
+    folder = tmp_path_factory.mktemp("runs")
+    tok = AutoTokenizer.from_pretrained(GOLDEN / "llama" / "tiny-llama")
+    text = folder / "held-out.txt"
+    text.write_text("The river runs to the sea. " * 12)
+    records = load_records("demo", None, 11, 0)
+    facts = folder / "facts.jsonl"
+    facts.write_text(json.dumps({"prompt": "The language of {} is", "subject": "<script>alert(1)</script>",
+                                 "target_new": "</script><b>French"}) + "\n")
+    records += load_records("facts", facts, None, None)
+    made = []
+    for name, alpha in (("MEMIT-plain", 0.0), ("MEMIT-sphere", 0.8)):
+        hparams = tiny_hparams(folder, base_alg="MEMIT", alpha=alpha, projection_stage="update")
+        measure = MeasureSettings(every=3, text=text)
+        run_sequential(tiny_model("llama"), tok, records, hparams,
+                       RunSettings(folder / name, 3, examples=12, measure=measure,
+                                   described={"dataset": "demo", "seed": 0, "data": None}))
+        made.append(folder / name)
+    return made
+
+
+def figures(runs: Sequence[Path]) -> dict[str, Any]:
+    found, _ = figures_of(named_runs([RunRecords.read(run) for run in runs]))
+    return {figure.name: figure for figure in found}
+
+
+def data_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = spec["data"]["values"]
+    return rows
+
+
+# --- the whole ------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_comes_from_the_run_directories_alone(runs: list[Path], tmp_path: Path) -> None:
+    written = write_report(runs, tmp_path)
+    assert {path.name for path in written.figures} == {f"{name}.{kind}" for name in ALL for kind in ("svg", "png")}
+    assert all(path.stat().st_size > 3000 for path in written.figures)
+    page = written.html.read_text(encoding="utf-8")
+    assert len(page) < 6e6
+    for name in ALL:
+        assert f'id="{name}"' in page
+    assert not re.search(r"""(src|href)\s*=\s*["'](https?:)?//""", page)
+
+
+def test_the_page_escapes_what_facts_hold(runs: list[Path], tmp_path: Path) -> None:
+    page = write_report(runs[:1], tmp_path, files=False).html.read_text(encoding="utf-8")
+    assert "<script>alert(1)" not in page
+    data = page.split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    rows = [row for table in json.loads(data)["cases"] for row in table["rows"]]
+    assert any("<script>alert(1)</script>" in row[1] and row[2] == "</script><b>French" for row in rows)
+
+
+def test_one_run_is_reported_in_its_own_directory(runs: list[Path]) -> None:
+    assert write_report(runs[:1], files=False).html == runs[0] / "report.html"
+
+
+def test_a_live_page_comes_anew_and_leaves_out_what_takes_long(runs: list[Path], tmp_path: Path) -> None:
+    page = write_report(runs[:1], tmp_path, files=False, live=True).html.read_text(encoding="utf-8")
+    assert 'id="refresh"' in page
+    assert 'id="embedding"' not in page
+    assert 'id="refresh"' not in write_report(runs[:1], tmp_path, files=False).html.read_text(encoding="utf-8")
+
+
+def test_a_run_under_way_can_be_reported(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for name in ("summary.json", "edits.jsonl", "energy.csv"):
+        (run / name).unlink()
+    page = write_report([run], files=False).html.read_text(encoding="utf-8")
+    assert "has not ended" in page
+
+
+@pytest.mark.parametrize(("given", "complaint"), [
+    ([], "0 runs are given"), (["a", "a"], "say where the report"), (["absent"], "no config.yaml")])
+def test_what_is_no_run_is_refused(tmp_path: Path, given: list[str], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        write_report([tmp_path / name for name in given])
+
+
+def test_a_run_named_twice_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="more than once"):
+        write_report([run, run], tmp_path / "out")
+
+
+# --- specs ----------------------------------------------------------------------------------------------------
+
+
+def test_specs_compile_on_the_page_and_as_files(runs: list[Path]) -> None:
+    for figure in figures(runs).values():
+        for panel in figure.panels:
+            for spec in (on_page(panel), with_values(on_page(panel), panel.log)):
+                vl_convert.vegalite_to_vega(spec)
+        drawn = vl_convert.vegalite_to_svg(as_file(figure))
+        assert "var(--" not in drawn
+        assert drawn.count("<path") > 5 or figure.name == "heatmaps"
+
+
+def test_every_figure_says_what_it_shows(runs: list[Path]) -> None:
+    for figure in figures(runs).values():
+        assert len(figure.description) > 40
+        assert figure.caption
+        assert not re.search(r"\bnan\b", figure.description + figure.caption)
+
+
+def test_colours_are_told_apart_by_contrast() -> None:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[place: place + 2], 16) / 255 for place in (1, 3, 5)]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    for index in range(10):
+        assert 1.05 / (luminance(coloured(f"var(--s{index})")) + 0.05) >= 4.5
+
+
+@given(st.lists(st.floats(-50, 300), min_size=1, max_size=16))
+def test_labels_do_not_cover_one_another(wanted: list[float]) -> None:
+    placed = spread(wanted, least=13, top=0, bottom=230)
+    assert all(-1e-6 <= place <= 230 + 1e-6 for place in placed)
+    order = sorted(range(len(wanted)), key=wanted.__getitem__)
+    gaps = [placed[later] - placed[earlier] for earlier, later in pairwise(order)]
+    assert all(gap >= min(13, 230 / len(wanted)) - 1e-6 for gap in gaps)
+
+
+def test_labels_stay_where_there_is_room() -> None:
+    assert spread([200.0, 10.0, 100.0]) == [200.0, 10.0, 100.0]
+
+
+# --- numbers --------------------------------------------------------------------------------------------------
+
+
+def test_curves_are_the_runs_numbers(runs: list[Path]) -> None:
+    figure = figures(runs)["curves"]
+    run = RunRecords.read(runs[1])
+    label = "MEMIT+SPHERE"
+    for panel in figure.panels:
+        if panel.title == "Efficacy (%)":
+            shown = {row["edits"]: row["value"] for row in data_of(panel.spec) if row["run"] == label}
+            before = run.before()
+            assert before is not None
+            assert shown == {0: before.metrics["efficacy"].mean,
+                             **{point.num_edits: point.metrics["efficacy"].mean for point in run.trajectory()}}
+        if panel.title.startswith("Hyperspherical"):
+            shown = {row["edits"]: row["value"] for row in data_of(panel.spec)
+                     if row["run"] == label and row["layer"] == "1"}
+            assert shown == {edits: changes[1] for edits, changes in run.energy_changes.items()}
+
+
+@given(st.lists(st.tuples(st.floats(-1e-3, 1e-3), st.floats(-50, 50)), min_size=4, max_size=30,
+                unique_by=lambda pair: pair[0]))
+def test_the_band_is_that_of_least_squares(pairs: list[tuple[float, float]]) -> None:
+    x, y = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
+    if np.ptp(x) < 1e-5 or np.ptp(y) < 1e-3:
+        return
+    line, _, _ = _regression(x.tolist(), y.tolist(), "efficacy", "signed")
+    design = np.stack([np.ones_like(x), x * 1e3], axis=1)  # of like size, for a well-conditioned inverse
+    solution, *_ = np.linalg.lstsq(design, y, rcond=None)
+    residual = y - design @ solution
+    covariance = np.linalg.inv(design.T @ design) * (residual @ residual) / (len(x) - 2)
+    from scipy import stats
+
+    for row in (line[0], line[-1]):
+        at = np.array([1.0, row["x"] * 1e3])
+        half = stats.t.ppf(0.975, len(x) - 2) * math.sqrt(max(0.0, at @ covariance @ at))
+        assert row["y"] == pytest.approx(at @ solution, rel=1e-6, abs=1e-6)
+        assert row["high"] - row["y"] == pytest.approx(half, rel=1e-4, abs=1e-6)
+        assert row["y"] - row["low"] == pytest.approx(half, rel=1e-4, abs=1e-6)
+
+
+@given(st.integers(0, 1000), st.floats(0.0, 0.95))
+def test_the_share_before_suppression_is_found_again(seed: int, alpha: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(8, 14, generator=generator, dtype=torch.float64)
+    update = torch.randn(8, 14, generator=generator, dtype=torch.float64)
+    space = PrincipalSpace.from_weight(weight, 0.5)
+    applied = principal_share(space.suppress(update, alpha), space).share
+    assert _before_suppression(applied, 1 - alpha) == pytest.approx(principal_share(update, space).share, rel=1e-8)
+
+
+def test_shares_are_shown_as_applied_and_as_proposed(runs: list[Path]) -> None:
+    rows = data_of(figures(runs)["shares"].panels[0].spec)
+    plain = [row for row in rows if row["run"] == "MEMIT" and row["layer"] == "1"]
+    applied, proposed = ([row["share"] for row in plain if row["kind"] == kind] for kind in ("applied", "proposed"))
+    assert applied == pytest.approx(proposed)
+    suppressed = {kind: [row["share"] for row in rows if row["run"] == "MEMIT+SPHERE" and row["layer"] == "1"
+                         and row["kind"] == kind] for kind in ("applied", "proposed")}
+    assert all(less < more for less, more in zip(suppressed["applied"], suppressed["proposed"], strict=True))
+    assert len(applied) == 4
+
+
+def test_forgetting_counts_every_fact_once(runs: list[Path]) -> None:
+    named = named_runs([RunRecords.read(run) for run in runs[:1]])
+    figure = forgetting_figure(named)
+    assert figure is not None
+    by_age, at_end, right_after = (data_of(panel.spec) for panel in figure.panels)
+    run = named[0].run
+    assert sum(row["n"] for row in by_age) == sum(point.num_edits for point in run.trajectory())
+    assert sum(row["n"] for row in at_end) == 12
+    assert sum(row["n"] * row["mean"] for row in at_end) / 12 == pytest.approx(
+        run.trajectory()[-1].metrics["efficacy"].mean)
+    # Facts just edited are seen at age 0 by evaluations after each batch, as they are right after their batch.
+    assert sum(row["mean"] for row in by_age if row["to"] == 0) * 4 == pytest.approx(
+        sum(row["mean"] for row in right_after))
+
+
+def test_facts_lost_since_come_first(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    cases = [(1, 0.0, 1.0), (2, 0.0, 0.0), (3, 0.0, 0.0), (4, 1.0, 1.0)]
+    (run / "cases.jsonl").write_text("".join(json.dumps(
+        {"case_id": case, "prompt": f"p{case}", "subject": "s", "target_new": "t", "target_true": None,
+         "pre": {"efficacy": before}, "post": {"efficacy": after}}) + "\n" for case, before, after in cases))
+    (run / "scores").mkdir()
+    for edits in (100, 200):
+        (run / "scores" / f"during-{edits}.jsonl").write_text("".join(json.dumps(
+            {"case_id": case, "protocol": "paper", "efficacy": float(case == 3 and edits == 100)}) + "\n"
+            for case, _, _ in cases))
+    table = case_table(named_runs([RunRecords.read(run)])[0])
+    assert table is not None
+    assert [(row[0], row[4], row[7]) for row in table.rows] == [
+        (3, "lost since", 100), (2, "not learned", None), (1, "held", None), (4, "known before", None)]
+
+
+def test_neighbours_stay_near_in_the_plane() -> None:
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.eye(40)[:3] * 6, 20, axis=0) + generator.normal(size=(60, 40))
+    unit = groups / np.linalg.norm(groups, axis=1, keepdims=True)
+    places = embed((unit @ unit.T).astype(np.float32))
+    distances = np.linalg.norm(places[:, None] - places[None], axis=2)
+    np.fill_diagonal(distances, np.inf)
+    assert (distances.argmin(axis=1) // 20 == np.arange(60) // 20).mean() > 0.95
+    assert np.array_equal(places, embed((unit @ unit.T).astype(np.float32)))
+
+
+def test_places_are_computed_once(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(runs[:1], files=False)
+
+    def never(_: object) -> None:
+        raise AssertionError("embedded again")
+
+    monkeypatch.setattr("sphere_easyedit.report.neurons.embed", never)
+    write_report(runs[:1], files=False)
+
+
+# --- warnings -------------------------------------------------------------------------------------------------
+
+
+def test_warnings_name_what_went_wrong(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", efficacy=(90.0, 80.0, 20.0), perplexity=(20.0, 21.0, math.inf))
+    (run / "summary.json").unlink()
+    energy = "num_edits,layer,energy,relative_change\n" + "".join(
+        f"{100 * batch},4,{1 + change},{change}\n" for batch, change in enumerate((0.0, 0.01, 0.02, 0.03, 0.5)))
+    (run / "energy.csv").write_text(energy)
+    found = notices_of(named_runs([RunRecords.read(run)]))
+    texts = [notice.text for notice in found]
+    assert any("collapsed by 300 edits: efficacy" in text and "perplexity" in text for text in texts)
+    assert any("3 target values" in text for text in texts)  # a nan in each batch's losses
+    assert any("perplexity is not finite from 300" in text for text in texts)
+    assert any("5 times as fast from 400" in text for text in texts)
+    assert any("has not ended" in text for text in texts)
+    assert [notice.level for notice in found] == sorted((notice.level for notice in found),
+                                                       key=["bad", "warning", "note"].index)
+
+
+def test_a_sound_run_has_no_warnings(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "edits.jsonl").unlink()
+    assert notices_of(named_runs([RunRecords.read(run)])) == []
+
+
+# --- names ----------------------------------------------------------------------------------------------------
+
+
+def test_labels_say_what_runs_differ_in(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, alpha=alpha, seed=seed, dataset=dataset) for name, alpha, seed, dataset in (
+        ("a", 0.0, 0, "counterfact"), ("b", 0.8, 0, "counterfact"), ("c", 0.0, 1, "counterfact"),
+        ("d", 0.0, 0, "zsre"))]
+    labels = [run.label for run in named_runs([RunRecords.read(folder) for folder in folders])]
+    assert len(set(labels)) == 4
+    assert any("ZsRE" in label for label in labels)
+    assert any("seed 1" in label for label in labels)
+
+
