@@ -29,7 +29,7 @@ from sphere_easyedit.report.build import figures_of, write_report
 from sphere_easyedit.report.cases import case_table
 from sphere_easyedit.report.changes import _regression
 from sphere_easyedit.report.figure import as_file, coloured, on_page, spread, with_values
-from sphere_easyedit.report.forgetting import forgetting_figure
+from sphere_easyedit.report.forgetting import _binned, forgetting_figure
 from sphere_easyedit.report.neurons import embed
 from sphere_easyedit.report.notices import notices_of
 from sphere_easyedit.report.runs import named_runs
@@ -245,6 +245,18 @@ def test_forgetting_counts_every_fact_once(runs: list[Path]) -> None:
     # Facts just edited are seen at age 0 by evaluations after each batch, as they are right after their batch.
     assert sum(row["mean"] for row in by_age if row["to"] == 0) * 4 == pytest.approx(
         sum(row["mean"] for row in right_after))
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.sampled_from([0.0, 100.0])), min_size=1, max_size=80))
+def test_bins_keep_every_fact_and_their_mean(pairs: list[tuple[int, float]]) -> None:
+    rows = _binned("run", "age", pairs)
+    assert sum(row["n"] for row in rows) == len(pairs)
+    assert sum(row["n"] * row["mean"] for row in rows) == pytest.approx(sum(score for _, score in pairs))
+    assert all(earlier["to"] < later["from"] for earlier, later in pairwise(rows))
+    assert len(rows) <= 12
+    for row in rows:
+        inside = [score for place, score in pairs if row["from"] <= place <= row["to"]]
+        assert (row["n"], row["mean"]) == (len(inside), pytest.approx(np.mean(inside)))
 
 
 def test_facts_lost_since_come_first(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class Panel:
         log: what changes for a logarithmic scale: values by JSON pointer into ``spec``; empty where there is none.
         start_log: shown logarithmically at first.
         canvas: drawn on a canvas: for thousands of marks, which then can't follow the page's colours.
+        square: no wider than it is high.
         height: in pixels.
     """
 
@@ -45,6 +46,7 @@ class Panel:
     log: Mapping[str, object] = field(default_factory=dict)
     start_log: bool = False
     canvas: bool = False
+    square: bool = False
     height: int = HEIGHT
 
 

@@ -81,7 +81,7 @@ class Neurons:
                              "color": {"field": "c", "type": "quantitative", "legend": None, "scale": {
                                  "domain": [-end, 0, end], "range": ["#0b62a4", "#f7f7f7", "#b84a00"], "clamp": True}},
                              "tooltip": tooltip(("i", "neuron", "d"), ("j", "and", "d"), ("c", "cosine", ".2f"))},
-            }, canvas=True, height=320))
+            }, canvas=True, square=True, height=340))
         return self._figure(
             "heatmaps", "Cosines between neurons",
             f"Cosine similarity between {' or '.join(map(str, sorted(sizes)))} neurons (rows) of the edited weight, "
@@ -115,7 +115,8 @@ class Neurons:
             "embedding", "Neurons in the plane",
             f"t-SNE of {' or '.join(map(str, counts))} normalised neurons a layer, drawn by seed, before and after in "
             "one embedding of both; a line joins a neuron with itself. From the angles between neurons; what lies near "
-            "in the plane is near, distances between groups say little.", [Panel("t-SNE", spec, height=380)], key=_KEY)
+            "in the plane is near, distances between groups say little.",
+            [Panel("t-SNE", spec, square=True, height=420)], key=_KEY)
 
     def _placed(self, label: str, layer: int, found: LayerNeurons) -> list[tuple[float, float]]:
         """Places in the plane, kept in the run's ``figures/`` since they take a second."""

@@ -12,7 +12,8 @@ from .figure import Choice, Figure, Panel, Spec, by_run, chosen, params, quantit
 from .runs import ReportRun
 
 _APPLIED: Final = "applied"
-_KINDS: Final = ((_APPLIED, "as applied"), ("proposed", "as the base method proposed them"))
+_PROPOSED: Final = "proposed"
+_KINDS: Final = ((_PROPOSED, "as proposed"), (_APPLIED, "as applied"))
 
 
 def shares_figure(runs: Sequence[ReportRun]) -> Figure | None:
@@ -54,7 +55,7 @@ def _rows(run: ReportRun) -> list[dict[str, Any]]:
     rows = []
     for edits, found in by_edits.items():
         for kind, _ in _KINDS:
-            if kind != _APPLIED and not kept:
+            if kind == _PROPOSED and not kept:
                 continue
             values = {str(layer): (share if kind == _APPLIED else _before_suppression(share, kept), chance)
                       for layer, (share, chance) in found.items()}
@@ -73,10 +74,10 @@ def _before_suppression(share: float, kept: float) -> float:
 
 
 def _told(run: ReportRun, data: Sequence[dict[str, Any]]) -> str:
-    rows = [row for row in data if row["run"] == run.label and row["layer"] == MEAN and row["kind"] == _APPLIED]
+    rows = [row for row in data if row["run"] == run.label and row["layer"] == MEAN and row["kind"] == _PROPOSED]
     if not rows:
-        return ""
+        return f"{run.label}: not told."
     first, last = rows[0], rows[-1]
-    return (f"{run.label}: {first['share']:.1f}% of the update that led to {first['edits']} edits lay inside, "
-            f"{last['share']:.1f}% of the one to {last['edits']}, {first['ratio']:.2f} and {last['ratio']:.2f} times "
-            "chance.")
+    return (f"{run.label}: {first['share']:.1f}% of the update proposed for the batch up to {first['edits']} edits lay "
+            f"inside, {last['share']:.1f}% of the one up to {last['edits']}: {first['ratio']:.2f} and "
+            f"{last['ratio']:.2f} times chance.")
