@@ -23,6 +23,7 @@ from sphere_easyedit.evaluation import sequential
 from sphere_easyedit.evaluation.checkpoints import resumable, saved_weights
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.measuring import Measurer, MeasureSettings, points_after
+from sphere_easyedit.evaluation.neurons import NeuronRecord
 from sphere_easyedit.evaluation.sequential import RunResult, RunSettings, run_sequential
 
 REPOSITORY = Path(__file__).parents[1]
@@ -88,7 +89,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path: Path, tok: Pr
     assert resumed.generations == whole.generations
     for name in ("edits.jsonl", "metrics.jsonl"):
         assert lines_of(tmp_path / "killed", name) == lines_of(tmp_path / "whole", name)
-    for name in ("energy.csv", "cases.jsonl"):
+    for name in ("energy.csv", "cases.jsonl", "spaces.csv", "neurons.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
@@ -217,6 +218,7 @@ def test_other_versions_measure_again_what_comes_later(tmp_path: Path, tok: PreT
         run_it(tmp_path, "run", tok, hparams, [KilledIn(3)])
     assert [path.name for path in sorted((run / "texts").iterdir())] == ["last_batch-4.jsonl"]
     assert not (run / "scores" / "last_batch-6.jsonl").exists()
+    assert NeuronRecord.read(run / "neurons.safetensors").num_edits == 4
     assert max(line["num_edits"] for line in lines_of(run, "metrics.jsonl")) == 4
 
 
@@ -301,4 +303,5 @@ def test_kill_9_at_random_moments(tmp_path: Path) -> None:
     assert without_times(summaries[1]) == without_times(summaries[0])
     for name in ("edits.jsonl", "metrics.jsonl"):
         assert lines_of(tmp_path / "killed", name) == lines_of(tmp_path / "whole", name)
-    assert (tmp_path / "killed" / "energy.csv").read_bytes() == (tmp_path / "whole" / "energy.csv").read_bytes()
+    for name in ("energy.csv", "spaces.csv", "neurons.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

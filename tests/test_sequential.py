@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import EditCallback, EditEvent, EditSession
 from sphere_easyedit.callbacks import read_energy_csv
+from sphere_easyedit.evaluation import sequential
 from sphere_easyedit.evaluation.datasets import EditRecord, load_records
-from sphere_easyedit.evaluation.metrics import evaluate_records, summarise
+from sphere_easyedit.evaluation.measuring import MeasureSettings
+from sphere_easyedit.evaluation.metrics import CaseScores, Protocol, evaluate_protocols, evaluate_records, summarise
+from sphere_easyedit.evaluation.neurons import NeuronRecord
+from sphere_easyedit.evaluation.run_records import RunRecords
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
+from sphere_easyedit.evaluation.spaces import read_spaces_csv
 from sphere_easyedit.tokenization import continuation_ids
 
 
@@ -52,6 +58,10 @@ def test_run_directory_holds_what_the_design_says(tmp_path: Path, tok: PreTraine
     assert [case for batch in batches for case in batch["case_ids"]] == [record.case_id for record in records]
     assert all(norm > 0 for batch in batches for norm in batch["update_norms"].values())
     assert [len(batch["losses"]) for batch in batches] == [2, 2, 1]
+    scores = evaluate_records(model, tok, records[4:])  # the last batch's facts, in the model that it left
+    assert batches[-1]["efficacy"] == 100 * scores[0].efficacy
+    assert [record.num_edits for record in read_spaces_csv(run / "spaces.csv")] == [2, 2, 4, 4, 5, 5]
+    assert NeuronRecord.read(run / "neurons.safetensors").num_edits == 5
 
     energies = read_energy_csv(run / "energy.csv")
     assert [record.num_edits for record in energies] == [0, 2, 4, 5]
@@ -93,6 +103,57 @@ def test_same_seed_same_bits(tmp_path: Path, tok: PreTrainedTokenizerBase) -> No
         weights.append(edited_weights(model, hparams))
     for layer in hparams.layers:
         assert torch.equal(weights[0][layer], weights[1][layer])
+
+
+@pytest.mark.parametrize("protocol", ["paper", "rome", "easyedit"])
+def test_every_batch_tells_its_efficacy_and_stays_as_it_is(
+    tmp_path: Path, tok: PreTrainedTokenizerBase, protocol: Protocol, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Watches(EditCallback):
+        """Asks the model at the end of each batch, as the run will."""
+
+        def on_batch_end(self, event: EditEvent) -> None:
+            batch = records[event.num_edits - 2: event.num_edits]
+            scores = evaluate_protocols(event.model, tok, batch, [protocol], unedited)[protocol]
+            found.append(50 * sum(score.efficacy or 0.0 for score in scores))
+
+    model, hparams, found = tiny_model("llama"), tiny_hparams(tmp_path, v_num_grad_steps=1), list[float]()
+    drawn = load_records("demo", None, 40, 0)
+    with torch.no_grad():
+        said = [tok.decode(model(torch.tensor([tok(record.edit_prompt)["input_ids"]])).logits[0, -1].argmax())
+                for record in drawn]
+    # Some say already what is wanted, since argmax is out of reach of a random model's edits.
+    known = [replace(record, target_new=text[1:]) for record, text in zip(drawn, said, strict=True)
+             if text[:1] == " " and text[1:].isalnum()][:3]
+    records = [*known, *[record for record in drawn if record.case_id not in {one.case_id for one in known}][:1]]
+    measure = MeasureSettings(protocols=(protocol,))
+    unedited = {score.case_id: score for score in evaluate_records(tiny_model("llama"), tok, records, protocol)}
+    run_sequential(tiny_model("llama"), tok, records, hparams, RunSettings(tmp_path / "one", 2, measure=measure),
+                   callbacks=[Watches()])
+    assert [batch.efficacy for batch in RunRecords.read(tmp_path / "one").batches] == found
+    checksum = json.loads((tmp_path / "one" / "summary.json").read_text())["weights_sha256"]
+
+    def refused(*_: object) -> list[CaseScores]:
+        raise ValueError("the protocol does not fit")
+
+    monkeypatch.setattr(sequential, "evaluate_records", refused)
+    unasked = run_sequential(tiny_model("llama"), tok, records, hparams,
+                             RunSettings(tmp_path / "two", 2, measure=measure))
+    assert [batch.efficacy for batch in RunRecords.read(tmp_path / "two").batches] == [None, None]
+    assert unasked.summary["weights_sha256"] == checksum
+
+
+def test_watching_does_not_count_as_editing(tmp_path: Path, tok: PreTrainedTokenizerBase,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: object) -> list[CaseScores]:
+        time.sleep(2)
+        return []
+
+    monkeypatch.setattr(sequential, "evaluate_records", slow)
+    started = time.perf_counter()
+    result = run_sequential(tiny_model("llama"), tok, load_records("demo", None, 2, 0),
+                            tiny_hparams(tmp_path, v_num_grad_steps=1), RunSettings(tmp_path / "run", 2))
+    assert result.summary["editing_seconds"] < time.perf_counter() - started - 2
 
 
 def test_refuses_a_directory_in_use(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -67,22 +67,48 @@ def neuron_geometry(weight: Tensor, above: float = 0.5, quantiles: Sequence[floa
         neurons=neurons, pairs=len(cosines))
 
 
-def _upper_cosines(weight: Tensor) -> tuple[NDArray[np.floating], int]:
-    """Cosines of pairs i < j ``(pairs,)``, and how many rows have a direction."""
+def unit_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a weight that have a direction, scaled to unit norm, and which they are.
+
+    Args:
+        weight: ``(d_out, d_in)``, rows are neurons; any floating dtype, any device.
+
+    Returns:
+        ``(n, d_in)`` in float64 up to 1,024 of them, else float32, and their numbers ``(n,)``, ascending.
+
+    Raises:
+        ValueError: the weight holds nan or infinity.
+    """
     norms = torch.cat([block.double().norm(dim=1) for block in torch.split(weight, _BLOCK_ROWS)])
     if not bool(norms.isfinite().all()):
         raise ValueError("weight must be finite, but it holds nan or infinity: the model is broken, or the file is")
-    rows, norms = weight[norms > 0], norms[norms > 0]
-    count = rows.shape[0]
+    numbers = (norms > 0).nonzero()[:, 0]
+    work = torch.float64 if len(numbers) <= FLOAT64_SIDE else torch.float32
+    return weight[numbers].to(work) / norms[numbers].to(work)[:, None], numbers
+
+
+def cosine_blocks(unit: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Cosines of unit rows ``(n, d_in)`` by blocks of rows.
+
+    Yields:
+        Rows i of a block, their cosines with all rows from the block's first on ``(rows, n - first)``, and of these
+        the pairs i < j ``(pairs,)``, kept within -1 and 1.
+    """
+    for start in range(0, unit.shape[0], _BLOCK_ROWS):
+        block = slice(start, min(start + _BLOCK_ROWS, unit.shape[0]))
+        product = unit[block] @ unit[start:].T
+        yield block, product, product[torch.ones_like(product, dtype=torch.bool).triu_(1)].clamp_(-1.0, 1.0)
+
+
+def _upper_cosines(weight: Tensor) -> tuple[NDArray[np.floating], int]:
+    """Cosines of pairs i < j ``(pairs,)``, and how many rows have a direction."""
+    unit, _ = unit_rows(weight)
+    count = unit.shape[0]
     if count < 2:
         raise ValueError(f"weight has {count} rows that are not zero: a pair needs two")
-    work = torch.float64 if count <= FLOAT64_SIDE else torch.float32
-    unit = rows.to(work) / norms.to(work)[:, None]
-    cosines = np.empty(count * (count - 1) // 2, dtype=np.float64 if work == torch.float64 else np.float32)
+    cosines = np.empty(count * (count - 1) // 2, dtype=np.float64 if unit.dtype == torch.float64 else np.float32)
     filled = 0
-    for start in range(0, count, _BLOCK_ROWS):
-        product = unit[start: start + _BLOCK_ROWS] @ unit[start:].T
-        upper = product[torch.ones_like(product, dtype=torch.bool).triu_(1)].clamp_(-1.0, 1.0)
+    for _, _, upper in cosine_blocks(unit):
         cosines[filled: filled + len(upper)] = upper.cpu().numpy()
         filled += len(upper)
     return cosines, count

@@ -1,21 +1,25 @@
-"""Measuring a run again from weights that it kept: other protocols, other facts, general abilities."""
+"""Measuring a run again from weights that it kept: other protocols, other facts, general abilities, its weights."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..callbacks import EditEvent
 from ..editing.session import EditSession
 from ..hparams import SPHEREHyperParams
-from .checkpoints import put_weights
+from .checkpoints import put_weights, saved_weights
 from .datasets import EditRecord, load_records, records_fingerprint, with_protocol_targets
 from .measuring import Measurer, MeasureSettings, Progress, point_at, when_after
-from .run_directory import METRICS, RunDirectory
+from .neurons import NeuronRecord, NeuronWatch
+from .run_directory import METRICS, NEURONS, SPACES, RunDirectory
+from .spaces import SpaceTracker, covers, read_spaces_csv
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +45,7 @@ class EditedRun:
             self.hparams = SPHEREHyperParams.from_dict(config["hparams"])
             self.records = _records(config["run"])
             fingerprint = config["run"]["records"]
+            self._seed = int(config["run"].get("measure", {}).get("seed", 0))
         except KeyError as error:
             raise ValueError(f"{path} holds no run that can be measured again: config.yaml lacks {error}") from error
         if records_fingerprint(self.records) != fingerprint:
@@ -81,6 +86,63 @@ class EditedRun:
                 if settings.abilities.tasks:
                     measurer.measure_abilities(when_after(num_edits, total), num_edits)
         return [line for line in self.directory.lines(METRICS) if line["num_edits"] in numbers]
+
+    def describe_weights(self, model: nn.Module, progress: Progress | None = None) -> None:
+        """Write ``neurons.safetensors`` of the latest kept weights, and ``spaces.csv`` of the changes between them.
+
+        For runs made before they wrote these themselves. Where weights were kept after every batch, it is what the run
+        would have written (shares to their last digit); where less often, a line of ``spaces.csv`` tells of several
+        batches.
+        Neurons of no fewer edits, and spaces that tell of every change, stay as they are.
+
+        Args:
+            model: the model that the run edited, just loaded, or measured since; left unedited.
+            progress: told ("weights", how many of the kept weights are done, and of how many).
+
+        Raises:
+            ValueError: no weights were kept, they are damaged or of another model, or one of the two files is damaged.
+        """
+        editable = self.hparams.editable(model)
+        session = EditSession.of(model)
+        session.bind(editable, self.hparams)
+        folder, report = self.directory.checkpoints, progress or (lambda *_: None)
+        kept = saved_weights(folder)
+        if not kept:
+            raise ValueError(f"{folder} holds no weights: nothing can be told of them any more")
+
+        def put(num_edits: int) -> None:
+            if num_edits:
+                put_weights(editable, folder, num_edits)
+            else:
+                for layer, weight in session.original.items():
+                    editable.set_weight(layer, weight)
+
+        def event(num_edits: int) -> EditEvent:
+            weights = {layer: editable.weight(layer) for layer in editable.layers}
+            return EditEvent(model, weights, num_edits, 0, ())
+
+        with self.directory.locked():
+            spaces = self.directory.path / SPACES
+            told = spaces.is_file() and covers(read_spaces_csv(spaces), kept[-1])
+            path = self.directory.path / NEURONS
+            seen = path.is_file() and NeuronRecord.read(path).num_edits >= kept[-1]
+            if told and seen:
+                return
+            try:
+                put(0)
+                neurons = None if seen else NeuronWatch(event(0).weights, self.hparams.gamma, self._seed)
+                tracker = SpaceTracker(spaces, self.hparams.gamma, self.hparams.principal_space == "pretrained")
+                for done, (since, num_edits) in enumerate(pairwise([0, *kept]), start=1):
+                    if not told:
+                        tracker.on_batch_start(event(since))
+                    put(num_edits)
+                    if not told:
+                        tracker.on_batch_end(event(num_edits))
+                    report("weights", done, len(kept))
+                if neurons is not None:
+                    neurons.write(path, event(kept[-1]).weights, kept[-1])
+            finally:
+                put(0)
 
 
 def _records(run: dict[str, Any]) -> list[EditRecord]:

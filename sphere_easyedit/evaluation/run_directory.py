@@ -19,6 +19,7 @@ When = Literal["before", "during", "last_batch", "after"]
 
 CONFIG, EDITS, METRICS, SUMMARY = "config.yaml", "edits.jsonl", "metrics.jsonl", "summary.json"
 ENERGY, CASES, EXAMPLES = "energy.csv", "cases.jsonl", "examples.json"
+SPACES, NEURONS = "spaces.csv", "neurons.safetensors"
 
 
 class RunDirectory:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 from ..callbacks import EnergyRecord, read_energy_csv
-from .run_directory import CONFIG, EDITS, ENERGY, METRICS, SUMMARY, RunDirectory, When
+from .neurons import NeuronRecord
+from .run_directory import CONFIG, EDITS, ENERGY, METRICS, NEURONS, SPACES, SUMMARY, RunDirectory, When
+from .spaces import SpaceRecord, read_spaces_csv
 
 CaseId = int | str
 PAPER: Final = "paper"
@@ -73,6 +75,8 @@ class BatchRecord:
         losses: last loss of each target value (nats).
         update_norms: Frobenius norm of each layer's change by this batch.
         energy: hyperspherical energy after it, by layer.
+        efficacy: percent of its facts that the model says right after it, by the run's first protocol; None where it
+            was not measured.
     """
 
     num_edits: int
@@ -81,6 +85,7 @@ class BatchRecord:
     losses: Sequence[float]
     update_norms: Mapping[int, float]
     energy: Mapping[int, float]
+    efficacy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class RunRecords:
         energy: records of ``energy.csv``, one before the first batch and one a batch.
         batches: lines of ``edits.jsonl``.
         summary: ``summary.json`` as it stands; None while the run has not ended.
+        spaces: lines of ``spaces.csv``.
     """
 
     directory: Path
@@ -103,6 +109,7 @@ class RunRecords:
     energy: tuple[EnergyRecord, ...]
     batches: tuple[BatchRecord, ...]
     summary: Mapping[str, Any] | None
+    spaces: tuple[SpaceRecord, ...] = ()
 
     @classmethod
     def read(cls, directory: str | Path) -> RunRecords:
@@ -132,8 +139,10 @@ class RunRecords:
         batches = [_batch(line, where) for where, line in _lines(files, EDITS)]
         _check_unique(files.path / EDITS, [batch.num_edits for batch in batches])
         energy = read_energy_csv(files.path / ENERGY) if files.has(ENERGY) else []
+        spaces = read_spaces_csv(files.path / SPACES) if files.has(SPACES) else []
+        _check_unique(files.path / SPACES, [(space.num_edits, space.layer) for space in spaces])
         return cls(files.path, _config(files), tuple(points), tuple(abilities), tuple(energy), tuple(batches),
-                   files.read_json(SUMMARY) if files.has(SUMMARY) else None)
+                   files.read_json(SUMMARY) if files.has(SUMMARY) else None, tuple(spaces))
 
     @property
     def name(self) -> str:
@@ -211,6 +220,16 @@ class RunRecords:
     def energy_changes(self) -> Mapping[int, Mapping[int, float]]:
         """Relative change of hyperspherical energy since the unedited model, by number of edits and layer."""
         return {record.num_edits: record.relative_change for record in self.energy}
+
+    @cached_property
+    def neurons(self) -> NeuronRecord | None:
+        """How the neurons lie before editing and at the latest measurement, read when asked for; None where not kept.
+
+        Raises:
+            ValueError: ``neurons.safetensors`` is damaged.
+        """
+        path = self.directory / NEURONS
+        return NeuronRecord.read(path) if path.is_file() else None
 
     def scores(self, when: When, num_edits: int, protocol: str = PAPER) -> dict[CaseId, dict[str, float]]:
         """Scores of one evaluation by case and metric, 0 to 1; a metric that a case lacks is left out.
@@ -292,12 +311,13 @@ def _batch(line: Mapping[str, Any], where: str) -> BatchRecord:
     for name in ("case_ids", "losses"):
         if not isinstance(line.get(name, []), list):
             raise ValueError(f"{where}: {name} is {line[name]!r}, not a list")
-    seconds = _mapping(line.get("seconds", {}), "seconds", where)
+    seconds, efficacy = _mapping(line.get("seconds", {}), "seconds", where), line.get("efficacy")
     return BatchRecord(_count(line.get("num_edits"), "num_edits", where), tuple(line.get("case_ids", ())),
                        {part: _number(value, "seconds", where) for part, value in seconds.items()},
                        tuple(_number(value, "losses", where) for value in line.get("losses", ())),
                        _by_layer(line.get("update_norms", {}), "update_norms", where),
-                       _by_layer(line.get("energy", {}), "energy", where))
+                       _by_layer(line.get("energy", {}), "energy", where),
+                       None if efficacy is None else _number(efficacy, "efficacy", where))
 
 
 def _key(line: Mapping[str, Any], where: str) -> tuple[int, When, str]:

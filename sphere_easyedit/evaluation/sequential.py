@@ -14,14 +14,14 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..callbacks import EditCallback, EditEvent, HETracker, read_energy_csv
@@ -45,9 +45,23 @@ from .measuring import (
     points_after,
     when_after,
 )
-from .metrics import CaseScores, Protocol
+from .metrics import CaseScores, Protocol, evaluate_records
+from .neurons import NeuronWatch
 from .run_config import check_same_run, run_config
-from .run_directory import CASES, CONFIG, EDITS, ENERGY, EXAMPLES, METRICS, SUMMARY, RunDirectory, When
+from .run_directory import (
+    CASES,
+    CONFIG,
+    EDITS,
+    ENERGY,
+    EXAMPLES,
+    METRICS,
+    NEURONS,
+    SPACES,
+    SUMMARY,
+    RunDirectory,
+    When,
+)
+from .spaces import SpaceTracker
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +191,7 @@ def _go_back_to_checkpoint(run: RunDirectory, editable: EditableModel, same_vers
     run.keep_whole_lines(METRICS)
     if not same_versions:
         run.keep_until(METRICS, num_edits)
+        (run.path / NEURONS).unlink(missing_ok=True)  # the next measurement makes it anew
         for path in itertools.chain.from_iterable((run.path / part).glob("*.jsonl") for part in ("scores", "texts")):
             if int(path.stem.rpartition("-")[2]) > num_edits:
                 path.unlink()
@@ -192,7 +207,8 @@ class _Run:
         self._editable, self._tok, self._records, self._hparams = editable, tok, records, hparams
         self._settings, self._run, self._measurer, self._report = settings, run, measurer, report
         self._tracker = HETracker(run.path / ENERGY)
-        self._callbacks = [*callbacks, self._tracker, _BatchLog(run, self._tracker)]
+        spaces = SpaceTracker(run.path / SPACES, hparams.gamma, hparams.principal_space == "pretrained")
+        self._callbacks = [*callbacks, self._tracker, _BatchLog(run, self._tracker, spaces, self._efficacy, records)]
         self._examples = [record.edit_prompt for record in records[: settings.examples]]
         total = len(records)
         self._sizes = [min(settings.batch_size, total - first) for first in range(0, total, settings.batch_size)]
@@ -203,6 +219,8 @@ class _Run:
         self._executor: Executor | None = None
         if settings.follows is not None:
             self._executor = FollowedWeights(settings.follows, editable, hparams, ends)
+        # The model is the unedited one still: no checkpoint has been put in.
+        self._neurons = NeuronWatch(self._weights(), hparams.gamma, settings.measure.seed)
 
     def complete(self, preparation_seconds: float) -> RunResult:
         """Do what is left, and sum up."""
@@ -218,11 +236,29 @@ class _Run:
             if done > session.num_edits:
                 self._edit(done - size, size)
                 self._keep(session)
-            for point in points_after(done, size, total, measure):
+            points = points_after(done, size, total, measure)
+            for point in points:
                 self._measurer.measure(point)
+            if done == total or any(point.when == "during" for point in points):
+                self._neurons.write(self._run.path / NEURONS, self._weights(), done)
             if abilities_are_due(done, size, total, measure.abilities):
                 self._measurer.measure_abilities(when_after(done, total), done)
         return self._sum_up(preparation_seconds)
+
+    def _weights(self) -> dict[int, Tensor]:
+        return {layer: self._editable.weight(layer) for layer in self._editable.layers}
+
+    def _efficacy(self, batch: Sequence[EditRecord]) -> float | None:
+        """Percent of facts that the model says as it stands, by the first protocol and the edit prompts alone."""
+        asked = [replace(record, paraphrase_prompts=(), neighborhood_prompts=(), generation_prompts=(),
+                         portability_prompts=()) for record in batch]
+        try:
+            scores = evaluate_records(self._editable.model, self._tok, asked, self._settings.measure.protocols[0])
+        except ValueError as error:  # the protocol does not fit the facts
+            logger.debug("no efficacy of this batch: %s", error)
+            return None
+        found = [score.efficacy for score in scores if score.efficacy is not None]
+        return 100.0 * sum(found) / len(found) if found else None
 
     def _edit(self, first: int, size: int) -> None:
         done = itertools.count(first + 1)
@@ -320,21 +356,33 @@ def _finished(run: RunDirectory, examples: Sequence[str]) -> RunResult:
 
 
 class _BatchLog(EditCallback):
-    """Writes ``edits.jsonl``: a line a batch."""
+    """Writes ``edits.jsonl``, a line a batch, and lets the batch be watched by what must not count as editing.
 
-    def __init__(self, run: RunDirectory, tracker: HETracker) -> None:
-        self._run, self._tracker = run, tracker
+    Args:
+        run, tracker: where to write, and whose energy.
+        spaces: watches the batch.
+        efficacy: gives percent of the batch's facts that the model says.
+        records: all facts of the run, in the order of editing.
+    """
+
+    def __init__(self, run: RunDirectory, tracker: HETracker, spaces: SpaceTracker,
+                 efficacy: Callable[[Sequence[EditRecord]], float | None], records: Sequence[EditRecord]) -> None:
+        self._run, self._tracker, self._spaces = run, tracker, spaces
+        self._efficacy, self._records = efficacy, records
         self._started = 0.0
 
     def on_batch_start(self, event: EditEvent) -> None:
+        self._spaces.on_batch_start(event)
         self._started = time.perf_counter()
 
     def on_batch_end(self, event: EditEvent) -> None:
+        wall_seconds = time.perf_counter() - self._started + event.seconds.get("preparation", 0.0)
+        self._spaces.on_batch_end(event)
+        efficacy = self._efficacy(self._records[event.num_edits - len(event.case_ids): event.num_edits])
         self._run.append(EDITS, {
             "num_edits": event.num_edits, "case_ids": list(event.case_ids), "seconds": dict(event.seconds),
-            "wall_seconds": time.perf_counter() - self._started + event.seconds.get("preparation", 0.0),
-            "losses": list(event.losses), "update_norms": dict(event.update_norms),
-            "energy": self._tracker.records[-1].energy})
+            "wall_seconds": wall_seconds, "losses": list(event.losses), "update_norms": dict(event.update_norms),
+            "energy": self._tracker.records[-1].energy, "efficacy": efficacy})
 
 
 def _summary_line(lines: Sequence[Mapping[str, Any]], when: When, protocol: Protocol) -> dict[str, Any] | None:
