@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 import yaml
@@ -15,12 +18,14 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from .doctor import Report
+    from .evaluation.case_study import CaseStudy
+    from .evaluation.measuring import Progress
+    from .hparams import SPHEREHyperParams
     from .planning import Plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -46,12 +51,11 @@ class Metrics(str, Enum):
 
 
 _METRICS = ("efficacy", "generalization", "specificity")
-_PHASES = {"before": "measuring before", "editing": "editing", "during": "measuring", "last_batch": "measuring",
-           "after": "measuring after"}
 _STATUS_STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 Override = Annotated[list[str], typer.Option("--set", help="Change a hyperparameter: NAME=VALUE (YAML); repeatable.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more of what is going on.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on the way but warnings and errors.")]
 
 
 @app.command()
@@ -104,18 +108,23 @@ def edit(
     abilities_shots: Annotated[int, typer.Option(min=0, help="Examples in front of each question.")] = 0,
     abilities_limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions a task.")] = None,
     abilities_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many new tokens an answer.")] = None,
+    tracker: Annotated[list[str], typer.Option(help="Hand the run's numbers to tensorboard, wandb, or whatever "
+                                               "accelerate knows; repeatable.")] = [],  # noqa: B006
     verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> None:
     """Edit facts into a model, batch after batch, and measure before, on the way and after."""
+    console, errors = _set_up(verbose, quiet)
     from .evaluation.datasets import load_records, with_protocol_targets  # torch and transformers take seconds
     from .evaluation.measuring import AbilitySettings, MeasureSettings
     from .evaluation.sequential import RunSettings, run_sequential
     from .evaluation.text_quality import Decoding
-    from .loading import load_model
+    from .evaluation.trackers import RunTrackers
+    from .progress import LiveLine
 
-    console = _set_up(verbose)
     _without_bars_of_transformers()
     settings_of_model = _hparams_with(hparams, override)
+    trackers = RunTrackers(output, tracker, quiet)
     protocols: Any = tuple(one.value for one in protocol)
     decoding = None
     if fluency or references is not None:
@@ -128,15 +137,17 @@ def edit(
                                   abilities_tokens))
     drawn = load_records(dataset.value, data, num_edits, seed, order_seed=order_seed, skip=skip)
     records = with_protocol_targets(drawn, protocols[0])
-    device = "auto" if settings_of_model.model_parallel else settings_of_model.device
-    model, tok = load_model(settings_of_model.model_name, device, dtype)
+    model, tok = _load(settings_of_model, dtype)
     described = {"command": " ".join(["sphere-easyedit", *sys.argv[1:]]), "hparams_file": hparams,
                  "dataset": dataset.value, "data": None if data is None else str(data), "seed": seed,
                  "order_seed": order_seed, "skip": skip}
     settings = RunSettings(output, batch_size, examples, described, measure, resume, checkpoint_every,
                            keep_checkpoints, keep_weights_every, follow)
-    with _Bars(console) as bars:
-        result = run_sequential(model, tok, records, settings_of_model, settings, progress=bars.update)
+    with ExitStack() as stack:
+        watching = [stack.enter_context(trackers).update]
+        if not quiet:
+            watching.append(stack.enter_context(LiveLine(output, errors, len(records))).update)
+        result = run_sequential(model, tok, records, settings_of_model, settings, progress=_telling(watching))
     if result.summary["post"] is not None:
         console.print(_summary_table(result.summary, settings_of_model.base_alg, settings_of_model.alpha))
     last = result.tracker.records[-1]
@@ -169,14 +180,15 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
     = None,
     verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure a run again from weights that it kept; lines are added to its metrics.jsonl."""
+    console, errors = _set_up(verbose, quiet)
     from .evaluation.checkpoints import saved_weights
     from .evaluation.measuring import AbilitySettings, MeasureSettings
     from .evaluation.revisiting import EditedRun
-    from .loading import load_model
+    from .progress import LiveLine, point_text
 
-    console = _set_up(verbose)
     _without_bars_of_transformers()
     edited = EditedRun(run)
     wanted = at or saved_weights(edited.directory.checkpoints)[-1:]
@@ -188,14 +200,43 @@ def evaluate(
         text_tokens=text_tokens,
         abilities=AbilitySettings(tuple(abilities), None, abilities_data, abilities_shots, abilities_limit,
                                   abilities_tokens))
-    model, tok = load_model(edited.hparams.model_name, edited.hparams.device, dtype)
-    with _Bars(console) as bars:
-        lines = edited.measure(model, tok, wanted, measure, bars.update)
+    model, tok = _load(edited.hparams, dtype)
+    with ExitStack() as stack:
+        watching = [] if quiet else [stack.enter_context(LiveLine(run, errors)).update]
+        lines = edited.measure(model, tok, wanted, measure, _telling(watching))
     for line in lines:
-        found = line.get("abilities") or {name: line[name] for name in _METRICS}
-        shown = ", ".join(f"{name} {score['mean']:.1f}" for name, score in found.items() if score["mean"] is not None)
-        console.print(f"{line['num_edits']} edits, {line['when']}, {line['protocol']}: {shown}", highlight=False,
-                      soft_wrap=True)
+        console.print(Text(point_text(line)), soft_wrap=True)
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    case: Annotated[str, typer.Option(help="The case's case_id.")],
+    at: Annotated[int | None, typer.Option(min=1, help="After so many edits, whose weights were kept; the last ones if "
+                                           "not given.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each continuation, at most.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Let the unedited, the edited and the rolled-back model speak about one case, side by side."""
+    console = _set_up().out
+    from .evaluation.case_study import choose_case, dtype_of_run, study_case
+    from .evaluation.revisiting import EditedRun
+
+    _without_bars_of_transformers()
+    edited = EditedRun(run)
+    place, num_edits = choose_case(edited, case, at)
+    model, tok = _load(edited.hparams, dtype_of_run(edited))
+    study = study_case(edited, model, tok, place, num_edits, max_new_tokens)
+    if as_json:
+        print(json.dumps(study.to_dict(), indent=2))
+        return
+    for line in _case_lines(study):
+        console.print(Text(line), soft_wrap=True)
+    console.print(_case_table(study))
+    console.print("The original weights are back, bit for bit." if study.restored else
+                  "The original weights are NOT back bit for bit.", soft_wrap=True)
+    if not study.restored:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -205,11 +246,12 @@ def sweep(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
     collect_only: Annotated[bool, typer.Option("--collect-only", help="Start nothing; write the tables of what is "
                                                "there.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run what one YAML file describes, and collect it into one table with paired differences."""
     from .evaluation.sweep import collect, load_sweep, run_sweep
 
-    console = _set_up(verbose=False)
+    console = _set_up(quiet=quiet).out
     parameters = typer.main.get_group(app).commands["edit"].params
     options = {name.removeprefix("--") for parameter in parameters
                for name in (*parameter.opts, *parameter.secondary_opts)}
@@ -217,7 +259,8 @@ def sweep(
     failed: tuple[Any, ...] = ()
     if not collect_only:
         def report(name: str, what: str, settled: int, count: int) -> None:
-            console.print(f"{settled}/{count} {name}: {what}", highlight=False, soft_wrap=True)
+            if not quiet:
+                console.print(f"{settled}/{count} {name}: {what}", highlight=False, soft_wrap=True)
 
         failed = run_sweep(planned, output, jobs, report).failed
     for path in collect(output).write(output):
@@ -261,10 +304,10 @@ def stats(
     verbose: Verbose = False,
 ) -> None:
     """Collect the second moments of keys that MEMIT and AlphaEdit need, once for all runs."""
+    console = _set_up(verbose).out
     from .editing.covariance import moment_path, second_moments
     from .loading import load_model
 
-    console = _set_up(verbose)
     _without_bars_of_transformers()
     settings = _hparams_with(hparams, override)
     model, tok = load_model(settings.model_name, settings.device, dtype)
@@ -282,7 +325,7 @@ def doctor(
     """Say what is there, what is missing, and what mends it; exit status 1 where something required is broken."""
     from .doctor import examine
 
-    console = _set_up(verbose=False)
+    console = _set_up().out
     report = examine(stats_dir)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
@@ -312,9 +355,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Say what a run will need - time, memory, disk, downloads - before anything starts."""
+    console = _set_up().out
     from .planning import PlanSettings, make_plan
 
-    console = _set_up(verbose=False)
     _without_bars_of_transformers()
     settings = PlanSettings(num_edits, batch_size, dataset.value, data, seed, dtype, calibrate=calibrate, gflops=gflops)
     planned = make_plan(_hparams_with(hparams, override), settings)
@@ -341,13 +384,29 @@ def _hparams_with(name: str, overrides: list[str]) -> Any:
     return SPHEREHyperParams.from_dict({**loaded.to_dict(), **changes})
 
 
-def _set_up(verbose: bool) -> Console:
-    console = Console()
+class _Consoles(NamedTuple):
+    out: Console
+    err: Console  # of log messages and the live line, so that neither runs into the other
+
+
+def _set_up(verbose: bool = False, quiet: bool = False) -> _Consoles:
+    if verbose and quiet:
+        raise ValueError("--verbose and --quiet can't both be meant: give one")
+    consoles = _Consoles(Console(), Console(stderr=True))
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, so this comes before that
     logging.basicConfig(level=logging.WARNING, format="%(message)s",
-                        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)])
+                        handlers=[RichHandler(console=consoles.err, show_path=False, show_time=False)])
     # What takes time says so before it starts.
-    logging.getLogger("sphere_easyedit").setLevel(logging.DEBUG if verbose else logging.INFO)
-    return console
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    logging.getLogger("sphere_easyedit").setLevel(level)
+    return consoles
+
+
+def _load(hparams: SPHEREHyperParams, dtype: str | None) -> Any:
+    from .loading import load_model
+
+    return load_model(hparams.model_name, "auto" if hparams.model_parallel else hparams.device, dtype)
 
 
 def _without_bars_of_transformers() -> None:
@@ -356,25 +415,12 @@ def _without_bars_of_transformers() -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-class _Bars:
-    """One progress bar for each phase of a run, on standard error."""
+def _telling(watching: Sequence[Progress]) -> Progress:
+    def tell(phase: str, done: int, total: int) -> None:
+        for watch in watching:
+            watch(phase, done, total)
 
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                                  TimeElapsedColumn(), console=Console(stderr=True))
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> _Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def update(self, phase: str, done: int, total: int) -> None:
-        if phase not in self._tasks:
-            self._tasks[phase] = self._progress.add_task(_PHASES[phase], total=total)
-        self._progress.update(self._tasks[phase], completed=done, total=total)  # a phase that recurs may grow
+    return tell
 
 
 def _summary_table(summary: dict[str, Any], base_alg: str, alpha: float) -> Table:
@@ -391,6 +437,30 @@ def _summary_table(summary: dict[str, Any], base_alg: str, alpha: float) -> Tabl
                           f"{low:.1f} - {high:.1f}", str(now["n"]))
     seconds = summary["editing_seconds"] / summary["num_edits"]
     table.caption = f"{seconds:.2f} s an edit, {summary['peak_memory_bytes'] / 1e9:.2f} GB at the peak"
+    return table
+
+
+def _case_lines(study: CaseStudy) -> list[str]:
+    """What is to be known before one reads what the models say."""
+    true = "" if study.target_true is None else f", true answer: {study.target_true}"
+    lines = [f"Case {study.case_id}, {study.subject}. Wanted answer: {study.target_new}{true}",
+             f"Edit {study.number} of {study.total}; the edited model holds the first {study.num_edits}"
+             + ("" if study.is_edited else ": the fact is not in these weights yet")]
+    for when, title in (("pre", "before"), ("post", "after")):
+        scores = None if study.scores is None else study.scores[when]
+        if scores is not None:
+            shown = ", ".join(f"{name} {100 * score:.1f}" for name, score in scores.items() if score is not None)
+            lines.append(f"Scores {title} the run (%): {shown}")
+    return lines
+
+
+def _case_table(study: CaseStudy) -> Table:
+    table = Table(*(Column(title, overflow="fold", ratio=1)
+                    for title in ("prompt", "unedited", "edited", "rolled back")), show_lines=True, expand=True)
+    for one in study.continuations:
+        said = (one.unedited, one.edited, one.rolled_back)
+        table.add_row(Text.assemble((f"{one.kind}\n", "bold"), _visible(one.prompt)),
+                      *(Text(_visible(text)) for text in said))
     return table
 
 
@@ -449,8 +519,12 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def _visible(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]  # on one line, whatever the model says
+
+
 def _escaped(text: str) -> str:
-    return escape(json.dumps(text, ensure_ascii=False)[1:-1])  # on one line, whatever the model says
+    return escape(_visible(text))
 
 
 def main() -> None:

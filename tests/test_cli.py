@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +20,31 @@ from sphere_easyedit.hparams import SPHEREHyperParams
 REPOSITORY = Path(__file__).parents[1]
 
 
+COMMAND = [sys.executable, "-m", "sphere_easyedit"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120",
+               "PYTHONPATH": str(REPOSITORY)}
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+
+
 def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120",
-                   "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run([sys.executable, "-m", "sphere_easyedit", *arguments], cwd=cwd, env=environment, text=True,
-                          capture_output=True, timeout=300, check=False)
+    return subprocess.run([*COMMAND, *arguments], cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, timeout=300,
+                          check=False)
+
+
+def run_cli_in_terminal(*arguments: str, cwd: Path) -> tuple[int, str]:
+    """Exit status, and standard error as a terminal gets it."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([*COMMAND, *arguments], cwd=cwd, env={**ENVIRONMENT, "TERM": "xterm"}, stdin=theirs,
+                          stdout=subprocess.DEVNULL, stderr=theirs) as process:
+        os.close(theirs)
+        read = b""
+        try:
+            while chunk := os.read(ours, 65536):
+                read += chunk
+        except OSError:  # how Linux says that the other end was closed
+            pass
+        os.close(ours)
+    return process.returncode, read.decode()
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +69,11 @@ def test_edit_runs_end_to_end(workplace: Path) -> None:
     for word in ("efficacy", "generalization", "specificity", "s an edit", "Hyperspherical energy", "before:",
                  "after:"):
         assert word in done.stdout
+    assert not CONTROL.search(done.stderr), done.stderr
+    assert re.search(r"^2/4 edits, \d+\.\d\d s an edit, \d+ s left, HE [+-]\d\.\de[+-]\d\d", done.stderr, re.MULTILINE)
+    assert [line.split(",")[0] for line in done.stderr.splitlines() if re.match(r"\d+/\d+ edits", line)] == [
+        "2/4 edits", "4/4 edits"]
+    assert f"4 edits, after, paper: efficacy {summary['post']['efficacy']['mean']:.1f}" in done.stderr
     config = yaml.safe_load((workplace / "run" / "config.yaml").read_text())
     assert config["hparams"]["v_num_grad_steps"] == 6
     assert config["hparams"]["alpha"] == 0.25
@@ -57,8 +85,9 @@ def test_a_run_is_measured_again(workplace: Path) -> None:
                    "--set", "v_num_grad_steps=2", "--no-eval-before", "--eval-every", "2", "--keep-weights-every", "2",
                    cwd=workplace)
     assert done.returncode == 0, done.stderr
-    done = run_cli("evaluate", "again", "--at", "2", "--at", "0", "--protocol", "rome", cwd=workplace)
+    done = run_cli("evaluate", "again", "--at", "2", "--at", "0", "--protocol", "rome", "--quiet", cwd=workplace)
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
     assert "0 edits, before, rome: efficacy" in done.stdout
     assert "2 edits, during, rome: efficacy" in done.stdout
     lines = [json.loads(line) for line in (workplace / "again" / "metrics.jsonl").read_text().splitlines()]
@@ -67,6 +96,53 @@ def test_a_run_is_measured_again(workplace: Path) -> None:
     done = run_cli("evaluate", "again", "--at", "3", cwd=workplace)
     assert done.returncode == 2
     assert "kept are 2, 4" in done.stderr
+
+
+def test_a_terminal_has_one_live_line(workplace: Path) -> None:
+    status, said = run_cli_in_terminal("edit", "--hparams", "tiny.yaml", "--num-edits", "4", "--batch-size", "2",
+                                       "--output", "terminal", "--set", "v_num_grad_steps=4", cwd=workplace)
+    assert status == 0, said
+    assert "\x1b[" in said
+    assert re.search(r"4/4 edits, .*s an edit, .*HE [+-]", said)
+    assert "measuring before" in said
+    # Below the log messages nothing is left of it but one line.
+    lines = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said).split("\n") if "edits" in line]
+    assert len(lines) == 1
+    assert "4/4 edits" in lines[0].rsplit("\r", maxsplit=1)[-1] + lines[0]
+
+
+def test_quiet_says_the_result_alone_and_trackers_keep_quiet(workplace: Path) -> None:
+    tracker = ("--tracker", "tensorboard") if importlib.util.find_spec("tensorboard") else ()
+    done = run_cli("edit", "--hparams", "tiny.yaml", "--num-edits", "4", "--batch-size", "2", "--output", "quiet",
+                   "--set", "v_num_grad_steps=4", "--set", "stats_dir=quiet-stats", "--quiet", *tracker, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "metric (%)" in done.stdout
+    assert "Run directory: quiet" in done.stdout
+    if tracker:
+        assert list((workplace / "quiet" / "trackers" / "sphere-easyedit").glob("events*"))
+
+
+def test_show_puts_three_models_side_by_side(workplace: Path) -> None:
+    done = run_cli("edit", "--hparams", "tiny.yaml", "--num-edits", "2", "--batch-size", "1", "--output", "shown",
+                   "--set", "v_num_grad_steps=4", "--keep-weights-every", "1", "--no-eval-before", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    case = json.loads((workplace / "shown" / "cases.jsonl").read_text().splitlines()[1])
+    done = run_cli("show", "shown", "--case", str(case["case_id"]), "--max-new-tokens", "4", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    for words in ("unedited", "edited", "rolled back", "paraphrase", "neighborhood", "generation",
+                  "Edit 2 of 2; the edited model holds the first 2", f"Wanted answer: {case['target_new']}",
+                  "Scores after the run (%): efficacy", "The original weights are back, bit for bit."):
+        assert words in done.stdout
+    done = run_cli("show", "shown", "--case", str(case["case_id"]), "--at", "1", "--max-new-tokens", "4", "--json",
+                   cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    study = json.loads(done.stdout)
+    assert (study["number"], study["num_edits"], study["is_edited"], study["restored"]) == (2, 1, False, True)
+    assert study["continuations"][0]["prompt"] == case["prompt"]
+    done = run_cli("show", "shown", "--case", "123456", cwd=workplace)
+    assert done.returncode == 2
+    assert "no case 123456: nearest are" in done.stderr
 
 
 def test_users_own_facts_and_a_resumed_run(workplace: Path) -> None:
@@ -100,6 +176,10 @@ def test_a_sweep_end_to_end(workplace: Path) -> None:
     assert len(list((workplace / "shared").iterdir())) == 1
     done = run_cli("sweep", "sweep.yaml", "--output", "swept", cwd=workplace)
     assert "AlphaEdit-plain-seed0: present" in done.stdout
+    done = run_cli("sweep", "sweep.yaml", "--output", "swept", "--quiet", cwd=workplace)
+    assert "present" not in done.stdout
+    assert "table.csv" in done.stdout
+    assert done.stderr == ""
     assert (workplace / "swept" / "table.csv").read_text() == table
 
 
@@ -121,6 +201,8 @@ def test_edit_on_zsre_file(workplace: Path, data_dir: Path) -> None:
     (["--hparams", "tiny.yaml", "--num-edits", "100000"], "100000"),
     (["--hparams", "tiny.yaml", "--set", "model_name=no/such-model"], "no/such-model"),
     (["--hparams", "tiny.yaml", "--dtype", "fp16"], "bfloat16"),
+    (["--hparams", "tiny.yaml", "--tracker", "tensorbord"], "tensorboard"),
+    (["--hparams", "tiny.yaml", "--quiet", "--verbose"], "give one"),
     (["--hparams", "tiny.yaml", "--set", "layers=[3, 9]", "--set", "v_loss_layer=9"], "4 layers"),
 ])
 def test_a_mistake_ends_in_one_clear_line(workplace: Path, arguments: list[str], message: str) -> None:
