@@ -110,6 +110,7 @@ def edit(
     abilities_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many new tokens an answer.")] = None,
     tracker: Annotated[list[str], typer.Option(help="Hand the run's numbers to tensorboard, wandb, or whatever "
                                                "accelerate knows; repeatable.")] = [],  # noqa: B006
+    report: Annotated[bool, typer.Option("--report", help="Keep report.html in the run directory up to date.")] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
@@ -125,6 +126,11 @@ def edit(
     _without_bars_of_transformers()
     settings_of_model = _hparams_with(hparams, override)
     trackers = RunTrackers(output, tracker, quiet)
+    live_report = None
+    if report:
+        from .report.live import LiveReport
+
+        live_report = LiveReport(output)
     protocols: Any = tuple(one.value for one in protocol)
     decoding = None
     if fluency or references is not None:
@@ -145,6 +151,8 @@ def edit(
                            keep_checkpoints, keep_weights_every, follow)
     with ExitStack() as stack:
         watching = [stack.enter_context(trackers).update]
+        if live_report is not None:
+            watching.append(live_report.update)
         if not quiet:
             watching.append(stack.enter_context(LiveLine(output, errors, len(records))).update)
         result = run_sequential(model, tok, records, settings_of_model, settings, progress=_telling(watching))
@@ -157,6 +165,8 @@ def edit(
         console.print(f"\n[bold]{_escaped(prompt)}[/]\n  before:{_escaped(before)}\n  after: {_escaped(after)}",
                       highlight=False, soft_wrap=True)
     console.print(f"\nRun directory: {output}", highlight=False, soft_wrap=True)
+    if live_report is not None and (page := live_report.finish()) is not None:
+        console.print(f"Report: {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -164,7 +174,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     at: Annotated[list[int], typer.Option(min=0, help="After so many edits, whose weights were kept; 0 is the unedited "
                                           "model. Repeatable; the last checkpoint if not given.")] = [],  # noqa: B006
-    facts: Annotated[bool, typer.Option(help="Measure the facts; --no-facts for general abilities alone.")] = True,
+    facts: Annotated[bool, typer.Option(help="Measure the facts; --no-facts for the rest alone.")] = True,
     protocol: Annotated[list[Metrics], typer.Option(help="How metrics are computed; repeatable.")]
     = [Metrics.paper],  # noqa: B006
     eval_sample: Annotated[int | None, typer.Option(min=1, help="At most so many of the facts edited so far.")] = None,
@@ -177,6 +187,8 @@ def evaluate(
     abilities_shots: Annotated[int, typer.Option(min=0, help="Examples in front of each question.")] = 0,
     abilities_limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions a task.")] = None,
     abilities_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many new tokens an answer.")] = None,
+    neurons: Annotated[bool, typer.Option("--neurons", help="Describe all kept weights for the report: what newer runs "
+                                          "write themselves.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
     = None,
     verbose: Verbose = False,
@@ -203,7 +215,11 @@ def evaluate(
     model, tok = _load(edited.hparams, dtype)
     with ExitStack() as stack:
         watching = [] if quiet else [stack.enter_context(LiveLine(run, errors)).update]
-        lines = edited.measure(model, tok, wanted, measure, _telling(watching))
+        lines = []
+        if facts or abilities:
+            lines = edited.measure(model, tok, wanted, measure, _telling(watching))
+        if neurons:
+            edited.describe_weights(model, _telling(watching))
     for line in lines:
         console.print(Text(point_text(line)), soft_wrap=True)
 
@@ -237,6 +253,21 @@ def show(
                   "The original weights are NOT back bit for bit.", soft_wrap=True)
     if not study.restored:
         raise typer.Exit(1)
+
+
+@app.command("report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, side by side in one report.")],
+    output: Annotated[Path | None, typer.Option(help="Folder to write to; for one run its own directory if not "
+                                                "given.")] = None,
+    figures: Annotated[bool, typer.Option(help="Write the figures as SVG and PNG, too.")] = True,
+) -> None:
+    """Make report.html of runs, and their figures as files."""
+    console = _set_up().out
+    from .report import write_report
+
+    written = write_report(runs, output, figures)
+    console.print(str(written.html), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from sphere_easyedit.callbacks import EnergyRecord, HETracker, read_energy_csv
-from sphere_easyedit.evaluation import tail
+from sphere_easyedit.evaluation import run_directory, tail
 from sphere_easyedit.evaluation.run_directory import EDITS, METRICS, RunDirectory
 from sphere_easyedit.evaluation.tail import RunTail
 from sphere_easyedit.progress import LiveLine, point_text
@@ -106,7 +106,7 @@ def test_tail_reads_no_more_than_what_is_new(tmp_path: Path, monkeypatch: pytest
     assert len(follower.poll().batches) == 3000
     parsed: list[bytes] = []
     loads = json.loads
-    monkeypatch.setattr(tail.json, "loads", lambda text: (parsed.append(text), loads(text))[1])
+    monkeypatch.setattr(run_directory.json, "loads", lambda text: (parsed.append(text), loads(text))[1])
     RunDirectory(tmp_path).append(EDITS, batch(3001))
     assert told(follower.poll()) == [3001]
     assert len(parsed) == 1

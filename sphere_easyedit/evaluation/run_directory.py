@@ -116,17 +116,8 @@ class RunDirectory:
         target = self.path / name
         if not target.exists():
             return []
-        found = []
-        raw = target.read_bytes().split(b"\n")
-        for number, text in enumerate(raw[:-1], start=1):  # what stands behind the last line break is torn, or nothing
-            try:
-                line = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"{target}, line {number} is no JSON ({error}): it was damaged") from error
-            if not isinstance(line, dict):
-                raise ValueError(f"{target}, line {number} holds {type(line).__name__}, not an object")
-            found.append(line)
-        return found
+        raw = target.read_bytes().split(b"\n")[:-1]  # what stands behind the last line break is torn, or nothing
+        return [parse_line(target, number, text) for number, text in enumerate(raw, start=1)]
 
     def keep_whole_lines(self, name: str) -> None:
         """Drop a JSONL file's last line if it was torn."""
@@ -137,3 +128,18 @@ class RunDirectory:
         """Drop a JSONL file's lines of more edits than these."""
         kept = [line for line in self.lines(name) if line["num_edits"] <= num_edits]
         self.write_text(name, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def parse_line(path: Path, number: int, text: bytes) -> dict[str, Any]:
+    """A line of a JSONL file.
+
+    Raises:
+        ValueError: it is no JSON object; the message names file and line.
+    """
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number} is no JSON ({error}): it was damaged") from error
+    if not isinstance(line, dict):
+        raise ValueError(f"{path}, line {number} holds {type(line).__name__}, not an object")
+    return line

@@ -150,9 +150,15 @@ class RunRecords:
         return self.directory.resolve().name
 
     @property
-    def base(self) -> str:
-        """The base method: ``base_alg`` of the hyperparameters."""
+    def algorithm(self) -> str:
+        """``base_alg`` of the hyperparameters."""
         return str(self.config["hparams"].get("base_alg") or self.config["hparams"].get("alg_name"))
+
+    @property
+    def base(self) -> str:
+        """The base method: the algorithm, and whether it has earlier keys in its bracket where that is a choice."""
+        earlier = self.config["hparams"].get("keep_previous_keys") and self.algorithm != "AlphaEdit"
+        return f"{self.algorithm}, earlier keys" if earlier else self.algorithm
 
     @cached_property
     def variant(self) -> str | None:
@@ -161,7 +167,7 @@ class RunRecords:
         It is what stands after ``+`` behind the base method in the directory's name (``AlphaEdit+random-seed1`` gives
         random). Where nothing does, it follows from ``alpha`` and ``suppression`` of the hyperparameters.
         """
-        found = re.search(re.escape(self.base) + r"\+([a-z]+(?:\+[a-z]+)*)", self.name, re.IGNORECASE)
+        found = re.search(re.escape(self.algorithm) + r"\+([a-z]+(?:\+[a-z]+)*)", self.name, re.IGNORECASE)
         if found is not None:
             return SPHERE if found[1].upper() == SPHERE else found[1]
         hparams = self.config["hparams"]

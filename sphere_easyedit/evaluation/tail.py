@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..callbacks import EnergyRecord
-from .run_directory import EDITS, ENERGY, METRICS
+from .run_directory import EDITS, ENERGY, METRICS, parse_line
 
 
 @dataclass(frozen=True)
@@ -120,13 +119,4 @@ class _GrowingFile:
 
     def parsed(self, lines: list[_Numbered]) -> list[dict[str, Any]]:
         """Lines of JSON as objects."""
-        found = []
-        for number, text in lines:
-            try:
-                line = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"{self.path}, line {number} is no JSON ({error}): it was damaged") from error
-            if not isinstance(line, dict):
-                raise ValueError(f"{self.path}, line {number} holds {type(line).__name__}, not an object")
-            found.append(line)
-        return found
+        return [parse_line(self.path, number, text) for number, text in lines]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from ..evaluation.run_records import RunRecords
@@ -23,10 +24,9 @@ from .page import Page
 from .runs import ReportRun, named_runs
 from .shares import shares_figure
 
-logger = logging.getLogger(__name__)
-
 _SCALE: Final = 2.0  # of PNG files against their SVG
-_REFRESH: Final = 30  # seconds
+REFRESH: Final = 30  # seconds from one state of a live page to the next, at least
+_DRAWING: Final = MappingProxyType({"vl-convert-python": "vl_convert", "Jinja2": "jinja2", "scikit-learn": "sklearn"})
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,28 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None, f
     """
     if output is None and len(runs) != 1:
         raise ValueError(f"{len(runs)} runs are given: say where the report of all of them goes (output)")
+    check_installed()
     folder = Path(runs[0] if output is None else output)
     named = named_runs([RunRecords.read(run) for run in runs])
     figures, notes = figures_of(named, live)
     title = named[0].label if len(named) == 1 else f"{len(named)} runs"
     page = Page(f"SPHERE: {title}", named, notices_of(named), figures, tables_of(named), notes,
-                _REFRESH if live else None).html()
+                REFRESH if live else None).html()
     html = folder / "report.html"
     with replacing(html) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return ReportFiles(html, tuple(write_figures(figures, folder / "figures")) if files else ())
+
+
+def check_installed() -> None:
+    """Refuse early where what draws is missing.
+
+    Raises:
+        ValueError: names it, and the command that mends it.
+    """
+    missing = [package for package, module in _DRAWING.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ValueError(f"a report needs {', '.join(missing)}: pip install 'sphere-easyedit[report]'")
 
 
 def figures_of(runs: Sequence[ReportRun], live: bool = False) -> tuple[list[Figure], list[str]]:
@@ -86,15 +98,9 @@ def figures_of(runs: Sequence[ReportRun], live: bool = False) -> tuple[list[Figu
 
 
 def write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
-    """Each figure as SVG and PNG, with its first choices.
+    """Each figure as SVG and PNG, with its first choices."""
+    import vl_convert
 
-    Raises:
-        ValueError: vl-convert-python is not installed.
-    """
-    try:
-        import vl_convert
-    except ImportError as error:
-        raise ValueError("figures need vl-convert-python: pip install 'sphere-easyedit[report]'") from error
     written = []
     for figure in figures:
         spec = as_file(figure)

@@ -41,11 +41,7 @@ class Page:
     refresh: int | None = None
 
     def html(self) -> str:
-        """The file's content.
-
-        Raises:
-            ValueError: Jinja2 or vl-convert-python is not installed.
-        """
+        """The file's content."""
         environment = _environment()
         data = {"figures": {figure.name: {
                     "panels": [{"spec": on_page(panel), "log": dict(panel.log), "startLog": panel.start_log,
@@ -60,20 +56,16 @@ class Page:
 @cache
 def _library() -> str:
     """Vega, Vega-Lite and Vega-Embed in one script; bundling them takes seconds, so a process does it once."""
-    try:
-        import vl_convert
-    except ImportError as error:
-        raise ValueError("a report needs vl-convert-python: pip install 'sphere-easyedit[report]'") from error
+    import vl_convert
+
     # A closing tag inside a script would end it; in JavaScript strings the slash may be escaped.
     bundle = str(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # its stub knows no default
     return bundle.replace("</script", "<\\/script")
 
 
 def _environment() -> Any:
-    try:
-        from jinja2 import Environment, FunctionLoader, StrictUndefined
-    except ImportError as error:
-        raise ValueError("a report needs Jinja2: pip install 'sphere-easyedit[report]'") from error
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
     return Environment(loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                        lstrip_blocks=True)
 

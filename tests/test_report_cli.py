@@ -1,0 +1,93 @@
+"""Reports from the command line, and a run's report while it edits."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from test_analysis_runs import write_run
+from test_cli import run_cli, workplace  # noqa: F401 - a fixture
+
+from sphere_easyedit.report import live
+from sphere_easyedit.report.live import LiveReport
+
+pytest.importorskip("vl_convert", reason="vl-convert-python (the extra `report`) is not installed")
+
+
+def test_edit_leaves_a_report_and_older_runs_get_one(workplace: Path) -> None:  # noqa: F811
+    done = run_cli("edit", "--hparams", "tiny.yaml", "--num-edits", "4", "--batch-size", "2", "--seed", "1", "--output",
+                   "told", "--set", "v_num_grad_steps=3", "--keep-weights-every", "2", "--report", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    run = workplace / "told"
+    assert "Report: told/report.html" in done.stdout
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert 'id="spectra"' in page
+    assert 'id="refresh"' not in page
+    assert (run / "figures" / "curves.svg").is_file()
+
+    for name in ("neurons.safetensors", "spaces.csv", "report.html"):
+        (run / name).unlink()
+    done = run_cli("report", "told", "--no-figures", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert 'id="spectra"' not in (run / "report.html").read_text(encoding="utf-8")
+    done = run_cli("evaluate", "told", "--no-facts", "--neurons", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    done = run_cli("report", "told", "--no-figures", "--output", "elsewhere", cwd=workplace)
+    assert done.stdout.strip() == "elsewhere/report.html"
+    assert 'id="spectra"' in (workplace / "elsewhere" / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_is_no_run_is_said_in_one_line(workplace: Path) -> None:  # noqa: F811
+    done = run_cli("report", "absent", cwd=workplace)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: absent has no config.yaml")
+
+
+def test_a_live_report_follows_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "REFRESH", 0)
+    monkeypatch.setattr(live, "_SHARE", 1e9)
+    run = write_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]))
+    (run / "summary.json").unlink()
+    report = LiveReport(run)
+    report.update("editing", 1, 3)
+    first = (run / "report.html").stat().st_mtime_ns
+    report.update("editing", 2, 3)
+    assert (run / "report.html").stat().st_mtime_ns == first  # nothing was written since
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.writelines(lines[2:])
+    report.update("editing", 3, 3)
+    assert (run / "report.html").stat().st_mtime_ns > first
+
+
+def test_a_live_report_takes_a_share_of_the_time_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    written: list[float] = []
+    monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])
+
+    def write(*_: object, **__: object) -> None:
+        written.append(clock[0])
+        clock[0] += 4.0
+
+    monkeypatch.setattr(live, "write_report", write)
+    run = write_run(tmp_path / "run")
+    report = LiveReport(run)
+    for _ in range(300):
+        with (run / "edits.jsonl").open("a") as stream:
+            stream.write('{"num_edits": 1}\n')
+        report.update("editing", 1, 2)
+        clock[0] += 1.0
+    assert 3 <= len(written) <= 5  # 4 s each in 300 s and the time that they took
+
+
+def test_a_report_that_fails_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "energy.csv").write_text("nonsense\n")
+    report = LiveReport(run)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            report.update("editing", 1, 2)
+        assert report.finish() is None
+    assert len(caplog.records) == 2
