@@ -445,3 +445,22 @@ def test_the_script_writes_all_tables(tmp_path: Path, monkeypatch: pytest.Monkey
         "results", "differences", "gains", "collapse", "correlations", "regressions", "abilities", "curves"}
     with (tmp_path / "out" / "curves.csv").open(newline="") as stream:
         assert len(list(csv.DictReader(stream))) == 3 * 5 + 4
+
+
+def test_another_order_is_another_experiment(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, alpha=alpha, scores={1: {"efficacy": 1.0}, 2: {"efficacy": 0.0}})
+               for name, alpha in (("a", 0.0), ("b", 0.8), ("c", 0.0))]
+    config = yaml.safe_load((folders[2] / "config.yaml").read_text())
+    config["run"]["order_seed"] = 1
+    (folders[2] / "config.yaml").write_text(yaml.safe_dump(config))
+    arms = arms_of([RunRecords.read(folder) for folder in folders])
+    assert [(arm.label, arm.run.draw) for arm in arms] == [("MEMIT", 0), ("MEMIT+SPHERE", 0), ("MEMIT", "0, order 1")]
+    assert [row["against"] for row in rows_of(differences_table(arms, resamples=10))] == ["MEMIT"]
+
+
+def test_earlier_keys_are_another_base_method(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, alpha=alpha, keep_previous_keys=keys, scores={1: {"efficacy": 1.0}})
+               for name, alpha, keys in (("a", 0.0, False), ("b", 0.8, True), ("c", 0.0, True))]
+    arms = arms_of([RunRecords.read(folder) for folder in folders])
+    assert [arm.label for arm in arms] == ["MEMIT", "MEMIT, earlier keys", "MEMIT, earlier keys+SPHERE"]
+    assert [row["against"] for row in rows_of(differences_table(arms, resamples=10))] == ["MEMIT, earlier keys"]

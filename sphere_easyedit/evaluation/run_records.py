@@ -195,6 +195,17 @@ class RunRecords:
         seed = self.config["run"].get("seed")
         return None if seed is None else int(seed)
 
+    @property
+    def order_seed(self) -> int | None:
+        """Seed of another order of the same facts, where there is one."""
+        seed = self.config["run"].get("order_seed")
+        return None if seed is None else int(seed)
+
+    @property
+    def draw(self) -> int | str | None:
+        """Which facts came in which order: the seed, and that of another order where there is one."""
+        return self.seed if self.order_seed is None else f"{self.seed}, order {self.order_seed}"
+
     def before(self, protocol: str = PAPER) -> Point | None:
         """The unedited model's point."""
         return next((p for p in self.points if p.when == "before" and p.protocol == protocol), None)

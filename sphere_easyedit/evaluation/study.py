@@ -37,15 +37,16 @@ class Arm:
 
     def who(self) -> tuple[Cell, ...]:
         """Cells of ``WHO``."""
-        return self.run.model, title_of(self.run.dataset), self.run.seed, self.label
+        return self.run.model, title_of(self.run.dataset), self.run.draw, self.label
 
 
 def arms_of(runs: Iterable[RunRecords]) -> list[Arm]:
     """Runs by model, data set, seed and base method: each base without SPHERE, with it, then its controls."""
-    ordered = sorted(runs, key=lambda run: (run.model, run.dataset, -1 if run.seed is None else run.seed, run.base,
+    ordered = sorted(runs, key=lambda run: (run.model, run.dataset, -1 if run.seed is None else run.seed,
+                                            -1 if run.order_seed is None else run.order_seed, run.base,
                                             _rank(run.variant), run.variant or "", run.name))
-    counts = Counter((run.model, run.dataset, run.seed, run.method) for run in ordered)
-    return [Arm(run.method if counts[run.model, run.dataset, run.seed, run.method] == 1
+    counts = Counter((run.model, run.dataset, run.draw, run.method) for run in ordered)
+    return [Arm(run.method if counts[run.model, run.dataset, run.draw, run.method] == 1
                 else f"{run.method} ({run.name})", run) for run in ordered]
 
 
@@ -72,7 +73,7 @@ def results_table(arms: Sequence[Arm], protocol: str = PAPER) -> Table:
             logger.warning("%s has not ended, or not by the protocol %s: left out", arm.run.directory, protocol)
         else:
             ended.append((arm, point))
-    by_row: dict[tuple[str, str, int | None], dict[str, Point]] = {}
+    by_row: dict[tuple[str, str, int | str | None], dict[str, Point]] = {}
     for model in sorted({arm.run.model for arm, _ in ended}):
         unedited = by_row.setdefault((model, "unedited", None), {})
         for arm, _ in sorted(ended, key=lambda pair: -pair[1].num_edits):
@@ -81,7 +82,7 @@ def results_table(arms: Sequence[Arm], protocol: str = PAPER) -> Table:
                 unedited.setdefault(arm.run.dataset, before)
         for arm, after in ended:
             if arm.run.model == model:
-                by_row.setdefault((model, arm.label, arm.run.seed), {})[arm.run.dataset] = after
+                by_row.setdefault((model, arm.label, arm.run.draw), {})[arm.run.dataset] = after
     columns = [Column("model"), Column("method"), Column("seed")]
     for dataset in datasets:
         columns += [Column(f"{title_of(dataset)} edits"), *(Column(f"{title_of(dataset)} {name}") for name in METRICS)]
@@ -128,7 +129,7 @@ def _compared(arms: Sequence[Arm], protocol: str, name: str, title: str,
     for arm in arms:
         run, after = arm.run, arm.run.after(protocol)
         if after is not None:
-            experiments[run.model, run.dataset, run.seed, run.base, after.num_edits].append((arm, after))
+            experiments[run.model, run.dataset, run.draw, run.base, after.num_edits].append((arm, after))
     rows: list[tuple[Cell, ...]] = []
     for members in experiments.values():
         for arm, after in members:

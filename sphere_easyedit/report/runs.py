@@ -50,7 +50,7 @@ def named_runs(runs: Sequence[RunRecords]) -> list[ReportRun]:
     arms = arms_of(runs)
     labels = [arm.label for arm in arms]
     further: tuple[Callable[[Arm], str], ...] = (
-        lambda arm: title_of(arm.run.dataset), lambda arm: arm.run.model, lambda arm: f"seed {arm.run.seed}")
+        lambda arm: title_of(arm.run.dataset), lambda arm: arm.run.model, lambda arm: f"seed {arm.run.draw}")
     for more in further:
         if len(set(labels)) < len(labels) and len({more(arm) for arm in arms}) > 1:
             labels = [f"{label}, {more(arm)}" for label, arm in zip(labels, arms, strict=True)]
