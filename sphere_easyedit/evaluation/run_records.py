@@ -176,8 +176,11 @@ class RunRecords:
 
     @property
     def method(self) -> str:
-        """Base method and variant, as in ``AlphaEdit+SPHERE``."""
-        return self.base if self.variant is None else f"{self.base}+{self.variant}"
+        """Base method and variant, as in ``AlphaEdit+SPHERE``, and whose principal space it is if not the paper code's."""
+        if self.variant is None:
+            return self.base
+        pretrained = self.variant == SPHERE and self.config["hparams"].get("principal_space") == "pretrained"
+        return f"{self.base}+{self.variant}{', pretrained space' if pretrained else ''}"
 
     @property
     def model(self) -> str:
