@@ -176,7 +176,7 @@ class RunRecords:
 
     @property
     def method(self) -> str:
-        """Base method and variant, as in ``AlphaEdit+SPHERE``, and whose principal space it is if not the paper code's."""
+        """Base method and variant, as in ``AlphaEdit+SPHERE``, and the principal space if it is not the current one."""
         if self.variant is None:
             return self.base
         pretrained = self.variant == SPHERE and self.config["hparams"].get("principal_space") == "pretrained"
