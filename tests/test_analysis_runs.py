@@ -464,3 +464,11 @@ def test_earlier_keys_are_another_base_method(tmp_path: Path) -> None:
     arms = arms_of([RunRecords.read(folder) for folder in folders])
     assert [arm.label for arm in arms] == ["MEMIT", "MEMIT, earlier keys", "MEMIT, earlier keys+SPHERE"]
     assert [row["against"] for row in rows_of(differences_table(arms, resamples=10))] == ["MEMIT, earlier keys"]
+
+
+def test_runs_with_other_settings_are_not_compared(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, base="AlphaEdit", alpha=alpha, L2=strength, device=device,
+                         scores={1: {"efficacy": 1.0}})
+               for name, alpha, strength, device in (("a", 0.0, 1, "cpu"), ("b", 0.5, 1, None), ("c", 0.0, 10, "cpu"))]
+    rows = rows_of(differences_table(arms_of([RunRecords.read(folder) for folder in folders]), resamples=10))
+    assert [row["against"] for row in rows] == ["AlphaEdit (a)"]

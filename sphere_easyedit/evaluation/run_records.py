@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 from ..callbacks import EnergyRecord, read_energy_csv
+from ..hparams import SPHERE_ONLY
 from .neurons import NeuronRecord
 from .run_directory import CONFIG, EDITS, ENERGY, METRICS, NEURONS, SPACES, SUMMARY, RunDirectory, When
 from .spaces import SpaceRecord, read_spaces_csv
@@ -21,6 +22,8 @@ SPHERE: Final = "SPHERE"  # the variant that projects onto the principal space's
 _NORMAL_95: Final = 1.96  # standard errors
 # Entries of a line in metrics.jsonl that are objects and no metrics.
 _NO_METRICS: Final = ("watched", "abilities")
+# Hyperparameters that two arms of one experiment may differ in: SPHERE's, and where things lie.
+_NOT_COMPARED: Final = frozenset({*SPHERE_ONLY, "device", "stats_dir", "target_values_dir"})
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,11 @@ class RunRecords:
             return self.base
         pretrained = self.variant == SPHERE and self.config["hparams"].get("principal_space") == "pretrained"
         return f"{self.base}+{self.variant}{', pretrained space' if pretrained else ''}"
+
+    def shares_settings(self, other: RunRecords) -> bool:
+        """Whether two runs differ by nothing but SPHERE and its controls, as far as both configurations tell."""
+        ours, theirs = self.config["hparams"], other.config["hparams"]
+        return all(ours[name] == theirs[name] for name in ours.keys() & theirs.keys() - _NOT_COMPARED)
 
     @property
     def model(self) -> str:

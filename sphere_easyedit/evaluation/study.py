@@ -1,7 +1,8 @@
 """The study's tables of arms side by side, from the records of its runs.
 
 Runs are compared within an experiment: one model, data set, seed and number of edits. What differs there is the arm:
-the base method, and what was done to its updates (nothing, SPHERE, or a control in SPHERE's place).
+the base method, and what was done to its updates (nothing, SPHERE, or a control in SPHERE's place). Differences and gains
+are told between arms that share all other hyperparameters.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def _compared(arms: Sequence[Arm], protocol: str, name: str, title: str,
     for members in experiments.values():
         for arm, after in members:
             for other, _ in members:
-                if arm.run.variant == SPHERE and against(other):
+                if arm.run.variant == SPHERE and against(other) and arm.run.shares_settings(other.run):
                     scores = _scores(arm, after, protocol), _scores(other, after, protocol)
                     found = [_paired(*scores, metric, compare) for metric in METRICS]
                     if any(cell is not None for cell in found):
