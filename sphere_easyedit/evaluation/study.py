@@ -1,8 +1,8 @@
 """The study's tables of arms side by side, from the records of its runs.
 
 Runs are compared within an experiment: one model, data set, seed and number of edits. What differs there is the arm:
-the base method, and what was done to its updates (nothing, SPHERE, or a control in SPHERE's place). Differences and gains
-are told between arms that share all other hyperparameters.
+the base method, and what was done to its updates (nothing, SPHERE, or a control in SPHERE's place). Differences and
+gains are told between arms that share all other hyperparameters.
 """
 
 from __future__ import annotations
