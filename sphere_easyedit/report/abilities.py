@@ -13,20 +13,21 @@ from .runs import ReportRun
 def abilities_figure(runs: Sequence[ReportRun]) -> Figure | None:
     """A panel a task; None where no run measured abilities."""
     labels = [run.label for run in runs]
-    by_task: dict[str, list[dict[str, Any]]] = {}
+    by_task: dict[tuple[str, str], list[dict[str, Any]]] = {}  # task, protocol: numbers of two don't compare
     protocols: dict[str, None] = {}
     for run in runs:
         for point in sorted(run.run.abilities, key=lambda point: point.num_edits):
             protocols[point.protocol] = None
             for task, found in point.abilities.items():
-                low, high = found.ci95 or (found.mean, found.mean)
+                low, high = found.ci95 if found.ci95 and all(map(math.isfinite, found.ci95)) else (found.mean,) * 2
                 if math.isfinite(found.mean):
-                    by_task.setdefault(task, []).append({"run": run.label, "edits": point.num_edits, "mean": found.mean,
+                    by_task.setdefault((task, point.protocol), []).append({"run": run.label, "edits": point.num_edits, "mean": found.mean,
                                                          "low": low, "high": high, "n": found.n})
     if not by_task:
         return None
+    titles = {(task, protocol): task if len(protocols) == 1 else f"{task} ({protocol})" for task, protocol in by_task}
     panels = []
-    for task, data in sorted(by_task.items()):
+    for key, data in sorted(by_task.items()):
         x, y = quantitative("edits", "edits"), quantitative("mean", "%")
         # Runs measured after as many edits would cover one another's intervals.
         aside = {"xOffset": {"field": "run", "type": "nominal", "scale": {"domain": labels, "range": [-6, 6]}}}
@@ -38,10 +39,10 @@ def abilities_figure(runs: Sequence[ReportRun]) -> Figure | None:
                 "x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, **by_run(labels), **aside}},
             {"mark": "point", "encoding": {"x": x, "y": y, **by_run(labels, ("color", "shape")), **aside,
                                            "tooltip": told}}]
-        panels.append(Panel(task, {"data": {"values": data}, "params": params(labels), "transform": [shown()],
+        panels.append(Panel(titles[key], {"data": {"values": data}, "params": params(labels), "transform": [shown()],
                                    "layer": layers}))
-    rows: list[Row] = [(row["run"], task, row["edits"], f"{row['mean']:.1f}", f"{row['low']:.1f} to {row['high']:.1f}",
-                        row["n"]) for task, data in sorted(by_task.items()) for row in data]
+    rows: list[Row] = [(row["run"], titles[key], row["edits"], f"{row['mean']:.1f}", f"{row['low']:.1f} to {row['high']:.1f}",
+                        row["n"]) for key, data in sorted(by_task.items()) for row in data]
     return Figure(
         "abilities", "General abilities",
         f"By lm-evaluation-harness ({'; '.join(protocols)}), percent with its 95% interval.",

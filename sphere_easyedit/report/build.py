@@ -56,7 +56,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None, f
     check_installed()
     folder = Path(runs[0] if output is None else output)
     named = named_runs([RunRecords.read(run) for run in runs])
-    figures, notes = figures_of(named, live)
+    figures, notes = figures_of(named, live, folder / "figures" / "places.json")
     title = named[0].label if len(named) == 1 else f"{len(named)} runs"
     page = Page(f"SPHERE: {title}", named, notices_of(named), figures, tables_of(named), notes,
                 REFRESH if live else None).html()
@@ -77,17 +77,25 @@ def check_installed() -> None:
         raise ValueError(f"a report needs {', '.join(missing)}: pip install 'sphere-easyedit[report]'")
 
 
-def figures_of(runs: Sequence[ReportRun], live: bool = False) -> tuple[list[Figure], list[str]]:
-    """All figures that the runs have data for, and why others are not there."""
+def figures_of(runs: Sequence[ReportRun], live: bool = False, places: Path | None = None
+               ) -> tuple[list[Figure], list[str]]:
+    """All figures that the runs have data for, and why others are not there.
+
+    Args:
+        runs: of the report.
+        live: leave out what takes seconds.
+        places: where t-SNE's places are kept; what stands there is used again.
+    """
     notes = []
-    neurons = Neurons(runs)
+    neurons = Neurons(runs, places)
     found = [curves_figure(runs), changes_figure(runs), gains_figure(runs), forgetting_figure(runs),
              abilities_figure(runs), shares_figure(runs), *neurons.figures(embedded=not live)]
     figures = [figure for figure in found if figure is not None]
     names = {figure.name for figure in figures}
     for name, text in (
             ("changes", "No regression of changes: it takes three pairs of evaluations (`edit --eval-every`)."),
-            ("gains", "No bars of gains: they take a finished run of a base method and one of the same with SPHERE."),
+            ("gains", "No bars of gains: they take finished runs of a base method without SPHERE and with it, on the "
+                      "same facts."),
             ("forgetting", "No forgetting: it takes evaluations' scores, in a run's `scores/`."),
             ("abilities", "No general abilities: `edit --abilities` or `evaluate --abilities` measure them."),
             ("shares", "No shares in the principal space: `evaluate --neurons` finds them from kept weights."),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Final
 
 from ..evaluation.run_directory import CASES, RunDirectory
@@ -12,12 +13,10 @@ from ..evaluation.run_records import CaseId
 from .forgetting import scores_at
 from .runs import ReportRun
 
-logger = logging.getLogger(__name__)
-
-LOST, MISSED, HELD, UNKNOWN = "lost since", "not learned", "held", "known before"
-_ORDER: Final = (LOST, MISSED, HELD, UNKNOWN)
+LOST, MISSED, HELD, KNOWN, UNSEEN = "lost since", "not learned", "held", "known before", "not measured"
+STATES: Final = (LOST, MISSED, HELD, KNOWN, UNSEEN)
 _METRIC: Final = "efficacy"
-MOST: Final = 2000  # facts of a run on the page: 400 kB
+ROOM: Final = 1_500_000  # characters that the facts of all runs may take on a page
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class CaseTable:
         rows: (case, prompt, wanted, true, state, before, after, last evaluation that saw it right or None, generation
             before, generation after); before and after are true where the model said what was wanted, texts are None
             where none were generated.
-        left_out: how many facts are not in it, for its size.
+        left_out: how many of the facts are not in it, for its size.
     """
 
     label: str
@@ -37,8 +36,13 @@ class CaseTable:
     left_out: int
 
 
-def case_table(run: ReportRun) -> CaseTable | None:
-    """A finished run's facts, from ``cases.jsonl`` and the scores of evaluations on the way; None before its end."""
+def case_table(run: ReportRun, room: int = ROOM) -> CaseTable | None:
+    """A finished run's facts, from ``cases.jsonl`` and the scores of evaluations on the way; None before its end.
+
+    Args:
+        run: whose facts.
+        room: how many characters of JSON the rows may take; what comes last in their order is left out.
+    """
     files = RunDirectory(run.run.directory)
     if not files.has(CASES):
         return None
@@ -51,8 +55,10 @@ def case_table(run: ReportRun) -> CaseTable | None:
         said = line.get("generations") or {}
         rows.append((case, line.get("prompt"), line.get("target_new"), line.get("target_true"),
                      _state(before, after, last), before, after, last, said.get("before"), said.get("after")))
-    rows.sort(key=lambda row: _ORDER.index(row[4]))
-    return CaseTable(run.label, tuple(rows[:MOST]), max(0, len(rows) - MOST))
+    rows.sort(key=lambda row: STATES.index(row[4]))
+    sizes = accumulate(len(json.dumps(row, ensure_ascii=False)) for row in rows)
+    kept = sum(size <= room for size in sizes)
+    return CaseTable(run.label, tuple(rows[:kept]), len(rows) - kept)
 
 
 def _last_seen_right(run: ReportRun) -> dict[CaseId, int]:
@@ -73,10 +79,13 @@ def _right(scores: Mapping[str, Any] | None) -> bool | None:
 
 def _state(before: bool | None, after: bool | None, last: int | None) -> str:
     if after:
-        return UNKNOWN if before else HELD
+        return KNOWN if before else HELD
+    if after is None:
+        return UNSEEN
     return LOST if last is not None else MISSED
 
 
 def tables_of(runs: Sequence[ReportRun]) -> list[CaseTable]:
-    """Tables of the runs that have one."""
-    return [table for table in map(case_table, runs) if table is not None]
+    """Tables of the runs that have one, in equal parts of the room."""
+    tables = (case_table(run, ROOM // len(runs)) for run in runs)
+    return [table for table in tables if table is not None]

@@ -49,7 +49,7 @@ def curves_figure(runs: Sequence[ReportRun]) -> Figure | None:
         "curves", "Hyperspherical energy and what is measured, edit by edit",
         f"Metrics by protocol {protocols}, of facts edited so far (or a seeded sample of them), before the first edit "
         "of all facts. HE: change relative to the unedited model. "
-        f"{RHO} at a curve's end: Spearman's rank correlation of the metric with HE's mean change over the points "
+        f"{RHO} at a curve's end, right of all curves: Spearman's rank correlation of the metric with HE's mean change over the points "
         f"of the run. {'Bands: 95% intervals by bootstrap over cases.' if len(runs) <= _BANDS else ''}".strip(),
         " ".join(_told(run) for run in runs), tuple(_with_params(panel, labels, choice) for panel in panels),
         (choice,), columns=("run", "edits", "metric", "value", "95% interval", "HE change"),
@@ -83,7 +83,7 @@ def _metric_panel(runs: Sequence[ReportRun], name: str) -> Panel | None:
                 continue
             row: dict[str, Any] = {"run": run.label, "edits": point.num_edits, "value": value}
             estimate = point.metrics.get(name)
-            if estimate is not None and estimate.ci95 is not None:
+            if estimate is not None and estimate.ci95 is not None and all(map(math.isfinite, estimate.ci95)):
                 row |= {"low": estimate.ci95[0], "high": estimate.ci95[1], "n": estimate.n}
             data.append(row)
     if not data:
@@ -133,7 +133,7 @@ def _line(encoding: Spec) -> Spec:
 
 
 def _edits_scale(data: Sequence[dict[str, Any]]) -> Spec:
-    """The same for all panels, with room to the right for the labels at the curves' ends."""
+    """Like that of the other panels of the same runs, with room to the right for the labels at the curves' ends."""
     return {"domain": [0, max(row["edits"] for row in data) * 1.22 or 1], "nice": False}
 
 
@@ -146,7 +146,7 @@ def _domain(values: Sequence[float], log: bool = False) -> tuple[float, float]:
 
 
 def _ends(runs: Sequence[ReportRun], data: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """rho of each run that has one, at its last point."""
+    """rho of each run that has one, with its last value."""
     metric = LOG_PERPLEXITY if name == PERPLEXITY else name
     ends = []
     for run in runs:
@@ -154,7 +154,9 @@ def _ends(runs: Sequence[ReportRun], data: Sequence[dict[str, Any]], name: str) 
         found = energy_correlations(energy_points(run.run, run.protocol)).get(metric)
         if last is not None and found is not None and math.isfinite(found.signed.energy.rho):
             ends.append({**last, "text": f"{RHO} {found.signed.energy.rho:+.2f}"})
-    return ends
+    # In one column, right of all curves: beside the end of a shorter one there are the others.
+    furthest = max((row["edits"] for row in data), default=0)
+    return [{**end, "edits": furthest} for end in ends]
 
 
 def _place_labels(ends: list[dict[str, Any]], linear: tuple[float, float], log: tuple[float, float]) -> None:

@@ -13,6 +13,7 @@ Row = tuple[object, ...]
 
 SCHEMA: Final = "https://vega.github.io/schema/vega-lite/v6.json"  # a name; nothing is fetched from it
 HEIGHT: Final = 230  # pixels of a panel's plot
+_LEGEND_WIDTH: Final = 800  # pixels of a name, at most
 LABEL_HEIGHT: Final = 13  # pixels that a label at a curve's end takes
 
 # Colours are named in specs as CSS variables. On the page report.css gives them, for light, dark and paper; a file gets
@@ -22,9 +23,8 @@ _INK: Final = MappingProxyType({
     "after": "#b84a00"})
 SERIES: Final = ("#0b62a4", "#b84a00", "#00735a", "#8a3b80", "#4d4d4d", "#7a5c00", "#a8123a", "#1d6f86", "#5b5bd6",
                  "#3f6b12")
-_DASHES: Final = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [1, 0], [6, 3])
-_SHAPES: Final = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "circle", "square",
-                  "triangle-up", "diamond")
+_DASHES: Final = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
+_SHAPES: Final = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,17 @@ def chosen(name: str) -> Spec:
     return {"filter": f"datum.{name} == {name}"}
 
 
+def dashes(count: int) -> list[list[int]]:
+    """Dashes of so many runs: a colour that comes again comes with other dashes."""
+    return [list(_DASHES[(index + index // len(SERIES)) % len(_DASHES)]) for index in range(count)]
+
+
 def by_run(labels: Sequence[str], channels: Sequence[str] = ("color",)) -> Spec:
     """Encodings that tell runs apart: by ``color``, ``strokeDash`` and ``shape``."""
     ranges: dict[str, list[Any]] = {
         "color": [f"var(--s{index % len(SERIES)})" for index in range(len(labels))],
-        "strokeDash": [_DASHES[index % len(_DASHES)] for index in range(len(labels))],
-        "shape": [_SHAPES[index % len(_SHAPES)] for index in range(len(labels))]}
+        "strokeDash": dashes(len(labels)),
+        "shape": [_SHAPES[(index + index // len(SERIES)) % len(_SHAPES)] for index in range(len(labels))]}
     return {channel: {"field": "run", "type": "nominal", "title": None,
                       "scale": {"domain": list(labels), "range": ranges[channel]}} for channel in channels}
 
@@ -161,8 +166,8 @@ def config(legend: bool) -> Spec:
         "background": "transparent",
         "view": {"stroke": None},
         "axis": {**text, "domainColor": "var(--grid)", "tickColor": "var(--grid)", "gridColor": "var(--grid)",
-                 "labelOverlap": True},
-        "legend": {**text, "disable": not legend, "orient": "bottom", "columns": 3, "labelLimit": 260,
+                 "labelOverlap": True, "labelSeparation": 6},
+        "legend": {**text, "disable": not legend, "orient": "bottom", "columns": 3, "labelLimit": _LEGEND_WIDTH,
                    "symbolSize": 80},
         "title": {"color": "var(--ink)", "fontSize": 13, "fontWeight": 600, "anchor": "start"},
         "text": {"color": "var(--ink)", "fontSize": 11},
@@ -181,8 +186,13 @@ def as_file(figure: Figure, width: int = 380, columns: int = 2) -> Spec:
     """A whole figure as one drawing on white paper: first choices, and with a legend."""
     labels: list[Spec] = [{"text": choice.label + ": " + choice.options[0][1]} for choice in figure.choices]
     note = ", ".join(label["text"] for label in labels)
+    settings = config(legend=figure.by_run or bool(figure.key) or figure.scale is not None)
+    longest = max((len(label) for label in figure.panels[0].spec.get("params", [{}])[0].get("value", ())
+                   if figure.by_run), default=0)
+    # Names are not cut while two columns hold them, or one.
+    settings["legend"]["columns"] = 3 if longest <= 34 else 2 if longest <= 60 else 1
     found: Spec = {
-        "$schema": SCHEMA, "config": config(legend=figure.by_run), "background": "white", "padding": 12,
+        "$schema": SCHEMA, "config": settings, "background": "white", "padding": 12,
         "title": {"text": figure.title, **({"subtitle": note} if note else {}), "fontSize": 15, "offset": 12,
                   "subtitleColor": "var(--muted)"},
         "columns": min(columns, len(figure.panels)), "spacing": 28,

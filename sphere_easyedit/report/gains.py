@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Final
@@ -14,28 +15,30 @@ _METRICS: Final = ("efficacy", "generalization", "specificity")
 
 
 def gains_figure(runs: Sequence[ReportRun]) -> Figure | None:
-    """Bars by base method; None where no base method was run without SPHERE and with it, to its end."""
-    by_base: defaultdict[str, list[ReportRun]] = defaultdict(list)
+    """Bars by base method; None where none was run without SPHERE and with it, on the same facts and to the end."""
+    experiments: defaultdict[tuple[object, ...], list[ReportRun]] = defaultdict(list)
     for run in runs:
-        if run.run.after(run.protocol) is not None:
-            by_base[run.run.base].append(run)
-    kept = {base: members for base, members in by_base.items()
-            if {None, SPHERE} <= {member.run.variant for member in members}}
-    compared = [member for members in kept.values() for member in members]
+        if (after := run.run.after(run.protocol)) is not None:
+            records = run.run
+            experiments[records.model, records.dataset, records.draw, run.protocol, after.num_edits,
+                        records.base].append(run)
+    kept = [members for members in experiments.values()
+            if {None, SPHERE} <= {member.run.variant for member in members}]
+    compared = [(member, group) for group, members in enumerate(kept) for member in members]
     if not compared:
         return None
     panels, rows = [], list[Row]()
     for metric in _METRICS:
         data: list[dict[str, Any]] = []
-        for place, member in enumerate(compared):
+        for place, (member, group) in enumerate(compared):
             point = member.run.after(member.protocol)
             found = None if point is None else point.metrics.get(metric)
-            if point is not None and found is not None:
-                low, high = found.ci95 or (found.mean, found.mean)
-                # Bases stand apart by the width of a bar.
-                left = place + list(kept).index(member.run.base)
-                data.append({"run": member.label, "base": member.run.base, "mean": found.mean, "low": low, "high": high,
-                             "edits": point.num_edits, "left": left, "right": left + 0.9, "middle": left + 0.45})
+            if point is not None and found is not None and math.isfinite(found.mean):
+                low, high = found.ci95 if found.ci95 and all(map(math.isfinite, found.ci95)) else (found.mean,) * 2
+                left = place + group  # groups stand apart by the width of a bar
+                data.append({"run": member.label, "base": member.run.base, "group": group, "mean": found.mean,
+                             "low": low, "high": high, "edits": point.num_edits, "left": left, "right": left + 0.9,
+                             "middle": left + 0.45})
                 rows.append((member.run.base, member.label, metric, point.num_edits, f"{found.mean:.1f}",
                              f"{low:.1f} to {high:.1f}"))
         if not data:
@@ -44,7 +47,8 @@ def gains_figure(runs: Sequence[ReportRun]) -> Figure | None:
     return Figure(
         "gains", "Each base method, and the same with SPHERE",
         "After the last edit, on all facts of a run or a seeded sample of them, with 95% intervals by bootstrap over "
-        "cases. Bars of one base stand in the order of the list of runs.",
+        "cases. Side by side: runs of one base method, model, data set, seed and number of edits, in the order of the "
+        "list of runs.",
         " ".join(f"{label}: {metric} {mean} ({interval})." for _, label, metric, _, mean, interval in rows),
         tuple(panels), columns=("base", "run", "metric", "edits", "%", "95% interval"), rows=tuple(rows))
 
@@ -55,8 +59,8 @@ def _panel(metric: str, data: list[dict[str, Any]], labels: Sequence[str]) -> Pa
     y = quantitative("mean", "%")
     # Under the plot, since bars have no axis; kept clear of it by an axis title's worth of room.
     bases: Spec = {
-        "transform": [{"aggregate": [{"op": "mean", "field": "middle", "as": "middle"}], "groupby": ["base"]}],
-        "mark": {"type": "text", "baseline": "top", "dy": 6, "clip": False},
+        "transform": [{"aggregate": [{"op": "mean", "field": "middle", "as": "middle"}], "groupby": ["group", "base"]}],
+        "mark": {"type": "text", "baseline": "top", "dy": 6, "clip": False, "lineBreak": ", "},
         "encoding": {"x": quantitative("middle", **plain), "y": {"value": HEIGHT}, "text": {"field": "base"}}}
     return Panel(f"{metric[0].upper()}{metric[1:]} (%)", {"data": {"values": data}, "params": params(labels), "layer": [
         {"transform": [shown()], "mark": "bar", "encoding": {

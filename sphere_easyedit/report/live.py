@@ -48,15 +48,15 @@ class LiveReport:
             if self._news and (self._path / METRICS).is_file():
                 write_report([self._path], files=False, live=True)
                 self._news = False
-        except (ValueError, OSError) as error:
+        except Exception as error:  # of whatever library
             self._failed = True
-            logger.warning("the report is not kept up to date: %s", error)
+            logger.warning("the report is not kept up to date: %s: %s", type(error).__name__, error)
         self._next = time.monotonic() + max(REFRESH, (time.monotonic() - started) / _SHARE)
 
     def finish(self) -> Path | None:
         """The whole report of the run, with its figures as files; its path, or None where it can't be written."""
         try:
             return write_report([self._path]).html
-        except (ValueError, OSError) as error:
-            logger.warning("no report: %s", error)
+        except Exception as error:  # of whatever library
+            logger.warning("no report: %s: %s", type(error).__name__, error)
             return None

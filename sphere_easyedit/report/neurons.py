@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -24,17 +25,25 @@ _KEY: Final = (("before", "before editing"), ("after", "after"))
 
 
 class Neurons:
-    """The layers of the runs that recorded their neurons, and the choices of run and layer that all figures share."""
+    """The layers of the runs that recorded their neurons, and the choices of run and layer that all figures share.
 
-    def __init__(self, runs: Sequence[ReportRun]) -> None:
+    Args:
+        runs: of the report.
+        places: JSON file that keeps where neurons lie in the plane, which takes a second a layer; None to keep nothing.
+    """
+
+    def __init__(self, runs: Sequence[ReportRun], places: Path | None = None) -> None:
         self.layers: dict[tuple[str, int], LayerNeurons] = {}
         self.edits: dict[str, int] = {}
-        self._runs = {run.label: run for run in runs}
+        self._places = places
+        self._gammas: set[float] = set()
         for run in runs:
             record = run.run.neurons
             if record is not None:
                 self.edits[run.label] = record.num_edits
-                self.layers |= {(run.label, layer): found for layer, found in record.layers.items()}
+                self._gammas.add(record.gamma)
+                self.layers |= {(run.label, layer): found for layer, found in record.layers.items()
+                                if found.sampled > 1}
         numbers = sorted({layer for _, layer in self.layers})
         self.choices = (Choice("run", "Run", tuple((label, label) for label in self.edits)),
                         Choice("layer", "Layer", tuple((str(layer), f"layer {layer}") for layer in numbers)))
@@ -49,6 +58,10 @@ class Neurons:
         edits = "; ".join(f"{label} after {count} edits" for label, count in self.edits.items())
         for panel in panels:
             panel.spec["params"] = [{"name": choice.name, "value": choice.default} for choice in self.choices]
+        by_run = {label: [layer for one, layer in self.layers if one == label] for label in self.edits}
+        if len({tuple(layers) for layers in by_run.values()}) > 1:  # else the page would show an empty plot
+            edits += ". Layers that a run has: " + "; ".join(f"{label} {', '.join(map(str, layers))}"
+                                                            for label, layers in by_run.items())
         return Figure(name, title, f"{caption} After: {edits}.", self._told(), tuple(panels), self.choices,
                       by_run=False, **more)
 
@@ -64,7 +77,7 @@ class Neurons:
                  for found in self.layers.values() for side in range(2)]
         end = max(0.1, round(float(np.quantile(np.concatenate(apart), 0.998)), 2))
         data = [{"run": label, "layer": str(layer), "side": name, "n": len(_block(found, side)),
-                 "c": np.round(_block(found, side), 2).ravel().tolist()}
+                 "c": np.rint(100.0 * _block(found, side)).astype(int).ravel().tolist()}  # percent: short to write
                 for (label, layer), found in self.layers.items() for side, name in enumerate(SIDES)]
         panels = []
         for name, title in zip(SIDES, ("Before editing", "After"), strict=True):
@@ -72,13 +85,14 @@ class Neurons:
             panels.append(Panel(title, {
                 "data": {"values": [row for row in data if row["side"] == name]},
                 "transform": [chosen("run"), chosen("layer"), {"flatten": ["c"]},
+                              {"calculate": "datum.c / 100", "as": "c"},
                               {"window": [{"op": "row_number", "as": "k"}]},
                               {"calculate": "floor((datum.k - 1) / datum.n) + 1", "as": "i"},
                               {"calculate": "(datum.k - 1) % datum.n + 1", "as": "j"}],
                 "mark": {"type": "rect"},
                 "encoding": {"x": {"field": "j", "type": "ordinal", **places},
                              "y": {"field": "i", "type": "ordinal", **places},
-                             "color": {"field": "c", "type": "quantitative", "legend": None, "scale": {
+                             "color": {"field": "c", "type": "quantitative", "title": "cosine", "scale": {
                                  "domain": [-end, 0, end], "range": ["#0b62a4", "#f7f7f7", "#b84a00"], "clamp": True}},
                              "tooltip": tooltip(("i", "neuron", "d"), ("j", "and", "d"), ("c", "cosine", ".2f"))},
             }, canvas=True, square=True, height=340))
@@ -90,22 +104,23 @@ class Neurons:
 
     def _embedding(self) -> Figure:
         data, lines = [], []
-        for (label, layer), found in self.layers.items():
-            placed = self._placed(label, layer, found)
-            count = found.sampled
-            for side, name in enumerate(SIDES):
-                data += [{"run": label, "layer": str(layer), "side": name, "neuron": int(row), "x": x, "y": y}
-                         for row, (x, y) in zip(found.rows, placed[side * count: (side + 1) * count], strict=True)]
-            lines += [{"run": label, "layer": str(layer), "x": x, "y": y, "x2": x2, "y2": y2}
-                      for (x, y), (x2, y2) in zip(placed[:count], placed[count:], strict=True)]
+        for (label, layer), placed in self._placed().items():
+            found = self.layers[label, layer]
+            (x, y), (x2, y2) = (tuple(map(list, zip(*placed[side * found.sampled: (side + 1) * found.sampled],
+                                                    strict=True))) for side in range(2))
+            which = {"run": label, "layer": str(layer)}
+            data += [{**which, "side": name, "neuron": found.rows.tolist(), "x": across, "y": up}
+                     for name, across, up in zip(SIDES, (x, x2), (y, y2), strict=True)]
+            lines.append({**which, "x": x, "y": y, "x2": x2, "y2": y2})
         plain: Spec = {"axis": None, "scale": {"zero": False}}
         encoding = {"x": quantitative("x", **plain), "y": quantitative("y", **plain)}
         choose = [chosen("run"), chosen("layer")]
         spec: Spec = {"layer": [
-            {"data": {"values": lines}, "transform": choose, "mark": {"type": "rule", "color": "var(--muted)",
+            {"data": {"values": lines}, "transform": [*choose, {"flatten": ["x", "y", "x2", "y2"]}], "mark": {"type": "rule", "color": "var(--muted)",
                                                                       "opacity": 0.5},
              "encoding": {**encoding, "x2": {"field": "x2"}, "y2": {"field": "y2"}}},
-            {"data": {"values": data}, "transform": choose, "mark": {"type": "point", "size": 30}, "encoding": {
+            {"data": {"values": data}, "transform": [*choose, {"flatten": ["neuron", "x", "y"]}],
+             "mark": {"type": "point", "size": 30}, "encoding": {
                 **encoding, "color": {"field": "side", "type": "nominal", "scale": _SIDE_COLOURS, "title": None},
                 "shape": {"field": "side", "type": "nominal", "title": None,
                           "scale": {"domain": list(SIDES), "range": ["circle", "triangle-up"]}},
@@ -118,24 +133,19 @@ class Neurons:
             "in the plane is near, distances between groups say little.",
             [Panel("t-SNE", spec, square=True, height=420)], key=_KEY)
 
-    def _placed(self, label: str, layer: int, found: LayerNeurons) -> list[tuple[float, float]]:
-        """Places in the plane, kept in the run's ``figures/`` since they take a second."""
-        key = hashlib.sha256(found.cosines.tobytes()).hexdigest()[:16]
-        path = self._runs[label].run.directory / "figures" / f"embedding-{layer}.json"
-        if path.is_file():
-            try:
-                kept = json.loads(path.read_text(encoding="utf-8"))
-                if kept["of"] == key:
-                    return [(float(x), float(y)) for x, y in kept["places"]]
-            except (ValueError, KeyError, TypeError):
-                pass  # damaged or of another form: it is made anew
-        places = [(round(float(x), 2), round(float(y), 2)) for x, y in embed(found.cosines)]
-        try:
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps({"of": key, "places": places}), encoding="utf-8")
-        except OSError:
-            pass  # a run that may only be read is shown all the same
-        return places
+    def _placed(self) -> dict[tuple[str, int], list[tuple[float, float]]]:
+        """Places in the plane of each layer's sampled neurons, before editing and behind them after."""
+        kept = _kept_places(self._places)
+        used, placed = {}, {}
+        for which, found in self.layers.items():
+            key = hashlib.sha256(found.cosines.tobytes()).hexdigest()[:16]
+            if len(kept.get(key, ())) != 2 * found.sampled:
+                kept[key] = [(round(float(x), 2), round(float(y), 2)) for x, y in embed(found.cosines)]
+            used[key] = placed[which] = kept[key]
+        if self._places is not None:
+            with replacing(self._places) as temporary:
+                temporary.write_text(json.dumps(used), encoding="utf-8")
+        return placed
 
     def _histograms(self) -> Figure:
         data = []
@@ -193,11 +203,10 @@ class Neurons:
              "encoding": {"x": quantitative("rank"), "y": {"field": "place", "type": "quantitative", "scale": None},
                           "text": {"field": "text"}, **_by_side(("color",))}}]}
         log = {"/layer/0/encoding/y/scale": {"type": "log"}, "/layer/0/transform/3": {"filter": "datum.y > 0"}}
-        gammas = sorted({self._runs[label].run.neurons.gamma for label in self.edits})  # type: ignore[union-attr]
         return self._figure(
             "spectra", "Spectrum of the weight's directions, and gamma's cut",
             "Eigenvalues of What What^T (rows of the weight, each of length 1), largest first. Dashed: where their sum "
-            f"passes gamma = {', '.join(f'{gamma:g}' for gamma in gammas)} of the whole; directions left of it are "
+            f"passes gamma = {', '.join(f'{gamma:g}' for gamma in sorted(self._gammas))} of the whole; directions left of it are "
             "principal, and what SPHERE protects.", [Panel("Spectrum", spec, log)], key=_KEY)
 
 
@@ -220,6 +229,16 @@ def embed(cosines: NDArray[np.float32]) -> NDArray[np.float64]:
     found: NDArray[np.float64] = TSNE(metric="precomputed", init=start.astype(np.float32), perplexity=perplexity,
                                       random_state=0, n_jobs=1).fit_transform(distances)
     return found
+
+
+def _kept_places(path: Path | None) -> dict[str, list[tuple[float, float]]]:
+    if path is None or not path.is_file():
+        return {}
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return {str(key): [(float(x), float(y)) for x, y in places] for key, places in kept.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}  # damaged or of another form: they are found anew
 
 
 def _by_side(channels: Sequence[str] = ("color", "strokeDash")) -> Spec:

@@ -31,6 +31,7 @@ class Notice:
 def notices_of(runs: Sequence[ReportRun]) -> list[Notice]:
     """Warnings about all runs, the gravest first."""
     found = [notice for run in runs for check in (_collapse, _not_finite, _drift, _unfinished) for notice in check(run)]
+    found += _other_protocol(runs)
     return sorted(found, key=lambda notice: ("bad", "warning", "note").index(notice.level))
 
 
@@ -52,14 +53,27 @@ def _not_finite(run: ReportRun) -> list[Notice]:
     broken = [point.num_edits for point in run.run.points
               if point.perplexity is not None and not math.isfinite(point.perplexity)]
     if broken:
-        notices.append(Notice("bad", run.label, f"perplexity is not finite from {min(broken):,} edits on; figures "
-                                                "leave such values out."))
+        notices.append(Notice("bad", run.label, f"perplexity is not finite {_at(broken)}; figures leave such values "
+                                                "out."))
     energies = [record.num_edits for record in run.run.energy
                 if not all(map(math.isfinite, record.relative_change.values()))]
     if energies:
-        notices.append(Notice("bad", run.label, f"hyperspherical energy is not finite from {min(energies):,} edits on; "
-                                                "figures leave such values out."))
+        notices.append(Notice("bad", run.label, f"hyperspherical energy is not finite {_at(energies)}; figures leave "
+                                                "such values out."))
     return notices
+
+
+def _at(places: Sequence[int]) -> str:
+    """Where something was seen, which need not be true ever after."""
+    count = len(set(places))
+    return f"at {min(places):,} edits" if count == 1 else f"at {count} points, the first at {min(places):,} edits"
+
+
+def _other_protocol(runs: Sequence[ReportRun]) -> list[Notice]:
+    """Runs whose metrics are by another protocol than the first run's."""
+    return [Notice("warning", run.label, f"its metrics are by protocol {run.protocol}, those of {runs[0].label} by "
+                                         f"{runs[0].protocol}: they don't compare.")
+            for run in runs if run.protocol != runs[0].protocol]
 
 
 def _drift(run: ReportRun) -> list[Notice]:
@@ -74,11 +88,13 @@ def _drift(run: ReportRun) -> list[Notice]:
     if len(paces) <= _EARLY:
         return []
     usual = median(pace for _, pace in paces[:_EARLY])
-    faster = next((edits for edits, pace in paces[_EARLY:] if pace > _FASTER * usual), None)
-    if faster is None or usual == 0:
+    later_ones = paces[_EARLY:]
+    faster = [edits for edits, pace in later_ones if pace > _FASTER * usual]
+    if not faster or usual == 0:
         return []
-    return [Notice("warning", run.label, f"hyperspherical energy moves more than {_FASTER:g} times as fast from "
-                                         f"{faster:,} edits on as in the first {_EARLY} batches.")]
+    return [Notice("warning", run.label, f"hyperspherical energy moved more than {_FASTER:g} times as fast as in the "
+                                         f"first {_EARLY} batches in {len(faster)} of the {len(later_ones)} after "
+                                         f"them, first in the one that ended at {faster[0]:,} edits.")]
 
 
 def _unfinished(run: ReportRun) -> list[Notice]:

@@ -37,7 +37,7 @@ class ReportRun:
 
 
 def named_runs(runs: Sequence[RunRecords]) -> list[ReportRun]:
-    """Runs in the study's order, each with a name: its method, and what else it takes to tell it from the others.
+    """Runs in the study's order, each with a name: its method, and of data set, model and seed what they differ in.
 
     Raises:
         ValueError: there are none, or one comes twice.
@@ -51,8 +51,8 @@ def named_runs(runs: Sequence[RunRecords]) -> list[ReportRun]:
     labels = [arm.label for arm in arms]
     further: tuple[Callable[[Arm], str], ...] = (
         lambda arm: title_of(arm.run.dataset), lambda arm: arm.run.model, lambda arm: f"seed {arm.run.draw}")
-    for more in further:
-        if len(set(labels)) < len(labels) and len({more(arm) for arm in arms}) > 1:
+    for more in further:  # also where methods alone would do: numbers of two models or data sets don't compare
+        if len({more(arm) for arm in arms}) > 1:
             labels = [f"{label}, {more(arm)}" for label, arm in zip(labels, arms, strict=True)]
     if len(set(labels)) < len(labels):
         labels = [str(arm.run.directory) for arm in arms]

@@ -40,14 +40,14 @@ def shares_figure(runs: Sequence[ReportRun]) -> Figure | None:
         "shares", "How much of each update lies in the principal space",
         "Share of an update's squared norm in the principal space of the weight before it, over what a random subspace "
         "of that rank would hold (rank / d_in; the dashed line). As proposed: before SPHERE suppressed its part "
-        "there; it can't be told where alpha is 1.",
+        "there; it can't be told where alpha is 1, where something else was suppressed "
+        "(random directions, a space not cut by gamma of the weight's own spectrum, a budget or compensation of "
+        "energy), or of PRUNE, which restrains the whole change since the unedited model.",
         " ".join(_told(run, data) for run in runs), (Panel("Share inside, times chance", spec),), choices)
 
 
 def _rows(run: ReportRun) -> list[dict[str, Any]]:
-    hparams = run.run.config["hparams"]
-    principal = hparams.get("suppression", "principal") == "principal"
-    kept = 1.0 - float(hparams.get("alpha") or 0.0) if principal else 1.0
+    kept = _kept_inside(run)
     by_edits: defaultdict[int, dict[int, tuple[float, float]]] = defaultdict(dict)
     for space in run.run.spaces:
         if math.isfinite(space.share) and space.rank:
@@ -62,9 +62,23 @@ def _rows(run: ReportRun) -> list[dict[str, Any]]:
             count = len(values)
             values[MEAN] = (sum(share for share, _ in values.values()) / count,
                             sum(chance for _, chance in values.values()) / count)
-            rows += [{"run": run.label, "edits": edits, "kind": kind, "layer": layer, "share": 100 * share,
-                      "chance": 100 * chance, "ratio": share / chance} for layer, (share, chance) in values.items()]
+            rows += [{"run": run.label, "edits": edits, "kind": kind, "layer": layer,
+                      "share": float(f"{100 * share:.4g}"), "chance": float(f"{100 * chance:.4g}"),
+                      "ratio": float(f"{share / chance:.4g}")} for layer, (share, chance) in values.items()]
     return rows
+
+
+def _kept_inside(run: ReportRun) -> float:
+    """By what the part of an update inside the principal space was multiplied; 0 where that can't be told."""
+    hparams = run.run.config["hparams"]
+    alpha, suppression = float(hparams.get("alpha") or 0.0), hparams.get("suppression", "principal")
+    if run.run.algorithm == "PRUNE":
+        return 0.0
+    if not alpha or suppression == "shrink":  # shrunk as a whole, an update keeps its share
+        return 1.0
+    as_measured = suppression == "principal" and hparams.get("gamma_rule", "share") == "share" and hparams.get(
+        "space_source", "weight") == "weight" and not hparams.get("compensate") and hparams.get("energy_budget") is None
+    return 1.0 - alpha if as_measured else 0.0
 
 
 def _before_suppression(share: float, kept: float) -> float:
@@ -74,10 +88,12 @@ def _before_suppression(share: float, kept: float) -> float:
 
 
 def _told(run: ReportRun, data: Sequence[dict[str, Any]]) -> str:
-    rows = [row for row in data if row["run"] == run.label and row["layer"] == MEAN and row["kind"] == _PROPOSED]
-    if not rows:
+    by_kind = {kind: [row for row in data if (row["run"], row["layer"], row["kind"]) == (run.label, MEAN, kind)]
+               for kind, _ in _KINDS}
+    if not by_kind[_APPLIED]:
         return f"{run.label}: not told."
-    first, last = rows[0], rows[-1]
-    return (f"{run.label}: {first['share']:.1f}% of the update proposed for the batch up to {first['edits']} edits lay "
+    kind = _PROPOSED if by_kind[_PROPOSED] else _APPLIED
+    first, last = by_kind[kind][0], by_kind[kind][-1]
+    return (f"{run.label}: {first['share']:.1f}% of the update {kind} for the batch up to {first['edits']} edits lay "
             f"inside, {last['share']:.1f}% of the one up to {last['edits']}: {first['ratio']:.2f} and "
             f"{last['ratio']:.2f} times chance.")
