@@ -201,6 +201,8 @@ def evaluate(
     from .evaluation.revisiting import EditedRun
     from .progress import LiveLine, point_text
 
+    if not (facts or abilities or neurons):
+        raise ValueError("--no-facts leaves nothing to measure: give --abilities TASKS or --neurons, or leave it out")
     _without_bars_of_transformers()
     edited = EditedRun(run)
     wanted = at or saved_weights(edited.directory.checkpoints)[-1:]

@@ -1,20 +1,25 @@
-"""The command line as a user runs it: in a process of its own."""
+"""The command line as a user runs it: in a process of its own, or called, where nothing but the time differs."""
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import logging
 import os
 import pty
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
 from conftest import GOLDEN, tiny_config, tiny_hparams, tiny_model
 
+from sphere_easyedit.cli import main
 from sphere_easyedit.hparams import SPHEREHyperParams
 
 REPOSITORY = Path(__file__).parents[1]
@@ -29,6 +34,25 @@ CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, timeout=300,
                           check=False)
+
+
+def call_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """As `run_cli`, in this process; log messages are not in its standard error."""
+    said, complained = io.StringIO(), io.StringIO()
+    ours, level, before = logging.getLogger("sphere_easyedit"), logging.getLogger("sphere_easyedit").level, Path.cwd()
+    status: object = 0
+    with mock.patch.dict(os.environ, COLUMNS="120", TQDM_DISABLE="1"), mock.patch.object(
+            sys, "argv", ["sphere-easyedit", *arguments]), redirect_stdout(said), redirect_stderr(complained):
+        os.chdir(cwd)
+        try:
+            main()
+        except SystemExit as ended:
+            status = ended.code or 0
+        finally:
+            os.chdir(before)
+            ours.setLevel(level)
+    assert isinstance(status, int)
+    return subprocess.CompletedProcess(arguments, status, said.getvalue(), complained.getvalue())
 
 
 def run_cli_in_terminal(*arguments: str, cwd: Path) -> tuple[int, str]:
@@ -81,11 +105,11 @@ def test_edit_runs_end_to_end(workplace: Path) -> None:
 
 
 def test_a_run_is_measured_again(workplace: Path) -> None:
-    done = run_cli("edit", "--hparams", "tiny.yaml", "--num-edits", "4", "--batch-size", "2", "--output", "again",
+    done = call_cli("edit", "--hparams", "tiny.yaml", "--num-edits", "4", "--batch-size", "2", "--output", "again",
                    "--set", "v_num_grad_steps=2", "--no-eval-before", "--eval-every", "2", "--keep-weights-every", "2",
                    cwd=workplace)
     assert done.returncode == 0, done.stderr
-    done = run_cli("evaluate", "again", "--at", "2", "--at", "0", "--protocol", "rome", "--quiet", cwd=workplace)
+    done = call_cli("evaluate", "again", "--at", "2", "--at", "0", "--protocol", "rome", "--quiet", cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "0 edits, before, rome: efficacy" in done.stdout
@@ -93,9 +117,12 @@ def test_a_run_is_measured_again(workplace: Path) -> None:
     lines = [json.loads(line) for line in (workplace / "again" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["num_edits"], line["protocol"]) for line in lines] == [
         (2, "paper"), (4, "paper"), (0, "rome"), (2, "rome")]
-    done = run_cli("evaluate", "again", "--at", "3", cwd=workplace)
+    done = call_cli("evaluate", "again", "--at", "3", cwd=workplace)
     assert done.returncode == 2
     assert "kept are 2, 4" in done.stderr
+    done = call_cli("evaluate", "again", "--no-facts", cwd=workplace)
+    assert done.returncode == 2
+    assert "nothing to measure" in done.stderr
 
 
 def test_a_terminal_has_one_live_line(workplace: Path) -> None:
@@ -124,23 +151,23 @@ def test_quiet_says_the_result_alone_and_trackers_keep_quiet(workplace: Path) ->
 
 
 def test_show_puts_three_models_side_by_side(workplace: Path) -> None:
-    done = run_cli("edit", "--hparams", "tiny.yaml", "--num-edits", "2", "--batch-size", "1", "--output", "shown",
+    done = call_cli("edit", "--hparams", "tiny.yaml", "--num-edits", "2", "--batch-size", "1", "--output", "shown",
                    "--set", "v_num_grad_steps=4", "--keep-weights-every", "1", "--no-eval-before", cwd=workplace)
     assert done.returncode == 0, done.stderr
     case = json.loads((workplace / "shown" / "cases.jsonl").read_text().splitlines()[1])
-    done = run_cli("show", "shown", "--case", str(case["case_id"]), "--max-new-tokens", "4", cwd=workplace)
+    done = call_cli("show", "shown", "--case", str(case["case_id"]), "--max-new-tokens", "4", cwd=workplace)
     assert done.returncode == 0, done.stderr
     for words in ("unedited", "edited", "rolled back", "paraphrase", "neighborhood", "generation",
                   "Edit 2 of 2; the edited model holds the first 2", f"Wanted answer: {case['target_new']}",
                   "Scores after the run (%): efficacy", "The original weights are back, bit for bit."):
         assert words in done.stdout
-    done = run_cli("show", "shown", "--case", str(case["case_id"]), "--at", "1", "--max-new-tokens", "4", "--json",
+    done = call_cli("show", "shown", "--case", str(case["case_id"]), "--at", "1", "--max-new-tokens", "4", "--json",
                    cwd=workplace)
     assert done.returncode == 0, done.stderr
     study = json.loads(done.stdout)
     assert (study["number"], study["num_edits"], study["is_edited"], study["restored"]) == (2, 1, False, True)
     assert study["continuations"][0]["prompt"] == case["prompt"]
-    done = run_cli("show", "shown", "--case", "123456", cwd=workplace)
+    done = call_cli("show", "shown", "--case", "123456", cwd=workplace)
     assert done.returncode == 2
     assert "no case 123456: nearest are" in done.stderr
 
@@ -206,7 +233,7 @@ def test_edit_on_zsre_file(workplace: Path, data_dir: Path) -> None:
     (["--hparams", "tiny.yaml", "--set", "layers=[3, 9]", "--set", "v_loss_layer=9"], "4 layers"),
 ])
 def test_a_mistake_ends_in_one_clear_line(workplace: Path, arguments: list[str], message: str) -> None:
-    done = run_cli("edit", *arguments, "--output", "mistake", cwd=workplace)
+    done = call_cli("edit", *arguments, "--output", "mistake", cwd=workplace)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert message in done.stderr

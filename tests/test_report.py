@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +30,7 @@ from sphere_easyedit.evaluation.spectra import principal_share
 from sphere_easyedit.report.build import figures_of, write_report
 from sphere_easyedit.report.cases import case_table
 from sphere_easyedit.report.changes import _regression
-from sphere_easyedit.report.figure import as_file, coloured, on_page, spread, with_values
+from sphere_easyedit.report.figure import as_file, by_run, coloured, on_page, spread, with_values
 from sphere_easyedit.report.forgetting import _binned, forgetting_figure
 from sphere_easyedit.report.neurons import embed
 from sphere_easyedit.report.notices import notices_of
@@ -68,6 +70,12 @@ def figures(runs: Sequence[Path]) -> dict[str, Any]:
     return {figure.name: figure for figure in found}
 
 
+@pytest.fixture(scope="module")
+def drawn(runs: list[Path]) -> dict[str, Any]:
+    """Figures of the two runs, by name."""
+    return figures(runs)
+
+
 def data_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = spec["data"]["values"]
     return rows
@@ -82,6 +90,7 @@ def test_every_figure_comes_from_the_run_directories_alone(runs: list[Path], tmp
     assert all(path.stat().st_size > 3000 for path in written.figures)
     page = written.html.read_text(encoding="utf-8")
     assert len(page) < 6e6
+    assert 'id="refresh"' not in page
     for name in ALL:
         assert f'id="{name}"' in page
     assert not re.search(r"""(src|href)\s*=\s*["'](https?:)?//""", page)
@@ -103,7 +112,6 @@ def test_a_live_page_comes_anew_and_leaves_out_what_takes_long(runs: list[Path],
     page = write_report(runs[:1], tmp_path, files=False, live=True).html.read_text(encoding="utf-8")
     assert 'id="refresh"' in page
     assert 'id="embedding"' not in page
-    assert 'id="refresh"' not in write_report(runs[:1], tmp_path, files=False).html.read_text(encoding="utf-8")
 
 
 def test_a_run_under_way_can_be_reported(tmp_path: Path) -> None:
@@ -130,18 +138,18 @@ def test_a_run_named_twice_is_refused(tmp_path: Path) -> None:
 # --- specs ----------------------------------------------------------------------------------------------------
 
 
-def test_specs_compile_on_the_page_and_as_files(runs: list[Path]) -> None:
-    for figure in figures(runs).values():
+def test_specs_compile_on_the_page_and_as_files(drawn: dict[str, Any]) -> None:
+    for figure in drawn.values():
         for panel in figure.panels:
             for spec in (on_page(panel), with_values(on_page(panel), panel.log)):
                 vl_convert.vegalite_to_vega(spec)
-        drawn = vl_convert.vegalite_to_svg(as_file(figure))
-        assert "var(--" not in drawn
-        assert drawn.count("<path") > 5 or figure.name == "heatmaps"
+        svg = vl_convert.vegalite_to_svg(as_file(figure))
+        assert "var(--" not in svg
+        assert svg.count("<path") > 5 or figure.name == "heatmaps"
 
 
-def test_every_figure_says_what_it_shows(runs: list[Path]) -> None:
-    for figure in figures(runs).values():
+def test_every_figure_says_what_it_shows(drawn: dict[str, Any]) -> None:
+    for figure in drawn.values():
         assert len(figure.description) > 40
         assert figure.caption
         assert not re.search(r"\bnan\b", figure.description + figure.caption)
@@ -173,8 +181,8 @@ def test_labels_stay_where_there_is_room() -> None:
 # --- numbers --------------------------------------------------------------------------------------------------
 
 
-def test_curves_are_the_runs_numbers(runs: list[Path]) -> None:
-    figure = figures(runs)["curves"]
+def test_curves_are_the_runs_numbers(runs: list[Path], drawn: dict[str, Any]) -> None:
+    figure = drawn["curves"]
     run = RunRecords.read(runs[1])
     label = "MEMIT+SPHERE"
     for panel in figure.panels:
@@ -221,8 +229,8 @@ def test_the_share_before_suppression_is_found_again(seed: int, alpha: float) ->
     assert _before_suppression(applied, 1 - alpha) == pytest.approx(principal_share(update, space).share, rel=1e-8)
 
 
-def test_shares_are_shown_as_applied_and_as_proposed(runs: list[Path]) -> None:
-    rows = data_of(figures(runs)["shares"].panels[0].spec)
+def test_shares_are_shown_as_applied_and_as_proposed(drawn: dict[str, Any]) -> None:
+    rows = data_of(drawn["shares"].panels[0].spec)
     plain = [row for row in rows if row["run"] == "MEMIT" and row["layer"] == "1"]
     applied, proposed = ([row["share"] for row in plain if row["kind"] == kind] for kind in ("applied", "proposed"))
     assert applied == pytest.approx(proposed)
@@ -287,14 +295,17 @@ def test_neighbours_stay_near_in_the_plane() -> None:
     assert np.array_equal(places, embed((unit @ unit.T).astype(np.float32)))
 
 
-def test_places_are_computed_once(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    write_report(runs[:1], files=False)
+def test_places_are_computed_once(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = named_runs([RunRecords.read(runs[0])])
+    places = tmp_path / "places.json"
+    places.write_text("[of another form]")
+    first, _ = figures_of(named, places=places)
 
     def never(_: object) -> None:
         raise AssertionError("embedded again")
 
     monkeypatch.setattr("sphere_easyedit.report.neurons.embed", never)
-    write_report(runs[:1], files=False)
+    assert figures_of(named, places=places)[0] == first
 
 
 # --- warnings -------------------------------------------------------------------------------------------------
@@ -310,8 +321,8 @@ def test_warnings_name_what_went_wrong(tmp_path: Path) -> None:
     texts = [notice.text for notice in found]
     assert any("collapsed by 300 edits: efficacy" in text and "perplexity" in text for text in texts)
     assert any("3 target values" in text for text in texts)  # a nan in each batch's losses
-    assert any("perplexity is not finite from 300" in text for text in texts)
-    assert any("5 times as fast from 400" in text for text in texts)
+    assert any("perplexity is not finite at 300" in text for text in texts)
+    assert any("in 1 of the 1 after them, first in the one that ended at 400" in text for text in texts)
     assert any("has not ended" in text for text in texts)
     assert [notice.level for notice in found] == sorted((notice.level for notice in found),
                                                        key=["bad", "warning", "note"].index)
@@ -336,3 +347,165 @@ def test_labels_say_what_runs_differ_in(tmp_path: Path) -> None:
     assert any("seed 1" in label for label in labels)
 
 
+def test_a_name_that_two_seeds_share_says_the_seed(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, alpha=alpha, seed=seed) for name, alpha, seed in (
+        ("a", 0.0, 0), ("b", 0.8, 0), ("c", 0.0, 1))]
+    config = folders[2] / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 1", "seed: 0\n  order_seed: 3"))
+    assert [run.label for run in named_runs([RunRecords.read(folder) for folder in folders])] == [
+        "MEMIT, seed 0", "MEMIT+SPHERE", "MEMIT, seed 0, order 3"]
+
+
+def test_names_say_model_and_data_set_wherever_they_differ(tmp_path: Path) -> None:
+    """Two methods have names of their own; that their numbers don't compare is to be seen all the same."""
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", alpha=0.8, dataset="zsre"),
+               write_run(tmp_path / "c", base="RECT", model_name="models/other")]
+    labels = [run.label for run in named_runs([RunRecords.read(folder) for folder in folders])]
+    assert set(labels) == {"MEMIT, CounterFact, tiny", "MEMIT+SPHERE, ZsRE, tiny", "RECT, CounterFact, other"}
+    page = write_report(folders, tmp_path / "out", files=False).html.read_text(encoding="utf-8")
+    assert "other, CounterFact; tiny, CounterFact; tiny, ZsRE" in page
+    for subject in ("tiny, CounterFact", "tiny, ZsRE", "other, CounterFact"):
+        assert f"unedited: {subject}" in page
+
+
+# --- many runs, and unusual ones -----------------------------------------------------------------------------
+
+
+def test_runs_are_told_apart_beyond_the_colours_there_are() -> None:
+    encodings = by_run([f"run {index}" for index in range(20)], ("color", "strokeDash", "shape"))
+    colours, dashed, shapes = (encodings[name]["scale"]["range"] for name in ("color", "strokeDash", "shape"))
+    assert len(set(zip(colours, map(tuple, dashed), strict=True))) == 20
+    assert len(set(zip(colours, shapes, strict=True))) == 20
+
+
+def test_labels_of_shorter_runs_stand_beside_all_curves(tmp_path: Path) -> None:
+    many = write_run(tmp_path / "a", efficacy=(90.0, 80.0, 70.0, 60.0, 50.0), perplexity=(20.0,) * 5)
+    found = figures([many, write_run(tmp_path / "b", alpha=0.8)])["curves"]
+    efficacy = next(panel for panel in found.panels if panel.title == "Efficacy (%)")
+    ends = efficacy.spec["layer"][-1]["data"]["values"]
+    assert [end["edits"] for end in ends] == [500, 500]
+
+
+def test_names_are_not_cut_in_legends_of_files(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"a-run-with-a-name-that-takes-much-room-{index}") for index in range(2)]
+    svg = vl_convert.vegalite_to_svg(as_file(figures(runs)["curves"]))
+    for run in runs:
+        assert f"MEMIT ({run.name})" in svg
+
+
+def test_files_have_keys_of_before_and_after(drawn: dict[str, Any]) -> None:
+    for name in ("embedding", "cosines", "spectra"):
+        assert "role-legend" in vl_convert.vegalite_to_svg(as_file(drawn[name])), name
+    assert "cosine" in vl_convert.vegalite_to_svg(as_file(drawn["heatmaps"]))
+
+
+def test_bases_are_compared_on_the_same_facts(tmp_path: Path) -> None:
+    plain = write_run(tmp_path / "a")
+    assert "gains" not in figures([plain, write_run(tmp_path / "b", alpha=0.8, dataset="zsre")])
+    assert "gains" not in figures([plain, write_run(tmp_path / "c", alpha=0.8, seed=1)])
+    found = figures([plain, write_run(tmp_path / "d", alpha=0.8)])["gains"]
+    assert [row["mean"] for row in data_of(found.panels[0].spec)] == [70.0, 70.0]
+
+
+def test_numbers_that_are_none_are_left_out(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a", perplexity=(20.0, math.nan, math.inf)),
+            write_run(tmp_path / "b", alpha=0.8, efficacy=(90.0, math.nan, math.nan), perplexity=(math.nan,) * 3)]
+    energy = (runs[1] / "energy.csv").read_text()
+    (runs[1] / "energy.csv").write_text(re.sub(r"(300,4,).*", r"\1nan,nan", energy))
+    written = write_report(runs, tmp_path / "out")
+    assert all(path.stat().st_size > 3000 for path in written.figures)
+
+
+def test_a_run_without_before_energy_or_texts_is_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", efficacy=(90.0,), perplexity=(None,), scores={"a": {"efficacy": 1.0}})
+    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines(keepends=True) if '"before"' not in line]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    (run / "energy.csv").unlink()
+    (run / "cases.jsonl").write_text(json.dumps(
+        {"case_id": "a", "prompt": "p", "subject": "s", "target_new": "t", "target_true": None, "pre": None,
+         "post": {"efficacy": 1.0}}) + "\n"
+        + json.dumps({"case_id": "b", "pre": None, "post": {"efficacy": None}}) + "\n")
+    written = write_report([run])
+    assert "unedited" not in written.html.read_text(encoding="utf-8").split("<table>")[1].split("</table>")[0]
+    table = case_table(named_runs([RunRecords.read(run)])[0])
+    assert table is not None
+    assert [(row[0], row[4]) for row in table.rows] == [("a", "held"), ("b", "not measured")]
+
+
+def test_runs_of_other_protocols_are_warned_of(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", alpha=0.8)]
+    for name in ("config.yaml", "metrics.jsonl"):
+        text = (runs[1] / name).read_text()
+        (runs[1] / name).write_text(text.replace("batch_size: 100", "batch_size: 100\n  protocol: easyedit")
+                                    .replace('"paper"', '"easyedit"'))
+    named = named_runs([RunRecords.read(run) for run in runs])
+    assert [run.protocol for run in named] == ["paper", "easyedit"]
+    assert any("by protocol easyedit, those of MEMIT by paper" in notice.text for notice in notices_of(named))
+    assert "gains" not in {figure.name for figure in figures_of(named)[0]}
+
+
+def test_a_shrunk_update_keeps_its_share_and_what_cannot_be_told_is_not(tmp_path: Path) -> None:
+    told = {}
+    given: dict[str, dict[str, Any]] = {
+        "plain": {}, "sphere": {"alpha": 0.5}, "shrink": {"alpha": 0.5, "suppression": "shrink"},
+        "random": {"alpha": 0.5, "suppression": "random"}, "keys": {"alpha": 0.5, "space_source": "keys"},
+        "prune": {"alpha": 0.5, "base": "PRUNE"}, "followed": {"base": "PRUNE"}}
+    for name, hparams in given.items():
+        run = write_run(tmp_path / name, **hparams)
+        (run / "spaces.csv").write_text("since,num_edits,layer,share,rank,d_in\n0,100,4,0.2,10,100\n")
+        rows = data_of(figures([run])["shares"].panels[0].spec)
+        told[name] = {row["kind"]: row["share"] for row in rows if row["layer"] == "4"}
+    before = 100 * 0.8 / (0.8 + 0.8)  # 0.2 inside was 0.8 before it was halved
+    assert told == {"plain": {"proposed": 20.0, "applied": 20.0}, "sphere": {"proposed": before, "applied": 20.0},
+                    "shrink": {"proposed": 20.0, "applied": 20.0}, "random": {"applied": 20.0},
+                    "keys": {"applied": 20.0}, "prune": {"applied": 20.0}, "followed": {"applied": 20.0}}
+
+
+def test_abilities_by_two_protocols_are_no_one_curve(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert [panel.title for panel in figures([run])["abilities"].panels] == ["gsm8k"]
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({"num_edits": 300, "when": "after", "protocol": "lm-eval 0.4, limit 5",
+                                 "abilities": {"gsm8k": {"mean": 60.0, "stderr": 5.0, "n": 5}}}) + "\n")
+    assert [panel.title for panel in figures([run])["abilities"].panels] == [
+        "gsm8k (lm-eval 0.4)", "gsm8k (lm-eval 0.4, limit 5)"]
+
+
+def test_a_report_writes_into_its_own_folder_alone(runs: list[Path], tmp_path: Path) -> None:
+    copies = [Path(shutil.copytree(run, tmp_path / run.name, ignore=shutil.ignore_patterns("figures", "report.html")))
+              for run in runs]
+    before = sorted(path for copy in copies for path in copy.rglob("*"))
+    write_report(copies, tmp_path / "out", files=False)
+    assert sorted(path for copy in copies for path in copy.rglob("*")) == before
+
+
+def test_layers_that_runs_do_not_share_are_named(runs: list[Path], drawn: dict[str, Any]) -> None:
+    assert "Layers that a run has" not in drawn["heatmaps"].caption
+    records = [RunRecords.read(run) for run in runs]
+    neurons = records[1].neurons
+    assert neurons is not None
+    layer, found = next(iter(neurons.layers.items()))
+    records[1].__dict__["neurons"] = dataclasses.replace(neurons, layers={layer: found})
+    found, _ = figures_of(named_runs(records), live=True)
+    caption = {figure.name: figure for figure in found}["heatmaps"].caption
+    assert f"MEMIT+SPHERE {layer}." in caption
+
+
+def test_pages_stay_small(runs: list[Path], drawn: dict[str, Any], tmp_path: Path) -> None:
+    """What a layer of a run takes of the 6 MB: twelve runs of five layers have 60 of them."""
+    record = RunRecords.read(runs[0]).neurons
+    assert record is not None
+    layers = len(runs) * len(record.layers)
+    neurons = next(iter(record.layers.values())).sampled
+    heatmaps = sum(len(json.dumps(panel.spec)) for panel in drawn["heatmaps"].panels) / layers
+    assert heatmaps < 2 * 6 * min(48, neurons) ** 2 + 2000
+    assert len(json.dumps(drawn["embedding"].panels[0].spec)) / layers < 80 * neurons + 2000
+
+    run = write_run(tmp_path / "run")
+    (run / "cases.jsonl").write_text("".join(json.dumps(
+        {"case_id": case, "prompt": "p" * 400, "pre": {"efficacy": 0.0}, "post": {"efficacy": case % 2}}) + "\n"
+        for case in range(20)))
+    table = case_table(named_runs([RunRecords.read(run)])[0], room=5000)
+    assert table is not None
+    assert (len(table.rows), table.left_out) == (10, 10)
+    assert {row[4] for row in table.rows} == {"not learned"}  # what is right is left out first

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from test_analysis_runs import write_run
-from test_cli import run_cli, workplace  # noqa: F401 - a fixture
+from test_cli import call_cli, workplace  # noqa: F401 - a fixture
 
 from sphere_easyedit.report import live
 from sphere_easyedit.report.live import LiveReport
@@ -16,8 +16,9 @@ pytest.importorskip("vl_convert", reason="vl-convert-python (the extra `report`)
 
 
 def test_edit_leaves_a_report_and_older_runs_get_one(workplace: Path) -> None:  # noqa: F811
-    done = run_cli("edit", "--hparams", "tiny.yaml", "--num-edits", "4", "--batch-size", "2", "--seed", "1", "--output",
-                   "told", "--set", "v_num_grad_steps=3", "--keep-weights-every", "2", "--report", cwd=workplace)
+    done = call_cli("edit", "--hparams", "tiny.yaml", "--num-edits", "4", "--batch-size", "2", "--seed", "1",
+                    "--output", "told", "--set", "v_num_grad_steps=3", "--keep-weights-every", "2", "--report",
+                    cwd=workplace)
     assert done.returncode == 0, done.stderr
     run = workplace / "told"
     assert "Report: told/report.html" in done.stdout
@@ -28,18 +29,18 @@ def test_edit_leaves_a_report_and_older_runs_get_one(workplace: Path) -> None:  
 
     for name in ("neurons.safetensors", "spaces.csv", "report.html"):
         (run / name).unlink()
-    done = run_cli("report", "told", "--no-figures", cwd=workplace)
+    done = call_cli("report", "told", "--no-figures", cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert 'id="spectra"' not in (run / "report.html").read_text(encoding="utf-8")
-    done = run_cli("evaluate", "told", "--no-facts", "--neurons", cwd=workplace)
+    done = call_cli("evaluate", "told", "--no-facts", "--neurons", cwd=workplace)
     assert done.returncode == 0, done.stderr
-    done = run_cli("report", "told", "--no-figures", "--output", "elsewhere", cwd=workplace)
+    done = call_cli("report", "told", "--no-figures", "--output", "elsewhere", cwd=workplace)
     assert done.stdout.strip() == "elsewhere/report.html"
     assert 'id="spectra"' in (workplace / "elsewhere" / "report.html").read_text(encoding="utf-8")
 
 
 def test_what_is_no_run_is_said_in_one_line(workplace: Path) -> None:  # noqa: F811
-    done = run_cli("report", "absent", cwd=workplace)
+    done = call_cli("report", "absent", cwd=workplace)
     assert done.returncode == 2
     assert done.stderr.startswith("error: absent has no config.yaml")
 
@@ -82,9 +83,17 @@ def test_a_live_report_takes_a_share_of_the_time_at_most(tmp_path: Path, monkeyp
     assert 3 <= len(written) <= 5  # 4 s each in 300 s and the time that they took
 
 
-def test_a_report_that_fails_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("harm", [None, RuntimeError("Vega is out of order"), KeyError("edits")])
+def test_a_report_that_fails_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                         monkeypatch: pytest.MonkeyPatch, harm: Exception | None) -> None:
     run = write_run(tmp_path / "run")
-    (run / "energy.csv").write_text("nonsense\n")
+    if harm is None:
+        (run / "energy.csv").write_text("nonsense\n")
+    else:
+        def fail(*_: object, **__: object) -> None:
+            raise harm
+
+        monkeypatch.setattr(live, "write_report", fail)
     report = LiveReport(run)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):

@@ -21,8 +21,9 @@ def abilities_figure(runs: Sequence[ReportRun]) -> Figure | None:
             for task, found in point.abilities.items():
                 low, high = found.ci95 if found.ci95 and all(map(math.isfinite, found.ci95)) else (found.mean,) * 2
                 if math.isfinite(found.mean):
-                    by_task.setdefault((task, point.protocol), []).append({"run": run.label, "edits": point.num_edits, "mean": found.mean,
-                                                         "low": low, "high": high, "n": found.n})
+                    by_task.setdefault((task, point.protocol), []).append(
+                        {"run": run.label, "edits": point.num_edits, "mean": found.mean, "low": low, "high": high,
+                         "n": found.n})
     if not by_task:
         return None
     titles = {(task, protocol): task if len(protocols) == 1 else f"{task} ({protocol})" for task, protocol in by_task}
@@ -41,8 +42,9 @@ def abilities_figure(runs: Sequence[ReportRun]) -> Figure | None:
                                            "tooltip": told}}]
         panels.append(Panel(titles[key], {"data": {"values": data}, "params": params(labels), "transform": [shown()],
                                    "layer": layers}))
-    rows: list[Row] = [(row["run"], titles[key], row["edits"], f"{row['mean']:.1f}", f"{row['low']:.1f} to {row['high']:.1f}",
-                        row["n"]) for key, data in sorted(by_task.items()) for row in data]
+    rows: list[Row] = [(row["run"], titles[key], row["edits"], f"{row['mean']:.1f}",
+                        f"{row['low']:.1f} to {row['high']:.1f}", row["n"])
+                       for key, data in sorted(by_task.items()) for row in data]
     return Figure(
         "abilities", "General abilities",
         f"By lm-evaluation-harness ({'; '.join(protocols)}), percent with its 95% interval.",

@@ -16,7 +16,7 @@ from .runs import ReportRun
 LOST, MISSED, HELD, KNOWN, UNSEEN = "lost since", "not learned", "held", "known before", "not measured"
 STATES: Final = (LOST, MISSED, HELD, KNOWN, UNSEEN)
 _METRIC: Final = "efficacy"
-ROOM: Final = 1_500_000  # characters that the facts of all runs may take on a page
+ROOM: Final = 1_200_000  # characters that the facts of all runs may take on a page
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,9 @@ def curves_figure(runs: Sequence[ReportRun]) -> Figure | None:
         "curves", "Hyperspherical energy and what is measured, edit by edit",
         f"Metrics by protocol {protocols}, of facts edited so far (or a seeded sample of them), before the first edit "
         "of all facts. HE: change relative to the unedited model. "
-        f"{RHO} at a curve's end, right of all curves: Spearman's rank correlation of the metric with HE's mean change over the points "
-        f"of the run. {'Bands: 95% intervals by bootstrap over cases.' if len(runs) <= _BANDS else ''}".strip(),
+        f"{RHO}, in the colour of a curve and right of all: Spearman's rank correlation of the metric with HE's mean "
+        "change over the points of the run."
+        f"{' Bands: 95% intervals by bootstrap over cases.' if len(runs) <= _BANDS else ''}",
         " ".join(_told(run) for run in runs), tuple(_with_params(panel, labels, choice) for panel in panels),
         (choice,), columns=("run", "edits", "metric", "value", "95% interval", "HE change"),
         rows=tuple(row for run in runs for row in _rows(run)))

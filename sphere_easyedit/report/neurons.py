@@ -116,8 +116,8 @@ class Neurons:
         encoding = {"x": quantitative("x", **plain), "y": quantitative("y", **plain)}
         choose = [chosen("run"), chosen("layer")]
         spec: Spec = {"layer": [
-            {"data": {"values": lines}, "transform": [*choose, {"flatten": ["x", "y", "x2", "y2"]}], "mark": {"type": "rule", "color": "var(--muted)",
-                                                                      "opacity": 0.5},
+            {"data": {"values": lines}, "transform": [*choose, {"flatten": ["x", "y", "x2", "y2"]}],
+             "mark": {"type": "rule", "color": "var(--muted)", "opacity": 0.5},
              "encoding": {**encoding, "x2": {"field": "x2"}, "y2": {"field": "y2"}}},
             {"data": {"values": data}, "transform": [*choose, {"flatten": ["neuron", "x", "y"]}],
              "mark": {"type": "point", "size": 30}, "encoding": {
@@ -206,8 +206,8 @@ class Neurons:
         return self._figure(
             "spectra", "Spectrum of the weight's directions, and gamma's cut",
             "Eigenvalues of What What^T (rows of the weight, each of length 1), largest first. Dashed: where their sum "
-            f"passes gamma = {', '.join(f'{gamma:g}' for gamma in sorted(self._gammas))} of the whole; directions left of it are "
-            "principal, and what SPHERE protects.", [Panel("Spectrum", spec, log)], key=_KEY)
+            f"passes gamma = {', '.join(f'{gamma:g}' for gamma in sorted(self._gammas))} of the whole; directions left "
+            "of it are principal, and what SPHERE protects.", [Panel("Spectrum", spec, log)], key=_KEY)
 
 
 def embed(cosines: NDArray[np.float32]) -> NDArray[np.float64]:

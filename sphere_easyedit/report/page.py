@@ -12,8 +12,9 @@ from typing import Any, Final
 import yaml
 
 from ..evaluation.run_records import Estimate
-from .cases import CaseTable
-from .figure import SERIES, Figure, on_page
+from ..evaluation.study import title_of
+from .cases import STATES, CaseTable
+from .figure import SERIES, Figure, dashes, on_page
 from .notices import Notice
 from .runs import ReportRun
 
@@ -44,11 +45,12 @@ class Page:
         """The file's content."""
         environment = _environment()
         data = {"figures": {figure.name: {
-                    "panels": [{"spec": on_page(panel), "log": dict(panel.log), "startLog": panel.start_log,
-                                "canvas": panel.canvas} for panel in figure.panels]} for figure in self.figures},
+                    "panels": [{"spec": on_page(panel), "log": dict(panel.log), "canvas": panel.canvas}
+                               for panel in figure.panels]} for figure in self.figures},
                 "cases": [asdict(table) for table in self.cases]}
         return str(environment.get_template("report.html.j2").render(
-            page=self, data=_json(data), colours=SERIES, summary=[_summary(run) for run in self.runs],
+            page=self, data=_json(data), colours=SERIES, dashes=dashes(len(self.runs)), states=STATES,
+            subjects=_subjects(self.runs), summary=[_summary(run) for run in self.runs], unedited=_unedited(self.runs),
             details=[_details(run) for run in self.runs], css=_asset("report.css"), js=_asset("report.js"),
             library=_library()))
 
@@ -92,10 +94,33 @@ def _summary(run: ReportRun) -> dict[str, Any]:
         seconds = sum(sum(batch.seconds.values()) for batch in batches)
     return {"edits": edits, "measured_at": None if last is None else last.num_edits,
             "metrics": [_estimate(None if last is None else last.metrics.get(name)) for name in _METRICS],
-            "before": [_estimate(None if before is None else before.metrics.get(name)) for name in _METRICS],
             "perplexity": None if last is None else last.perplexity,
-            "perplexity_before": None if before is None else before.perplexity,
             "seconds_an_edit": seconds / edits if seconds and edits else None}
+
+
+def _subjects(runs: Sequence[ReportRun]) -> str:
+    """The models and data sets of the runs."""
+    return "; ".join(dict.fromkeys(_subject(run) for run in runs))
+
+
+def _subject(run: ReportRun) -> str:
+    return f"{run.run.model}, {title_of(run.run.dataset)}"
+
+
+def _unedited(runs: Sequence[ReportRun]) -> list[dict[str, Any]]:
+    """Rows of the unedited models: of each model, data set and protocol on the facts of the first run that has one."""
+    found: dict[tuple[str, str], ReportRun] = {}
+    for run in runs:
+        if run.run.before(run.protocol) is not None:
+            found.setdefault((_subject(run), run.protocol), run)
+    rows = []
+    for (subject, _), run in found.items():
+        point = run.run.before(run.protocol)
+        if point is not None and (point.metrics or point.perplexity is not None):
+            rows.append({"label": "unedited" if len(found) == 1 else f"unedited: {subject}, as for {run.label}",
+                         "metrics": [_estimate(point.metrics.get(name)) for name in _METRICS],
+                         "perplexity": point.perplexity})
+    return rows
 
 
 def _estimate(found: Estimate | None) -> str:
@@ -117,5 +142,5 @@ def _details(run: ReportRun) -> dict[str, Any]:
               for name in ("preparation_seconds", "editing_seconds", "evaluation_seconds") if name in summary]
     if "peak_memory_bytes" in summary:
         costs.append(("memory at the peak", f"{summary['peak_memory_bytes'] / 1e9:.2f} GB"))
-    return {"costs": costs, "protocol": run.protocol, "directory": str(run.run.directory),
+    return {"costs": costs, "directory": str(run.run.directory),
             "config": yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)}

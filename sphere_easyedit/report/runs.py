@@ -37,7 +37,8 @@ class ReportRun:
 
 
 def named_runs(runs: Sequence[RunRecords]) -> list[ReportRun]:
-    """Runs in the study's order, each with a name: its method, and of data set, model and seed what they differ in.
+    """Runs in the study's order, each with a name: its method, the data set and model where these differ, and the seed
+    where it takes that to tell it from another.
 
     Raises:
         ValueError: there are none, or one comes twice.
@@ -49,11 +50,13 @@ def named_runs(runs: Sequence[RunRecords]) -> list[ReportRun]:
         raise ValueError(f"{', '.join(twice)} is named more than once: name each run once")
     arms = arms_of(runs)
     labels = [arm.label for arm in arms]
-    further: tuple[Callable[[Arm], str], ...] = (
-        lambda arm: title_of(arm.run.dataset), lambda arm: arm.run.model, lambda arm: f"seed {arm.run.draw}")
-    for more in further:  # also where methods alone would do: numbers of two models or data sets don't compare
-        if len({more(arm) for arm in arms}) > 1:
-            labels = [f"{label}, {more(arm)}" for label, arm in zip(labels, arms, strict=True)]
+    subjects: tuple[Callable[[Arm], str], ...] = (lambda arm: title_of(arm.run.dataset), lambda arm: arm.run.model)
+    for subject in subjects:  # also where methods alone would do: numbers of two models or data sets don't compare
+        if len({subject(arm) for arm in arms}) > 1:
+            labels = [f"{label}, {subject(arm)}" for label, arm in zip(labels, arms, strict=True)]
+    shared = Counter(labels)
+    labels = [label if shared[label] == 1 else f"{label}, seed {arm.run.draw}"
+              for label, arm in zip(labels, arms, strict=True)]
     if len(set(labels)) < len(labels):
         labels = [str(arm.run.directory) for arm in arms]
     return [ReportRun(label, arm.run) for label, arm in zip(labels, arms, strict=True)]
