@@ -41,7 +41,8 @@ def call_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     said, complained = io.StringIO(), io.StringIO()
     ours, level, before = logging.getLogger("sphere_easyedit"), logging.getLogger("sphere_easyedit").level, Path.cwd()
     status: object = 0
-    with mock.patch.dict(os.environ, COLUMNS="120", TQDM_DISABLE="1"), mock.patch.object(
+    with mock.patch.dict(os.environ, COLUMNS="120", TQDM_DISABLE="1"), mock.patch(
+            "huggingface_hub.constants.HF_HUB_OFFLINE", True), mock.patch.object(
             sys, "argv", ["sphere-easyedit", *arguments]), redirect_stdout(said), redirect_stderr(complained):
         os.chdir(cwd)
         try:

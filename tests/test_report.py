@@ -387,7 +387,7 @@ def test_labels_of_shorter_runs_stand_beside_all_curves(tmp_path: Path) -> None:
 
 
 def test_names_are_not_cut_in_legends_of_files(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / f"a-run-with-a-name-that-takes-much-room-{index}") for index in range(2)]
+    runs = [write_run(tmp_path / f"a-run-with-a-name-that-takes-more-room-than-it-had-{index}") for index in range(2)]
     svg = vl_convert.vegalite_to_svg(as_file(figures(runs)["curves"]))
     for run in runs:
         assert f"MEMIT ({run.name})" in svg
