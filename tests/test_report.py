@@ -390,7 +390,7 @@ def test_names_are_not_cut_in_legends_of_files(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"a-run-with-a-name-that-takes-more-room-than-it-had-{index}") for index in range(2)]
     svg = vl_convert.vegalite_to_svg(as_file(figures(runs)["curves"]))
     for run in runs:
-        assert f"MEMIT ({run.name})" in svg
+        assert f">MEMIT ({run.name})<" in svg
 
 
 def test_files_have_keys_of_before_and_after(drawn: dict[str, Any]) -> None:
