@@ -509,3 +509,15 @@ def test_pages_stay_small(runs: list[Path], drawn: dict[str, Any], tmp_path: Pat
     assert table is not None
     assert (len(table.rows), table.left_out) == (10, 10)
     assert {row[4] for row in table.rows} == {"not learned"}  # what is right is left out first
+
+
+def test_bars_of_other_settings_stand_apart(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, base="AlphaEdit", alpha=alpha, L2=strength)
+               for name, alpha, strength in (("a", 0.0, 1), ("b", 0.5, 1), ("c", 0.0, 10), ("d", 0.5, 10),
+                                             ("e", 0.0, 5))]
+    figure = figures(folders)["gains"]
+    groups: dict[int, set[str]] = {}
+    for row in data_of(figure.panels[0].spec):
+        groups.setdefault(row["group"], set()).add(row["run"])
+    assert sorted(map(sorted, groups.values())) == [["AlphaEdit (a)", "AlphaEdit+SPHERE (b)"],
+                                                    ["AlphaEdit (c)", "AlphaEdit+SPHERE (d)"]]

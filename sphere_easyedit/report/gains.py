@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -16,13 +15,18 @@ _METRICS: Final = ("efficacy", "generalization", "specificity")
 
 def gains_figure(runs: Sequence[ReportRun]) -> Figure | None:
     """Bars by base method; None where none was run without SPHERE and with it, on the same facts and to the end."""
-    experiments: defaultdict[tuple[object, ...], list[ReportRun]] = defaultdict(list)
+    experiments: list[tuple[tuple[object, ...], list[ReportRun]]] = []
     for run in runs:
         if (after := run.run.after(run.protocol)) is not None:
             records = run.run
-            experiments[records.model, records.dataset, records.draw, run.protocol, after.num_edits,
-                        records.base].append(run)
-    kept = [members for members in experiments.values()
+            key = (records.model, records.dataset, records.draw, run.protocol, after.num_edits, records.base)
+            members = next((members for known, members in experiments
+                            if known == key and members[0].run.shares_settings(records)), None)
+            if members is None:
+                experiments.append((key, [run]))
+            else:
+                members.append(run)
+    kept = [members for _, members in experiments
             if {None, SPHERE} <= {member.run.variant for member in members}]
     compared = [(member, group) for group, members in enumerate(kept) for member in members]
     if not compared:
@@ -47,8 +51,8 @@ def gains_figure(runs: Sequence[ReportRun]) -> Figure | None:
     return Figure(
         "gains", "Each base method, and the same with SPHERE",
         "After the last edit, on all facts of a run or a seeded sample of them, with 95% intervals by bootstrap over "
-        "cases. Side by side: runs of one base method, model, data set, seed and number of edits, in the order of the "
-        "list of runs.",
+        "cases. Side by side: runs of one base method, model, data set, seed and number of edits that share all "
+        "other settings, in the order of the list of runs.",
         " ".join(f"{label}: {metric} {mean} ({interval})." for _, label, metric, _, mean, interval in rows),
         tuple(panels), columns=("base", "run", "metric", "edits", "%", "95% interval"), rows=tuple(rows))
 
