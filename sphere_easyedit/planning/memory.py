@@ -45,7 +45,7 @@ def memory_items(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSe
         base: what Python and its libraries take.
     """
     weights = original_weight_bytes(shape, hparams)
-    copies = 2 * weights  # to undo the batch, and to solve from
+    copies = 3 * weights  # to undo the batch, to solve from, and to tell where the change lies
     items = [MemoryItem("Python and libraries", "host", base, True),
              MemoryItem("weights", "device", shape.weight_bytes, True),
              MemoryItem("original weights", "host", weights, True)]
