@@ -217,6 +217,7 @@ def embed(cosines: NDArray[np.float32]) -> NDArray[np.float64]:
     every time.
     """
     from sklearn.manifold import TSNE  # type: ignore[import-untyped]  # takes seconds to import
+    from threadpoolctl import threadpool_limits  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     values = cosines.astype(np.float64)
     distances = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * (values + values.T) / 2))
@@ -226,8 +227,10 @@ def embed(cosines: NDArray[np.float32]) -> NDArray[np.float64]:
     start = vectors[:, -2:][:, ::-1] * np.sqrt(np.maximum(eigenvalues[-2:][::-1], 0.0))
     start = 1e-4 * start / max(float(start[:, 0].std()), 1e-12)
     perplexity = min(_PERPLEXITY, max(1.0, (len(values) - 1) / 4))
-    found: NDArray[np.float64] = TSNE(metric="precomputed", init=start.astype(np.float32), perplexity=perplexity,
-                                      random_state=0, n_jobs=1).fit_transform(distances)
+    # Threads of so small a problem wait for each other, and for ever where other work has the cores.
+    with threadpool_limits(1):
+        found: NDArray[np.float64] = TSNE(metric="precomputed", init=start.astype(np.float32), perplexity=perplexity,
+                                          random_state=0, n_jobs=1).fit_transform(distances)
     return found
 
 
