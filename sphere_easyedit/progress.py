@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from .callbacks import EnergyRecord
+from .evaluation.measuring import METRIC_NAMES
 from .evaluation.tail import RunTail
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ _BAR_WIDTH: Final = 20
 _EDITING: Final = "editing"
 _MEASURING: Final = {"before": "measuring before", "during": "measuring", "last_batch": "measuring the batch",
                      "after": "measuring after"}
-_METRICS: Final = ("efficacy", "generalization", "specificity", "fluency", "consistency")
 
 
 class LiveLine:
@@ -158,7 +158,7 @@ def point_text(point: Mapping[str, Any]) -> str:
     >>> point_text({"num_edits": 300, "when": "during", "protocol": "paper", "efficacy": {"mean": 97.0}})
     '300 edits, during, paper: efficacy 97.0'
     """
-    found = point.get("abilities") or {name: point[name] for name in _METRICS if name in point}
+    found = point.get("abilities") or {name: point[name] for name in METRIC_NAMES if name in point}
     numbers = {name: score["mean"] for name, score in found.items()}
     numbers["perplexity"] = (point.get("watched") or {}).get("perplexity")
     shown = ", ".join(f"{name} {value:.1f}" for name, value in numbers.items() if value is not None)

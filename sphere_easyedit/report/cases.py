@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from ..evaluation.run_directory import CASES, RunDirectory
 from ..evaluation.run_records import CaseId
-from .forgetting import scores_at
 from .runs import ReportRun
 
 LOST, MISSED, HELD, KNOWN, UNSEEN = "lost since", "not learned", "held", "known before", "not measured"
@@ -66,7 +65,7 @@ def _last_seen_right(run: ReportRun) -> dict[CaseId, int]:
     found: dict[CaseId, int] = {}
     for point in run.run.points:
         if point.when in ("during", "last_batch") and point.protocol == run.protocol:
-            for case, scores in scores_at(run, point.when, point.num_edits).items():
+            for case, scores in run.scores(point.when, point.num_edits).items():
                 if scores.get(_METRIC, 0.0) >= 1.0:
                     found[case] = max(found.get(case, 0), point.num_edits)
     return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ..evaluation.analysis import LOG_PERPLEXITY, energy_correlations, energy_points, mean_change
 from ..evaluation.run_records import Point
+from ..evaluation.study import METRICS
 from .figure import (
     HEIGHT,
     SMALL,
@@ -29,16 +30,17 @@ from .runs import ReportRun
 MEAN: Final = "mean"  # over layers
 RHO: Final = "\N{GREEK SMALL LETTER RHO}"
 PERPLEXITY: Final = "perplexity"
-_PERCENT: Final = ("efficacy", "generalization", "specificity")
-_METRICS: Final = (*_PERCENT, "fluency", "consistency")
+_PERCENT: Final = METRICS[:3]
+Rhos = Mapping[str, Mapping[str, float]]  # by run and metric
 _BANDS: Final = 3  # runs up to which intervals are drawn, which more would cover one another
 
 
 def curves_figure(runs: Sequence[ReportRun]) -> Figure | None:
     """HE, the metrics, perplexity and the norm of the change along the runs; None where nothing was recorded."""
     labels = [run.label for run in runs]
-    panels = [panel for panel in (_energy_panel(runs), *(_metric_panel(runs, name) for name in _METRICS),
-                                  _metric_panel(runs, PERPLEXITY), _norm_panel(runs)) if panel is not None]
+    rhos = {run.label: _rhos(run) for run in runs}
+    panels = [panel for panel in (_energy_panel(runs), *(_metric_panel(runs, name, rhos) for name in METRICS),
+                                  _metric_panel(runs, PERPLEXITY, rhos), _norm_panel(runs)) if panel is not None]
     if not panels:
         return None
     layers = sorted({layer for run in runs for changes in run.run.energy_changes.values() for layer in changes})
@@ -75,7 +77,7 @@ def _value(point: Point, name: str) -> float | None:
     return found if found is not None and math.isfinite(found) else None
 
 
-def _metric_panel(runs: Sequence[ReportRun], name: str) -> Panel | None:
+def _metric_panel(runs: Sequence[ReportRun], name: str, rhos: Rhos) -> Panel | None:
     data: list[dict[str, Any]] = []
     for run in runs:
         for point in _points(run):
@@ -89,7 +91,7 @@ def _metric_panel(runs: Sequence[ReportRun], name: str) -> Panel | None:
             data.append(row)
     if not data:
         return None
-    ends = _ends(runs, data, name)
+    ends = _ends(rhos, data, name)
     positive = all(row["value"] > 0 for row in data)
     unit = "%" if name in _PERCENT else ""
     low, high = (0.0, 100.0) if name == "efficacy" else _domain([row["value"] for row in data] + [
@@ -146,15 +148,20 @@ def _domain(values: Sequence[float], log: bool = False) -> tuple[float, float]:
     return (0.0 if low >= 0 and low < 0.5 * high else low - room), high + room
 
 
-def _ends(runs: Sequence[ReportRun], data: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+def _rhos(run: ReportRun) -> dict[str, float]:
+    """Spearman's rho of each metric with HE's mean change, where there is one."""
+    found = energy_correlations(energy_points(run.run, run.protocol))
+    return {metric: one.signed.energy.rho for metric, one in found.items() if math.isfinite(one.signed.energy.rho)}
+
+
+def _ends(rhos: Rhos, data: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """rho of each run that has one, with its last value."""
     metric = LOG_PERPLEXITY if name == PERPLEXITY else name
     ends = []
-    for run in runs:
-        last = max((row for row in data if row["run"] == run.label), key=lambda row: int(row["edits"]), default=None)
-        found = energy_correlations(energy_points(run.run, run.protocol)).get(metric)
-        if last is not None and found is not None and math.isfinite(found.signed.energy.rho):
-            ends.append({**last, "text": f"{RHO} {found.signed.energy.rho:+.2f}"})
+    for label, by_metric in rhos.items():
+        last = max((row for row in data if row["run"] == label), key=lambda row: int(row["edits"]), default=None)
+        if last is not None and metric in by_metric:
+            ends.append({**last, "text": f"{RHO} {by_metric[metric]:+.2f}"})
     # In one column, right of all curves: beside the end of a shorter one there are the others.
     furthest = max((row["edits"] for row in data), default=0)
     return [{**end, "edits": furthest} for end in ends]
@@ -220,7 +227,7 @@ def _told(run: ReportRun) -> str:
         return f"{run.label}: nothing measured yet."
     first, last = points[0], points[-1]
     parts = []
-    for name in (*_METRICS, PERPLEXITY):
+    for name in (*METRICS, PERPLEXITY):
         was, is_now = _value(first, name), _value(last, name)
         if is_now is not None:
             parts.append(f"{name} {is_now:.4g}" + ("" if was is None or first is last else f" (at first {was:.4g})"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -52,16 +52,8 @@ def forgetting_figure(runs: Sequence[ReportRun]) -> Figure | None:
 
 def _placed(run: ReportRun, when: Any, num_edits: int) -> list[tuple[int, float]]:
     """(edits in the model once it was edited, efficacy in percent) of each case seen then."""
-    return [(run.edited_at[case], 100 * scores[_METRIC]) for case, scores in scores_at(run, when, num_edits).items()
+    return [(run.edited_at[case], 100 * scores[_METRIC]) for case, scores in run.scores(when, num_edits).items()
             if _METRIC in scores and run.edited_at.get(case, num_edits + 1) <= num_edits]
-
-
-def scores_at(run: ReportRun, when: Any, num_edits: int) -> Mapping[Any, Mapping[str, float]]:
-    """Scores of an evaluation by case; none where the run's scores are not there."""
-    try:
-        return run.run.scores(when, num_edits, run.protocol)
-    except ValueError:
-        return {}
 
 
 def _binned(label: str, field: str, pairs: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:

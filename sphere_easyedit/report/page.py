@@ -12,13 +12,12 @@ from typing import Any, Final
 import yaml
 
 from ..evaluation.run_records import Estimate
-from ..evaluation.study import title_of
+from ..evaluation.study import METRICS, title_of
 from .cases import STATES, CaseTable
 from .figure import SERIES, Figure, dashes, on_page
 from .notices import Notice
 from .runs import ReportRun
 
-_METRICS: Final = ("efficacy", "generalization", "specificity", "fluency", "consistency")
 _ASSETS: Final = "assets"
 
 
@@ -93,7 +92,7 @@ def _summary(run: ReportRun) -> dict[str, Any]:
     if seconds is None and batches:
         seconds = sum(sum(batch.seconds.values()) for batch in batches)
     return {"edits": edits, "measured_at": None if last is None else last.num_edits,
-            "metrics": [_estimate(None if last is None else last.metrics.get(name)) for name in _METRICS],
+            "metrics": [_estimate(None if last is None else last.metrics.get(name)) for name in METRICS],
             "perplexity": None if last is None else last.perplexity,
             "seconds_an_edit": seconds / edits if seconds and edits else None}
 
@@ -118,7 +117,7 @@ def _unedited(runs: Sequence[ReportRun]) -> list[dict[str, Any]]:
         point = run.run.before(run.protocol)
         if point is not None and (point.metrics or point.perplexity is not None):
             rows.append({"label": "unedited" if len(found) == 1 else f"unedited: {subject}, as for {run.label}",
-                         "metrics": [_estimate(point.metrics.get(name)) for name in _METRICS],
+                         "metrics": [_estimate(point.metrics.get(name)) for name in METRICS],
                          "perplexity": point.perplexity})
     return rows
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
+from ..evaluation.run_directory import When
 from ..evaluation.run_records import PAPER, CaseId, RunRecords
 from ..evaluation.study import Arm, arms_of, title_of
 
@@ -22,6 +23,17 @@ class ReportRun:
 
     label: str
     run: RunRecords
+    _scores: dict[tuple[When, int], Mapping[CaseId, Mapping[str, float]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False)  # what was read
+
+    def scores(self, when: When, num_edits: int) -> Mapping[CaseId, Mapping[str, float]]:
+        """Scores of an evaluation by case, read once; none where the run's scores are not there."""
+        if (when, num_edits) not in self._scores:
+            try:
+                self._scores[when, num_edits] = self.run.scores(when, num_edits, self.protocol)
+            except ValueError:
+                self._scores[when, num_edits] = {}
+        return self._scores[when, num_edits]
 
     @property
     def protocol(self) -> str:
