@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..files import replacing
 from ..hparams import SPHEREHyperParams
-from ..models import EditableModel
+from ..models import EditableModel, ModuleNames
 from ..projection import PrincipalSpace
 from .grams import GramMatrix
 from .solvers import KeyHistory, KeyMetric
@@ -54,6 +54,7 @@ class EditSession:
     def __init__(self) -> None:
         self._model: weakref.ref[nn.Module] | None = None
         self._key: str | None = None
+        self._names: ModuleNames | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -125,7 +126,7 @@ class EditSession:
             kept = dict(vars(self)) if restored else {}
             self._clear()
             vars(self).update({name: kept[name] for name in _DERIVED if name in kept})
-        self._model, self._key = weakref.ref(editable.model), key
+        self._model, self._key, self._names = weakref.ref(editable.model), key, editable.names
         if not self.original:
             self.original = {layer: editable.weight(layer).to("cpu", copy=True) for layer in editable.layers}
             self._base = {layer: Fingerprint.of(editable.weight(layer)) for layer in editable.layers}
@@ -155,6 +156,73 @@ class EditSession:
         self.grams = dict(grams)
         self.num_edits += num_edits
         self.num_batches += 1
+
+    def rollback(self, to: int, checkpoints: Path | None = None) -> None:
+        """Bring the model's edited layers and this session back to where they stood after so many edits.
+
+        Weights are restored bit for bit, and editing goes on to the bits of a run that had stopped there. Either all of
+        it is restored or nothing changes. A later checkpoint of the same original weights can be gone to as well.
+
+        Args:
+            to: edits that stay. 0 needs no checkpoint: the original weights are in the session.
+            checkpoints: folder with ``weights-TO.safetensors`` and ``session-TO.safetensors``, as a run directory's
+                ``checkpoints``.
+
+        Raises:
+            ValueError: the session has not edited a model that still exists, there is no such checkpoint, or it is
+                damaged, of another model or of settings that shape the session otherwise.
+        """
+        # The upper room's files are looked up only here: nothing else of editing knows of checkpoints.
+        from ..evaluation.checkpoints import resumable
+
+        model = None if self._model is None else self._model()
+        if model is None or self._names is None:
+            raise ValueError("the session is tied to no model, so there is none to roll back: edit with it first, or "
+                             "load the model that it was made on")
+        kept = [0, *(resumable(checkpoints) if checkpoints is not None else [])]
+        if to not in kept:
+            where = "no folder of checkpoints was given" if checkpoints is None else f"checkpoints are in {checkpoints}"
+            raise ValueError(f"can't roll back to {to} edits ({where}): possible are {', '.join(map(str, kept))}")
+        editable = EditableModel(model, self._names, sorted(self.original))
+        before = {layer: editable.weight(layer).clone() for layer in editable.layers}
+        attached = vars(model).get(_ATTRIBUTE)
+        try:
+            found = self._restored(editable, to, checkpoints)
+        except BaseException:  # an interrupt must not leave half of it either
+            for layer, weight in before.items():
+                editable.set_weight(layer, weight)
+            raise
+        finally:
+            vars(model).pop(_ATTRIBUTE, None)
+            if attached is not None:
+                setattr(model, _ATTRIBUTE, attached)
+        # What was derived from the original weights still holds, the templates apart, which the checkpoint has.
+        kept_state = {name: vars(self)[name] for name in _DERIVED if name != "contexts"}
+        vars(self).update({**vars(found), **kept_state, "_model": self._model, "_names": self._names})
+
+    def _restored(self, editable: EditableModel, to: int, checkpoints: Path | None) -> EditSession:
+        """A session as it was after so many edits, with the weights in the model; that of no edits if ``to`` is 0."""
+        from ..evaluation.checkpoints import resume_from
+
+        for layer, weight in self.original.items():
+            editable.set_weight(layer, weight)
+        if not self._is_restored(editable):
+            raise ValueError("the original weights can't be put back bit for bit: the model's dtype was changed since. "
+                             "Load the model anew")
+        if to == 0 or checkpoints is None:
+            found = EditSession()
+            found._key, found.original, found.contexts = self._key, self.original, self.contexts
+            # Noticed, too, if the weights are changed from outside before the next batch.
+            found._base, found._fingerprints = self._base, dict(self._base)
+            return found
+        found = resume_from(editable, checkpoints, to)
+        if found._key != self._key:
+            raise ValueError(f"the checkpoint after {to} edits in {checkpoints} was made with other hyperparameters "
+                             "than this session's: give the folder of a run with the same ones")
+        if changed := found._changed_layers(editable):
+            raise ValueError(f"the weights after {to} edits in {checkpoints} are not those that its session left, in "
+                             f"layers {changed}: the file was exchanged or damaged. Give another checkpoint")
+        return found
 
     def save(self, path: Path) -> None:
         """Write counters, contexts, original and unrestrained weights and earlier keys to one safetensors file."""
