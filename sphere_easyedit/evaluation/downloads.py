@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from ..files import replacing
+from ..files import checksum_path, record_checksum, recorded_checksum, replacing, sha256_of
 from ..loading import cache_folder
 from .facts import FACTS_FILE
 from .json_records import existing
@@ -142,7 +142,7 @@ def download(url: str, target: Path, sha256: str | None = None, git_blob: str | 
     except (OSError, http.client.HTTPException) as error:
         raise MissingDatasetError(
             f"data set file {target.name} is not here and could not be downloaded ({error}): {remedy}") from error
-    _record(target, found)
+    record_checksum(target, found)
     return found
 
 
@@ -155,34 +155,29 @@ def _local(path: Path, what: str, sha256: str | None) -> Path:
 
 def _cached(target: Path, published: Published, sha256: str | None) -> Path:
     found = _check(target, str(target), target, sha256, published.git_blob)
-    if not _beside(target).exists():  # the file was put there by hand
-        _record(target, found)
+    if not checksum_path(target).exists():  # the file was put there by hand
+        try:
+            record_checksum(target, found)
+        except OSError as error:  # a folder that others share may not be ours to write
+            logger.warning("the checksum of %s can't be kept beside it: %s", target, error)
     return target
 
 
 def _check(file: Path, source: str, target: Path, sha256: str | None, git_blob: str | None) -> str:
     """The file's SHA-256, once it meets the best checksum for ``target``: the caller's, the one beside it, git's."""
-    found = _sha256(file)
+    found = sha256_of(file)
     if sha256 is not None:
         if found != sha256.lower():
             raise ValueError(f"{source}: its sha256 is {found}, but {sha256.lower()} was asked for: remove it and get "
                              "it again, or ask for the one that it has")
-    elif (recorded := _recorded(target)) is not None:
+    elif (recorded := recorded_checksum(target)) is not None:
         if found != recorded:
-            raise ValueError(f"{source}: its sha256 is {found}, but {_beside(target)} says {recorded}: remove it and "
-                             "get it again, or remove that record if the other content is meant")
+            raise ValueError(f"{source}: its sha256 is {found}, but {checksum_path(target)} says {recorded}: remove it "
+                             "and get it again, or remove that record if the other content is meant")
     elif git_blob is not None and (blob := _git_blob(file)) != git_blob:
         raise ValueError(f"{source}: its git blob id is {blob}, but that of the published file is {git_blob}: remove "
                          "it and get it again, or give its path if the other content is meant")
     return found
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _git_blob(path: Path) -> str:
@@ -191,25 +186,6 @@ def _git_blob(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _beside(target: Path) -> Path:
-    return target.with_name(f"{target.name}.sha256")
-
-
-def _recorded(target: Path) -> str | None:
-    beside = _beside(target)
-    if not beside.exists():
-        return None
-    found = beside.read_text(encoding="utf-8").split()
-    if not found or not re.fullmatch(r"[0-9a-f]{64}", found[0]):
-        raise ValueError(f"{beside} holds no sha256: remove it, and the file beside it if that is in doubt")
-    return found[0]
-
-
-def _record(target: Path, sha256: str) -> None:
-    with replacing(_beside(target)) as temporary:
-        temporary.write_text(f"{sha256}  {target.name}\n", encoding="utf-8")
 
 
 def _offline() -> bool:
