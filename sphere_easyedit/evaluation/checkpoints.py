@@ -1,9 +1,19 @@
-"""Checkpoints of a sequential run: the edited weights and the session, not the whole model."""
+"""Checkpoints of a sequential run: the edited weights and the session, not the whole model.
+
+Beside each file stands its SHA-256 (``weights-200.safetensors.sha256``), written after it and removed before it is
+written anew, so that a checksum never outlives the content it was taken of. A file that does not meet its checksum is
+refused before anything of it reaches a model. It tells of damage, not of malice: who can change the file can change
+its checksum too.
+"""
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..editing.session import EditSession
-from ..files import replacing
+from ..files import checksum_path, record_checksum, recorded_checksum, replacing, sha256_of
 from ..models import EditableModel
 
 logger = logging.getLogger(__name__)
@@ -31,17 +41,77 @@ def session_path(folder: Path, num_edits: int) -> Path:
 
 
 def save_weights(editable: EditableModel, folder: Path, num_edits: int) -> None:
-    """Write the edited weights as they stand."""
+    """Write the edited weights as they stand.
+
+    Raises:
+        OSError: they can't be written, for instance for want of room.
+    """
     weights = {editable.parameter_name(layer): editable.parameter(layer).detach().cpu().contiguous()
                for layer in editable.layers}
-    with replacing(weights_path(folder, num_edits)) as temporary:
+    path = weights_path(folder, num_edits)
+    with _with_checksum(path), replacing(path) as temporary, _disk_errors():
         save_file(weights, temporary)
 
 
 def save_checkpoint(editable: EditableModel, session: EditSession, folder: Path) -> None:
-    """Write the weights, then the session, whose file makes the checkpoint one to resume from."""
+    """Write the weights, then the session, whose file makes the checkpoint one to resume from.
+
+    Raises:
+        OSError: they can't be written, for instance for want of room; earlier checkpoints are whole.
+    """
     save_weights(editable, folder, session.num_edits)
-    session.save(session_path(folder, session.num_edits))
+    path = session_path(folder, session.num_edits)
+    with _with_checksum(path), _disk_errors():
+        session.save(path)
+
+
+@contextmanager
+def _with_checksum(path: Path) -> Iterator[None]:
+    """Keep a file's checksum beside it once the context has written it."""
+    checksum_path(path).unlink(missing_ok=True)
+    yield
+    record_checksum(path, sha256_of(path))
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """What safetensors says of the disk, as the OSError that it was."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number) if found else str(error)) from error
+
+
+def check_whole(folder: Path, num_edits: int, *, session: bool = False) -> None:
+    """Refuse a checkpoint whose files do not meet their checksums.
+
+    Files from before there were checksums have none: a warning is logged, and they are taken as they are.
+
+    Args:
+        session: check the session's file, too; else the weights alone.
+
+    Raises:
+        ValueError: a file is damaged; the message says what to remove and where the run then goes on from.
+    """
+    for path in (weights_path(folder, num_edits), *([session_path(folder, num_edits)] if session else [])):
+        recorded = recorded_checksum(path)
+        if recorded is None:
+            logger.warning("%s has no checksum beside it, so damage to it would go unnoticed", path)
+            continue
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            raise _damaged(folder, num_edits, path, str(error)) from error
+        if found != recorded:
+            raise _damaged(folder, num_edits, path, f"its sha256 is {found}, but was {recorded} when it was written")
+
+
+def _damaged(folder: Path, num_edits: int, path: Path, found: str) -> ValueError:
+    earlier = [number for number in resumable(folder) if number < num_edits]
+    before = f"the checkpoint before, after {earlier[-1]} edits" if earlier else "the start: no earlier one was kept"
+    return ValueError(f"{path} is damaged ({found}): remove it, and resume from {before}")
 
 
 def saved_weights(folder: Path) -> list[int]:
@@ -55,7 +125,6 @@ def resumable(folder: Path) -> list[int]:
     return [number for number in saved_weights(folder) if session_path(folder, number).exists()]
 
 
-@torch.no_grad()
 def put_weights(editable: EditableModel, folder: Path, num_edits: int) -> None:
     """Put a checkpoint's weights into the model.
 
@@ -66,16 +135,25 @@ def put_weights(editable: EditableModel, folder: Path, num_edits: int) -> None:
     if not path.exists():
         kept = ", ".join(map(str, saved_weights(folder))) or "none"
         raise ValueError(f"no weights after {num_edits} edits in {folder}: kept are {kept}")
+    check_whole(folder, num_edits)
+    _put_weights(editable, folder, num_edits)
+
+
+@torch.no_grad()
+def _put_weights(editable: EditableModel, folder: Path, num_edits: int) -> None:
+    path = weights_path(folder, num_edits)
     try:
         weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} can't be read ({error}): remove it to resume from the checkpoint before") from error
+    except Exception as error:  # a header can be damaged in more ways than safetensors has errors for
+        raise _damaged(folder, num_edits, path, f"{type(error).__name__}: {error}") from error
     names = {layer: editable.parameter_name(layer) for layer in editable.layers}
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     expected = {name: tuple(editable.parameter(layer).shape) for layer, name in names.items()}
     if shapes != expected:
         raise ValueError(f"{path} holds {shapes}, the model's edited weights are {expected}: it is of another model "
                          "or of other layers")
+    if odd := {name: weight.dtype for name, weight in weights.items() if not weight.is_floating_point()}:
+        raise _damaged(folder, num_edits, path, f"weights are numbers of type {odd}")
     for layer, name in names.items():
         editable.parameter(layer).copy_(weights[name])
 
@@ -86,11 +164,16 @@ def resume_from(editable: EditableModel, folder: Path, num_edits: int) -> EditSe
     Raises:
         ValueError: the checkpoint is damaged, or was made from another model than this one.
     """
-    session = EditSession.load(session_path(folder, num_edits))
+    check_whole(folder, num_edits, session=True)
+    path = session_path(folder, num_edits)
+    try:
+        session = EditSession.load(path)
+    except Exception as error:
+        raise _damaged(folder, num_edits, path, f"{type(error).__name__}: {error}") from error
     if not session.is_original(editable):
         raise ValueError(f"the run in {folder.parent} began with other weights than this model's: load the model that "
                          "it edited, before any edit")
-    put_weights(editable, folder, num_edits)
+    _put_weights(editable, folder, num_edits)
     EditSession.attach(editable.model, session)
     return session
 
@@ -99,9 +182,14 @@ def thin_out(folder: Path, keep: int, for_good: set[int]) -> None:
     """Remove old checkpoints: the ``keep`` newest stay (0: all), and the weights of those meant ``for_good``."""
     numbers = resumable(folder)
     for number in numbers[:-keep] if keep else []:
-        session_path(folder, number).unlink(missing_ok=True)
+        _remove(session_path(folder, number))
         if number not in for_good:
-            weights_path(folder, number).unlink(missing_ok=True)
+            _remove(weights_path(folder, number))
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    checksum_path(path).unlink(missing_ok=True)
 
 
 def weight_change_norms(editable: EditableModel, original: dict[int, Tensor]) -> dict[int, float]:
