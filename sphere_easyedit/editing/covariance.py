@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import scipy.linalg
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..files import replacing
+from ..files import locked, remove_leftovers, replacing, sha256_of
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, frozen, max_positions
 from .corpus import corpus_name, token_sequences
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 # EasyEdit's reader asks for the class that wrote the file.
 _EASYEDIT_CLASS = "easyeditor.util.runningstats.SecondMoment()"
 TOKENS_AT_ONCE = 8192
+_LOCK = ".collecting.lock"
 _DERIVED_FORMAT = "sphere-easyedit derived statistics 1"
 # Narrower factors are made in about the time that reading one takes (0.1 s).
 FACTOR_FILED_FROM = 2048
@@ -46,7 +47,11 @@ FACTOR_FILED_FROM = 2048
 
 def model_folder(editable: EditableModel) -> str:
     """The model's name in paths of statistics: the last component of its own path."""
-    return str(editable.config._name_or_path).rstrip("/").rsplit("/", maxsplit=1)[-1] or "model"
+    path = str(editable.config._name_or_path).rstrip("/")
+    name = path.rsplit("/", maxsplit=1)[-1]
+    if name in (".", ".."):  # a folder's name that would lead out of stats_dir
+        name = Path(path).resolve().name
+    return name or "model"
 
 
 def moment_path(editable: EditableModel, hparams: SPHEREHyperParams, layer: int) -> Path:
@@ -65,9 +70,9 @@ def load_moment(path: Path, d_in: int) -> Tensor:
     try:
         with np.load(path, allow_pickle=False) as stored:
             total, count = np.asarray(stored["mom2.mom2"], dtype=np.float64), int(stored["mom2.count"].item())
-    except (OSError, KeyError, ValueError, TypeError, EOFError, OverflowError, AttributeError, BadZipFile) as error:
-        raise ValueError(f"{path} is no statistics file of EasyEdit's layout ({error}); remove it to have it "
-                         "collected anew") from error
+    except Exception as error:  # zipfile, zlib and NumPy's headers fail in more ways than can be listed
+        raise ValueError(f"{path} is no statistics file of EasyEdit's layout ({type(error).__name__}: {error}); remove "
+                         "it to have it collected anew") from error
     if total.shape != (d_in, d_in):
         raise ValueError(f"{path} holds a second moment of shape {total.shape}, the layer's keys need "
                          f"{(d_in, d_in)}: it belongs to another model; set stats_dir or remove the file")
@@ -102,13 +107,25 @@ def statistics_files(editable: EditableModel, tok: PreTrainedTokenizerBase, hpar
                      ) -> dict[int, Path]:
     """Files with the second moments of every edited layer; missing ones are collected.
 
+    Of processes that miss the same ones at once, the first collects them and the others wait for it (see
+    ``files.locked``, also about NFS). Where all are there, nothing is locked or written: their folder may be read-only.
+
     Raises:
-        ValueError: there is no text to collect from.
+        ValueError: there is no text to collect from, or missing files can't be written where they belong.
     """
     paths = {layer: moment_path(editable, hparams, layer) for layer in editable.layers}
-    missing = [layer for layer in editable.layers if not paths[layer].exists()]
-    if missing:
-        _collect(editable, tok, hparams, {layer: paths[layer] for layer in missing})
+    if all(path.exists() for path in paths.values()):
+        return paths
+    folder = paths[editable.layers[0]].parent
+    try:
+        with locked(folder / _LOCK, f"collecting statistics in {folder}"):
+            remove_leftovers(folder)  # of a process killed while it wrote
+            missing = {layer: path for layer, path in paths.items() if not path.exists()}
+            if missing:
+                _collect(editable, tok, hparams, missing)
+    except OSError as error:
+        raise ValueError(f"statistics of the model's keys are missing and can't be filed in {folder} ({error}): set "
+                         "stats_dir to a folder that can be written, or make room") from error
     return paths
 
 
@@ -292,11 +309,7 @@ def _beside(statistics: Path, kind: str) -> Path:
 
 def _origin(statistics: Path, rule: str) -> dict[str, str]:
     """What a derived file must say of itself: which statistics, told by their contents, and what was made of them."""
-    digest = hashlib.sha256()
-    with statistics.open("rb") as stream:
-        while part := stream.read(1 << 22):
-            digest.update(part)
-    return {"format": _DERIVED_FORMAT, "statistics": digest.hexdigest(), "rule": rule}
+    return {"format": _DERIVED_FORMAT, "statistics": sha256_of(statistics), "rule": rule}
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -319,7 +332,7 @@ def _read_derived(path: Path, origin: Mapping[str, str]) -> dict[str, Tensor]:
                 logger.warning("%s was made from other statistics: it is made anew", path)
                 return {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # a header can be damaged in more ways than safetensors has errors for
         logger.warning("%s can't be read (%s): it is made anew", path, error)
         return {}
     if _digest(tensors) != contents:
@@ -394,6 +407,9 @@ def load_projections(path: Path, layers: Sequence[int], d_in: int) -> Tensor:
     """
     try:
         stacked = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # whose own text advises to run what is in it
+        raise ValueError(f"P_loc {path} can't be read as a plain tensor: it is damaged, or a pickle that holds more "
+                         "than tensors, which is not run") from error
     except Exception as error:  # torch raises many kinds; every one means an unusable or unsafe file
         raise ValueError(f"P_loc {path} can't be read as a plain tensor: {error}") from error
     if not isinstance(stacked, Tensor) or tuple(stacked.shape) != (len(layers), d_in, d_in):
