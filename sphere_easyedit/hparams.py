@@ -401,8 +401,10 @@ class SPHEREHyperParams:
                              f"{', '.join(_MODULE_FIELDS)}, or none for an architecture that is known")
         for name in () if missing else _MODULE_TEMPLATES:
             template = getattr(self, name)
-            if template.count("{}") != 1:
-                raise ValueError(f"{name} is {template!r}: put exactly one {{}} where the layer number goes")
+            # Any other brace would trip str.format, which puts the number in.
+            if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
+                raise ValueError(f"{name} is {template!r}: put exactly one {{}} where the layer number goes, and no "
+                                 "other brace")
 
     def _resolve_method(self) -> None:
         """Fill what depends on the base method, and refuse what does not go together."""

@@ -16,6 +16,7 @@ import yaml
 from transformers import PretrainedConfig
 
 from sphere_easyedit.models import ModuleNames, module_names, num_blocks
+from sphere_easyedit.safe_yaml import read_yaml
 
 if TYPE_CHECKING:
     if sys.version_info >= (3, 11):
@@ -124,14 +125,14 @@ def read_mapping(file: Traversable) -> dict[str, Any]:
     """
     try:
         text = file.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not readable as YAML: {error}") from error
+    content = read_yaml(text, str(file))
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"{type(content).__name__} {str(content)[:60]!r}"
         raise ValueError(f"{file}: hyperparameters must be a YAML mapping of names to values, found {found}")
-    keys = [] if node is None else [key.value for key, _ in node.value]
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise ValueError(f"{file}: {', '.join(twice)} given twice: remove one, since YAML would "

@@ -10,20 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from ..files import replacing
+from ..files import remove_leftovers, replacing
+from ..safe_yaml import read_yaml
 
 # On what a run was measured: all facts before or after, those so far, those of the last batch (see `measuring`).
 When = Literal["before", "during", "last_batch", "after"]
 
 CONFIG, EDITS, METRICS, SUMMARY = "config.yaml", "edits.jsonl", "metrics.jsonl", "summary.json"
 ENERGY, CASES, EXAMPLES = "energy.csv", "cases.jsonl", "examples.json"
-SPACES, NEURONS = "spaces.csv", "neurons.safetensors"
+SPACES, NEURONS, SKIPPED = "spaces.csv", "neurons.safetensors", "skipped.jsonl"
 
 
 class RunDirectory:
     """One run's files, by their names in DESIGN.md, section 4.
+
+    A run directory may come from somebody else, so none of its names leads out of it: a symbolic link that does is
+    refused. (The folder of checkpoints may be one, to a larger disk: of that only files of its own names are touched.)
 
     Args:
         path: the directory; made when first written to.
@@ -41,9 +43,25 @@ class RunDirectory:
         """Whether a file is there."""
         return (self.path / name).is_file()
 
+    def place(self, name: str) -> Path:
+        """The path of a file in the directory.
+
+        Raises:
+            ValueError: it leads out of the directory, by its name or by a symbolic link.
+        """
+        found, root = self.path / name, self.path.resolve()
+        try:
+            resolved = found.resolve()
+        except (OSError, RuntimeError) as error:  # links in a circle
+            raise ValueError(f"{found} can't be followed ({error}): remove the link") from error
+        if not resolved.is_relative_to(root) or resolved == root:
+            raise ValueError(f"{found} leads out of the run directory, to {resolved}: put the file itself there")
+        return found
+
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for this process, until the context or the process ends.
+        """Hold the directory for this process, until the context or the process ends, and clear away what a killed
+        one left half written.
 
         Raises:
             ValueError: another process runs in it.
@@ -56,13 +74,15 @@ class RunDirectory:
             except BlockingIOError as error:
                 raise ValueError(f"another process is at work in {self.path}: wait for it, or give another directory"
                                  ) from error
+            for folder in (self.path, *(path for path in self.path.iterdir() if path.is_dir())):
+                remove_leftovers(folder)
             yield
         finally:
             os.close(handle)  # and the lock with it
 
     def write_text(self, name: str, text: str) -> None:
         """Write a whole file, or leave the one before it."""
-        with replacing(self.path / name) as temporary:
+        with replacing(self.place(name)) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -75,10 +95,11 @@ class RunDirectory:
         Raises:
             ValueError: it is none.
         """
+        target = self.place(name)
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path / name} is no JSON ({error}): it was changed by hand or damaged") from error
+            return json.loads(target.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+            raise ValueError(f"{target} is no JSON ({error}): it was changed by hand or damaged") from error
 
     def read_config(self) -> dict[str, Any]:
         """``config.yaml``'s content.
@@ -86,10 +107,14 @@ class RunDirectory:
         Raises:
             ValueError: it is no YAML mapping.
         """
+        target = self.place(CONFIG)
         try:
-            config = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{self.path / CONFIG} is no YAML: {error}") from error
+            text = target.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise ValueError(f"{target} does not exist: give the directory of a run") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{target} is no YAML: {error}") from error
+        config = read_yaml(text, str(target))
         if not isinstance(config, dict):
             raise ValueError(f"{self.path / CONFIG} holds {type(config).__name__}, not a mapping")
         return config
@@ -100,7 +125,7 @@ class RunDirectory:
 
     def append_text(self, name: str, text: str) -> None:
         """Add whole lines to a file; they are on the disk when this returns."""
-        target = self.path / name
+        target = self.place(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("a", encoding="utf-8") as stream:
             stream.write(text)
@@ -113,7 +138,7 @@ class RunDirectory:
         Raises:
             ValueError: a line before the last is no JSON object.
         """
-        target = self.path / name
+        target = self.place(name)
         if not target.exists():
             return []
         raw = target.read_bytes().split(b"\n")[:-1]  # what stands behind the last line break is torn, or nothing
@@ -121,13 +146,23 @@ class RunDirectory:
 
     def keep_whole_lines(self, name: str) -> None:
         """Drop a JSONL file's last line if it was torn."""
-        if self.has(name) and not (self.path / name).read_bytes().endswith(b"\n"):
+        if self.has(name) and not self.place(name).read_bytes().endswith(b"\n"):
             self.write_text(name, "".join(json.dumps(line) + "\n" for line in self.lines(name)))
 
     def keep_until(self, name: str, num_edits: int) -> None:
-        """Drop a JSONL file's lines of more edits than these."""
-        kept = [line for line in self.lines(name) if line["num_edits"] <= num_edits]
+        """Drop a JSONL file's lines of more edits than these; a file that is absent stays so."""
+        if not self.has(name):
+            return
+        kept = [line for number, line in enumerate(self.lines(name), start=1)
+                if _edits(line, f"{self.path / name}, line {number}") <= num_edits]
         self.write_text(name, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _edits(line: Mapping[str, Any], where: str) -> int:
+    found = line.get("num_edits")
+    if isinstance(found, bool) or not isinstance(found, int):
+        raise ValueError(f"{where}: num_edits is {found!r}, not a count: it was changed by hand or damaged")
+    return found
 
 
 def parse_line(path: Path, number: int, text: bytes) -> dict[str, Any]:
@@ -138,7 +173,7 @@ def parse_line(path: Path, number: int, text: bytes) -> dict[str, Any]:
     """
     try:
         line = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number} is no JSON ({error}): it was damaged") from error
     if not isinstance(line, dict):
         raise ValueError(f"{path}, line {number} holds {type(line).__name__}, not an object")
