@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ When = Literal["before", "during", "last_batch", "after"]
 CONFIG, EDITS, METRICS, SUMMARY = "config.yaml", "edits.jsonl", "metrics.jsonl", "summary.json"
 ENERGY, CASES, EXAMPLES = "energy.csv", "cases.jsonl", "examples.json"
 SPACES, NEURONS, SKIPPED = "spaces.csv", "neurons.safetensors", "skipped.jsonl"
+_CHUNK = 1 << 16  # bytes
 
 
 class RunDirectory:
@@ -124,13 +126,23 @@ class RunDirectory:
         self.append_text(name, json.dumps(line) + "\n")
 
     def append_text(self, name: str, text: str) -> None:
-        """Add whole lines to a file; they are on the disk when this returns."""
+        """Add whole lines to a file; they are on the disk when this returns.
+
+        A last line that a killed process tore is dropped first. Where there is no room for all of them, none is added.
+        """
         target = self.place(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("a", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        with target.open("ab+", buffering=0) as stream:
+            size = _whole_lines(stream)
+            stream.truncate(size)
+            try:
+                rest = memoryview(text.encode("utf-8"))
+                while rest:
+                    rest = rest[stream.write(rest):]
+                os.fsync(stream.fileno())
+            except BaseException:
+                stream.truncate(size)
+                raise
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """All whole lines of a JSONL file; none where it is absent. A last line that was torn is left out.
@@ -156,6 +168,19 @@ class RunDirectory:
         kept = [line for number, line in enumerate(self.lines(name), start=1)
                 if _edits(line, f"{self.path / name}, line {number}") <= num_edits]
         self.write_text(name, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _whole_lines(stream: FileIO) -> int:
+    """Bytes of a file up to its last line break."""
+    size = stream.seek(0, os.SEEK_END)
+    while size:
+        start = max(0, size - _CHUNK)
+        stream.seek(start)
+        found = bytes(stream.read(size - start)).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        size = start
+    return 0
 
 
 def _edits(line: Mapping[str, Any], where: str) -> int:
