@@ -1,0 +1,209 @@
+"""The change that editing made, as one safetensors file that is put on a fresh copy of the base model.
+
+Each edited parameter W is stored in one of two ways:
+
+- ``factors``: ``left @ right``, as the parameter is stored, of the smallest rank whose error is within a tolerance (or
+  of a given one). ``W_0 + left @ right`` is then near W, and the file says how near. It can't be W bit for bit: the
+  rounding of W at each batch is part of the change and has full rank, and products of factors round as the machine
+  sums.
+- ``weight``: W itself, bit for bit. It is as large as a dense difference ``W - W_0`` would be, and a difference added
+  to W_0 again need not round to W, so there is no reason to ever store one. It stands in wherever factors would take
+  no less room or miss the tolerance, and everywhere with ``exact``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .card import LayerError
+from .edited import EditedWeights, Provenance, WeightChange
+from .factors import Spectrum
+from .fingerprint import base_fingerprint, tensors_sha256
+
+logger = logging.getLogger(__name__)
+
+DELTAS: Final = "deltas.safetensors"
+TOLERANCE: Final = 1e-4
+_FORMAT: Final = "sphere-easyedit deltas 1"
+
+
+@dataclass(frozen=True)
+class Deltas:
+    """What ``deltas.safetensors`` holds.
+
+    Attributes:
+        origin: where the edited weights come from.
+        layers: how each parameter is stored.
+        tensors: ``left.NAME`` ``(m, r)`` and ``right.NAME`` ``(r, n)``, or ``weight.NAME`` ``(m, n)``, of a parameter
+            stored as ``(m, n)``.
+    """
+
+    origin: Provenance
+    layers: tuple[LayerError, ...]
+    tensors: Mapping[str, Tensor]
+
+    def edited(self, layer: LayerError, before: Tensor) -> Tensor:
+        """The edited parameter: W itself, or ``W_0 + left right`` summed in float64 and rounded once to W_0's dtype.
+
+        Args:
+            before: W_0 ``(m, n)``, as stored.
+        """
+        if layer.stored == "weight":
+            return self.tensors[f"weight.{layer.name}"]
+        left, right = (self.tensors[f"{side}.{layer.name}"].double() for side in ("left", "right"))
+        return (before.detach().cpu().double() + left @ right).to(before.dtype)
+
+
+def deltas_of(edited: EditedWeights, *, rank: int | None = None, tolerance: float = TOLERANCE, exact: bool = False,
+              dtype: torch.dtype | None = None) -> Deltas:
+    """Factorise a change.
+
+    Args:
+        rank: of all factors; None for the smallest within the tolerance.
+        tolerance: relative Frobenius error of a parameter's change, above 0 and below 1.
+        exact: store the edited parameters themselves; ``apply_deltas`` then gives them bit for bit.
+        dtype: of the factors; float32 (or the parameter's, if that is wider) if None.
+
+    Raises:
+        ValueError: arguments exclude each other or are out of range, or a change is not finite.
+    """
+    if exact and (rank is not None or dtype is not None):
+        raise ValueError("exact stores the edited parameters themselves: leave rank and dtype out")
+    if not 0.0 < tolerance < 1.0:
+        raise ValueError(f"tolerance is {tolerance}: give a relative error above 0 and below 1")
+    layers: list[LayerError] = []
+    tensors: dict[str, Tensor] = {}
+    for change in edited.changes:
+        layer, stored = _stored(change, rank, tolerance, exact, dtype)
+        logger.info("%s: %s of rank %s, relative error %.1e", layer.name, layer.stored, layer.rank,
+                    layer.relative_error)
+        layers.append(layer)
+        tensors |= {f"{side}.{layer.name}": tensor for side, tensor in stored.items()}
+    return Deltas(edited.provenance, tuple(layers), tensors)
+
+
+def _stored(change: WeightChange, rank: int | None, tolerance: float, exact: bool, dtype: torch.dtype | None
+            ) -> tuple[LayerError, dict[str, Tensor]]:
+    before, after = change.before, change.after
+    difference = after.double() - before.double()
+    norm = float(difference.norm())
+    if not math.isfinite(norm):
+        raise ValueError(f"{change.name} holds values that are not finite: nothing sound can be exported")
+    whole = (LayerError(change.name, "weight", None, 0.0, norm), {"weight": after})
+    if exact:
+        return whole
+    dtype = dtype or torch.promote_types(after.dtype, torch.float32)
+    spectrum = Spectrum(difference)
+    if rank is None:
+        smallest = spectrum.rank_within(tolerance)
+        if smallest * sum(after.shape) * dtype.itemsize >= after.numel() * after.element_size():
+            return whole
+        factors = spectrum.factors(smallest, dtype)
+        if factors.relative_error > tolerance:  # the rounding of the factors, which the spectrum does not know
+            return whole
+    else:
+        factors = spectrum.factors(rank, dtype)
+    return (LayerError(change.name, "factors", factors.rank, factors.relative_error, norm),
+            {"left": factors.left, "right": factors.right})
+
+
+def write_deltas(folder: Path, deltas: Deltas) -> None:
+    """Write ``deltas.safetensors`` into a folder that is not yet in its place."""
+    content: dict[str, Any] = {"provenance": deltas.origin.to_dict(),
+                               "parameters": [asdict(layer) for layer in deltas.layers]}
+    content["sha256"] = _checksum(content, deltas.tensors)
+    save_file({name: tensor.contiguous() for name, tensor in deltas.tensors.items()}, folder / DELTAS,
+              metadata={"format": _FORMAT, "content": json.dumps(content)})
+
+
+def read_deltas(path: Path) -> Deltas:
+    """Read what ``write_deltas`` wrote.
+
+    Args:
+        path: the file, or the folder that it is in.
+
+    Raises:
+        ValueError: it is absent, damaged or no such file.
+    """
+    file = path / DELTAS if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{path} holds no {DELTAS}: give the folder that `export --as deltas` wrote")
+    try:
+        with safe_open(file, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{file} holds no deltas (format {metadata.get('format')!r}, not {_FORMAT!r})")
+        content: dict[str, Any] = json.loads(metadata["content"])
+        layers = tuple(LayerError(**entry) for entry in content["parameters"])
+        origin = Provenance.from_dict(content["provenance"])
+        expected = {f"{side}.{layer.name}" for layer in layers
+                    for side in (("weight",) if layer.stored == "weight" else ("left", "right"))}
+        if expected != set(tensors) or len(layers) != len({layer.name for layer in layers}):
+            raise ValueError(f"{file} is damaged: it holds {sorted(tensors)}, and its description tells of "
+                             f"{sorted(expected)}")
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} can't be read as deltas ({type(error).__name__}: {error})") from error
+    if content.pop("sha256", None) != _checksum(content, tensors):
+        raise ValueError(f"{file} is damaged: its content has another SHA-256 than when it was written. Export again")
+    return Deltas(origin, layers, tensors)
+
+
+def _checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    described = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(f"{tensors_sha256(tensors.items())} {described}".encode()).hexdigest()
+
+
+@torch.no_grad()
+def apply_deltas(model: nn.Module, deltas: Deltas | Path) -> Deltas:
+    """Put a change on a fresh copy of the base model, in place. Nothing is changed where anything is refused.
+
+    Args:
+        model: the unedited base model, in the dtype that the run had it in (``origin.base_dtype``).
+        deltas: the change, or where it is.
+
+    Returns:
+        The change.
+
+    Raises:
+        ValueError: the file can't be read, or the model's parameters are not those that were edited, to the bit.
+    """
+    if isinstance(deltas, Path):
+        deltas = read_deltas(deltas)
+    wanted, found = deltas.origin.base_fingerprint, base_fingerprint(model)
+    if found != wanted:
+        dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+        theirs = deltas.origin.base_dtype or "several dtypes"
+        raise ValueError(f"the base model's fingerprint is {found} (in {', '.join(dtypes)}), but these deltas were "
+                         f"made from {wanted} ({deltas.origin.base} in {theirs}): load that model, unedited")
+    parameters = dict(model.named_parameters())
+    edited = {}
+    for layer in deltas.layers:
+        parameter = parameters.get(layer.name)
+        if parameter is None:
+            raise ValueError(f"the deltas tell of {layer.name!r}, which the model has not: the file was changed")
+        shapes = [tuple(tensor.shape) for name, tensor in deltas.tensors.items() if name.endswith(f".{layer.name}")]
+        try:
+            weight = deltas.edited(layer, parameter)
+        except RuntimeError as error:  # shapes that don't multiply or add
+            raise ValueError(f"{layer.name} is {tuple(parameter.shape)}, the deltas have {shapes}: the file was changed"
+                             ) from error
+        if weight.shape != parameter.shape or weight.dtype != parameter.dtype or not bool(weight.isfinite().all()):
+            raise ValueError(f"the deltas leave {layer.name} with {tuple(weight.shape)} {weight.dtype}, or not finite; "
+                             f"it is {tuple(parameter.shape)} {parameter.dtype}: the file was changed")
+        edited[layer.name] = weight
+    for name, weight in edited.items():
+        parameters[name].copy_(weight)
+    return deltas

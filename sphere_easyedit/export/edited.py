@@ -1,0 +1,205 @@
+"""What is exported: the edited weights of a run after so many edits, and where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..editing.executors import restored_after
+from ..editing.session import EditSession
+from ..evaluation.checkpoints import put_weights, resumable, saved_weights, session_path
+from ..evaluation.run_directory import SUMMARY, RunDirectory
+from ..hparams import SPHEREHyperParams
+from .fingerprint import base_fingerprint
+
+_PACKAGES = ("sphere-easyedit", "torch", "transformers", "peft", "safetensors")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where edited weights come from; plain values all.
+
+    Attributes:
+        base: name or folder of the unedited model, as the run had it.
+        base_fingerprint: see ``base_fingerprint``.
+        base_dtype: that it was loaded in, for ``load_model``; None where it has several.
+        method: base method and SPHERE's strength.
+        num_edits: edits in the weights.
+        num_facts: facts of the whole run.
+        facts: SHA-256 over the whole run's facts in their order (``records_fingerprint``); None where not known.
+        dataset, seed, batch_size: of the run; None where not known.
+        settings: all hyperparameters.
+        run_versions: packages that the run was made with.
+        versions: packages that exported it.
+        results: protocol and metrics before and after, where the run measured these very weights.
+    """
+
+    base: str
+    base_fingerprint: str
+    base_dtype: str | None
+    method: str
+    num_edits: int
+    num_facts: int | None
+    facts: str | None
+    dataset: str | None
+    seed: int | None
+    batch_size: int | None
+    settings: dict[str, Any]
+    run_versions: dict[str, Any]
+    versions: dict[str, Any]
+    results: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Provenance:
+        """From ``to_dict``'s values.
+
+        Raises:
+            KeyError, TypeError: an entry lacks, or is no such thing.
+        """
+        found = cls(**{field.name: values[field.name] for field in fields(cls)})
+        texts = (found.base, found.base_fingerprint, found.method)
+        tables = (found.settings, found.run_versions, found.versions)
+        if not (all(isinstance(text, str) for text in texts) and isinstance(found.num_edits, int)
+                and all(isinstance(table, dict) for table in tables) and isinstance(found.base_dtype, str | None)
+                and isinstance(found.results, dict | None)):
+            raise TypeError("an entry of the provenance is of the wrong type")
+        return found
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """One edited parameter before and after, as the module stores it, on the CPU.
+
+    Attributes:
+        name: of the parameter.
+        transposed: stored as ``(d_in, d_out)`` (GPT-2's ``Conv1D``).
+        before, after: ``(d_out, d_in)``, or the transpose.
+    """
+
+    name: str
+    transposed: bool
+    before: Tensor
+    after: Tensor
+
+
+@dataclass(frozen=True)
+class EditedWeights:
+    """All that editing changed in a model, and where it comes from."""
+
+    changes: tuple[WeightChange, ...]
+    provenance: Provenance
+
+    @torch.no_grad()
+    def put_into(self, model: nn.Module) -> None:
+        """Give a model the edited weights, bit for bit."""
+        for change in self.changes:
+            model.get_parameter(change.name).copy_(change.after)
+
+
+class EditedRun:
+    """A run directory to export from; its data set is not needed.
+
+    Args:
+        path: the run directory.
+        at: edits whose weights are wanted; the last ones kept if None.
+
+    Attributes:
+        hparams: as the run resolved them.
+        num_edits: edits in the weights.
+        dtype: that the run's model was loaded in, for ``load_model``; None where it had several.
+
+    Raises:
+        ValueError: the directory holds no run, or kept no such weights.
+    """
+
+    def __init__(self, path: Path, at: int | None = None) -> None:
+        self._run = RunDirectory(path)
+        if not self._run.has("config.yaml"):
+            raise ValueError(f"{path} holds no run (config.yaml is not there): give the directory of an `edit` run")
+        self._config = self._run.read_config()
+        try:
+            self.hparams = SPHEREHyperParams.from_dict(self._config["hparams"])
+            self._described: dict[str, Any] = dict(self._config["run"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds no run that can be exported: config.yaml lacks {error}") from error
+        kept = saved_weights(self._run.checkpoints)
+        if not kept:
+            raise ValueError(f"{path} kept no weights, so nothing can be exported: run `edit` again with the same "
+                             "settings into a new directory, and leave its folder checkpoints there")
+        if at is not None and at not in kept:
+            raise ValueError(f"{path} kept no weights after {at} edits: kept are {', '.join(map(str, kept))}; "
+                             "`edit --keep-weights-every` keeps more")
+        self.num_edits = kept[-1] if at is None else at
+        dtypes = (self._config.get("model") or {}).get("dtypes") or []
+        self.dtype = str(dtypes[0]).removeprefix("torch.") if len(dtypes) == 1 else None
+
+    def read(self, model: nn.Module) -> EditedWeights:
+        """The run's weights beside those of the unedited model.
+
+        Args:
+            model: the model that the run edited, just loaded; left as it is.
+
+        Raises:
+            ValueError: the weights can't be read, or belong to another model.
+        """
+        editable = self.hparams.editable(model)
+        self._check_base(model)
+        fingerprint = base_fingerprint(model)
+        with restored_after(editable):
+            before = {layer: editable.parameter(layer).detach().to("cpu", copy=True) for layer in editable.layers}
+            put_weights(editable, self._run.checkpoints, self.num_edits)
+            changes = tuple(WeightChange(editable.parameter_name(layer), editable.is_transposed(layer), before[layer],
+                                         editable.parameter(layer).detach().to("cpu", copy=True))
+                            for layer in editable.layers)
+        return EditedWeights(changes, self._provenance(model, fingerprint))
+
+    def _check_base(self, model: nn.Module) -> None:
+        """Refuse another model than the run began with, where a session was kept that knows it."""
+        folder = self._run.checkpoints
+        for num_edits in resumable(folder)[-1:]:
+            if not EditSession.load(session_path(folder, num_edits)).is_original(self.hparams.editable(model)):
+                raise ValueError(f"the run in {self._run.path} began with other weights than those of "
+                                 f"{self.hparams.model_name!r} as it is now, or in another dtype: load the model that "
+                                 "it edited")
+
+    def _provenance(self, model: nn.Module, fingerprint: str) -> Provenance:
+        hparams, run = self.hparams, self._described
+        method = hparams.base_alg
+        if hparams.alpha:
+            method += f" + SPHERE (alpha {hparams.alpha:g}, gamma {hparams.gamma:g})"
+        dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else None
+        return Provenance(
+            base=hparams.model_name, base_fingerprint=fingerprint, base_dtype=dtype, method=method,
+            num_edits=self.num_edits, num_facts=run.get("num_edits"), facts=run.get("records"),
+            dataset=run.get("dataset"), seed=run.get("seed"), batch_size=run.get("batch_size"),
+            settings=hparams.to_dict(), run_versions=dict(self._config.get("versions") or {}),
+            versions=_versions(), results=self._results())
+
+    def _results(self) -> dict[str, Any] | None:
+        if not self._run.has(SUMMARY):
+            return None
+        summary = self._run.read_json(SUMMARY)
+        if summary.get("num_edits") != self.num_edits or summary.get("post") is None:
+            return None  # measured of other weights, or not at all
+        return {name: summary.get(name) for name in ("protocol", "pre", "post")}
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found

@@ -1,0 +1,40 @@
+"""What a model's parameters are, to the bit and under their names, in one number."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """SHA-256 in hex over all parameters: name, dtype, shape and bytes of each, in the order of their names.
+
+    It does not depend on devices or on how files were sharded; it does on the dtype that the model was loaded in. Tied
+    parameters count once, under the first of their names.
+
+    Raises:
+        ValueError: a parameter is not in memory.
+    """
+    return tensors_sha256(model.named_parameters())
+
+
+def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 in hex over named tensors, in the order of their names.
+
+    Each adds its name, dtype and shape as one line of UTF-8, then its elements' bytes, row after row.
+
+    Raises:
+        ValueError: a tensor is on the meta device.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        if tensor.is_meta:
+            raise ValueError(f"{name} is offloaded (on the meta device), so its bits can't be told: load the model "
+                             "wholly into memory")
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

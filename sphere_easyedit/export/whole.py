@@ -1,0 +1,39 @@
+"""The whole edited model with its tokenizer, as transformers saves and loads them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+MAX_SHARD_SIZE: Final = "5GB"
+_SIZE = re.compile(r"[1-9]\d*(KB|MB|GB)")
+
+
+def check_shard_size(max_shard_size: str) -> None:
+    """Refuse what transformers would not understand.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    if _SIZE.fullmatch(max_shard_size) is None:
+        raise ValueError(f"max_shard_size is {max_shard_size!r}: give a whole number of KB, MB or GB, such as 5GB")
+
+
+def write_model(folder: Path, model: nn.Module, tok: PreTrainedTokenizerBase, max_shard_size: str = MAX_SHARD_SIZE
+                ) -> None:
+    """Write a model as it stands, in its dtype, into a folder that is not yet in its place.
+
+    Args:
+        max_shard_size: of each safetensors file, such as ``200MB``; a single tensor above it has one of its own.
+
+    Raises:
+        ValueError: ``max_shard_size`` is no size.
+    """
+    check_shard_size(max_shard_size)
+    saved: Any = model
+    saved.save_pretrained(folder, max_shard_size=max_shard_size)
+    tok.save_pretrained(folder)
