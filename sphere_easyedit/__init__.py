@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .callbacks import EditCallback, EditEvent, HETracker
+    from .callbacks import EditCallback, EditEvent, HETracker, StopEditing
     from .easyedit import register, track, unregister
     from .editing.session import EditSession
     from .hparams import SPHEREHyperParams
@@ -22,6 +22,7 @@ __all__ = [
     "HETracker",
     "PrincipalSpace",
     "SPHEREHyperParams",
+    "StopEditing",
     "apply_sphere_to_model",
     "hyperspherical_energy",
     "register",
@@ -33,6 +34,7 @@ __all__ = [
 _HOMES = MappingProxyType({
     "EditCallback": ".callbacks", "EditEvent": ".callbacks", "EditSession": ".editing.session",
     "HETracker": ".callbacks", "PrincipalSpace": ".projection", "SPHEREHyperParams": ".hparams",
+    "StopEditing": ".callbacks",
     "apply_sphere_to_model": ".wrapper", "hyperspherical_energy": ".hyperspherical", "register": ".easyedit",
     "track": ".easyedit", "unregister": ".easyedit",
 })

@@ -32,6 +32,7 @@ class EditEvent:
         case_ids: of the batch's edits.
         losses: last loss of each target value (nats); empty before the batch and where the executor tells none.
         update_norms: Frobenius norm of each layer's change by this batch; empty before it.
+        strength: share of the batch's change that callbacks let stand (see ``EditCallback.review``).
         seconds: wall time of the batch by part; empty before it.
         grams: ``W W^T`` ``(d_out, d_out)`` of edited weights as they stand, by layer, float32 or float64; not to be
             changed. Only of layers where one is carried from batch to batch, and computed when looked up: to be read
@@ -47,6 +48,11 @@ class EditEvent:
     update_norms: Mapping[int, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     grams: Mapping[int, Tensor] = field(default_factory=dict)
+    strength: float = 1.0
+
+
+class StopEditing(Exception):
+    """Raised by a callback: this batch is undone like after any exception, and a sequential run ends in good order."""
 
 
 class EditCallback:
@@ -54,6 +60,15 @@ class EditCallback:
 
     def on_batch_start(self, event: EditEvent) -> None:
         """Called before a batch changes anything."""
+
+    def review(self, event: EditEvent) -> float:
+        """Called with the batch's weights in place, before any ``on_batch_end``: how much of the change may stand.
+
+        Returns:
+            1 lets it stand. A share above 0 and below 1 scales the change of all layers by it, and the hook is called
+            again with what is left. To undo the batch, raise (``StopEditing`` to end the run in good order).
+        """
+        return 1.0
 
     def on_batch_end(self, event: EditEvent) -> None:
         """Called with the batch's weights in place."""

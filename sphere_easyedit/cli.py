@@ -21,6 +21,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
+from .signals import Interrupted, interrupts_raised
+
 if TYPE_CHECKING:
     from .doctor import Report
     from .evaluation.case_study import CaseStudy
@@ -40,6 +42,13 @@ class Dataset(str, Enum):
     zsre = "zsre"
     facts = "facts"
     demo = "demo"
+
+
+class OnError(str, Enum):
+    """What becomes of a batch with edits that can't be made."""
+
+    stop = "stop"
+    skip = "skip"
 
 
 class Metrics(str, Enum):
@@ -81,6 +90,8 @@ def edit(
     keep_weights_every: Annotated[int | None, typer.Option(min=1, help="Keep the edited weights for good after every "
                                                            "so many edits.")] = None,
     follow: Annotated[Path | None, typer.Option(help="PRUNE only: a run of MEMIT whose weights it restrains.")] = None,
+    on_error: Annotated[OnError, typer.Option(help="Edits that can't be made: end the run and name them, or leave them "
+                                              "out and list them in summary.json.")] = OnError.stop,
     protocol: Annotated[list[Metrics], typer.Option(help="How metrics are computed; repeatable, the first is the "
                                                     "summary's.")] = [Metrics.paper],  # noqa: B006
     eval_before: Annotated[bool, typer.Option(help="Measure all facts in the unedited model.")] = True,
@@ -148,7 +159,7 @@ def edit(
                  "dataset": dataset.value, "data": None if data is None else str(data), "seed": seed,
                  "order_seed": order_seed, "skip": skip}
     settings = RunSettings(output, batch_size, examples, described, measure, resume, checkpoint_every,
-                           keep_checkpoints, keep_weights_every, follow)
+                           keep_checkpoints, keep_weights_every, follow, on_error.value)
     with ExitStack() as stack:
         watching = [stack.enter_context(trackers).update]
         if live_report is not None:
@@ -158,6 +169,11 @@ def edit(
         result = run_sequential(model, tok, records, settings_of_model, settings, progress=_telling(watching))
     if result.summary["post"] is not None:
         console.print(_summary_table(result.summary, settings_of_model.base_alg, settings_of_model.alpha))
+    for skipped in result.summary.get("skipped", ()):
+        console.print(Text(f"Left out: case_id {skipped['case_id']} ({skipped['error']})"), soft_wrap=True)
+    if result.summary.get("stopped"):
+        console.print(Text(f"Stopped after {result.summary['num_edits']} edits: {result.summary['stopped']}"),
+                      soft_wrap=True)
     last = result.tracker.records[-1]
     drift = ", ".join(f"{layer}: {change:+.2e}" for layer, change in last.relative_change.items())
     console.print(f"Hyperspherical energy, relative change by layer: {drift}", highlight=False, soft_wrap=True)
@@ -561,9 +577,15 @@ def _escaped(text: str) -> str:
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's ends with one clear line and exit status 2."""
+    """Run the command line; a mistake of the user's ends with one clear line and exit status 2, a signal with 128+n."""
+    errors = Console(stderr=True)
     try:
-        app()
+        with interrupts_raised():
+            app()
+    except Interrupted as interrupted:
+        errors.print(f"ended by {interrupted.name}; a batch under way was undone. `edit --resume` goes on with a run.",
+                     style="yellow", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(interrupted.exit_status)
     except (ValueError, FileNotFoundError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

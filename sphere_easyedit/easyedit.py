@@ -34,6 +34,7 @@ from .hparams import PLAIN_ALGS, SPHEREHyperParams
 from .hparams_files import find_hparams, read_mapping
 from .loading import load_model, model_source, resolve_device
 from .models import module_names, num_blocks
+from .reviewing import change_norms, partway, reviewed
 from .wrapped import WrappedExecutor, hparams_class
 from .wrapper import apply_sphere_to_model
 
@@ -265,7 +266,8 @@ def track(editor: Any, callbacks: Sequence[EditCallback]) -> Iterator[None]:
     """Have callbacks told of every batch that an EasyEdit editor edits inside the context, by whatever algorithm.
 
     With SPHERE the callbacks learn losses and times by part; for any other algorithm they see the weights
-    (down-projections of the layers that its hyperparameters name, else of all blocks), their change and the time.
+    (down-projections of the layers that its hyperparameters name, else of all blocks), their change and the time, and a
+    review scales the change of these weights alone.
     Batches are numbered through the whole context, restored in between or not.
 
     Args:
@@ -301,6 +303,10 @@ class _Numbered(EditCallback):
         for callback in self.callbacks:
             callback.on_batch_start(event)
 
+    def review(self, event: EditEvent) -> float:
+        event = self._numbered(event)
+        return next((share for callback in self.callbacks if (share := callback.review(event)) != 1.0), 1.0)
+
     def on_batch_end(self, event: EditEvent) -> None:
         event = self._numbered(event)
         for callback in self.callbacks:
@@ -327,10 +333,16 @@ def _apply_tracked(original: Callable[..., Any], callbacks: Sequence[_Numbered],
     seconds = {"executor": time.perf_counter() - started}
     edited, originals = result if isinstance(result, tuple) and len(result) == 2 else (model, None)
     weights = _tracked_weights(edited, hparams)
-    norms = {layer: float((weight.float() - before[layer].float()).norm()) for layer, weight in weights.items()}
     event = replace(event, model=_decoder(edited), weights=weights, num_edits=first + len(requests),
-                    num_batches=event.num_batches + 1, update_norms=norms, seconds=seconds)
+                    num_batches=event.num_batches + 1, update_norms=change_norms(weights, before), seconds=seconds)
+
+    @torch.no_grad()
+    def scale_back(share: float) -> None:
+        for layer, weight in weights.items():
+            weight.copy_(partway(before[layer], weight, share))
+
     try:
+        event = reviewed(event, callbacks, before, lambda: weights, scale_back)
         for callback in callbacks:
             callback.on_batch_end(event)
     except BaseException:

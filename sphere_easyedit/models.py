@@ -192,6 +192,10 @@ class EditableModel:
         """The edited weight, detached, as a view of shape ``(d_out, d_in)``: rows are neurons."""
         return self.orient(layer, self.parameter(layer).detach())
 
+    def weights(self) -> dict[int, Tensor]:
+        """All edited weights by layer, as ``weight`` gives them."""
+        return {layer: self.weight(layer) for layer in self.layers}
+
     @torch.no_grad()
     def set_weight(self, layer: int, value: Tensor) -> None:
         """Overwrite the edited weight in place with ``value`` ``(d_out, d_in)`` of any float dtype."""

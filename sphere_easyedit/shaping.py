@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .hparams import SPHEREHyperParams
 from .hyperspherical import energy_from_gram, hyperspherical_energy
 from .models import EditableModel
 from .projection import PrincipalSpace
+from .reviewing import partway
 from .suppression import (
     compensated,
     frobenius_norm,
@@ -125,6 +126,21 @@ class Shaping:
                 change = dense(self._suppressed(layer, change))
             check_finite(layer, change)
             self._editable.set_weight(layer, original + change)
+
+    def scale_back(self, before: Mapping[int, Tensor], share: float) -> None:
+        """Keep a share of the change that this batch made to the weights, and to PRUNE's unrestrained ones.
+
+        Args:
+            before: the edited weights ``(d_out, d_in)`` before the batch, by layer.
+            share: above 0 and at most 1.
+        """
+        for layer, was in before.items():
+            weight = self._editable.weight(layer)
+            self._editable.set_weight(layer, partway(was, weight, share))
+            self._grams.forget(layer)
+        for layer, weight in self.unrestrained.items():
+            was = self._session.unrestrained.get(layer, self._session.original[layer])
+            self.unrestrained[layer] = partway(was, weight, share)
 
     def _space(self, layer: int) -> PrincipalSpace:
         """The layer's principal space: of the weight as it stands, or of what does not change from batch to batch."""

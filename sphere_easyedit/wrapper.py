@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .editing.session import EditSession
 from .editing.solvers import KeyHistory
 from .hparams import SPHEREHyperParams
 from .models import EditableModel
+from .reviewing import change_norms, reviewed
 from .shaping import Shaping, check_finite
 from .wrapped import WrappedExecutor
 
@@ -90,7 +92,7 @@ def apply_sphere_to_model(
             session.bind(editable, hparams)
             parsed = parse_requests(requests, first_id=session.num_edits)
         seconds = {"preparation": time.perf_counter() - started}
-        weights = {layer: editable.weight(layer) for layer in editable.layers}
+        weights = editable.weights()
         carried = editable.layers if carries_grams(hparams, executor is None) else []
         grams = GramMatrices(editable, session.grams, carried)
         event = EditEvent(model, weights, session.num_edits, session.num_batches,
@@ -109,11 +111,11 @@ def apply_sphere_to_model(
                 if progress is not None:
                     progress(len(parsed))
             # Looked up anew: an executor may have put other tensors in the parameters' place.
-            weights = {layer: editable.weight(layer) for layer in editable.layers}
-            norms = {layer: float((weight.double() - before[layer].double()).norm())
-                     for layer, weight in weights.items()}
+            weights = editable.weights()
             event = replace(event, weights=weights, num_edits=session.num_edits + len(parsed),
-                            num_batches=session.num_batches + 1, losses=losses, update_norms=norms, seconds=seconds)
+                            num_batches=session.num_batches + 1, losses=losses,
+                            update_norms=change_norms(weights, before), seconds=seconds)
+            event = reviewed(event, callbacks, before, editable.weights, partial(shaping.scale_back, before))
             for callback in callbacks:
                 callback.on_batch_end(event)
             session.commit(editable, len(parsed), history, shaping.unrestrained, grams.carried)

@@ -139,6 +139,10 @@ class GramMatrices(Mapping[int, Tensor]):
         if advanced is not None:
             self.carried[layer] = advanced
 
+    def forget(self, layer: int) -> None:
+        """Drop a layer's G, whose weight was changed by other means than an update."""
+        self.carried.pop(layer, None)
+
 
 def _product(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``W W^T`` in this dtype: the blocks on and above the diagonal, mirrored."""

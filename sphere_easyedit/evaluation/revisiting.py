@@ -18,7 +18,7 @@ from .checkpoints import put_weights, saved_weights
 from .datasets import EditRecord, load_records, records_fingerprint, with_protocol_targets
 from .measuring import Measurer, MeasureSettings, Progress, point_at, when_after
 from .neurons import NeuronRecord, NeuronWatch
-from .run_directory import METRICS, NEURONS, SPACES, RunDirectory
+from .run_directory import METRICS, NEURONS, SKIPPED, SPACES, SUMMARY, RunDirectory
 from .spaces import SpaceTracker, covers, read_spaces_csv
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class EditedRun:
 
     Attributes:
         hparams: as the run resolved them.
-        records: its facts, in the order of editing.
+        records: its facts, in the order of editing, but for those that it left out.
 
     Raises:
         ValueError: the directory holds no run, or its data set has changed since.
@@ -43,14 +43,19 @@ class EditedRun:
         config = self.directory.read_config()
         try:
             self.hparams = SPHEREHyperParams.from_dict(config["hparams"])
-            self.records = _records(config["run"])
+            records = _records(config["run"])
             fingerprint = config["run"]["records"]
             self._seed = int(config["run"].get("measure", {}).get("seed", 0))
         except KeyError as error:
             raise ValueError(f"{path} holds no run that can be measured again: config.yaml lacks {error}") from error
-        if records_fingerprint(self.records) != fingerprint:
+        if records_fingerprint(records) != fingerprint:
             raise ValueError(f"the facts of {path} are not in its data set any more: {config['run']['data']} has "
                              "changed since")
+        # Refused before editing or left out at it; the summary has both, but only once the run has ended.
+        skipped = {line["case_id"] for line in self.directory.lines(SKIPPED)}
+        if self.directory.has(SUMMARY):
+            skipped |= {one["case_id"] for one in self.directory.read_json(SUMMARY).get("skipped", ())}
+        self.records = [record for record in records if record.case_id not in skipped]
 
     def measure(self, model: nn.Module, tok: PreTrainedTokenizerBase, at: Sequence[int], settings: MeasureSettings,
                 progress: Progress | None = None) -> list[dict[str, Any]]:
@@ -118,8 +123,7 @@ class EditedRun:
                     editable.set_weight(layer, weight)
 
         def event(num_edits: int) -> EditEvent:
-            weights = {layer: editable.weight(layer) for layer in editable.layers}
-            return EditEvent(model, weights, num_edits, 0, ())
+            return EditEvent(model, editable.weights(), num_edits, 0, ())
 
         with self.directory.locked():
             spaces = self.directory.path / SPACES

@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..callbacks import EditCallback, EditEvent, HETracker, read_energy_csv
+from ..callbacks import EditCallback, EditEvent, HETracker, StopEditing, read_energy_csv
 from ..editing.session import EditSession
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel
@@ -32,12 +32,14 @@ from ..wrapper import Executor, apply_sphere_to_model, prepare
 from .checkpoints import resumable, resume_from, save_checkpoint, save_weights, thin_out
 from .conflicts import find_conflicts
 from .datasets import EditRecord, records_fingerprint
+from .faults import OnError, Skipped, Skips, edit_around_faults, one_line
 from .following import FollowedWeights
 from .generation import generate_continuations
 from .measuring import (
     METRIC_NAMES,
     Measurer,
     MeasureSettings,
+    Point,
     Progress,
     abilities_are_due,
     passed,
@@ -56,6 +58,7 @@ from .run_directory import (
     EXAMPLES,
     METRICS,
     NEURONS,
+    SKIPPED,
     SPACES,
     SUMMARY,
     RunDirectory,
@@ -84,6 +87,8 @@ class RunSettings:
             last. They are what ``evaluate --at`` and exports start from.
         follows: directory of a finished run of MEMIT with the same facts and batches, all of whose weights were kept:
             PRUNE restrains that run's weights in place of editing anew. It edits as MEMIT does.
+        on_error: ``skip`` leaves out edits that can't be made, and lists them in ``summary.json``; ``stop`` ends the
+            run, naming them. Either looks for them by bisection.
     """
 
     output: Path
@@ -96,6 +101,7 @@ class RunSettings:
     keep_checkpoints: int = 1
     keep_weights_every: int | None = None
     follows: Path | None = None
+    on_error: OnError = "stop"
 
     def __post_init__(self) -> None:
         for name, value, least in (("batch_size", self.batch_size, 1), ("checkpoint_every", self.checkpoint_every, 1),
@@ -103,6 +109,11 @@ class RunSettings:
                                    ("keep_weights_every", self.keep_weights_every or 1, 1)):
             if value < least:
                 raise ValueError(f"{name} is {value}; give at least {least}")
+        if self.on_error not in get_args(OnError):
+            raise ValueError(f"on_error is {self.on_error!r}: give stop or skip")
+        if self.on_error == "skip" and self.follows is not None:
+            raise ValueError("on_error is 'skip', but the run follows another, which has edited all of its facts: "
+                             "leave one out")
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,9 @@ def run_sequential(
 
     Raises:
         ValueError: the directory holds files (and ``resume`` was not asked for) or another run than this one, there is
-            nothing to edit, or a batch fails; all batches up to the last checkpoint are then in the run directory.
+            nothing to edit, or a batch fails (see ``RunSettings.on_error``); all batches up to the last checkpoint are
+            then in the run directory. ``StopEditing`` of a callback is no failure: the run ends there and is summed
+            up, on the facts edited so far.
     """
     if not records:
         raise ValueError("there are no records to edit")
@@ -151,7 +164,7 @@ def run_sequential(
         raise ValueError(f"the model holds {session.num_edits} edits already: start a run from a model just loaded")
     # All that can be refused is refused, and what takes long is collected, before anything is measured or changed.
     started = time.perf_counter()
-    prepare(editable, tok, [record.request() for record in records], hparams, session, settings.batch_size)
+    refused = _prepare(editable, tok, records, hparams, session, settings)
     report = progress or (lambda what, done, total: None)
     measurer = Measurer(editable, tok, records, settings.measure, run, report)
     preparation_seconds = time.perf_counter() - started
@@ -166,7 +179,7 @@ def run_sequential(
         if run.has(SUMMARY):
             logger.info("%s is finished: nothing is left to do", settings.output)
             return _finished(run, [record.edit_prompt for record in records[: settings.examples]])
-    work = _Run(editable, tok, records, hparams, settings, run, measurer, callbacks, report)
+    work = _Run(editable, tok, records, hparams, settings, run, measurer, callbacks, report, refused)
     with run.locked():
         if goes_on:
             _go_back_to_checkpoint(run, editable, same_versions)
@@ -176,6 +189,29 @@ def run_sequential(
                 logger.warning("%s", conflicts.summary())
                 run.write_json("conflicts.json", conflicts.to_dict())
         return work.complete(preparation_seconds)
+
+
+def _prepare(editable: EditableModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord],
+             hparams: SPHEREHyperParams, session: EditSession, settings: RunSettings) -> list[Skipped]:
+    """Prepare the session, and find what can't be edited because of what it says: refused, or left out."""
+    def check(some: Sequence[EditRecord]) -> None:
+        prepare(editable, tok, [record.request() for record in some], hparams, session, settings.batch_size)
+
+    try:
+        check(records)
+        return []
+    except ValueError:
+        if settings.on_error == "stop":
+            raise
+        refused = []
+        for place, record in enumerate(records):
+            try:
+                check([record])
+            except ValueError as error:
+                refused.append(Skipped(place, record.case_id, 0, one_line(error)))
+        if len(refused) == len(records):
+            raise
+        return refused
 
 
 def _go_back_to_checkpoint(run: RunDirectory, editable: EditableModel, same_versions: bool) -> None:
@@ -188,6 +224,7 @@ def _go_back_to_checkpoint(run: RunDirectory, editable: EditableModel, same_vers
     if numbers:
         resume_from(editable, run.checkpoints, num_edits)
     run.keep_until(EDITS, num_edits)
+    run.keep_until(SKIPPED, num_edits - 1)  # with as many edits in the model, the batch after it was tried
     run.keep_whole_lines(METRICS)
     if not same_versions:
         run.keep_until(METRICS, num_edits)
@@ -203,50 +240,90 @@ class _Run:
 
     def __init__(self, editable: EditableModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord],
                  hparams: SPHEREHyperParams, settings: RunSettings, run: RunDirectory, measurer: Measurer,
-                 callbacks: Sequence[EditCallback], report: Progress) -> None:
+                 callbacks: Sequence[EditCallback], report: Progress, refused: Sequence[Skipped]) -> None:
         self._editable, self._tok, self._records, self._hparams = editable, tok, records, hparams
         self._settings, self._run, self._measurer, self._report = settings, run, measurer, report
         self._tracker = HETracker(run.path / ENERGY)
         spaces = SpaceTracker(run.path / SPACES, hparams.gamma, hparams.principal_space == "pretrained")
-        self._callbacks = [*callbacks, self._tracker, _BatchLog(run, self._tracker, spaces, self._efficacy, records)]
+        self._batch: Sequence[EditRecord] = ()
+        self._callbacks = [*callbacks, self._tracker,
+                           _BatchLog(run, self._tracker, spaces, lambda: self._efficacy(self._batch))]
         self._examples = [record.edit_prompt for record in records[: settings.examples]]
         total = len(records)
         self._sizes = [min(settings.batch_size, total - first) for first in range(0, total, settings.batch_size)]
         self._checkpoints = _checkpoints(self._sizes, settings.checkpoint_every)
-        ends = list(itertools.accumulate(self._sizes))
-        self._kept_for_good = {end for end, size in zip(ends, self._sizes, strict=True)
+        self._ends = list(itertools.accumulate(self._sizes))
+        self._kept_for_good = {end for end, size in zip(self._ends, self._sizes, strict=True)
                                if end == total or passed(end, size, settings.keep_weights_every)}
+        self._refused = {one.place for one in refused}
+        self._skips = Skips(refused)
+        self._stopped: str | None = None
         self._executor: Executor | None = None
         if settings.follows is not None:
-            self._executor = FollowedWeights(settings.follows, editable, hparams, ends)
+            self._executor = FollowedWeights(settings.follows, editable, hparams, self._ends)
         # The model is the unedited one still: no checkpoint has been put in.
-        self._neurons = NeuronWatch(self._weights(), hparams.gamma, settings.measure.seed)
+        self._neurons = NeuronWatch(editable.weights(), hparams.gamma, settings.measure.seed)
 
     def complete(self, preparation_seconds: float) -> RunResult:
         """Do what is left, and sum up."""
         session, total = EditSession.of(self._editable.model), len(self._records)
-        measure = self._settings.measure
         if session.num_edits == 0 and not self._run.has(EXAMPLES):
             self._run.write_json(EXAMPLES, {"before": self._continuations()})
-        done = 0
+        self._skips.add(Skipped(**line) for line in self._run.lines(SKIPPED))
+        begun = self._skips.tried(session.num_edits, self._ends)
+        tried = 0
         for size in (0, *self._sizes):  # the model as it was loaded comes before the first batch
-            done += size
-            if done < session.num_edits:  # measured before the checkpoint that the run goes on from
+            if tried + size < begun:  # measured before the checkpoint that the run goes on from
+                tried += size
                 continue
-            if done > session.num_edits:
-                self._edit(done - size, size)
-                self._keep(session)
-            points = points_after(done, size, total, measure)
-            for point in points:
-                self._measurer.measure(point)
-            if done == total or any(point.when == "during" for point in points):
-                self._neurons.write(self._run.path / NEURONS, self._weights(), done)
-            if abilities_are_due(done, size, total, measure.abilities):
-                self._measurer.measure_abilities(when_after(done, total), done)
-        return self._sum_up(preparation_seconds)
+            if tried + size > begun:
+                try:
+                    self._edit(tried, size)
+                except StopEditing as stop:
+                    self._stopped = str(stop)
+                    logger.warning("stopped after %d edits: %s", session.num_edits, stop)
+                    break
+                self._keep(session, tried + size)
+            tried += size
+            self._measure(tried, size, total)
+        if self._stopped is not None:
+            self._end_early(tried)
+        return self._sum_up(preparation_seconds, tried)
 
-    def _weights(self) -> dict[int, Tensor]:
-        return {layer: self._editable.weight(layer) for layer in self._editable.layers}
+    def _measure(self, tried: int, size: int, total: int) -> None:
+        """Measure what is due after a batch of so many facts, ``tried`` of ``total`` in all."""
+        measure = self._settings.measure
+        points = points_after(tried, size, total, measure)
+        for point in points:
+            self._measurer.measure(self._of_the_edited(point, tried))
+        if tried == total or any(point.when == "during" for point in points):
+            self._neurons.write(self._run.path / NEURONS, self._editable.weights(), self._skips.edited(tried))
+        if abilities_are_due(tried, size, total, measure.abilities):
+            self._measurer.measure_abilities(when_after(tried, total), self._skips.edited(tried))
+
+    def _end_early(self, tried: int) -> None:
+        """Keep the weights that a callback stopped at, and measure as after the last batch."""
+        num_edits, measure = self._skips.edited(tried), self._settings.measure
+        if num_edits == 0:
+            raise ValueError(f"the run was stopped before any edit was in the model: {self._stopped}")
+        save_weights(self._editable, self._run.checkpoints, num_edits)
+        if measure.after:
+            self._measurer.measure(self._last_point(tried))
+        self._neurons.write(self._run.path / NEURONS, self._editable.weights(), num_edits)
+        if measure.abilities.tasks:
+            self._measurer.measure_abilities("after", num_edits)
+
+    def _last_point(self, tried: int) -> Point:
+        """The measurement after the last batch: on those of the facts measured before that are in the model."""
+        total = len(self._records)
+        return self._of_the_edited(point_at(total, total, self._settings.measure), tried)
+
+    def _of_the_edited(self, point: Point, tried: int) -> Point:
+        """A point on those of its facts that are in the model, once so many have been tried; before, all but refused."""
+        if point.when == "before":
+            return replace(point, cases=tuple(case for case in point.cases if case not in self._refused))
+        return Point(point.when, self._skips.edited(tried),
+                     tuple(case for case in point.cases if case < tried and case not in self._skips))
 
     def _efficacy(self, batch: Sequence[EditRecord]) -> float | None:
         """Percent of facts that the model says as it stands, by the first protocol and the edit prompts alone."""
@@ -261,41 +338,70 @@ class _Run:
         return 100.0 * sum(found) / len(found) if found else None
 
     def _edit(self, first: int, size: int) -> None:
+        """Edit the facts from ``first`` on, but for those that were refused; leave out what is at fault, if wanted."""
+        places = [place for place in range(first, first + size) if place not in self._skips]
+        num_edits = EditSession.of(self._editable.model).num_edits
+        faults = edit_around_faults([_Place(place, self._records[place].case_id) for place in places],
+                                    lambda some: self._edit_batch(some, first), self._failure, self._settings.on_error)
+        skipped = [Skipped(place.number, place.case_id, num_edits, one_line(error)) for place, error in faults]
+        for one in skipped:
+            logger.warning("case_id %s was left out: %s", one.case_id, one.error)
+            self._run.append(SKIPPED, one.to_dict())
+        self._skips.add(skipped)
+
+    def _edit_batch(self, places: Sequence[_Place], first: int) -> None:
         done = itertools.count(first + 1)
 
         def advance(count: int) -> None:
             for _ in range(count):
                 self._report("editing", next(done), len(self._records))
 
-        requests = [record.request() for record in self._records[first: first + size]]
-        apply_sphere_to_model(self._editable.model, self._tok, requests, self._hparams, callbacks=self._callbacks,
-                              progress=advance, executor=self._executor)
+        self._batch = [self._records[place.number] for place in places]
+        apply_sphere_to_model(self._editable.model, self._tok, [record.request() for record in self._batch],
+                              self._hparams, callbacks=self._callbacks, progress=advance, executor=self._executor)
 
-    def _keep(self, session: EditSession) -> None:
+    def _failure(self, places: Sequence[_Place]) -> Exception | None:
+        """What these edits alone raise, tried and undone without anybody watching."""
+        requests = [self._records[place.number].request() for place in places]
+        try:
+            apply_sphere_to_model(self._editable.model, self._tok, requests, self._hparams, callbacks=[_Undo()],
+                                  executor=self._executor)
+        except _Undone:
+            return None
+        except Exception as error:  # whatever it is, it is their fault
+            return error
+        raise AssertionError("_Undo raises after every batch")
+
+    def _keep(self, session: EditSession, tried: int) -> None:
         """Write what is to be kept of the model as it stands."""
         folder = self._run.checkpoints
-        if session.num_edits in self._checkpoints:
+        if tried in self._checkpoints:
             session.settle()
             save_checkpoint(self._editable, session, folder)
-            thin_out(folder, self._settings.keep_checkpoints, self._kept_for_good)
-        elif session.num_edits in self._kept_for_good:
+            thin_out(folder, self._settings.keep_checkpoints,
+                     {self._skips.edited(end) for end in self._kept_for_good if end <= tried})
+        elif tried in self._kept_for_good:
             save_weights(self._editable, folder, session.num_edits)
 
     def _continuations(self) -> list[str]:
         return generate_continuations(self._editable.model, self._tok, self._examples)
 
-    def _sum_up(self, preparation_seconds: float) -> RunResult:
-        run, total, measure = self._run, len(self._records), self._settings.measure
+    def _sum_up(self, preparation_seconds: float, tried: int) -> RunResult:
+        run, measure = self._run, self._settings.measure
         lines = run.lines(METRICS)
         before, after = self._continuations_before(), self._continuations()
         generations = list(zip(self._examples, before, after, strict=True))
         if measure.after:
-            self._write_cases(generations)
+            self._write_cases(generations, tried)
         by_protocol = {protocol: {"pre": _summary_line(lines, "before", protocol),
                                   "post": _summary_line(lines, "after", protocol)} for protocol in measure.protocols}
         summary = {
             "protocol": measure.protocols[0],
-            "num_edits": total,
+            "num_edits": self._skips.edited(tried),
+            "num_facts": len(self._records),
+            "skipped": [{"case_id": one.case_id, "error": one.error} for one in self._skips.in_order()
+                        if one.place < tried],
+            "stopped": self._stopped,
             **by_protocol[measure.protocols[0]],
             "protocols": by_protocol,
             "watched": {"pre": _watched(lines, "before"), "post": _watched(lines, "after")},
@@ -313,16 +419,18 @@ class _Run:
         run.write_json(SUMMARY, summary)
         return RunResult(summary, tracker, generations)
 
-    def _write_cases(self, generations: Sequence[tuple[str, str, str]]) -> None:
+    def _write_cases(self, generations: Sequence[tuple[str, str, str]], tried: int) -> None:
         measure, total = self._settings.measure, len(self._records)
-        after = point_at(total, total, measure)
-        post = self._measurer.scores(after)[measure.protocols[0]]
-        pre: Sequence[CaseScores | None] = [None] * len(post)
+        protocol = measure.protocols[0]
+        after = self._last_point(tried)
+        post = self._measurer.scores(after)[protocol]
+        before: dict[int, CaseScores] = {}
         if measure.before:
-            pre = self._measurer.scores(point_at(0, total, measure))[measure.protocols[0]]
+            point = self._of_the_edited(point_at(0, total, measure), 0)
+            before = dict(zip(point.cases, self._measurer.scores(point)[protocol], strict=True))
         lines = []
-        for case, was, is_now in zip(after.cases, pre, post, strict=True):
-            record = self._records[case]
+        for case, is_now in zip(after.cases, post, strict=True):
+            record, was = self._records[case], before.get(case)
             line: dict[str, Any] = {"case_id": record.case_id, "prompt": record.edit_prompt, "subject": record.subject,
                                     "target_new": record.target_new, "target_true": record.target_true,
                                     "pre": None if was is None else _scores(was), "post": _scores(is_now)}
@@ -362,13 +470,11 @@ class _BatchLog(EditCallback):
         run, tracker: where to write, and whose energy.
         spaces: watches the batch.
         efficacy: gives percent of the batch's facts that the model says.
-        records: all facts of the run, in the order of editing.
     """
 
     def __init__(self, run: RunDirectory, tracker: HETracker, spaces: SpaceTracker,
-                 efficacy: Callable[[Sequence[EditRecord]], float | None], records: Sequence[EditRecord]) -> None:
-        self._run, self._tracker, self._spaces = run, tracker, spaces
-        self._efficacy, self._records = efficacy, records
+                 efficacy: Callable[[], float | None]) -> None:
+        self._run, self._tracker, self._spaces, self._efficacy = run, tracker, spaces, efficacy
         self._started = 0.0
 
     def on_batch_start(self, event: EditEvent) -> None:
@@ -378,11 +484,33 @@ class _BatchLog(EditCallback):
     def on_batch_end(self, event: EditEvent) -> None:
         wall_seconds = time.perf_counter() - self._started + event.seconds.get("preparation", 0.0)
         self._spaces.on_batch_end(event)
-        efficacy = self._efficacy(self._records[event.num_edits - len(event.case_ids): event.num_edits])
+        efficacy = self._efficacy()
         self._run.append(EDITS, {
             "num_edits": event.num_edits, "case_ids": list(event.case_ids), "seconds": dict(event.seconds),
             "wall_seconds": wall_seconds, "losses": list(event.losses), "update_norms": dict(event.update_norms),
-            "energy": self._tracker.records[-1].energy, "efficacy": efficacy})
+            "energy": self._tracker.records[-1].energy, "efficacy": efficacy, "strength": event.strength})
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A fact of the run, as errors name it."""
+
+    number: int
+    case_id: int | str
+
+    def __str__(self) -> str:
+        return f"case_id {self.case_id}"
+
+
+class _Undone(Exception):
+    """A batch that was made to be undone."""
+
+
+class _Undo(EditCallback):
+    """Has every batch undone."""
+
+    def on_batch_end(self, event: EditEvent) -> None:
+        raise _Undone
 
 
 def _summary_line(lines: Sequence[Mapping[str, Any]], when: When, protocol: Protocol) -> dict[str, Any] | None:

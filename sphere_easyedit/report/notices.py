@@ -30,7 +30,7 @@ class Notice:
 
 def notices_of(runs: Sequence[ReportRun]) -> list[Notice]:
     """Warnings about all runs, the gravest first."""
-    found = [notice for run in runs for check in (_collapse, _not_finite, _drift, _unfinished) for notice in check(run)]
+    found = [notice for run in runs for check in (_collapse, _not_finite, _drift, _left_out, _unfinished) for notice in check(run)]
     found += _other_protocol(runs)
     return sorted(found, key=lambda notice: ("bad", "warning", "note").index(notice.level))
 
@@ -95,6 +95,19 @@ def _drift(run: ReportRun) -> list[Notice]:
     return [Notice("warning", run.label, f"hyperspherical energy moved more than {_FASTER:g} times as fast as in the "
                                          f"first {_EARLY} batches in {len(faster)} of the {len(later_ones)} after "
                                          f"them, first in the one that ended at {faster[0]:,} edits.")]
+
+
+def _left_out(run: ReportRun) -> list[Notice]:
+    summary = run.run.summary or {}
+    skipped, stopped = summary.get("skipped") or (), summary.get("stopped")
+    notices = []
+    if skipped:
+        notices.append(Notice("note", run.label, f"left out {len(skipped)} facts that can't be edited, the first "
+                                                 f"case_id {skipped[0]['case_id']} ({skipped[0]['error']})."))
+    if stopped:
+        notices.append(Notice("warning", run.label, f"was stopped after {summary['num_edits']:,} of "
+                                                    f"{summary['num_facts']:,} facts: {stopped}"))
+    return notices
 
 
 def _unfinished(run: ReportRun) -> list[Notice]:

@@ -265,8 +265,9 @@ def _is_finished(run: Run, folder: Path) -> bool:
     if summary is None:
         return False
     remedy = f"{folder} holds a finished run of other settings; remove it, or give another folder"
-    if run.num_edits is not None and summary.get("num_edits", run.num_edits) != run.num_edits:
-        raise ValueError(f"run {run.name}: num_edits was {summary['num_edits']} and is {run.num_edits} now: {remedy}")
+    done = summary.get("num_facts", summary.get("num_edits"))  # older runs left no fact out
+    if None not in (run.num_edits, done) and done != run.num_edits:
+        raise ValueError(f"run {run.name}: num_edits was {done} and is {run.num_edits} now: {remedy}")
     config = folder / "config.yaml"
     written = yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else None
     described = written if isinstance(written, dict) else {}

@@ -1,0 +1,148 @@
+"""Edits that can't be made: found by bisection, left out of the run, and written down."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
+
+from ..callbacks import StopEditing
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["stop", "skip"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A fact that was left out.
+
+    Attributes:
+        place: its place in the run's facts, from 0.
+        case_id: its case.
+        num_edits: edits in the model when it was left out.
+        error: why, in one line.
+    """
+
+    place: int
+    case_id: int | str
+    num_edits: int
+    error: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a line of ``skipped.jsonl``."""
+        return asdict(self)
+
+
+class Skips:
+    """What a run left out, and how many edits the model holds once so many of its facts have been tried.
+
+    Args:
+        skipped: in any order.
+    """
+
+    def __init__(self, skipped: Iterable[Skipped] = ()) -> None:
+        self._by_place = {one.place: one for one in skipped}
+
+    def add(self, skipped: Iterable[Skipped]) -> None:
+        """Leave these out, too."""
+        self._by_place |= {one.place: one for one in skipped}
+
+    def __contains__(self, place: int) -> bool:
+        return place in self._by_place
+
+    def edited(self, tried: int) -> int:
+        """Edits in the model once the first so many facts have been tried."""
+        return tried - sum(place < tried for place in self._by_place)
+
+    def tried(self, num_edits: int, ends: Sequence[int]) -> int:
+        """The first end of a batch, or 0, at which the model held so many edits.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for end in (0, *ends):
+            if self.edited(end) == num_edits:
+                return end
+        raise ValueError(f"no batch ended with {num_edits} edits in the model: the checkpoint is of another run, or "
+                         "skipped.jsonl was changed")
+
+    def in_order(self) -> list[Skipped]:
+        """All, by place."""
+        return [self._by_place[place] for place in sorted(self._by_place)]
+
+
+def edit_around_faults(
+    items: Sequence[T], edit: Callable[[Sequence[T]], None], failure: Callable[[Sequence[T]], Exception | None],
+    on_error: OnError,
+) -> list[tuple[T, Exception]]:
+    """Edit a batch, and find by bisection the edits that make it fail.
+
+    Each level of the bisection costs as much again as the batch, at most.
+
+    Args:
+        items: the batch.
+        edit: makes some of the batch's edits, or raises and leaves everything as it was.
+        failure: tries to, leaves everything as it was in any case, and returns what was raised. Only the edits' own
+            faults count here, not those of callbacks.
+        on_error: ``stop`` makes none of the edits where one is at fault, ``skip`` makes the others. Where several fail
+            together but none of them alone (out of memory, say), ``skip`` makes them in two halves.
+
+    Returns:
+        Items at fault, each with its error.
+
+    Raises:
+        Exception: what ``edit`` raised, if no edit is at fault by itself; ``StopEditing`` in any case.
+        ValueError: names the edits at fault with ``stop``; with ``skip``, each of several edits fails by itself, which
+            is no fault of single ones.
+    """
+    if not items:
+        return []
+    try:
+        edit(items)
+        return []
+    except StopEditing:
+        raise
+    except Exception as error:
+        together = failure(items)
+        if together is None:
+            raise
+        at_fault = _at_fault(range(len(items)), together, lambda places: failure([items[place] for place in places]))
+        if on_error == "stop":
+            if not at_fault:
+                raise
+            raise ValueError(f"{len(at_fault)} of {len(items)} edits fail by themselves, and the batch was undone: "
+                             f"{'; '.join(f'{items[place]} ({one_line(why)})' for place, why in at_fault.items())}. "
+                             "on_error skip leaves them out") from error
+        if len(at_fault) == len(items) > 1:
+            raise ValueError(f"each of the {len(items)} edits of this batch fails by itself: {error}") from error
+    faults = [(items[place], why) for place, why in at_fault.items()]
+    rest = [item for place, item in enumerate(items) if place not in at_fault]
+    if faults:
+        return faults + edit_around_faults(rest, edit, failure, on_error)
+    logger.warning("%d edits fail together (%s) but none alone: they are edited in two halves", len(items),
+                   one_line(together))
+    middle = len(rest) // 2
+    return (edit_around_faults(rest[:middle], edit, failure, on_error)
+            + edit_around_faults(rest[middle:], edit, failure, on_error))
+
+
+def _at_fault(places: Sequence[int], error: Exception, failure: Callable[[Sequence[int]], Exception | None]
+              ) -> dict[int, Exception]:
+    """Which of the places, which fail together with ``error``, fail alone."""
+    if len(places) == 1:
+        return {places[0]: error}
+    found: dict[int, Exception] = {}
+    middle = len(places) // 2
+    for half in (places[:middle], places[middle:]):
+        failed = failure(half)
+        if failed is not None:
+            found |= _at_fault(half, failed, failure)
+    return found
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and message of an error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
