@@ -319,7 +319,7 @@ class _Run:
         return self._of_the_edited(point_at(total, total, self._settings.measure), tried)
 
     def _of_the_edited(self, point: Point, tried: int) -> Point:
-        """A point on those of its facts that are in the model, once so many have been tried; before, all but refused."""
+        """A point on those of its facts that are in the model once so many were tried; before, on all but refused."""
         if point.when == "before":
             return replace(point, cases=tuple(case for case in point.cases if case not in self._refused))
         return Point(point.when, self._skips.edited(tried),

@@ -30,7 +30,8 @@ class Notice:
 
 def notices_of(runs: Sequence[ReportRun]) -> list[Notice]:
     """Warnings about all runs, the gravest first."""
-    found = [notice for run in runs for check in (_collapse, _not_finite, _drift, _left_out, _unfinished) for notice in check(run)]
+    checks = (_collapse, _not_finite, _drift, _left_out, _unfinished)
+    found = [notice for run in runs for check in checks for notice in check(run)]
     found += _other_protocol(runs)
     return sorted(found, key=lambda notice: ("bad", "warning", "note").index(notice.level))
 
