@@ -93,7 +93,11 @@ def load_model(model_name: str, device: int | str | None = None, dtype: str | to
         raise ValueError(f"model {model_name!r} can't be loaded: {error}. Give a folder, a hub name that is cached or "
                          f"reachable, or {SMOLLM2!r}") from error
     if device != "auto":
-        model.to(resolve_device(device))
+        place = resolve_device(device)
+        try:
+            model.to(place)
+        except (RuntimeError, AssertionError) as error:  # no such device, or no room on it
+            raise ValueError(f"model {model_name!r} can't be put on device {place}: {error}") from error
     return model.eval(), tok
 
 

@@ -10,6 +10,11 @@ from transformers import PreTrainedTokenizerBase
 _METASPACE = "\u2581"
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: JSON and Python let through halves of surrogate pairs, which tokenizers don't."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _bare_ids(tok: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of each text as it stands, without what the tokenizer puts around it."""
     encoded = tok(texts, add_special_tokens=False)["input_ids"]

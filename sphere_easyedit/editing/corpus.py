@@ -94,7 +94,7 @@ def _texts_of_lines(path: Path, lines: list[str]) -> Iterator[str]:
             continue
         try:
             text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: no JSON object with a 'text' field ({error})") from error
         if isinstance(text, str) and text.strip():
             yield text

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..tokenization import continuation_ids
+from ..tokenization import continuation_ids, is_unicode
 
 _ESSENCE_SUFFIX = " is a"  # the drift prompt "{subject} is a" of ROME, whose next-token distribution is kept
 
@@ -71,12 +71,13 @@ def parse_requests(requests: Sequence[Mapping[str, Any]], first_id: int = 0) -> 
     Raises:
         ValueError: a field is missing or empty, the subject is not in the prompt, or a case_id occurs twice.
     """
+    if not isinstance(requests, Sequence) or not all(isinstance(raw, Mapping) for raw in requests):
+        raise ValueError("requests must be a list of dicts with prompt, subject and target_new, not "
+                         f"{type(requests).__name__}")
     if not requests:
         raise ValueError("no requests given: pass at least one dict with prompt, subject and target_new")
-    if isinstance(requests, Mapping | str) or not all(isinstance(raw, Mapping) for raw in requests):
-        raise ValueError("requests must be a list of dicts with prompt, subject and target_new")
     given = [raw.get("case_id") for raw in requests]
-    odd = [case_id for case_id in given if not isinstance(case_id, int | str | None)]
+    odd = [case_id for case_id in given if isinstance(case_id, bool) or not isinstance(case_id, int | str | None)]
     if odd:
         raise ValueError(f"case_id {odd[0]!r} is neither a number nor a text")
     free = (number for number in itertools.count(first_id) if number not in given)
@@ -99,6 +100,9 @@ def _parse_request(raw: Mapping[str, Any], position: int, case_id: int | str) ->
             value = value.get("str")
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{where}: {field} is {value!r}; a non-empty text is needed")
+        if not is_unicode(value):
+            raise ValueError(f"{where}: {field} is {value!r}, which holds half a surrogate pair and so is no text: "
+                             "write the whole character")
         texts[field] = value
     before, after = _split_at_subject(texts["prompt"], texts["subject"], where)
     target = texts["target_new"]

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from .json_records import RawRecord, build_records, read_text, shown
+from .json_records import RawRecord, build_records, parse_json, read_text, shown
 from .records import EditRecord, EvaluationPrompt
 
 FACTS_FILE: Final = ("a .jsonl (a record a line) or .csv (with a header) file of facts with prompt, subject and "
@@ -70,13 +70,15 @@ def _json_lines(text: str, source: str) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
+            item = parse_json(line)
         except json.JSONDecodeError as error:
             torn = number == len(lines)  # nothing ends the line
             remedy = ("the file ends within the line: finish the line or remove it" if torn else
                       "repair the line; a record takes one line and no more")
             raise ValueError(f"{source}: line {number} is no valid JSON: {error.msg} at column {error.colno}; {remedy}"
                              ) from error
+        except ValueError as error:
+            raise ValueError(f"{source}: line {number} can't be read: {error}") from error
         yield f"line {number}", _without_nulls(item)
 
 
@@ -130,10 +132,10 @@ def _cell(name: str, cell: str, label: str) -> Any:
         return cell
     if cell.startswith("["):
         try:
-            return json.loads(cell)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{label}, field {name!r}: found {shown(cell)}, expected a JSON list ({error.msg} at "
-                             f"character {error.colno}) or texts with | between them") from error
+            return parse_json(cell)
+        except ValueError as error:
+            raise ValueError(f"{label}, field {name!r}: found {shown(cell)}, expected a JSON list ({error}) or texts "
+                             "with | between them") from error
     items = [item.strip() for item in cell.split("|") if item.strip()]
     return [_neighbour_item(item) for item in items] if name == "neighbours" else items
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from ..tokenization import is_unicode
 from .records import SLOT, EditRecord, MissingDatasetError
 
 logger = logging.getLogger(__name__)
@@ -77,15 +78,21 @@ class RawRecord:
 
     def text(self, field: str, expected: str = "a string that is not blank") -> str:
         found: str = self.value(field, str, expected)
+        self._check_text(field, found, expected)
+        return found
+
+    def _check_text(self, field: str, found: str, expected: str) -> None:
         if not found.strip():
             self.refuse(field, shown(found), expected)
-        return found
+        if not is_unicode(found):
+            self.refuse(field, shown(found), "text with whole characters, not half a surrogate pair")
 
     def texts(self, field: str) -> tuple[str, ...]:
         found: list[Any] = self.value(field, list, "a list of strings that are not blank")
         for position, item in enumerate(found):
-            if not isinstance(item, str) or not item.strip():
+            if not isinstance(item, str):
                 self.refuse(f"{field}[{position}]", shown(item), "a string that is not blank")
+            self._check_text(f"{field}[{position}]", item, "a string that is not blank")
         return tuple(found)
 
     def case_id(self) -> int:
@@ -125,6 +132,18 @@ class RawRecord:
     def template_or_around(self, field: str, subject: str) -> str:
         """A prompt of either kind; a ``{}`` in it wins over a subject that may stand there too."""
         return self.template(field) if SLOT in self.text(field) else self.template_around(field, subject)
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none (``json.JSONDecodeError``), is nested too deep, or holds a number too long.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its lists and objects are nested too deep") from error
 
 
 def existing(path: Path, wanted: str) -> Path:
@@ -169,7 +188,7 @@ def read_list(path: Path, wanted: str) -> list[Any]:
     """
     text = read_text(path, wanted)
     try:
-        raw = json.loads(text)
+        raw = parse_json(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno} (character {error.pos} of {len(text)})"
         if not text.strip():
@@ -181,6 +200,8 @@ def read_list(path: Path, wanted: str) -> list[Any]:
         else:
             remedy = "repair it there or get it again"
         raise ValueError(f"{path} is no valid JSON: {error.msg} at {where}; {remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
     if not isinstance(raw, list):
         raise ValueError(f"{path}: found {shown(raw)} at the top, expected a list of records")
     if not raw:

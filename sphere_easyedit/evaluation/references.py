@@ -14,7 +14,6 @@ Consistency is the cosine of TF-IDF vectors. Where reference texts and vocabular
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from .datasets import EditRecord
+from .json_records import parse_json
 from .perplexity import held_out_texts
 
 _SNIPPETS, _VOCABULARY, _WEIGHTS, _FACTS = "attribute_snippets.json", "tfidf_vocab.json", "idf.npy", "counterfact.json"
@@ -140,7 +140,7 @@ def _published(vocabulary: Path, weights: Path) -> Any:
     words: Any = _json(vocabulary, "the vocabulary's words and their numbers", dict)
     try:
         idf = np.load(weights, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # NumPy's headers fail in more ways than can be listed
         raise ValueError(f"{weights} is no array that NumPy loads without pickle ({error})") from error
     if idf.shape != (len(words),) or sorted(words.values()) != list(range(len(words))) or not np.isfinite(idf).all():
         raise ValueError(f"{weights} has the shape {idf.shape} and {vocabulary} has {len(words)} words: give the two "
@@ -162,8 +162,8 @@ def _json(path: Path, what: str, kind: type = list) -> Any:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; it should hold {what}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path} is no valid JSON ({error})") from error
     if not isinstance(found, kind):
         raise ValueError(f"{path} holds a {type(found).__name__} where a {kind.__name__} is needed")
