@@ -60,7 +60,7 @@ def export(
     import torch
 
     from .export.deltas import TOLERANCE
-    from .export.edited import EditedRun
+    from .export.edited import ExportableRun
     from .export.exports import export_adapter, export_deltas, export_model
     from .export.folders import check_free
     from .export.whole import check_shard_size
@@ -79,7 +79,7 @@ def export(
     check_free(output)
     check_shard_size(max_shard_size)
     _without_bars_of_transformers()
-    edited_run = EditedRun(run, at)
+    edited_run = ExportableRun(run, at)
     # On the CPU, whatever the run was on: bits of weights don't depend on it.
     model, tok = load_model(edited_run.hparams.model_name, "cpu", edited_run.dtype)
     edited = edited_run.read(model)

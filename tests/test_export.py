@@ -27,8 +27,8 @@ from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.measuring import MeasureSettings
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
 from sphere_easyedit.export import (
-    EditedRun,
     EditedWeights,
+    ExportableRun,
     apply_deltas,
     base_fingerprint,
     export_adapter,
@@ -64,11 +64,11 @@ class Made:
         return model.eval()
 
     def edited(self, at: int | None = None) -> EditedWeights:
-        return EditedRun(self.path, at).read(self.load())
+        return ExportableRun(self.path, at).read(self.load())
 
     def reference(self, at: int = 4) -> nn.Module:
         """The edited model as `evaluate` and `show` have it."""
-        model, run = self.load(), EditedRun(self.path)
+        model, run = self.load(), ExportableRun(self.path)
         put_weights(run.hparams.editable(model), self.path / "checkpoints", at)
         return model
 
@@ -128,14 +128,14 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def test_a_run_is_read_without_its_data(made: Made) -> None:
-    run, model = EditedRun(made.path), made.load()
+    run, model = ExportableRun(made.path), made.load()
     before = bits(model)
     edited = run.read(model)
     assert same(bits(model), before)
     assert run.num_edits == 4
     assert run.dtype == "float32"
     assert [change.name for change in edited.changes] == [
-        f"{EditedRun(made.path).hparams.editable(model).parameter_name(layer)}" for layer in (1, 2)]
+        f"{ExportableRun(made.path).hparams.editable(model).parameter_name(layer)}" for layer in (1, 2)]
     reference = made.reference()
     for change in edited.changes:
         assert torch.equal(change.before, before[change.name])
@@ -158,15 +158,15 @@ def test_earlier_weights(llama: Made) -> None:
 
 def test_runs_that_can_t_be_exported(llama: Made, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no weights after 3 edits: kept are 2, 4; .*--keep-weights-every"):
-        EditedRun(llama.path, 3)
+        ExportableRun(llama.path, 3)
     with pytest.raises(ValueError, match="holds no run"):
-        EditedRun(tmp_path)
+        ExportableRun(tmp_path)
     (tmp_path / "config.yaml").write_text((llama.path / "config.yaml").read_text())
     with pytest.raises(ValueError, match="kept no weights.*run `edit` again"):
-        EditedRun(tmp_path)
+        ExportableRun(tmp_path)
     (tmp_path / "config.yaml").write_text("run: {}\n")
     with pytest.raises(ValueError, match="config.yaml"):
-        EditedRun(tmp_path)
+        ExportableRun(tmp_path)
 
 
 def test_another_base_than_the_run_had_is_refused(llama: Made) -> None:
@@ -175,8 +175,18 @@ def test_another_base_than_the_run_had_is_refused(llama: Made) -> None:
         model.get_parameter("model.layers.1.mlp.down_proj.weight")[0, 0] += 1
     before = bits(model)
     with pytest.raises(ValueError, match="began with other weights"):
-        EditedRun(llama.path).read(model)
+        ExportableRun(llama.path).read(model)
     assert same(bits(model), before)
+
+
+def test_a_base_that_can_t_be_checked_is_told(llama: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(llama.path, tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints").glob("session-*"):
+        file.unlink()
+    edited = ExportableRun(tmp_path / "run").read(llama.load())
+    assert "can't be checked" in caplog.text
+    assert all(torch.equal(one.after, other.after)
+               for one, other in zip(edited.changes, llama.edited().changes, strict=True))
 
 
 # --- the whole model ----------------------------------------------------------------------------------------
@@ -245,7 +255,7 @@ def test_low_rank_deltas_are_as_near_as_they_say(given: dict[str, Any], made: Ma
         assert layer.relative_error == pytest.approx(float((difference - product).norm() / difference.norm()), rel=1e-9)
         assert layer.change_norm == pytest.approx(float(difference.norm()), rel=1e-12)
         assert layer.relative_error <= given.get("tolerance", 1.0 if "rank" in given else 1e-4)
-        applied = model.get_parameter(change.name).double() - change.before.double()
+        applied = model.get_parameter(change.name).detach().double() - change.before.double()
         rounding = 2.0**-23 * float(change.after.double().norm())
         assert float((applied - product).norm()) <= rounding
         assert stored[f"left.{layer.name}"].dtype == given.get("dtype", torch.float32)
@@ -523,6 +533,8 @@ def test_the_card_tells_where_it_comes_from(llama: Made, tmp_path: Path) -> None
                  f"{origin.results['post']['efficacy']['mean']:.1f}"):
         assert text in card
     assert "4 of the run's" not in card
+    assert "not with what is stored here" in card
+    assert "not with what is stored here" not in card_text("model", origin)
     assert "Facts edited: 2 of the run's 4" in card_text("deltas", llama.edited(at=2).provenance)
 
 

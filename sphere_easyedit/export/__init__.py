@@ -4,14 +4,14 @@ A lower room's weights in formats that others read; see docs/EXPORT.md.
 """
 
 from .deltas import Deltas, apply_deltas, read_deltas
-from .edited import EditedRun, EditedWeights, Provenance, WeightChange
+from .edited import EditedWeights, ExportableRun, Provenance, WeightChange
 from .exports import export_adapter, export_applied, export_deltas, export_model
 from .fingerprint import base_fingerprint
 
 __all__ = [
     "Deltas",
-    "EditedRun",
     "EditedWeights",
+    "ExportableRun",
     "Provenance",
     "WeightChange",
     "apply_deltas",

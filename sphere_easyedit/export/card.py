@@ -78,7 +78,7 @@ def write_card(folder: Path, kind: Kind, origin: Provenance, layers: Sequence[La
         kind: what it is.
         origin: where the weights come from.
         layers: what was left out, by parameter; none where nothing was.
-        note: a sentence of ours more.
+        note: a sentence of ours more, where the weights are not the run's own.
     """
     (folder / CARD).write_text(card_text(kind, origin, layers, note), encoding="utf-8")
 
@@ -102,6 +102,8 @@ def card_text(kind: Kind, origin: Provenance, layers: Sequence[LayerError] = (),
     ]
     if origin.results is not None:
         lines += _results(origin.results)
+        if note or any(layer.relative_error for layer in layers):
+            lines += ["Measured with the run's own weights, not with what is stored here.", ""]
     if layers:
         lines += ["## What is stored", "",
                   "The relative error is the Frobenius norm of what is missing of a parameter's change, over that of "

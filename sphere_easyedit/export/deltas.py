@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -31,8 +30,6 @@ from .card import LayerError
 from .edited import EditedWeights, Provenance, WeightChange
 from .factors import Spectrum
 from .fingerprint import base_fingerprint, tensors_sha256
-
-logger = logging.getLogger(__name__)
 
 DELTAS: Final = "deltas.safetensors"
 TOLERANCE: Final = 1e-4
@@ -87,8 +84,6 @@ def deltas_of(edited: EditedWeights, *, rank: int | None = None, tolerance: floa
     tensors: dict[str, Tensor] = {}
     for change in edited.changes:
         layer, stored = _stored(change, rank, tolerance, exact, dtype)
-        logger.info("%s: %s of rank %s, relative error %.1e", layer.name, layer.stored, layer.rank,
-                    layer.relative_error)
         layers.append(layer)
         tensors |= {f"{side}.{layer.name}": tensor for side, tensor in stored.items()}
     return Deltas(edited.provenance, tuple(layers), tensors)

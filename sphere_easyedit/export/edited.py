@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
@@ -17,6 +18,8 @@ from ..evaluation.checkpoints import put_weights, resumable, saved_weights, sess
 from ..evaluation.run_directory import SUMMARY, RunDirectory
 from ..hparams import SPHEREHyperParams
 from .fingerprint import base_fingerprint
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("sphere-easyedit", "torch", "transformers", "peft", "safetensors")
 
@@ -106,7 +109,7 @@ class EditedWeights:
             model.get_parameter(change.name).copy_(change.after)
 
 
-class EditedRun:
+class ExportableRun:
     """A run directory to export from; its data set is not needed.
 
     Args:
@@ -166,7 +169,11 @@ class EditedRun:
     def _check_base(self, model: nn.Module) -> None:
         """Refuse another model than the run began with, where a session was kept that knows it."""
         folder = self._run.checkpoints
-        for num_edits in resumable(folder)[-1:]:
+        numbers = resumable(folder)
+        if not numbers:
+            logger.warning("%s kept no session: whether %s is still the model that was edited can't be checked",
+                           self._run.path, self.hparams.model_name)
+        for num_edits in numbers[-1:]:
             if not EditSession.load(session_path(folder, num_edits)).is_original(self.hparams.editable(model)):
                 raise ValueError(f"the run in {self._run.path} began with other weights than those of "
                                  f"{self.hparams.model_name!r} as it is now, or in another dtype: load the model that "

@@ -92,8 +92,7 @@ def export_applied(folder: Path, model: nn.Module, tok: PreTrainedTokenizerBase,
     with new_folder(folder) as temporary:
         apply_deltas(model, deltas)
         write_model(temporary, model, tok, max_shard_size)
-        write_card(temporary, "model", deltas.origin, deltas.layers, note="It was put together from the base model and "
-                   "deltas of its change, with the errors below.")
+        write_card(temporary, "model", deltas.origin, deltas.layers)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,10 +5,13 @@ Shape legend: m, n of the change; r the rank.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Spectrum:
         self._tall = change.shape[0] > change.shape[1]
         self._change = change.T if self._tall else change  # wide from here on
         self.norm = float(change.norm())
+        logger.debug("finding the directions of a change of %d x %d", *change.shape)
         eigenvalues, vectors = torch.linalg.eigh(self._change @ self._change.T)
         self._squares = eigenvalues.flip(0).clamp(min=0.0)  # of the singular values, falling
         self._vectors = vectors.flip(1)
