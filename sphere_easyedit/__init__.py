@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .callbacks import EditCallback, EditEvent, HETracker, StopEditing
+    from .drift_guard import DriftGuard
     from .easyedit import register, track, unregister
     from .editing.session import EditSession
     from .hparams import SPHEREHyperParams
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DriftGuard",
     "EditCallback",
     "EditEvent",
     "EditSession",
@@ -32,6 +34,7 @@ __all__ = [
 
 # Imported when asked for: torch and transformers take seconds, and `sphere-easyedit doctor` must start without them.
 _HOMES = MappingProxyType({
+    "DriftGuard": ".drift_guard",
     "EditCallback": ".callbacks", "EditEvent": ".callbacks", "EditSession": ".editing.session",
     "HETracker": ".callbacks", "PrincipalSpace": ".projection", "SPHEREHyperParams": ".hparams",
     "StopEditing": ".callbacks",

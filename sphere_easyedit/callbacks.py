@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .editing.requests import EditRequest
 from .energy_metrics import MetricCorrelation, correlate, join_energy
 from .files import replacing
 from .hyperspherical import energy_from_gram, hyperspherical_energy
@@ -32,11 +33,12 @@ class EditEvent:
         case_ids: of the batch's edits.
         losses: last loss of each target value (nats); empty before the batch and where the executor tells none.
         update_norms: Frobenius norm of each layer's change by this batch; empty before it.
-        strength: share of the batch's change that callbacks let stand (see ``EditCallback.review``).
         seconds: wall time of the batch by part; empty before it.
         grams: ``W W^T`` ``(d_out, d_out)`` of edited weights as they stand, by layer, float32 or float64; not to be
             changed. Only of layers where one is carried from batch to batch, and computed when looked up: to be read
             within the hook.
+        strength: share of the batch's change that callbacks let stand (see ``EditCallback.review``).
+        requests: the batch's edits; none where an executor of EasyEdit's gets others than ours.
     """
 
     model: nn.Module
@@ -49,6 +51,12 @@ class EditEvent:
     seconds: Mapping[str, float] = field(default_factory=dict)
     grams: Mapping[int, Tensor] = field(default_factory=dict)
     strength: float = 1.0
+    requests: Sequence[EditRequest] = ()
+
+    def energy(self, layer: int) -> float:
+        """Hyperspherical energy (Eq. 5) of a layer's weight as it stands; to be asked within the hook."""
+        weight, gram = self.weights[layer], self.grams.get(layer)
+        return float(hyperspherical_energy(weight) if gram is None else energy_from_gram(gram, weight=weight))
 
 
 class StopEditing(Exception):
@@ -134,7 +142,7 @@ class HETracker(EditCallback):
 
     def _record(self, event: EditEvent) -> None:
         layers = self._tracked(event)
-        energy = {layer: float(_energy(event, layer)) for layer in layers}
+        energy = {layer: event.energy(layer) for layer in layers}
         first = self.records[0].energy if self.records else energy
         change = {layer: energy[layer] / first[layer] - 1.0 if first[layer] else 0.0 for layer in layers}
         self.records.append(EnergyRecord(event.num_edits, energy, change))
@@ -190,11 +198,6 @@ class HETracker(EditCallback):
             ValueError: as ``join``, or no layer was tracked.
         """
         return correlate(self.records, self.every, metrics)
-
-
-def _energy(event: EditEvent, layer: int) -> Tensor:
-    weight, gram = event.weights[layer], event.grams.get(layer)
-    return hyperspherical_energy(weight) if gram is None else energy_from_gram(gram, weight=weight)
 
 
 def read_energy_csv(path: Path) -> list[EnergyRecord]:

@@ -51,6 +51,14 @@ class OnError(str, Enum):
     skip = "skip"
 
 
+class Guard(str, Enum):
+    """What is done about the signs of a coming collapse."""
+
+    warn = "warn"
+    lower_ = "lower"  # `lower` is a method of texts
+    stop = "stop"
+
+
 class Metrics(str, Enum):
     """Protocols of metrics."""
 
@@ -92,6 +100,12 @@ def edit(
     follow: Annotated[Path | None, typer.Option(help="PRUNE only: a run of MEMIT whose weights it restrains.")] = None,
     on_error: Annotated[OnError, typer.Option(help="Edits that can't be made: end the run and name them, or leave them "
                                               "out and list them in summary.json.")] = OnError.stop,
+    guard: Annotated[Guard | None, typer.Option(help="Watch for the signs of a coming collapse and warn, lower the "
+                                                "batch's strength, or end the run before it.")] = None,
+    guard_energy: Annotated[float, typer.Option(help="Times the usual step of hyperspherical energy.")] = 5.0,
+    guard_norm: Annotated[float, typer.Option(help="Times the usual norm of a batch's change.")] = 1.25,
+    guard_early: Annotated[float, typer.Option(help="Share of the early facts' first efficacy.")] = 0.75,
+    guard_facts: Annotated[int, typer.Option(min=1, help="Number of early facts that are watched.")] = 20,
     protocol: Annotated[list[Metrics], typer.Option(help="How metrics are computed; repeatable, the first is the "
                                                     "summary's.")] = [Metrics.paper],  # noqa: B006
     eval_before: Annotated[bool, typer.Option(help="Measure all facts in the unedited model.")] = True,
@@ -129,6 +143,7 @@ def edit(
     console, errors = _set_up(verbose, quiet)
     from .evaluation.datasets import load_records, with_protocol_targets  # torch and transformers take seconds
     from .evaluation.measuring import AbilitySettings, MeasureSettings
+    from .evaluation.run_directory import GUARD
     from .evaluation.sequential import RunSettings, run_sequential
     from .evaluation.text_quality import Decoding
     from .evaluation.trackers import RunTrackers
@@ -160,13 +175,19 @@ def edit(
                  "order_seed": order_seed, "skip": skip}
     settings = RunSettings(output, batch_size, examples, described, measure, resume, checkpoint_every,
                            keep_checkpoints, keep_weights_every, follow, on_error.value)
+    callbacks = []
+    if guard is not None:
+        from .drift_guard import DriftGuard
+
+        callbacks.append(DriftGuard(guard.value, tok, energy=guard_energy, norm=guard_norm, early=guard_early,
+                                    facts=guard_facts, path=output / GUARD))
     with ExitStack() as stack:
         watching = [stack.enter_context(trackers).update]
         if live_report is not None:
             watching.append(live_report.update)
         if not quiet:
             watching.append(stack.enter_context(LiveLine(output, errors, len(records))).update)
-        result = run_sequential(model, tok, records, settings_of_model, settings, progress=_telling(watching))
+        result = run_sequential(model, tok, records, settings_of_model, settings, callbacks, _telling(watching))
     if result.summary["post"] is not None:
         console.print(_summary_table(result.summary, settings_of_model.base_alg, settings_of_model.alpha))
     for skipped in result.summary.get("skipped", ()):

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from .callbacks import EditCallback, EditEvent
+from .editing.requests import parse_requests
 from .editing.session import EditSession
 from .evaluation.datasets import EditRecord
 from .hparams import PLAIN_ALGS, SPHEREHyperParams
@@ -324,7 +325,11 @@ def _apply_tracked(original: Callable[..., Any], callbacks: Sequence[_Numbered],
     weights = _tracked_weights(model, hparams)
     first = callbacks[0].num_edits or 0
     case_ids = [request.get("case_id", first + i) for i, request in enumerate(requests)]
-    event = EditEvent(_decoder(model), weights, first, callbacks[0].num_batches, case_ids)
+    try:
+        parsed = parse_requests(requests, first)
+    except ValueError:  # of an algorithm that edits something else than facts
+        parsed = []
+    event = EditEvent(_decoder(model), weights, first, callbacks[0].num_batches, case_ids, requests=parsed)
     for callback in callbacks:
         callback.on_batch_start(event)
     before = {layer: weight.clone() for layer, weight in weights.items()}

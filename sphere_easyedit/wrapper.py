@@ -96,7 +96,7 @@ def apply_sphere_to_model(
         carried = editable.layers if carries_grams(hparams, executor is None) else []
         grams = GramMatrices(editable, session.grams, carried)
         event = EditEvent(model, weights, session.num_edits, session.num_batches,
-                          [request.case_id for request in parsed], grams=grams)
+                          [request.case_id for request in parsed], grams=grams, requests=parsed)
         for callback in callbacks:
             callback.on_batch_start(event)
 

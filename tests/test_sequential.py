@@ -133,10 +133,10 @@ def test_every_batch_tells_its_efficacy_and_stays_as_it_is(
     assert [batch.efficacy for batch in RunRecords.read(tmp_path / "one").batches] == found
     checksum = json.loads((tmp_path / "one" / "summary.json").read_text())["weights_sha256"]
 
-    def refused(*_: object) -> list[CaseScores]:
+    def refused(*_: object) -> float:
         raise ValueError("the protocol does not fit")
 
-    monkeypatch.setattr(sequential, "evaluate_records", refused)
+    monkeypatch.setattr(sequential, "edit_efficacy", refused)
     unasked = run_sequential(tiny_model("llama"), tok, records, hparams,
                              RunSettings(tmp_path / "two", 2, measure=measure))
     assert [batch.efficacy for batch in RunRecords.read(tmp_path / "two").batches] == [None, None]
@@ -145,11 +145,10 @@ def test_every_batch_tells_its_efficacy_and_stays_as_it_is(
 
 def test_watching_does_not_count_as_editing(tmp_path: Path, tok: PreTrainedTokenizerBase,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(*_: object) -> list[CaseScores]:
+    def slow(*_: object) -> None:
         time.sleep(2)
-        return []
 
-    monkeypatch.setattr(sequential, "evaluate_records", slow)
+    monkeypatch.setattr(sequential, "edit_efficacy", slow)
     started = time.perf_counter()
     result = run_sequential(tiny_model("llama"), tok, load_records("demo", None, 2, 0),
                             tiny_hparams(tmp_path, v_num_grad_steps=1), RunSettings(tmp_path / "run", 2))

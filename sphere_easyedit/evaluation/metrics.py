@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -95,6 +95,19 @@ def evaluate_records(
 ) -> list[CaseScores]:
     """Score every record by one protocol, in the records' order: see :func:`evaluate_protocols`."""
     return evaluate_protocols(model, tok, records, [protocol], None, token_budget, progress)[protocol]
+
+
+def edit_efficacy(model: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord],
+                  protocol: Protocol = "paper") -> float | None:
+    """Percent of facts that the model says, on the edit prompts alone; None where the protocol has none of these facts.
+
+    Raises:
+        ValueError: the protocol does not fit the facts.
+    """
+    asked = [replace(record, paraphrase_prompts=(), neighborhood_prompts=(), generation_prompts=(),
+                     portability_prompts=()) for record in records]
+    found = [score.efficacy for score in evaluate_records(model, tok, asked, protocol) if score.efficacy is not None]
+    return 100.0 * sum(found) / len(found) if found else None
 
 
 def evaluate_protocols(

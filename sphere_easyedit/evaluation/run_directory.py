@@ -19,7 +19,7 @@ When = Literal["before", "during", "last_batch", "after"]
 
 CONFIG, EDITS, METRICS, SUMMARY = "config.yaml", "edits.jsonl", "metrics.jsonl", "summary.json"
 ENERGY, CASES, EXAMPLES = "energy.csv", "cases.jsonl", "examples.json"
-SPACES, NEURONS, SKIPPED = "spaces.csv", "neurons.safetensors", "skipped.jsonl"
+SPACES, NEURONS, SKIPPED, GUARD = "spaces.csv", "neurons.safetensors", "skipped.jsonl", "guard.json"
 _CHUNK = 1 << 16  # bytes
 
 

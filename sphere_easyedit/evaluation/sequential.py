@@ -47,7 +47,7 @@ from .measuring import (
     points_after,
     when_after,
 )
-from .metrics import CaseScores, Protocol, evaluate_records
+from .metrics import CaseScores, Protocol, edit_efficacy
 from .neurons import NeuronWatch
 from .run_config import check_same_run, run_config
 from .run_directory import (
@@ -247,7 +247,7 @@ class _Run:
         spaces = SpaceTracker(run.path / SPACES, hparams.gamma, hparams.principal_space == "pretrained")
         self._batch: Sequence[EditRecord] = ()
         self._callbacks = [*callbacks, self._tracker,
-                           _BatchLog(run, self._tracker, spaces, lambda: self._efficacy(self._batch))]
+                           _BatchLog(run, self._tracker, spaces, self._efficacy)]
         self._examples = [record.edit_prompt for record in records[: settings.examples]]
         total = len(records)
         self._sizes = [min(settings.batch_size, total - first) for first in range(0, total, settings.batch_size)]
@@ -325,17 +325,13 @@ class _Run:
         return Point(point.when, self._skips.edited(tried),
                      tuple(case for case in point.cases if case < tried and case not in self._skips))
 
-    def _efficacy(self, batch: Sequence[EditRecord]) -> float | None:
-        """Percent of facts that the model says as it stands, by the first protocol and the edit prompts alone."""
-        asked = [replace(record, paraphrase_prompts=(), neighborhood_prompts=(), generation_prompts=(),
-                         portability_prompts=()) for record in batch]
+    def _efficacy(self) -> float | None:
+        """Percent of the batch's facts that the model says as it stands, by the first protocol."""
         try:
-            scores = evaluate_records(self._editable.model, self._tok, asked, self._settings.measure.protocols[0])
+            return edit_efficacy(self._editable.model, self._tok, self._batch, self._settings.measure.protocols[0])
         except ValueError as error:  # the protocol does not fit the facts
             logger.debug("no efficacy of this batch: %s", error)
             return None
-        found = [score.efficacy for score in scores if score.efficacy is not None]
-        return 100.0 * sum(found) / len(found) if found else None
 
     def _edit(self, first: int, size: int) -> None:
         """Edit the facts from ``first`` on, but for those that were refused; leave out what is at fault, if wanted."""
