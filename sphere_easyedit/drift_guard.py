@@ -7,7 +7,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Literal, get_args
@@ -35,8 +35,8 @@ class GuardRecord:
         num_edits: edits in the model after it.
         energy_step: relative change of hyperspherical energy (Eq. 5) by the batch, in magnitude, mean over layers.
         update_norm: Frobenius norm of the batch's change, mean over layers.
-        early_efficacy: percent of the early facts that the model says; None during the warm-up, and without a
-            tokenizer.
+        early_efficacy: percent of the early facts that the model says; None before the last batch of the warm-up, and
+            where they are not watched.
         strength: share of the batch's change that stands.
         signs: what was past its threshold with that: ``energy``, ``norm``, ``early``.
     """
@@ -54,7 +54,6 @@ class _State:
     """All that outlives a batch, as it is filed."""
 
     facts: list[dict[str, str]] = field(default_factory=list)
-    early_base: float | None = None
     records: list[GuardRecord] = field(default_factory=list)
 
 
@@ -119,7 +118,7 @@ class DriftGuard(EditCallback):
             self._state = _read(self.path)
         # Later records are of batches that were undone, or of another run; without edits every run begins anew.
         kept = [record for record in self.records if record.num_edits <= event.num_edits]
-        self._state = _State(self._state.facts, self._state.early_base, kept) if kept else _State()
+        self._state = _State(self._state.facts, kept) if kept else _State()
         self._before = {layer: event.energy(layer) for layer in event.weights}
 
     def review(self, event: EditEvent) -> float:
@@ -138,16 +137,15 @@ class DriftGuard(EditCallback):
         if self._seen.signs:
             logger.warning("%s", self._told(self._seen))
         self._gather(event)
+        if len(self.records) + 1 == self.warmup and self._state.facts:
+            self._seen = replace(self._seen, early_efficacy=self._efficacy(event.model))
         self._note(self._seen)
-        if len(self.records) == self.warmup and self.early is not None and self._state.facts:
-            self._state.early_base = self._efficacy(event.model)
-            self._save()
         self._seen = None
 
     def _look(self, event: EditEvent) -> GuardRecord:
         steps = [abs(event.energy(layer) / was - 1.0) if was else 0.0 for layer, was in self._before.items()]
         norms = list(event.update_norms.values())
-        base = self._state.early_base
+        base = self._early_base
         early = self._efficacy(event.model) if base is not None else None
         seen = GuardRecord(event.num_edits, sum(steps) / len(steps), sum(norms) / len(norms), early, event.strength)
         signs = []
@@ -161,7 +159,11 @@ class DriftGuard(EditCallback):
                 signs.append("norm")
             if early is not None and base is not None and self.early is not None and early < self.early * base:
                 signs.append("early")
-        return GuardRecord(**{**asdict(seen), "signs": tuple(signs)})
+        return replace(seen, signs=tuple(signs))
+
+    @property
+    def _early_base(self) -> float | None:
+        return self.records[self.warmup - 1].early_efficacy if len(self.records) >= self.warmup else None
 
     def _efficacy(self, model: nn.Module) -> float:
         assert self._efficacy_of is not None  # or `early` is None
@@ -195,7 +197,7 @@ class DriftGuard(EditCallback):
             "norm": lambda: f"the norm of the change is {seen.update_norm:.3g}, "
                             f"{median(r.update_norm for r in first):.3g} is usual",
             "early": lambda: f"of {len(self._state.facts)} early facts {seen.early_efficacy:.0f}% are left of "
-                             f"{self._state.early_base:.0f}%",
+                             f"{self._early_base:.0f}%",
         }
         return f"batch up to {seen.num_edits} edits: {'; '.join(words[sign]() for sign in seen.signs)}"
 
@@ -215,6 +217,6 @@ def _read(path: Path) -> _State:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         records = [GuardRecord(**{**record, "signs": tuple(record["signs"])}) for record in content["records"]]
-        return _State(list(content["facts"]), content["early_base"], records)
+        return _State(list(content["facts"]), records)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of a DriftGuard ({error}): remove it, or give another path") from error

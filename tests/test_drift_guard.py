@@ -130,7 +130,7 @@ def test_early_facts_are_a_fair_sample_of_the_warm_up_and_compared_with_their_fi
     edited, guard = guarded("stop", early=0.75, facts=7, efficacy_of=efficacy)
     for _ in range(4):
         edited.batch()
-    assert guard.records[2].early_efficacy is None and guard.records[3].early_efficacy == 80.0
+    assert [seen.early_efficacy for seen in guard.records] == [None, None, 80.0, 80.0]
     facts = efficacy.asked[-1]
     assert [sum(f"land {batch} " in fact["subject"] for fact in facts) for batch in range(4)] == [3, 2, 2, 0]
     assert all(fact["prompt"] == "The capital of {} is" and fact["target_new"] == "Rome" for fact in facts)
@@ -155,7 +155,7 @@ def test_a_resumed_run_goes_on_with_the_same_measure(tmp_path: Path) -> None:
     killed = guarded(norm=1.5, early=0.5, facts=5, efficacy_of=Efficacy(), path=tmp_path / "killed.json")[1]
     assert batches(whole, False) == batches(killed, True)
     assert (tmp_path / "whole.json").read_text() == (tmp_path / "killed.json").read_text()
-    assert json.loads((tmp_path / "whole.json").read_text())["early_base"] == 100.0
+    assert len(json.loads((tmp_path / "whole.json").read_text())["facts"]) == 5
 
 
 def test_another_run_begins_with_another_measure(tmp_path: Path) -> None:

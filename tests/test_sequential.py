@@ -19,7 +19,7 @@ from sphere_easyedit.callbacks import read_energy_csv
 from sphere_easyedit.evaluation import sequential
 from sphere_easyedit.evaluation.datasets import EditRecord, load_records
 from sphere_easyedit.evaluation.measuring import MeasureSettings
-from sphere_easyedit.evaluation.metrics import CaseScores, Protocol, evaluate_protocols, evaluate_records, summarise
+from sphere_easyedit.evaluation.metrics import Protocol, evaluate_protocols, evaluate_records, summarise
 from sphere_easyedit.evaluation.neurons import NeuronRecord
 from sphere_easyedit.evaluation.run_records import RunRecords
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential

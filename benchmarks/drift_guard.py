@@ -1,0 +1,127 @@
+"""How early DriftGuard fires, and how often falsely: finished runs told to it again, batch by batch.
+
+    python benchmarks/drift_guard.py $STUDY/runs/* --output docs/results
+
+Runs must have kept their weights after every batch. The guard is given what it would have been given while they ran -
+weights, norms, facts - so its records are a live one's, but for the last digits of energies. Writes ``guard.csv``: a
+line a run, sign and threshold, with the edits at which the sign first passed it, and those by which the run collapsed
+(``evaluation.collapse``); and prints them in sum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sphere_easyedit import DriftGuard, EditEvent
+from sphere_easyedit.drift_guard import GuardRecord
+from sphere_easyedit.editing.requests import parse_requests
+from sphere_easyedit.evaluation.checkpoints import put_weights, saved_weights
+from sphere_easyedit.evaluation.collapse import collapse_of
+from sphere_easyedit.evaluation.revisiting import EditedRun
+from sphere_easyedit.evaluation.run_directory import GUARD
+from sphere_easyedit.evaluation.run_records import RunRecords
+from sphere_easyedit.files import replacing
+from sphere_easyedit.loading import load_model
+
+logger = logging.getLogger(__name__)
+
+THRESHOLDS: Mapping[str, tuple[float, ...]] = {
+    "energy": (1.5, 2.0, 3.0, 5.0), "norm": (1.1, 1.25, 1.5), "early": (0.9, 0.75, 0.6, 0.5)}
+
+
+def watched(folder: Path, facts: int) -> list[GuardRecord]:
+    """What a guard sees of a run, with so many early facts."""
+    run = EditedRun(folder)
+    model, tok = load_model(run.hparams.model_name, run.hparams.device, None)
+    editable = run.hparams.editable(model)
+    guard = DriftGuard("warn", tok, facts=facts, path=folder / GUARD)
+    batches = RunRecords.read(folder).batches
+    ends = [batch.num_edits for batch in batches]
+    kept = saved_weights(run.directory.checkpoints)
+    if kept != ends:
+        raise ValueError(f"{folder} kept weights after {kept} edits, its batches ended after {ends}: it can't be told "
+                         "again")
+    for number, ((since, until), batch) in enumerate(zip(pairwise([0, *ends]), batches, strict=True)):
+        requests = parse_requests([record.request() for record in run.records[since: until]])
+        event = EditEvent(model, editable.weights(), since, number, batch.case_ids, requests=requests)
+        guard.on_batch_start(event)
+        put_weights(editable, run.directory.checkpoints, until)
+        event = replace(event, weights=editable.weights(), num_edits=until, num_batches=number + 1,
+                        update_norms=batch.update_norms)
+        guard.review(event)
+        guard.on_batch_end(event)
+    return guard.records
+
+
+def first_past(records: list[GuardRecord], sign: str, threshold: float, warmup: int = 5) -> int | None:
+    """Edits at which a sign first passed a threshold; None if it never did."""
+    first, later = records[:warmup], records[warmup:]
+    if sign == "early":
+        base = first[-1].early_efficacy
+        return next((seen.num_edits for seen in later if base is not None and seen.early_efficacy is not None
+                     and seen.early_efficacy < threshold * base), None)
+    name = {"energy": "energy_step", "norm": "update_norm"}[sign]
+    usual = median(getattr(seen, name) for seen in first)
+    return next((seen.num_edits for seen in later if getattr(seen, name) > threshold * usual), None)
+
+
+def rows(folders: list[Path], facts: int) -> Iterator[dict[str, Any]]:
+    """A line a run, sign and threshold."""
+    for folder in folders:
+        run = RunRecords.read(folder)
+        collapse = collapse_of(run)
+        records = watched(folder, facts)
+        logger.info("%s: %d batches", folder.name, len(records))
+        for sign, thresholds in THRESHOLDS.items():
+            for threshold in thresholds:
+                yield {"run": folder.name, "sign": sign, "threshold": threshold,
+                       "fired_at": first_past(records, sign, threshold),
+                       "collapsed_at": None if collapse is None else collapse.num_edits,
+                       "last": records[-1].num_edits}
+
+
+def summary(found: list[dict[str, Any]]) -> str:
+    """Per sign and threshold: in how many runs that collapsed it fired before, how early, and how often in others."""
+    lines = ["| sign | threshold | fired before a collapse | edits ahead of it | fired without one |",
+             "| --- | ---: | ---: | ---: | ---: |"]
+    for sign, thresholds in THRESHOLDS.items():
+        for threshold in thresholds:
+            these = [row for row in found if row["sign"] == sign and row["threshold"] == threshold]
+            broken = [row for row in these if row["collapsed_at"] is not None]
+            sound = [row for row in these if row["collapsed_at"] is None]
+            ahead = sorted(int(broke) - int(fired) for row in broken
+                           if (fired := row["fired_at"]) and (broke := row["collapsed_at"]) and fired < broke)
+            early = f"{ahead[0]} to {ahead[-1]}" if ahead else ""
+            falsely = sum(row["fired_at"] is not None for row in sound)
+            lines.append(f"| {sign} | {threshold:g} | {len(ahead)} of {len(broken)} | {early} "
+                         f"| {falsely} of {len(sound)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--facts", type=int, default=20)
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    found = list(rows(given.runs, given.facts))
+    with replacing(given.output / "guard.csv") as path, path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+    sys.stdout.write(summary(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
