@@ -74,7 +74,8 @@ def export(
         raise ValueError(f"{' and '.join(name for name, is_given in given.items() if is_given)} exclude each other: "
                          "give one")
     if kind is ExportKind.lora and rank is None:
-        raise ValueError("--as lora needs --rank: the card then says what a rank leaves out; 16 to 256 are common")
+        raise ValueError("--as lora needs --rank: as many as the run has edits lose "
+                         "nothing, fewer lose what the card then says")
     wanted: torch.dtype | None = None if dtype is None else getattr(torch, dtype.value)
     check_free(output)
     check_shard_size(max_shard_size)
