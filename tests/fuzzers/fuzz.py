@@ -1,0 +1,55 @@
+"""Drives a property of ``tests/test_fuzz.py`` by coverage of the package, with atheris (libFuzzer).
+
+    python tests/fuzzers/fuzz.py run_directories -max_total_time=300
+    python tests/fuzzers/fuzz.py data_sets -runs=500 -artifact_prefix=/tmp/
+
+The first argument names the property, all others are libFuzzer's (a corpus of random seeds is given to it). Whatever breaks a property ends it with a traceback
+and hypothesis's shrunk example; the input is kept as ``crash-*`` (or ``timeout-*``) for another run with that file as
+argument.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris  # type: ignore[import-untyped]
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch  # noqa: F401 - loaded before, so that only the package is watched
+import transformers  # noqa: F401
+
+with atheris.instrument_imports(include=["sphere_easyedit"]):
+    import test_fuzz
+
+
+def main() -> None:
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    found = getattr(test_fuzz, f"test_{name}", None)
+    if not hasattr(found, "hypothesis"):
+        known = [one.removeprefix("test_") for one in dir(test_fuzz)
+                 if one.startswith("test_") and hasattr(getattr(test_fuzz, one), "hypothesis")]
+        sys.exit(f"{name!r} is no property: choose one of {', '.join(known)}")
+    logging.disable(logging.CRITICAL)
+    fuzz_one_input = found.hypothesis.fuzz_one_input
+
+    def one_input(data: bytes) -> None:
+        fuzz_one_input(data)
+
+    with tempfile.TemporaryDirectory() as corpus:
+        # Hypothesis turns bytes into choices: it takes long inputs to make anything of size.
+        drawn = random.Random(0)
+        for number in range(64):
+            (Path(corpus) / f"seed-{number}").write_bytes(drawn.randbytes(64 << number % 6))
+        atheris.Setup([*sys.argv, "-len_control=0", "-max_len=4096", corpus], one_input)
+        atheris.Fuzz()
+
+
+main()
