@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.measuring import Measurer, MeasureSettings, points_after
 from sphere_easyedit.evaluation.neurons import NeuronRecord
 from sphere_easyedit.evaluation.sequential import RunResult, RunSettings, run_sequential
+from sphere_easyedit.signals import Interrupted, interrupts_raised
 
 REPOSITORY = Path(__file__).parents[1]
 TIMES = ("preparation_seconds", "editing_seconds", "evaluation_seconds", "peak_memory_bytes")
@@ -265,23 +267,39 @@ def test_impossible_measures_are_refused(settings: dict[str, Any]) -> None:
         MeasureSettings(**settings)
 
 
-def test_kill_9_at_random_moments(tmp_path: Path) -> None:
-    """The command line, killed five times and resumed, against one that was left alone."""
-    tiny_model("llama").save_pretrained(tmp_path / "tiny-llama")
+def command_of(folder: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Starts the command line on a tiny model: 24 edits in batches of 3, measured on the way, to a named directory."""
+    tiny_model("llama").save_pretrained(folder / "tiny-llama")
     for file in (GOLDEN / "llama" / "tiny-llama").glob("tokenizer*"):
-        (tmp_path / "tiny-llama" / file.name).write_bytes(file.read_bytes())
-    settings = tiny_hparams(tmp_path, model_name="tiny-llama", v_num_grad_steps=8).to_dict() | {"stats_dir": "stats"}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
-    (tmp_path / "text.txt").write_text(TEXT)
+        (folder / "tiny-llama" / file.name).write_bytes(file.read_bytes())
+    settings = tiny_hparams(folder, model_name="tiny-llama", v_num_grad_steps=8).to_dict() | {"stats_dir": "stats"}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "text.txt").write_text(TEXT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
 
-    def start(output: str) -> subprocess.Popen[bytes]:
+    def start(output: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "sphere_easyedit", "edit", "--hparams", "tiny.yaml", "--num-edits", "24",
              "--batch-size", "3", "--seed", "1", "--eval-every", "6", "--eval-last-batch", "--checkpoint-every", "1",
              "--text", "text.txt", "--text-tokens", "64", "--output", output, "--resume"],
-            cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
+    return start
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """All that does not tell of time is the same."""
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (one, other)]
+    assert without_times(summaries[1]) == without_times(summaries[0])
+    for name in ("edits.jsonl", "metrics.jsonl"):
+        assert lines_of(other, name) == lines_of(one, name)
+    for name in ("energy.csv", "spaces.csv", "neurons.safetensors"):
+        assert (other / name).read_bytes() == (one / name).read_bytes()
+
+
+def test_kill_9_at_random_moments(tmp_path: Path) -> None:
+    """The command line, killed five times and resumed, against one that was left alone."""
+    start = command_of(tmp_path)
     started = time.monotonic()
     whole = start("whole")
     assert whole.wait(timeout=300) == 0, whole.stderr and whole.stderr.read()
@@ -299,9 +317,38 @@ def test_kill_9_at_random_moments(tmp_path: Path) -> None:
             kills += 1
     last = start("killed")
     assert last.wait(timeout=300) == 0, last.stderr and last.stderr.read()
-    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed")]
-    assert without_times(summaries[1]) == without_times(summaries[0])
-    for name in ("edits.jsonl", "metrics.jsonl"):
-        assert lines_of(tmp_path / "killed", name) == lines_of(tmp_path / "whole", name)
-    for name in ("energy.csv", "spaces.csv", "neurons.safetensors"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_sigterm_and_ctrl_c_end_in_good_order(tmp_path: Path) -> None:
+    """Asked to end in mid-run, the command line says so, exits as a shell expects, and can be gone on with."""
+    start = command_of(tmp_path)
+    whole = start("whole")
+    assert whole.wait(timeout=300) == 0, whole.stderr and whole.stderr.read()
+    for number, name in ((signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")):
+        edits = tmp_path / "ended" / "edits.jsonl"
+        already = len(edits.read_text().splitlines()) if edits.exists() else 0
+        process, deadline = start("ended"), time.monotonic() + 300
+        while not edits.exists() or len(edits.read_text().splitlines()) <= already:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 128 + number, said
+        assert f"ended by {name}" in said and "--resume" in said and "Traceback" not in said
+    last = start("ended")
+    assert last.wait(timeout=300) == 0, last.stderr and last.stderr.read()
+    assert_same_run(tmp_path / "whole", tmp_path / "ended")
+
+
+def test_a_second_signal_does_not_cut_the_undoing_short() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as caught, interrupts_raised():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)  # never slept through
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            undone = True
+    assert undone and (caught.value.name, caught.value.exit_status) == ("SIGTERM", 143)
+    assert signal.getsignal(signal.SIGTERM) is before
