@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .editing.requests import EditRequest
+from .editing.solvers import LowRankUpdate
 from .energy_metrics import MetricCorrelation, correlate, join_energy
 from .files import replacing
 from .hyperspherical import energy_from_gram, hyperspherical_energy
@@ -39,6 +40,8 @@ class EditEvent:
             within the hook.
         strength: share of the batch's change that callbacks let stand (see ``EditCallback.review``).
         requests: the batch's edits; none where an executor of EasyEdit's gets others than ours.
+        updates: the batch's changes as they stand in the weights, by layer, a column an edit, with the keys that they
+            were solved for. Of MEMIT and AlphaEdit solved natively, whose changes are of low rank; else empty.
     """
 
     model: nn.Module
@@ -52,6 +55,7 @@ class EditEvent:
     grams: Mapping[int, Tensor] = field(default_factory=dict)
     strength: float = 1.0
     requests: Sequence[EditRequest] = ()
+    updates: Mapping[int, LowRankUpdate] = field(default_factory=dict)
 
     def energy(self, layer: int) -> float:
         """Hyperspherical energy (Eq. 5) of a layer's weight as it stands; to be asked within the hook."""

@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
+from .cli_export import register as register_export
 from .signals import Interrupted, interrupts_raised
 
 if TYPE_CHECKING:
@@ -437,6 +438,9 @@ def plan(
     console.print(_plan_table(planned))
     for line in (f"Time: {planned.method}.", *planned.notes):
         console.print(Text(line), soft_wrap=True)
+
+
+register_export(app)
 
 
 def _hparams_with(name: str, overrides: list[str]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class Shaping:
 
     Attributes:
         unrestrained: PRUNE's weights to go on from after this batch, by layer, on the CPU; else empty.
+        written: the batch's changes as they stand in the weights, by layer, as far as they are of low rank: a column
+            an edit.
     """
 
     def __init__(self, editable: EditableModel, hparams: SPHEREHyperParams, session: EditSession, grams: GramMatrices
@@ -49,6 +52,7 @@ class Shaping:
         self._prunes = hparams.base_alg == "PRUNE"
         self._projects = hparams.projects
         self.unrestrained: dict[int, Tensor] = {}
+        self.written: dict[int, LowRankUpdate] = {}
 
     @property
     def leaves_updates(self) -> bool:
@@ -111,6 +115,8 @@ class Shaping:
         """Add a shaped update to its layer's weight."""
         self._grams.advance(layer, update)
         add_update(self._editable, layer, update)
+        if isinstance(update, LowRankUpdate) and not self._prunes:
+            self.written[layer] = update
 
     def read_out(self) -> None:
         """Replace PRUNE's unrestrained weights, now all written, by the restrained and projected ones."""
@@ -138,6 +144,7 @@ class Shaping:
             weight = self._editable.weight(layer)
             self._editable.set_weight(layer, partway(was, weight, share))
             self._grams.forget(layer)
+        self.written = {layer: replace(update, values=share * update.values) for layer, update in self.written.items()}
         for layer, weight in self.unrestrained.items():
             was = self._session.unrestrained.get(layer, self._session.original[layer])
             self.unrestrained[layer] = partway(was, weight, share)

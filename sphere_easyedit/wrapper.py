@@ -116,6 +116,7 @@ def apply_sphere_to_model(
                             num_batches=session.num_batches + 1, losses=losses,
                             update_norms=change_norms(weights, before), seconds=seconds)
             event = reviewed(event, callbacks, before, editable.weights, partial(shaping.scale_back, before))
+            event = replace(event, updates=shaping.written)
             for callback in callbacks:
                 callback.on_batch_end(event)
             session.commit(editable, len(parsed), history, shaping.unrestrained, grams.carried)

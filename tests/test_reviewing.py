@@ -113,3 +113,26 @@ def test_partway_stays_between_its_ends(share: float, dtype: torch.dtype) -> Non
     assert torch.allclose(found.double(), exact, atol=4 * torch.finfo(torch.promote_types(dtype, torch.bfloat16)).eps
                           if dtype == torch.bfloat16 else 1e-6)
     assert torch.equal(partway(start, end, 0.0), start) and torch.equal(partway(start, end, 1.0), end)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(("base_alg", "share"), [("MEMIT", 1.0), ("AlphaEdit", 1.0), ("AlphaEdit", 0.5)])
+def test_updates_are_what_stands_in_the_weights(family: str, base_alg: str, share: float, tok: PreTrainedTokenizerBase,
+                                                tmp_path: Path) -> None:
+    hparams = tiny_hparams(tmp_path, base_alg=base_alg, v_num_grad_steps=3)
+    model, watched = tiny_model(family), Shares(share)
+    before = hparams.editable(model).weights()
+    before = {layer: weight.clone() for layer, weight in before.items()}
+    sphere.apply_sphere_to_model(model, tok, REQUESTS, hparams, callbacks=[watched])
+    (event,) = watched.ended
+    for layer, weight in hparams.editable(model).weights().items():
+        update = event.updates[layer]
+        assert update.values.shape[1] == update.keys.shape[1] == len(event.requests) == len(REQUESTS)
+        assert relative_error(weight - before[layer], update.dense()) < 1e-4
+
+
+@pytest.mark.parametrize("base_alg", ["RECT", "PRUNE"])
+def test_changes_of_full_rank_are_no_updates(base_alg: str, tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    watched = Shares()
+    edit(tiny_model("llama"), tok, tiny_hparams(tmp_path, base_alg=base_alg, v_num_grad_steps=3), watched)
+    assert not watched.ended[0].updates
