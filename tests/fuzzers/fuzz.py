@@ -3,9 +3,9 @@
     python tests/fuzzers/fuzz.py run_directories -max_total_time=300
     python tests/fuzzers/fuzz.py data_sets -runs=500 -artifact_prefix=/tmp/
 
-The first argument names the property, all others are libFuzzer's (a corpus of random seeds is given to it). Whatever breaks a property ends it with a traceback
-and hypothesis's shrunk example; the input is kept as ``crash-*`` (or ``timeout-*``) for another run with that file as
-argument.
+The first argument names the property, all others are libFuzzer's, which gets a corpus of random seeds. What breaks a
+property ends it with a traceback and hypothesis's shrunk example; the input is kept as ``crash-*`` (or ``timeout-*``)
+for another run with that file as argument.
 """
 
 from __future__ import annotations
