@@ -281,7 +281,8 @@ def command_of(folder: Path) -> Callable[..., subprocess.Popen[str]]:
         return subprocess.Popen(
             [sys.executable, "-m", "sphere_easyedit", "edit", "--hparams", "tiny.yaml", "--num-edits", "24",
              "--batch-size", "3", "--seed", "1", "--eval-every", "6", "--eval-last-batch", "--checkpoint-every", "1",
-             "--text", "text.txt", "--text-tokens", "64", "--output", output, "--resume"],
+             "--text", "text.txt", "--text-tokens", "64", "--output", output, "--resume", "--on-error", "skip",
+             "--guard", "warn", "--guard-facts", "4"],
             cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     return start
@@ -293,7 +294,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert without_times(summaries[1]) == without_times(summaries[0])
     for name in ("edits.jsonl", "metrics.jsonl"):
         assert lines_of(other, name) == lines_of(one, name)
-    for name in ("energy.csv", "spaces.csv", "neurons.safetensors"):
+    for name in ("energy.csv", "spaces.csv", "neurons.safetensors", "guard.json"):
         assert (other / name).read_bytes() == (one / name).read_bytes()
 
 
