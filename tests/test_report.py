@@ -328,6 +328,18 @@ def test_warnings_name_what_went_wrong(tmp_path: Path) -> None:
                                                        key=["bad", "warning", "note"].index)
 
 
+def test_warnings_name_what_was_left_out_and_why_a_run_was_stopped(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {
+        "num_edits": 1298, "num_facts": 2000, "skipped": [{"case_id": 7, "error": "ValueError: <b>"}, {"case_id": 9,
+                                                                                                    "error": "no"}],
+        "stopped": "early facts are going"}))
+    texts = [notice.text for notice in notices_of(named_runs([RunRecords.read(run)]))]
+    assert texts == ["was stopped after 1,298 of 2,000 facts: early facts are going",
+                     "left out 2 facts that can't be edited, the first case_id 7 (ValueError: <b>)."]
+
+
 def test_a_sound_run_has_no_warnings(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "edits.jsonl").unlink()
