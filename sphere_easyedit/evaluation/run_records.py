@@ -145,7 +145,7 @@ class RunRecords:
         spaces = read_spaces_csv(files.path / SPACES) if files.has(SPACES) else []
         _check_unique(files.path / SPACES, [(space.num_edits, space.layer) for space in spaces])
         return cls(files.path, _config(files), tuple(points), tuple(abilities), tuple(energy), tuple(batches),
-                   files.read_json(SUMMARY) if files.has(SUMMARY) else None, tuple(spaces))
+                   _summary(files), tuple(spaces))
 
     @property
     def name(self) -> str:
@@ -302,7 +302,25 @@ def _config(files: RunDirectory) -> Mapping[str, Any]:
     for part in ("run", "hparams"):
         if not isinstance(config.get(part), dict):
             raise ValueError(f"{files.path / CONFIG} has no mapping `{part}`: give a run whose config is whole")
+    run, where = config["run"], f"{files.path / CONFIG}, run"
+    protocols = _mapping(run.get("measure", {}), "measure", where).get("protocols") or []
+    if not isinstance(protocols, list) or not all(isinstance(name, str) for name in protocols):
+        raise ValueError(f"{where}: measure.protocols is {protocols!r}, not a list of names")
+    for name in ("seed", "order_seed", "num_edits"):
+        if run.get(name) is not None:
+            _count(run[name], name, where)
     return config
+
+
+def _summary(files: RunDirectory) -> Mapping[str, Any] | None:
+    if not files.has(SUMMARY):
+        return None
+    where = str(files.path / SUMMARY)
+    summary = _mapping(files.read_json(SUMMARY), "the whole", where)
+    for name, value in summary.items():
+        if name.endswith(("_seconds", "_bytes")) and not math.isfinite(_number(value, name, where)):
+            raise ValueError(f"{where}: {name} is {value!r}, not a finite number")
+    return summary
 
 
 def _lines(files: RunDirectory, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -339,6 +357,9 @@ def _batch(line: Mapping[str, Any], where: str) -> BatchRecord:
     for name in ("case_ids", "losses"):
         if not isinstance(line.get(name, []), list):
             raise ValueError(f"{where}: {name} is {line[name]!r}, not a list")
+    odd = [case for case in line.get("case_ids", ()) if isinstance(case, bool) or not isinstance(case, CaseId)]
+    if odd:
+        raise ValueError(f"{where}: case_ids has {odd[0]!r}, not a number or a text")
     seconds, efficacy = _mapping(line.get("seconds", {}), "seconds", where), line.get("efficacy")
     return BatchRecord(_count(line.get("num_edits"), "num_edits", where), tuple(line.get("case_ids", ())),
                        {part: _number(value, "seconds", where) for part, value in seconds.items()},

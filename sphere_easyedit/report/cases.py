@@ -47,11 +47,16 @@ def case_table(run: ReportRun, room: int = ROOM) -> CaseTable | None:
         return None
     seen_right = _last_seen_right(run)
     rows = []
-    for line in files.lines(CASES):
-        before, after = _right(line.get("pre")), _right(line.get("post"))
+    for number, line in enumerate(files.lines(CASES), start=1):
+        where = f"{files.path / CASES}, line {number}"
+        before, after = (_right(line.get(name), f"{where}: {name}") for name in ("pre", "post"))
         case = line.get("case_id")
+        if isinstance(case, bool) or not isinstance(case, CaseId | None):
+            raise ValueError(f"{where}: case_id is {case!r}, not a number or a text")
         last = seen_right.get(case) if case is not None else None
         said = line.get("generations") or {}
+        if not isinstance(said, Mapping):
+            raise ValueError(f"{where}: generations is {said!r}, not an object")
         rows.append((case, line.get("prompt"), line.get("target_new"), line.get("target_true"),
                      _state(before, after, last), before, after, last, said.get("before"), said.get("after")))
     rows.sort(key=lambda row: STATES.index(row[4]))
@@ -71,8 +76,12 @@ def _last_seen_right(run: ReportRun) -> dict[CaseId, int]:
     return found
 
 
-def _right(scores: Mapping[str, Any] | None) -> bool | None:
+def _right(scores: object, where: str) -> bool | None:
+    if scores is not None and not isinstance(scores, Mapping):
+        raise ValueError(f"{where} is {scores!r}, not an object")
     value = None if scores is None else scores.get(_METRIC)
+    if value is not None and not isinstance(value, int | float):
+        raise ValueError(f"{where} has the {_METRIC} {value!r}, not a number")
     return None if value is None else bool(value >= 1.0)
 
 
