@@ -267,3 +267,21 @@ def test_settings_that_contradict_are_refused(tmp_path: Path) -> None:
         RunSettings(tmp_path, 3, on_error="skip", follows=tmp_path)
     with pytest.raises(ValueError, match="on_error is 'never'"):
         RunSettings(tmp_path, 3, on_error="never")  # type: ignore[arg-type]
+
+
+def test_a_run_stopped_between_the_halves_of_a_batch_counts_the_first(
+        tmp_path: Path, tok: PreTrainedTokenizerBase, records: list[EditRecord],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than two edits at once are too many for this machine; the guard has enough after four."""
+    solve = wrapper.solve_batch
+
+    def failing(editable: Any, requests: Any, *rest: Any) -> Any:
+        if len(requests) > 2:
+            raise MemoryError("too many")
+        return solve(editable, requests, *rest)
+
+    monkeypatch.setattr(wrapper, "solve_batch", failing)
+    hparams = tiny_hparams(tmp_path, base_alg="MEMIT", v_num_grad_steps=3)
+    summary, _ = run(tmp_path / "run", tok, records, hparams, Stops(5))
+    assert (summary["num_edits"], summary["post"]["efficacy"]["n"]) == (4, 4)
+    assert [line["num_edits"] for line in lines(tmp_path / "run" / "edits.jsonl")] == [1, 3, 4]

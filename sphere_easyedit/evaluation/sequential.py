@@ -246,8 +246,7 @@ class _Run:
         self._tracker = HETracker(run.path / ENERGY)
         spaces = SpaceTracker(run.path / SPACES, hparams.gamma, hparams.principal_space == "pretrained")
         self._batch: Sequence[EditRecord] = ()
-        self._callbacks = [*callbacks, self._tracker,
-                           _BatchLog(run, self._tracker, spaces, self._efficacy)]
+        self._callbacks = [*callbacks, self._tracker, _BatchLog(run, self._tracker, spaces, self._efficacy)]
         self._examples = [record.edit_prompt for record in records[: settings.examples]]
         total = len(records)
         self._sizes = [min(settings.batch_size, total - first) for first in range(0, total, settings.batch_size)]
@@ -282,6 +281,8 @@ class _Run:
                 except StopEditing as stop:
                     self._stopped = str(stop)
                     logger.warning("stopped after %d edits: %s", session.num_edits, stop)
+                    while self._skips.edited(tried) < session.num_edits:  # halves of a batch that is too large
+                        tried += 1
                     break
                 self._keep(session, tried + size)
             tried += size
