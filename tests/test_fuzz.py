@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ def mutated(base: dict[str, Any], more: tuple[str, ...] = ()) -> st.SearchStrate
     def draw_one(draw: st.DrawFn) -> Any:
         found = dict(base)
         for name in draw(st.lists(st.sampled_from([*base, *more]), max_size=3)):
-            what = draw(st.sampled_from(["any", "drop", "inside", "text"]))
+            what = draw(st.sampled_from(["any", "drop", "inside", "inside", "text"]))
             if what == "drop":
                 found.pop(name, None)
             elif what == "inside" and isinstance(found.get(name), dict) and found[name]:
@@ -398,3 +399,41 @@ def test_malicious_yaml_is_refused(text: str) -> None:
 def test_aliases_of_a_sane_size_are_read() -> None:
     assert read_yaml("a: &a [1, 2]\nb: *a\nc: {<<: {d: 1}}", "the file") == {"a": [1, 2], "b": [1, 2], "c": {"d": 1}}
     assert math.isnan(read_yaml("a: .nan", "the file")["a"])
+
+
+FOUND = [  # by fuzzing, kept so that they stay mended
+    ("config.yaml", yaml.safe_dump(CONFIG | {"run": {"measure": None}}).encode(), "measure is None"),
+    ("config.yaml", yaml.safe_dump(CONFIG | {"run": {"measure": {"protocols": "paper"}}}).encode(), "not a list of"),
+    ("config.yaml", yaml.safe_dump(CONFIG | {"run": {"seed": "x"}}).encode(), "seed is 'x'"),
+    ("summary.json", b"[]", "not an object"),
+    ("summary.json", json.dumps(SUMMARY | {"editing_seconds": "long"}).encode(), "editing_seconds holds 'long'"),
+    ("edits.jsonl", _lines([EDITS_LINE | {"case_ids": [[1]]}]) + b"\n", "case_ids has"),
+    ("cases.jsonl", _lines([CASES_LINE | {"pre": 3}]) + b"\n", "line 1: pre is 3"),
+    ("cases.jsonl", _lines([CASES_LINE | {"case_id": {}}]) + b"\n", "line 1: case_id is {}"),
+    ("cases.jsonl", _lines([CASES_LINE | {"post": {"efficacy": "x"}}]) + b"\n", "line 1: post has the efficacy 'x'"),
+    ("cases.jsonl", _lines([CASES_LINE | {"generations": "x"}]) + b"\n", "line 1: generations is 'x'"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), FOUND)
+def test_damaged_run_directories_found_by_fuzzing(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    (tmp_path / "metrics.jsonl").write_bytes(_lines([METRICS_LINE]) + b"\n")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        tables_of(named_runs([RunRecords.read(tmp_path)]))
+
+
+@pytest.mark.parametrize("name", ["run_directories", "data_sets", "hyperparameters", "yaml_files", "requests", "edits",
+                                  "command_line"])
+def test_fuzzers_run(name: str, tmp_path: Path) -> None:
+    """A few hundred inputs by coverage; minutes of it are run by hand (see the file)."""
+    pytest.importorskip("atheris", reason="atheris is not installed")
+    if name != "run_directories" and not os.environ.get("SPHERE_FUZZ"):
+        pytest.skip("each takes as long as torch takes to start: set SPHERE_FUZZ=1 to run all")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "fuzzers" / "fuzz.py"), name, "-runs=300", "-max_total_time=60",
+         f"-artifact_prefix={tmp_path}/"], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Done " in done.stderr
