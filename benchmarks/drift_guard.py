@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 THRESHOLDS: Mapping[str, tuple[float, ...]] = {
     "energy": (1.5, 2.0, 3.0, 5.0), "norm": (1.1, 1.25, 1.5), "early": (0.9, 0.75, 0.6, 0.5)}
+
+DEFAULTS: Mapping[str, float] = {
+    name: inspect.signature(DriftGuard).parameters[name].default for name in THRESHOLDS}
 
 
 def watched(folder: Path, facts: int) -> list[GuardRecord]:
@@ -74,6 +78,17 @@ def first_past(records: list[GuardRecord], sign: str, threshold: float, warmup: 
     return next((seen.num_edits for seen in later if getattr(seen, name) > threshold * usual), None)
 
 
+def first_of_any(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each run, when the first sign was past the guard's own thresholds."""
+    merged: dict[str, dict[str, Any]] = {}
+    for row in found:
+        if DEFAULTS[row["sign"]] == row["threshold"]:
+            one = merged.setdefault(row["run"], row | {"sign": "any", "fired_at": None})
+            fired = [edits for edits in (one["fired_at"], row["fired_at"]) if edits is not None]
+            one["fired_at"] = min(fired, default=None)
+    return list(merged.values())
+
+
 def rows(folders: list[Path], facts: int) -> Iterator[dict[str, Any]]:
     """A line a run, sign and threshold."""
     for folder in folders:
@@ -93,16 +108,17 @@ def summary(found: list[dict[str, Any]]) -> str:
     """Per sign and threshold: in how many runs that collapsed it fired before, how early, and how often in others."""
     lines = ["| sign | threshold | fired before a collapse | edits ahead of it | fired without one |",
              "| --- | ---: | ---: | ---: | ---: |"]
-    for sign, thresholds in THRESHOLDS.items():
+    found = found + first_of_any(found)
+    for sign, thresholds in (*THRESHOLDS.items(), ("any", ("default",))):
         for threshold in thresholds:
-            these = [row for row in found if row["sign"] == sign and row["threshold"] == threshold]
+            these = [row for row in found if row["sign"] == sign and threshold in (row["threshold"], "default")]
             broken = [row for row in these if row["collapsed_at"] is not None]
             sound = [row for row in these if row["collapsed_at"] is None]
             ahead = sorted(int(broke) - int(fired) for row in broken
                            if (fired := row["fired_at"]) and (broke := row["collapsed_at"]) and fired < broke)
             early = f"{ahead[0]} to {ahead[-1]}" if ahead else ""
             falsely = sum(row["fired_at"] is not None for row in sound)
-            lines.append(f"| {sign} | {threshold:g} | {len(ahead)} of {len(broken)} | {early} "
+            lines.append(f"| {sign} | {threshold} | {len(ahead)} of {len(broken)} | {early} "
                          f"| {falsely} of {len(sound)} |")
     return "\n".join(lines)
 
@@ -110,16 +126,22 @@ def summary(found: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("runs", nargs="*", type=Path, help="none: only sum up guard.csv, which is there already")
     parser.add_argument("--facts", type=int, default=20)
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    found = list(rows(given.runs, given.facts))
-    with replacing(given.output / "guard.csv") as path, path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
+    table = given.output / "guard.csv"
+    if given.runs:
+        found = list(rows(given.runs, given.facts))
+        with replacing(table) as path, path.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, fieldnames=list(found[0]))
+            writer.writeheader()
+            writer.writerows(found)
+    with table.open(newline="", encoding="utf-8") as stream:
+        found = [{**row, "threshold": float(row["threshold"]),
+                  **{name: int(row[name]) if row[name] else None for name in ("fired_at", "collapsed_at", "last")}}
+                 for row in csv.DictReader(stream)]
     sys.stdout.write(summary(found) + "\n")
 
 

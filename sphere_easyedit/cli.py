@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-import yaml
 from rich.console import Console
 from rich.filesize import decimal
 from rich.logging import RichHandler
@@ -22,6 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from .cli_export import register as register_export
+from .safe_yaml import read_yaml
 from .signals import Interrupted, interrupts_raised
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ def edit(
                                               "out and list them in summary.json.")] = OnError.stop,
     guard: Annotated[Guard | None, typer.Option(help="Watch for the signs of a coming collapse and warn, lower the "
                                                 "batch's strength, or end the run before it.")] = None,
-    guard_energy: Annotated[float, typer.Option(help="Times the usual step of hyperspherical energy.")] = 5.0,
+    guard_energy: Annotated[float, typer.Option(help="Times the usual step of hyperspherical energy.")] = 2.0,
     guard_norm: Annotated[float, typer.Option(help="Times the usual norm of a batch's change.")] = 1.25,
-    guard_early: Annotated[float, typer.Option(help="Share of the early facts' first efficacy.")] = 0.75,
+    guard_early: Annotated[float, typer.Option(help="Share of the early facts' first efficacy.")] = 0.5,
     guard_facts: Annotated[int, typer.Option(min=1, help="Number of early facts that are watched.")] = 20,
     protocol: Annotated[list[Metrics], typer.Option(help="How metrics are computed; repeatable, the first is the "
                                                     "summary's.")] = [Metrics.paper],  # noqa: B006
@@ -356,7 +356,7 @@ def hparams_command(
     from .loading import model_source
 
     try:
-        config = AutoConfig.from_pretrained(model_source(model))
+        config = AutoConfig.from_pretrained(model_source(model), trust_remote_code=False)
     except (OSError, KeyError) as error:
         raise ValueError(f"the config of {model!r} can't be read: {error}") from error
     text = render_hparams(starting_hparams(config, model, base_alg))
@@ -454,7 +454,7 @@ def _hparams_with(name: str, overrides: list[str]) -> Any:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"--set {override!r} has no '=': write NAME=VALUE")
-        changes[key.strip()] = yaml.safe_load(value)
+        changes[key.strip()] = read_yaml(value, f"--set {override!r}")
     return SPHEREHyperParams.from_dict({**loaded.to_dict(), **changes})
 
 
@@ -611,6 +611,6 @@ def main() -> None:
         errors.print(f"ended by {interrupted.name}; a batch under way was undone. `edit --resume` goes on with a run.",
                      style="yellow", markup=False, highlight=False, soft_wrap=True)
         sys.exit(interrupted.exit_status)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, ImportError, OSError) as error:  # OSError: a file that is absent, a disk that is full
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

@@ -61,7 +61,8 @@ class DriftGuard(EditCallback):
     """Watches three signs that a model drifts out of shape, and acts where one passes its threshold.
 
     The first ``warmup`` batches set the measure: medians of the energy's step and of the update's norm, and the
-    efficacy, right after them, of a fixed sample of their facts. Later batches are compared with that.
+    efficacy, right after them, of a fixed sample of their facts. Later batches are compared with that. The default
+    thresholds are those that told best on the runs of docs/RELIABILITY.md.
 
     Args:
         action: ``warn`` logs; ``lower`` halves the batch's change until no sign is past its threshold, and stops where
@@ -84,7 +85,7 @@ class DriftGuard(EditCallback):
     """
 
     def __init__(self, action: Action = "warn", tok: PreTrainedTokenizerBase | None = None, *,
-                 energy: float | None = 5.0, norm: float | None = 1.25, early: float | None = 0.75, warmup: int = 5,
+                 energy: float | None = 2.0, norm: float | None = 1.25, early: float | None = 0.5, warmup: int = 5,
                  facts: int = 20, seed: int = 0, path: str | Path | None = None,
                  efficacy_of: EfficacyOf | None = None) -> None:
         if action not in get_args(Action):

@@ -30,6 +30,7 @@ def read_yaml(text: str, source: str) -> Any:
     except Exception as error:  # PyYAML lets AttributeError, KeyError and more out of malformed tagged scalars
         raise ValueError(f"{source}: not readable as YAML: {error}") from error
 
+
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
     """How many values a node is with every alias in it written out."""
     if id(node) in known:

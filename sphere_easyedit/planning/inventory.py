@@ -31,7 +31,7 @@ def read_config(model_name: str, source: str) -> PretrainedConfig:
         ValueError: there is none.
     """
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(source)
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"the config of {model_name!r} can't be read: {' '.join(str(error).split())}") from error
     return config
@@ -69,7 +69,8 @@ def _shards(source: str, index: Path, shape: ModelShape) -> tuple[bool, int | No
 def find_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     """A model's tokenizer, if it is here."""
     try:
-        tok: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        tok: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # what is missing or does not fit shows as many kinds
         logger.debug("no tokenizer of %s: %s", source, error)
         return None

@@ -11,17 +11,16 @@ from typing import Any
 
 import yaml
 
+from ... import safe_yaml
+
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file that names no key twice, at any depth."""
     text = path.read_text(encoding="utf-8")
-    try:
-        content = yaml.safe_load(text)
-        _refuse_repetition(path, yaml.compose(text, Loader=yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not readable as YAML: {error}") from error
+    content = safe_yaml.read_yaml(text, str(path))
+    _refuse_repetition(path, yaml.compose(text, Loader=yaml.SafeLoader))
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a sweep is a YAML mapping with `methods` or `runs`, found {content!r:.60}")
     return {key: _expanded(value, path) for key, value in content.items()}

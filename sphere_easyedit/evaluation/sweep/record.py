@@ -11,6 +11,7 @@ import yaml
 
 from ...files import replacing
 from ...hparams import SPHERE_ONLY
+from ...safe_yaml import read_yaml
 
 RECORD: Final = "sweep.yaml"
 # Options of `edit` that say what is kept or told of a run, and change no number.
@@ -116,9 +117,9 @@ def read_record(output: Path) -> Sweep | None:
     if not path.exists():
         return None
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"), str(path))
         return Sweep(tuple(Run(**entry) for entry in content["runs"]))
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no record of a sweep ({error}): give another folder, or remove the file to have "
                          "it written anew") from error
 

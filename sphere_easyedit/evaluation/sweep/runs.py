@@ -20,8 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, Literal
 
-import yaml
-
+from ...safe_yaml import read_yaml
 from .record import Run, Sweep, check_only_added, read_record, write_record
 
 logger = logging.getLogger(__name__)
@@ -269,7 +268,7 @@ def _is_finished(run: Run, folder: Path) -> bool:
     if None not in (run.num_edits, done) and done != run.num_edits:
         raise ValueError(f"run {run.name}: num_edits was {done} and is {run.num_edits} now: {remedy}")
     config = folder / "config.yaml"
-    written = yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else None
+    written = read_yaml(config.read_text(encoding="utf-8"), str(config)) if config.exists() else None
     described = written if isinstance(written, dict) else {}
     for name, was in (described.get("run") or {}).items():
         if name in ("dataset", "data", "seed", "batch_size") and was != getattr(run, name):
