@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -82,6 +82,7 @@ def test_tail_of_a_resumed_run(tmp_path: Path) -> None:
     assert told(follower.poll()) == [200, 300, 400]
 
 
+@settings(deadline=None)  # every line is on the disk before the next
 @given(st.lists(st.tuples(st.sampled_from(["append", "cut", "look"]), st.integers(0, 9)), max_size=30))
 def test_tail_tells_what_stands_and_nothing_twice(tmp_path_factory: pytest.TempPathFactory,
                                                   steps: list[tuple[str, int]]) -> None:

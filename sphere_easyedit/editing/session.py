@@ -250,7 +250,7 @@ class EditSession:
         """
         try:
             return cls._read(path)
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (OSError, SafetensorError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} can't be read as a saved session ({type(error).__name__}: {error})") from error
 
     @classmethod

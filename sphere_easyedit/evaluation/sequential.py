@@ -230,7 +230,8 @@ def _go_back_to_checkpoint(run: RunDirectory, editable: EditableModel, same_vers
         run.keep_until(METRICS, num_edits)
         (run.path / NEURONS).unlink(missing_ok=True)  # the next measurement makes it anew
         for path in itertools.chain.from_iterable((run.path / part).glob("*.jsonl") for part in ("scores", "texts")):
-            if int(path.stem.rpartition("-")[2]) > num_edits:
+            edits = path.stem.rpartition("-")[2]
+            if edits.isdecimal() and int(edits) > num_edits:
                 path.unlink()
     logger.info("resuming %s after %d edits", run.path, num_edits)
 
