@@ -21,10 +21,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from .cli_export import register as register_export
+from .cli_withdraw import register as register_withdraw
 from .safe_yaml import read_yaml
 from .signals import Interrupted, interrupts_raised
 
 if TYPE_CHECKING:
+    from .callbacks import EditCallback
     from .doctor import Report
     from .evaluation.case_study import CaseStudy
     from .evaluation.measuring import Progress
@@ -101,6 +103,8 @@ def edit(
     follow: Annotated[Path | None, typer.Option(help="PRUNE only: a run of MEMIT whose weights it restrains.")] = None,
     on_error: Annotated[OnError, typer.Option(help="Edits that can't be made: end the run and name them, or leave them "
                                               "out and list them in summary.json.")] = OnError.stop,
+    keep_factors: Annotated[bool, typer.Option("--keep-factors", help="Keep each batch's factors, so that single facts "
+                                               "can be withdrawn later (AlphaEdit, MEMIT).")] = False,
     guard: Annotated[Guard | None, typer.Option(help="Watch for the signs of a coming collapse and warn, lower the "
                                                 "batch's strength, or end the run before it.")] = None,
     guard_energy: Annotated[float, typer.Option(help="Times the usual step of hyperspherical energy.")] = 2.0,
@@ -176,7 +180,11 @@ def edit(
                  "order_seed": order_seed, "skip": skip}
     settings = RunSettings(output, batch_size, examples, described, measure, resume, checkpoint_every,
                            keep_checkpoints, keep_weights_every, follow, on_error.value)
-    callbacks = []
+    callbacks: list[EditCallback] = []
+    if keep_factors:
+        from .withdrawal.factors import FACTORS, FactorKeeper
+
+        callbacks.append(FactorKeeper(output / FACTORS, settings_of_model))
     if guard is not None:
         from .drift_guard import DriftGuard
 
@@ -441,6 +449,7 @@ def plan(
 
 
 register_export(app)
+register_withdraw(app)
 
 
 def _hparams_with(name: str, overrides: list[str]) -> Any:

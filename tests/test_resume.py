@@ -282,7 +282,7 @@ def command_of(folder: Path) -> Callable[..., subprocess.Popen[str]]:
             [sys.executable, "-m", "sphere_easyedit", "edit", "--hparams", "tiny.yaml", "--num-edits", "24",
              "--batch-size", "3", "--seed", "1", "--eval-every", "6", "--eval-last-batch", "--checkpoint-every", "1",
              "--text", "text.txt", "--text-tokens", "64", "--output", output, "--resume", "--on-error", "skip",
-             "--guard", "warn", "--guard-facts", "4"],
+             "--guard", "warn", "--guard-facts", "4", "--keep-factors"],
             cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     return start
@@ -296,6 +296,8 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert lines_of(other, name) == lines_of(one, name)
     for name in ("energy.csv", "spaces.csv", "neurons.safetensors", "guard.json"):
         assert (other / name).read_bytes() == (one / name).read_bytes()
+    factors = [{path.name: path.read_bytes() for path in (run / "factors").iterdir()} for run in (one, other)]
+    assert factors[0] == factors[1] and len(factors[0]) >= 8
 
 
 def test_kill_9_at_random_moments(tmp_path: Path) -> None:
