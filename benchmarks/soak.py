@@ -1,8 +1,8 @@
-"""Thousands of edits with a fault every few batches, against the same edits left alone: same bits, flat memory.
+"""Thousands of edits with a fault every few batches, against the same edits left alone: same bits.
 
     python benchmarks/soak.py --edits 3000 --method AlphaEdit --output soak
 
-A tiny model (4 blocks, 48 wide) edits made-up facts in batches of ten, twice. The second time, before about every third
+A tiny model (4 blocks, 48 wide) edits made-up facts in batches of ten, twice. The second time, in about every other
 batch a fault is drawn and made to happen: the solve fails, a target value turns nan, a callback fails, an interrupt
 comes in mid-batch, the disk is full while the checkpoint is written, or the checkpoint's file is cut off after it was
 written. Each ends the process's run, as it would; a new model is loaded and the run resumed. Prints a line of JSON.
