@@ -14,8 +14,12 @@ fi
 if [ $# -eq 0 ]; then
   .venv/bin/ruff check .
   .venv/bin/mypy sphere_easyedit
-  # A file's tests share what they made. Lines that only subprocesses run count as not covered.
-  .venv/bin/python -m pytest --numprocesses auto --dist loadfile --cov sphere_easyedit --cov-report ""
+  parallel=(--numprocesses auto --dist loadfile)  # a file's tests share what they made
+  if [ "${SPHERE_COVERAGE:-0}" != 1 ]; then  # tracing every line takes minutes
+    exec .venv/bin/python -m pytest "${parallel[@]}"
+  fi
+  # Lines that only subprocesses run count as not covered.
+  .venv/bin/python -m pytest "${parallel[@]}" --cov sphere_easyedit --cov-report ""
   rooms="sphere_easyedit/editing/*,sphere_easyedit/hyperspherical.py,sphere_easyedit/projection.py"
   rooms+=",sphere_easyedit/suppression.py,sphere_easyedit/shaping.py,sphere_easyedit/wrapper.py"
   .venv/bin/python -m coverage report | tail -n 1
