@@ -201,6 +201,17 @@ class EditableModel:
         """Overwrite the edited weight in place with ``value`` ``(d_out, d_in)`` of any float dtype."""
         self.parameter(layer).copy_(self.orient(layer, value))
 
+    @contextmanager
+    def undone_on_error(self) -> Iterator[dict[int, Tensor]]:
+        """The edited weights as they were, by layer; put back bit for bit if the context ends in an error."""
+        before = {layer: weight.clone() for layer, weight in self.weights().items()}
+        try:
+            yield before
+        except BaseException:  # an interrupt must not leave half of it either
+            for layer, weight in before.items():
+                self.set_weight(layer, weight)
+            raise
+
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""

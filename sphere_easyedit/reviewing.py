@@ -46,8 +46,9 @@ def reviewed(event: EditEvent, callbacks: Sequence[EditCallback], before: Mappin
 
 
 def change_norms(weights: Mapping[int, Tensor], before: Mapping[int, Tensor]) -> dict[int, float]:
-    """Frobenius norm of each layer's change, summed in float64."""
-    return {layer: float((weights[layer].double() - was.double()).norm()) for layer, was in before.items()}
+    """Frobenius norm of each layer's change, summed in float64 where the weight is."""
+    return {layer: float((weights[layer].double() - was.to(weights[layer].device).double()).norm())
+            for layer, was in before.items()}
 
 
 def partway(start: Tensor, end: Tensor, share: float) -> Tensor:

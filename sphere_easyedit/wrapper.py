@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy as copying
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -100,7 +99,7 @@ def apply_sphere_to_model(
         for callback in callbacks:
             callback.on_batch_start(event)
 
-        with _undone_on_error(editable) as before:
+        with editable.undone_on_error() as before:
             shaping = Shaping(editable, hparams, session, grams)
             shaping.resume_unrestrained()
             if executor is None:
@@ -151,18 +150,6 @@ def _easyedits_executor(hparams: SPHEREHyperParams, session: EditSession) -> Wra
     from .easyedit import wrapped_executor  # which imports this file, to register it
 
     return wrapped_executor(hparams.base_alg, session)
-
-
-@contextmanager
-def _undone_on_error(editable: EditableModel) -> Iterator[dict[int, Tensor]]:
-    """The edited weights as they were; put back bit for bit if the context ends in an error."""
-    before = {layer: editable.weight(layer).clone() for layer in editable.layers}
-    try:
-        yield before
-    except BaseException:  # an interrupt must not leave half a batch either
-        for layer, weight in before.items():
-            editable.set_weight(layer, weight)
-        raise
 
 
 def _edit_natively(

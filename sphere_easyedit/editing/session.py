@@ -184,14 +184,10 @@ class EditSession:
             where = "no folder of checkpoints was given" if checkpoints is None else f"checkpoints are in {checkpoints}"
             raise ValueError(f"can't roll back to {to} edits ({where}): possible are {', '.join(map(str, kept))}")
         editable = EditableModel(model, self._names, sorted(self.original))
-        before = {layer: editable.weight(layer).clone() for layer in editable.layers}
         attached = vars(model).get(_ATTRIBUTE)
         try:
-            found = self._restored(editable, to, checkpoints)
-        except BaseException:  # an interrupt must not leave half of it either
-            for layer, weight in before.items():
-                editable.set_weight(layer, weight)
-            raise
+            with editable.undone_on_error():
+                found = self._restored(editable, to, checkpoints)
         finally:
             vars(model).pop(_ATTRIBUTE, None)
             if attached is not None:

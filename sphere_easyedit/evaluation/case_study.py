@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .checkpoints import put_weights, saved_weights
+from .checkpoints import choose_kept, put_weights
 from .generation import generate_continuations
 from .records import EditRecord
 from .revisiting import EditedRun
@@ -88,14 +88,7 @@ def choose_case(run: EditedRun, case_id: str, at: int | None = None) -> tuple[in
     places = {str(record.case_id): place for place, record in enumerate(run.records)}
     if case_id not in places:
         raise ValueError(f"{run.directory.path} has no case {case_id}: {_near(case_id, list(places))}")
-    kept = saved_weights(run.directory.checkpoints)
-    if not kept:
-        raise ValueError(f"{run.directory.path} kept no weights, so no edited model can speak: run `edit` again with "
-                         "the same settings into a new directory, and leave its folder checkpoints there")
-    if at is not None and at not in kept:
-        raise ValueError(f"{run.directory.path} kept no weights after {at} edits: kept are "
-                         f"{', '.join(map(str, kept))}; `edit --keep-weights-every` keeps more")
-    return places[case_id], kept[-1] if at is None else at
+    return places[case_id], choose_kept(run.directory, at, "no edited model can speak")
 
 
 def study_case(run: EditedRun, model: nn.Module, tok: PreTrainedTokenizerBase, place: int, num_edits: int,

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from ..editing.session import EditSession
 from ..files import checksum_path, record_checksum, recorded_checksum, replacing, sha256_of
 from ..models import EditableModel
+from .run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,25 @@ def saved_weights(folder: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in found if match is not None)
 
 
+def choose_kept(run: RunDirectory, at: int | None, consequence: str) -> int:
+    """A number of edits whose weights a run kept: ``at``, or the largest.
+
+    Args:
+        consequence: what can't be done where none were kept, for the error.
+
+    Raises:
+        ValueError: none were kept, or none after ``at`` edits.
+    """
+    kept = saved_weights(run.checkpoints)
+    if not kept:
+        raise ValueError(f"{run.path} kept no weights, so {consequence}: run `edit` again with the same settings into "
+                         "a new directory, and leave its folder checkpoints there")
+    if at is not None and at not in kept:
+        raise ValueError(f"{run.path} kept no weights after {at} edits: kept are {', '.join(map(str, kept))}; "
+                         "`edit --keep-weights-every` keeps more")
+    return kept[-1] if at is None else at
+
+
 def resumable(folder: Path) -> list[int]:
     """Numbers of edits that editing can go on from, ascending."""
     return [number for number in saved_weights(folder) if session_path(folder, number).exists()]
@@ -190,9 +209,3 @@ def thin_out(folder: Path, keep: int, for_good: set[int]) -> None:
 def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
     checksum_path(path).unlink(missing_ok=True)
-
-
-def weight_change_norms(editable: EditableModel, original: dict[int, Tensor]) -> dict[int, float]:
-    """``||W - W_0||_F`` by layer."""
-    return {layer: float((editable.weight(layer).double() - original[layer].to(editable.weight(layer).device).double()
-                          ).norm()) for layer in editable.layers}

@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from ..editing.session import EditSession, Fingerprint
 from ..files import replacing
 from ..models import EditableModel
-from .checkpoints import weight_change_norms
+from ..reviewing import change_norms
 from .datasets import EditRecord, records_fingerprint
 from .metrics import CaseScores, Protocol, evaluate_protocols, summarise
 from .perplexity import held_out_texts, perplexity
@@ -310,7 +310,7 @@ class Measurer:
         found: float | None = None
         if self._texts is not None:
             found = perplexity(self._editable.model, self._tok, self._texts, self._settings.text_tokens).perplexity
-        norms = weight_change_norms(self._editable, session.original)
+        norms = change_norms(self._editable.weights(), session.original)
         return {"perplexity": found, "update_norms": {str(layer): norm for layer, norm in norms.items()}}
 
     def _shared(self) -> Path | None:

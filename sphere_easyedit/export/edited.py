@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..editing.executors import restored_after
 from ..editing.session import EditSession
-from ..evaluation.checkpoints import put_weights, resumable, saved_weights, session_path
+from ..evaluation.checkpoints import choose_kept, put_weights, resumable, session_path
 from ..evaluation.run_directory import SUMMARY, RunDirectory
 from ..hparams import SPHEREHyperParams
 from .fingerprint import base_fingerprint
@@ -135,14 +135,7 @@ class ExportableRun:
             self._described: dict[str, Any] = dict(self._config["run"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} holds no run that can be exported: config.yaml lacks {error}") from error
-        kept = saved_weights(self._run.checkpoints)
-        if not kept:
-            raise ValueError(f"{path} kept no weights, so nothing can be exported: run `edit` again with the same "
-                             "settings into a new directory, and leave its folder checkpoints there")
-        if at is not None and at not in kept:
-            raise ValueError(f"{path} kept no weights after {at} edits: kept are {', '.join(map(str, kept))}; "
-                             "`edit --keep-weights-every` keeps more")
-        self.num_edits = kept[-1] if at is None else at
+        self.num_edits = choose_kept(self._run, at, "nothing can be exported")
         dtypes = (self._config.get("model") or {}).get("dtypes") or []
         self.dtype = str(dtypes[0]).removeprefix("torch.") if len(dtypes) == 1 else None
 

@@ -80,18 +80,13 @@ def withdraw(model: nn.Module, hparams: SPHEREHyperParams, factors: str | Path, 
         left, done = weights_without(session.original, weights, read_batches(folder, made, editable.layers), past,
                                      case_ids)
         history = _without_keys(session.history, done)
-        before = {layer: weight.clone() for layer, weight in weights.items()}
-        try:
+        with editable.undone_on_error():
             for layer, weight in left.items():
                 editable.set_weight(layer, weight)
             batches = session.num_batches
             session.commit(editable, 0, history, session.unrestrained, {})
             session.num_batches = batches  # none came
             write_past(folder, [*past, PastWithdrawal(made, weights_digest(editable.weights()), done.facts)])
-        except BaseException:  # an interrupt must not leave half of it either
-            for layer, weight in before.items():
-                editable.set_weight(layer, weight)
-            raise
     return done
 
 
