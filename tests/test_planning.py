@@ -355,6 +355,48 @@ def test_without_a_rate_there_is_no_time(tmp_path: Path) -> None:
     assert "--gflops" in plan.method
 
 
+def test_rates_by_kind_stand_before_the_one_rate(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "llama", LLAMA3_8B)
+    plan = plan_of(folder, gflops=100.0, rates={"solve": 5.0, "keys": 20.0})
+    keys_and_solve, targets = part(plan, "keys and solve"), part(plan, "target values")
+    assert targets.seconds == pytest.approx(targets.flops / 1e11)
+    alike = part(plan_of(folder, gflops=1.0, rates={"keys": 1e30}), "keys and solve")  # the solve alone counts
+    solving = float(alike.seconds or 0.0) * 1e9
+    assert 0 < solving < keys_and_solve.flops
+    assert keys_and_solve.seconds == pytest.approx(solving / 5e9 + (keys_and_solve.flops - solving) / 20e9)
+    assert "solve at 5" in plan.method
+    with pytest.raises(ValueError, match="there is no work of the kind solves: give rates of contexts"):
+        plan_of(folder, rates={"solves": 1.0})
+    with pytest.raises(ValueError, match="the rate of solve is -1.0"):
+        PlanSettings(1, rates={"solve": -1.0})
+
+
+@pytest.mark.parametrize("processes", [2, 8])
+def test_processes_share_out_what_edits_do_for_themselves(processes: int, tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "llama", LLAMA3_8B)
+    alone, shared = (plan_of(folder, gflops=1.0, num_edits=200, processes=number) for number in (1, processes))
+    flops = {name: part(shared, name).flops / part(alone, name).flops for name in (one.name for one in alone.time)}
+    for name in ("target values", "evaluation before", "evaluation after"):
+        # Each checks its layout by itself, and the facts in a share are not all of one length.
+        assert 0.99 / processes < flops[name] < 1.25 / processes, name
+    assert flops["statistics"] == pytest.approx(1 / processes, rel=1e-3)
+    assert flops["projection and energy"] == flops["preparation"] == 1.0
+    assert 1 / processes < flops["keys and solve"] < 1.0
+    memory = {item.name: (item.bytes, other.bytes) for item, other in zip(alone.memory, shared.memory, strict=True)
+              if item.name != "Python and libraries"}
+    assert memory.pop("target values, one micro-batch")[1] <= max(one.bytes for one in alone.memory)
+    assert all(one == other for one, other in memory.values())
+    assert any(f"{processes} processes" in note for note in shared.notes)
+
+
+def test_more_processes_than_edits(tmp_path: Path) -> None:
+    plan = plan_of(config_folder(tmp_path / "llama", LLAMA3_8B), gflops=1.0, num_edits=3, batch_size=2, processes=8)
+    single = plan_of(tmp_path / "llama", gflops=1.0, num_edits=2, batch_size=1)  # of two batches with an edit each
+    assert part(plan, "target values").flops == pytest.approx(part(single, "target values").flops, rel=0.2)
+    with pytest.raises(ValueError, match="processes is 0"):
+        PlanSettings(1, processes=0)
+
+
 def test_a_model_in_the_cache_that_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = tmp_path / "index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 16_060_522_496}, "weight_map": {"a": "1.safetensors"}}))
@@ -482,10 +524,11 @@ def test_prediction_is_what_a_run_takes(base_alg: str, workplace: Path, tmp_path
 
 def test_table_without_calibration(workplace: Path) -> None:
     done = run_plan("--hparams", "tiny.yaml", "--num-edits", "5", "--no-calibrate", "--gflops", "2", "--set",
-                    "base_alg=MEMIT", "--set", "projection_stage=update", cwd=workplace)
+                    "base_alg=MEMIT", "--set", "projection_stage=update", "--rate", "solve=0.5", "--processes", "2",
+                    cwd=workplace)
     assert done.returncode == 0, done.stderr
     for word in ("target values", "keys and solve", "weights", "factor of C", "at the peak", "checkpoint", "FLOP",
-                 "2 GFLOP/s as stated", "nothing"):
+                 "2, solve at 0.5 GFLOP/s as stated", "2 processes", "nothing"):
         assert word in done.stdout
 
 
@@ -496,6 +539,7 @@ def test_table_without_calibration(workplace: Path) -> None:
     (["--num-edits", "3", "--dtype", "fp16"], "bfloat16"),
     (["--num-edits", "3", "--set", "layers=[3, 9]", "--set", "v_loss_layer=9"], "4 layers"),
     (["--num-edits", "3", "--dataset", "counterfact"], "counterfact"),
+    (["--num-edits", "3", "--rate", "solve:3"], "KIND=GFLOPS"),
 ])
 def test_a_mistake_ends_in_one_clear_line(workplace: Path, arguments: list[str], message: str) -> None:
     done = run_plan("--hparams", "tiny.yaml", *arguments, cwd=workplace)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,17 @@ class Facts:
     def batches(self, batch_size: int) -> list[list[TokenizedRequest]]:
         """The edits in the run's batches."""
         return [self.requests[i: i + batch_size] for i in range(0, len(self.requests), batch_size)]
+
+    def shares(self, batch_size: int, processes: int) -> list[list[list[TokenizedRequest]]]:
+        """The same by batch and process: neighbours stay together, and no share is larger by more than one edit.
+
+        Shares without an edit are left out.
+        """
+        shared = []
+        for batch in self.batches(batch_size):
+            ends = [len(batch) * number // processes for number in range(processes + 1)]
+            shared.append([batch[start:end] for start, end in pairwise(ends) if start < end])
+        return shared
 
 
 def sample(settings: PlanSettings) -> list[EditRecord]:

@@ -72,8 +72,9 @@ def _native_items(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanS
     yield MemoryItem(what, "device", metric_bytes(shape, hparams), True, note)
     if keys := history_bytes(shape, hparams, settings.num_edits):
         yield MemoryItem(f"keys of {settings.num_edits} edits and their factor", "device", keys, True)
-    largest = max(activation_bytes(shape, hparams, group) for batch in facts.batches(settings.batch_size)
-                  for group in micro_batches(batch, hparams.token_budget, layout))
+    largest = max(activation_bytes(shape, hparams, group)
+                  for shares in facts.shares(settings.batch_size, settings.processes) for share in shares
+                  for group in micro_batches(share, hparams.token_budget, layout))
     yield MemoryItem("target values, one micro-batch", "device", largest + copies, False,
                      f"token_budget {hparams.token_budget}; with copies of the edited weights")
     if not statistics.metric_is_filed:

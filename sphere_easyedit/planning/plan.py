@@ -19,15 +19,18 @@ from .inventory import Statistics, find_statistics, find_tokenizer, find_weights
 from .memory import memory_items, peak_bytes, resident_bytes
 from .results import Plan, PlanSettings
 from .shapes import ModelShape, dtype_of, model_shape
-from .times import run_flops, time_parts, total_seconds
+from .times import PARTS, run_flops, time_parts, total_seconds
 
 
 def make_plan(hparams: SPHEREHyperParams, settings: PlanSettings) -> Plan:
     """Everything that a run with these settings will need.
 
     Raises:
-        ValueError: an unusable config or data set, or module names that do not fit.
+        ValueError: an unusable config or data set, module names that do not fit, or a rate of no kind of work.
     """
+    kinds = sorted({kind for kinds in PARTS.values() for kind in kinds})
+    if unknown := sorted(set(settings.rates) - set(kinds)):
+        raise ValueError(f"there is no work of the kind {', '.join(unknown)}: give rates of {', '.join(kinds)}")
     source = model_source(hparams.model_name)
     config = read_config(hparams.model_name, source)
     shape = model_shape(config, hparams.module_names(config), hparams.layers, dtype_of(config, settings.dtype))
@@ -41,15 +44,15 @@ def make_plan(hparams: SPHEREHyperParams, settings: PlanSettings) -> Plan:
     notes = [statistics.note] if statistics.note else []
     if here and settings.calibrate:
         facts, calibration = _measured(hparams, settings, shape, statistics, records, limit)
-        rates, layout = calibration.rates, calibration.layout
+        layout = calibration.layout
     else:
-        calibration, rates = None, {}
-        layout = expected_layout(shape)
+        calibration, layout = None, expected_layout(shape)
         tok = find_tokenizer(source)
         if tok is None:
             notes.append(f"no tokenizer of {hparams.model_name} here: {CHARACTERS_PER_TOKEN:g} characters are taken "
                          "for a token")
         facts = facts_in_tokens(records, tok, _contexts(hparams), limit)
+    rates = ({} if calibration is None else calibration.rates) | {k: 1e9 * rate for k, rate in settings.rates.items()}
     time = time_parts(run_flops(shape, hparams, settings, facts, statistics, layout), rates, settings.gflops)
     memory = memory_items(shape, hparams, settings, facts, device.type, statistics, layout, base)
     return Plan(
@@ -83,6 +86,9 @@ def _notes(hparams: SPHEREHyperParams, settings: PlanSettings, records: Sequence
     elif timed:
         notes.append(f"target values: all {hparams.v_num_grad_steps} steps; edits whose loss falls below 0.05 take "
                      "fewer")
+    if settings.processes > 1:
+        notes.append(f"{settings.processes} processes: time of the busiest, memory of each; what they send each other "
+                     "is not counted")
     if settings.num_edits > len(records):
         notes.append(f"token counts are those of the first {len(records)} facts of {settings.dataset}")
     return notes
@@ -93,6 +99,8 @@ def _method(settings: PlanSettings, calibration: Calibration | None, here: bool)
         return (f"counted FLOPs of every part, over the rates that a calibration of {calibration.seconds:.0f} s on "
                 f"this machine measured with this model ({calibration.edits} edits, {STEPS} steps)")
     why = "not asked for" if not settings.calibrate else "the model's weights are not on this machine"
-    if settings.gflops is None:
+    stated = [*([] if settings.gflops is None else [f"{settings.gflops:g}"]),
+              *(f"{kind} at {rate:g}" for kind, rate in settings.rates.items())]
+    if not stated:
         return f"counted FLOPs; no calibration ({why}): give --gflops, the rate of the machine, for seconds"
-    return f"counted FLOPs at {settings.gflops:g} GFLOP/s as stated; no calibration ({why})"
+    return f"counted FLOPs at {', '.join(stated)} GFLOP/s as stated; no calibration ({why})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,9 @@ class PlanSettings:
         examples: continuations that the run shows, before and after.
         calibrate: measure on this machine, where the model is here.
         gflops: rate in 1e9 FLOP/s for whatever was not measured; None for no time.
+        rates: stated rates in 1e9 FLOP/s by kind of work (see ``times.PARTS``), in place of measured ones and
+            ``gflops``: a GPU runs half-precision products, float64 solves and eigenproblems at rates far apart.
+        processes: that share out each batch's facts, the evaluation and the statistics' text; each has the whole model.
     """
 
     num_edits: int
@@ -32,13 +35,18 @@ class PlanSettings:
     examples: int = 3
     calibrate: bool = True
     gflops: float | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
+    processes: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_edits", "batch_size"):
+        for name in ("num_edits", "batch_size", "processes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more")
         if self.gflops is not None and not (math.isfinite(self.gflops) and self.gflops > 0):
             raise ValueError(f"gflops is {self.gflops}: give a rate above 0, in 1e9 FLOP/s")
+        for kind, rate in self.rates.items():
+            if not (math.isfinite(rate) and rate > 0):
+                raise ValueError(f"the rate of {kind} is {rate}: give one above 0, in 1e9 FLOP/s")
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,10 @@ class Download:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it. ``seconds`` and the shares within ``time`` are None where no rate is known."""
+    """All of it. ``seconds`` and the shares within ``time`` are None where no rate is known.
+
+    With several processes, ``time`` is the busiest one's, and ``memory`` is a process's.
+    """
 
     model: str
     device: str

@@ -44,7 +44,10 @@ _STAND_INS: Final = {"moments": "scores", "text": "scores"}  # whose rate serves
 
 def run_flops(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSettings, facts: Facts,
               statistics: Statistics, layout: Layout) -> dict[str, float]:
-    """FLOPs of a whole run by kind of work; those of one evaluation, which takes place twice.
+    """FLOPs of a whole run by kind of work, of the busiest process; those of one evaluation, which takes place twice.
+
+    Processes share out target values, keys, evaluation and the statistics' text, and all solve, project and write the
+    same.
 
     Args:
         layout: of the optimiser's rows.
@@ -53,22 +56,25 @@ def run_flops(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSetti
     layers, batches = len(hparams.layers), math.ceil(settings.num_edits / settings.batch_size)
     work = dict.fromkeys((kind for kinds in PARTS.values() for kind in kinds), 0.0)
     if hparams.executor == "native":
-        for batch in facts.batches(settings.batch_size):
-            once, step = target_value_flops(shape, batch, hparams, layout)
+        for shares in facts.shares(settings.batch_size, settings.processes):
+            once, step = max((target_value_flops(shape, share, hparams, layout) for share in shares),
+                             key=lambda counted: counted[1])
             work["once"] += (once + step) * scale
             work["steps"] += 2 * step * (hparams.v_num_grad_steps - 1) * scale
-            work["keys"] += key_flops(shape, batch, hparams) * scale
+            work["keys"] += max(key_flops(shape, share, hparams) for share in shares) * scale
         work["solve"] = solve_flops(shape, hparams, settings.num_edits, settings.batch_size)
         work["metrics"] = 0.0 if statistics.metric_is_filed else layers * metric_flops(shape.d_in, hparams)
         if hparams.context_templates is None:
             work["contexts"] = generation_flops(shape, len(OPENINGS) * NEW_TOKENS)
         if statistics.missing:
-            work["moments"] = moment_flops(shape, hparams, statistics.tokens, len(statistics.missing))
-            work["text"] = (generation_flops(shape, statistics.tokens) if hparams.mom2_dataset == GENERATED else 0.0)
+            tokens = math.ceil(statistics.tokens / settings.processes)
+            work["moments"] = moment_flops(shape, hparams, tokens, len(statistics.missing))
+            work["text"] = (generation_flops(shape, tokens) if hparams.mom2_dataset == GENERATED else 0.0)
     columns = settings.batch_size if hparams.executor == "native" else shape.d_out
     work["projection"] = batches * layers * projection_flops(shape, hparams, columns)
     work["energy"] = (batches + 1) * layers * energy_flops(shape)
-    work["scores"] = evaluation_flops(shape, [pair for pairs in facts.scored for pair in pairs]) * scale
+    scored = evaluation_flops(shape, [pair for pairs in facts.scored for pair in pairs])
+    work["scores"] = scored * scale / min(settings.processes, settings.num_edits)
     work["continuations"] = generation_flops(shape, min(settings.examples, settings.num_edits) * _NEW_TOKENS)
     return work
 
