@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sphere_easyedit import hyperspherical
 from sphere_easyedit.hyperspherical import (
     DISTANCE_FLOOR,
     energy_change_bound,
@@ -107,6 +108,49 @@ def test_chunked_equals_unchunked(dtype: torch.dtype, rel: float, chunk_size: in
 def test_more_rows_than_a_default_block() -> None:
     weight = gaussian(5, 700, 5)
     assert hyperspherical_energy(weight).item() == pytest.approx(brute_energy(weight), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [None, 3e-1, 1e-3, 1e-6])
+def test_sizes_of_blocks_change_nothing(
+    dtype: torch.dtype, gap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, pairs and copies a few at a time: all rows apart, some close, and all as close as ``gap``."""
+    weight = gaussian(40, 29, 9, dtype) if gap is None else (gaussian(40, 1, 9) + gap * gaussian(41, 29, 9)).to(dtype)
+    weight[3] = 0
+    weight[8], weight[20], weight[28] = weight[2], weight[2] * 1.0001, weight[11]
+    weight[28, 4] *= 1 + 1e-4
+    step = gaussian(42, 29, 9, dtype) * (weight != 0)
+    expected = brute_energy(weight)
+    powers = torch.zeros(29, dtype=torch.float64)
+    powers[weight.norm(dim=1) > 0] = brute_distances(weight).pow(-2).sum(dim=1)
+    sensitivity = torch.where(powers > 0, 2 * powers / weight.double().norm(dim=1), 0.0)
+    for name, size in {"_COPY_ELEMENTS": 40, "_PANEL_BYTES": 400, "_MAX_BLOCK_ROWS": 6, "_REFINE_ROWS": 4}.items():
+        monkeypatch.setattr(hyperspherical, name, size)
+    assert hyperspherical_energy(weight).item() == pytest.approx(expected, rel=1e-6)
+    assert hyperspherical_energy(weight, chunk_size=11).item() == pytest.approx(expected, rel=1e-6)
+    by_gram = energy_from_gram(weight @ weight.T, weight=weight)
+    assert by_gram.item() == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(energy_sensitivity(weight), sensitivity, rtol=1e-6, atol=0)
+    bound = (sensitivity * step.double().norm(dim=1)).sum().item()
+    assert energy_change_bound(weight, step).item() == pytest.approx(bound, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "dtype", "rows"),
+    [
+        (4096, 14336, torch.float32, 1024),  # a quarter
+        (4096, 28672, torch.float32, 585),  # what a panel of 64 MiB holds
+        (4096, 28672, torch.float64, 292),
+        (8193, 16, torch.float32, 2048),  # the most
+        (4097, 16, torch.float32, 1025),  # a quarter, rounded up
+        (10, 16, torch.float32, 256),
+        (10, 0, torch.float32, 256),
+        (10, 10**9, torch.float32, 1),
+    ],
+)
+def test_default_block(count: int, width: int, dtype: torch.dtype, rows: int) -> None:
+    assert hyperspherical._default_block_rows(count, width, dtype) == rows
 
 
 # --- invariances --------------------------------------------------------------------------------------------

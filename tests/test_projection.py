@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sphere_easyedit import projection
 from sphere_easyedit.projection import PrincipalSpace
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "llama"
@@ -444,6 +445,47 @@ def test_directions_outlive_the_weight(shape: tuple[int, int]) -> None:
     weight.zero_()
     torch.testing.assert_close(space.suppress(update, 1.0), expected, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(space.suppress_keys(update.T, 1.0), expected.T, rtol=1e-7, atol=1e-7)
+
+
+# --- blocks of rows -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
+@pytest.mark.parametrize("rows_at_once", [1, 3, 7])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_blocks_of_rows_change_nothing(
+    shape: tuple[int, int], rows_at_once: int, scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows a few at a time, also with norms whose squares float32 does not hold, and one that is zero."""
+    weight, update = gaussian(40, *shape, torch.float32), gaussian(41, 11, shape[1], torch.float32)
+    if scaled:
+        weight *= torch.logspace(-24, 24, shape[0])[:, None]
+    weight[5] = 0
+    kept = reference(torch.nn.functional.normalize(weight.double(), dim=1), 0.5)[1]
+    expected = update.double() - 0.8 * update.double() @ kept @ kept.T
+    monkeypatch.setattr(projection, "_BLOCK_ELEMENTS", rows_at_once * shape[1] + 1)
+    gram = weight.double() @ weight.double().T
+    for space in (PrincipalSpace.from_weight(weight), PrincipalSpace.from_gram(weight, gram)):
+        assert space.rank == kept.shape[1]
+        assert relative(space.suppress_keys(update.T, 0.8).T, expected) < 1e-5  # by the factors
+        assert relative(space.suppress(update, 0.8), expected) < 1e-5
+        assert relative(space.suppress_keys(update.T, 0.8).T, expected) < 1e-5  # by the directions
+
+
+def test_what_is_not_finite_is_found_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection, "_BLOCK_ELEMENTS", 12)
+    weight = gaussian(42, 7, 6, torch.float32)
+    space = PrincipalSpace.from_weight(weight)
+    for row in range(7):
+        bad = weight.clone()
+        bad[row, 5] = math.inf
+        with pytest.raises(ValueError, match="but 1 of its 7 rows"):
+            PrincipalSpace.from_weight(bad)
+        with pytest.raises(ValueError, match="update must be finite"):
+            space.suppress(bad)
+    bad[0, 0] = math.nan
+    with pytest.raises(ValueError, match="but 2 of its 7 rows"):
+        PrincipalSpace.from_weight(bad)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------
