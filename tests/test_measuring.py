@@ -12,11 +12,12 @@ from conftest import tiny_hparams, tiny_model
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.measuring import AbilitySettings, MeasureSettings, model_fingerprint
+from sphere_easyedit.evaluation.measuring import AbilitySettings, MeasureSettings
 from sphere_easyedit.evaluation.metrics import evaluate_records, summarise
 from sphere_easyedit.evaluation.revisiting import EditedRun
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
 from sphere_easyedit.evaluation.text_quality import Decoding, TextQuality, fluency
+from sphere_easyedit.fingerprints import model_fingerprint
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing.session import Fingerprint
+from sphere_easyedit.fingerprints import Fingerprint
 from sphere_easyedit.models import EditableModel
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)

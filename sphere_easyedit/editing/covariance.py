@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from ..files import locked, remove_leftovers, replacing, sha256_of
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, frozen, max_positions
+from ..replicas import Replicas, shared_out
 from .corpus import corpus_name, token_sequences
 from .replay import BlockReplay, pad_rows
 from .solvers import CholeskyFactor, NullSpace
@@ -43,6 +44,7 @@ _LOCK = ".collecting.lock"
 _DERIVED_FORMAT = "sphere-easyedit derived statistics 1"
 # Narrower factors are made in about the time that reading one takes (0.1 s).
 FACTOR_FILED_FROM = 2048
+_TOTALS = "sums of outer products"  # kept on each process until they are added up
 
 
 def model_folder(editable: EditableModel) -> str:
@@ -162,6 +164,30 @@ def _parameters_below(editable: EditableModel, layer: int) -> int:
 def _sum_outer_products(editable: EditableModel, sequences: Sequence[Sequence[int]], layers: list[int]
                         ) -> dict[int, Tensor]:
     """Sums of ``k k^T`` over all tokens, float64 ``(d_in, d_in)`` by layer, in one pass for all layers."""
+    replicas = Replicas.of(editable.model)
+    if replicas is None:
+        return _sum_here(editable, sequences, layers)
+    parts = shared_out([len(sequence) for sequence in sequences], replicas.size)
+    replicas.run(_sum_share, [([sequences[place] for place in part], layers) for part in parts])
+    # A job of its own: it would wait for ever for a process whose sums failed.
+    replicas.run(_add_up, [()] * replicas.size)
+    totals: dict[int, Tensor] = replicas.store.pop(_TOTALS)
+    return totals
+
+
+def _sum_share(here: Replicas, sequences: Sequence[Sequence[int]], layers: list[int]) -> None:
+    here.store[_TOTALS] = _sum_here(here.editable, sequences, layers)
+
+
+def _add_up(here: Replicas) -> None:
+    """The sum over processes takes the place of the leader's own; the others forget theirs."""
+    for total in here.store[_TOTALS].values():
+        here.sum_to_leader(total)
+    if here.place.index:
+        del here.store[_TOTALS]
+
+
+def _sum_here(editable: EditableModel, sequences: Sequence[Sequence[int]], layers: list[int]) -> dict[int, Tensor]:
     totals = {layer: torch.zeros(editable.d_in(layer), editable.d_in(layer), dtype=torch.float64,
                                  device=editable.weight(layer).device) for layer in layers}
     mask = torch.zeros(0)

@@ -17,9 +17,9 @@ from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, frozen, max_positions
 from .contexts import generate_contexts
 from .covariance import filed_factor, filed_null_space, load_moment, load_null_space, moment_path, statistics_files
-from .keys import BatchStates
 from .requests import EditRequest, TokenizedRequest, tokenize_request
 from .session import EditSession
+from .sharing import batch_states, target_values
 from .solvers import (
     CovarianceMetric,
     KeyHistory,
@@ -31,7 +31,7 @@ from .solvers import (
     plain_alphaedit_keys,
     plain_memit_keys,
 )
-from .target_values import TargetValues, optimise_target_values
+from .target_values import TargetValues
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], h
     seconds = {}
     with frozen(editable.model), restored_after(editable):
         started = time.perf_counter()
-        targets = optimise_target_values(editable, requests, hparams, progress)
+        targets = target_values(editable, requests, hparams, progress)
         if not bool(torch.isfinite(targets.values).all()):
             bad = [request.request.case_id for request, value in zip(requests, targets.values, strict=True)
                    if not bool(torch.isfinite(value).all())]
@@ -193,22 +193,22 @@ def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], h
         seconds["target_values"] = time.perf_counter() - started
 
         started = time.perf_counter()
-        states = BatchStates(editable, requests, hparams.token_budget)
         updates: dict[int, Update] = {}
-        for position, layer in enumerate(editable.layers):
-            keys, now = states.read(layer)  # (n, d_in), (n, hidden)
-            residuals = (targets.values.to(now.device) - now) / (len(editable.layers) - position)
-            update: Update = _solve_layer(editable, layer, keys, residuals, hparams, session)
-            if shape_in_loop is not None:
-                update = shape_in_loop(layer, update)
-            add_update(editable, layer, update)
-            updates[layer] = update
-            if layer != editable.layers[-1]:
-                states.advance(layer, to=editable.layers[position + 1])
         history = {}
-        if is_alphaedit(hparams) or hparams.keep_previous_keys:
-            for layer, keys in states.read_all().items():
-                history[layer] = session.history[layer].extended(keys.T)
+        with batch_states(editable, requests, hparams.token_budget) as states:
+            for position, layer in enumerate(editable.layers):
+                keys, now = states.read(layer)  # (n, d_in), (n, hidden)
+                residuals = (targets.values.to(now.device) - now) / (len(editable.layers) - position)
+                update: Update = _solve_layer(editable, layer, keys, residuals, hparams, session)
+                if shape_in_loop is not None:
+                    update = shape_in_loop(layer, update)
+                add_update(editable, layer, update)
+                updates[layer] = update
+                if layer != editable.layers[-1]:
+                    states.advance(layer, to=editable.layers[position + 1])
+            if is_alphaedit(hparams) or hparams.keep_previous_keys:
+                for layer, keys in states.read_all().items():
+                    history[layer] = session.history[layer].extended(keys.T)
         seconds["solve"] = time.perf_counter() - started
     return BatchSolution(updates, history, targets, seconds)
 

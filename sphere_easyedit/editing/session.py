@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import replacing
+from ..fingerprints import Fingerprint
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, ModuleNames
 from ..projection import PrincipalSpace
@@ -273,23 +273,3 @@ class EditSession:
             rows, columns = by_layer(f"{kind}.rows"), by_layer(f"{kind}.columns")
             target.update({layer: Fingerprint(rows[layer], columns[layer]) for layer in rows})
         return session
-
-
-class Fingerprint:
-    """Exact sums of a weight's bit patterns by row and by column: any change that is no conspiracy shows."""
-
-    def __init__(self, rows: Tensor, columns: Tensor) -> None:
-        self.rows, self.columns = rows, columns  # (d_out,), (d_in,) int64, on the CPU
-
-    @classmethod
-    def of(cls, weight: Tensor) -> Fingerprint:
-        """Of a floating weight ``(d_out, d_in)``."""
-        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-        bits = weight.detach().view(integer)
-        return cls(bits.sum(dim=1, dtype=torch.int64).cpu(), bits.sum(dim=0, dtype=torch.int64).cpu())
-
-    def __eq__(self, other: object) -> bool:
-        return (isinstance(other, Fingerprint) and torch.equal(self.rows, other.rows)
-                and torch.equal(self.columns, other.columns))
-
-    __hash__ = None  # type: ignore[assignment]

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..fingerprints import weights_checksum
 from .checkpoints import choose_kept, put_weights
 from .generation import generate_continuations
 from .records import EditRecord
 from .revisiting import EditedRun
 from .run_directory import CASES
-from .sequential import weights_checksum
 
 Kind = Literal["edit", "paraphrase", "neighborhood", "generation"]
 

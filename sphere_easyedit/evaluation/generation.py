@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..models import frozen, input_device, max_positions
+from ..replicas import Replicas, shared_out
 from ..tokenization import continuation_ids_batch
 from .teacher_forcing import Progress
 
@@ -39,7 +40,7 @@ def generate_continuations(
     Args:
         top_k: None for greedy.
         seeds: with ``top_k``, numbers from which each prompt's own draws come; one list of them a prompt.
-        progress: called with (prompts done, prompts in all) after each batch; equal ones run once.
+        progress: called with (prompts done, prompts in all) after each batch, equal ones counted once.
 
     Raises:
         ValueError: max_new_tokens or top_k is below 1, there are not as many seeds as prompts, a prompt has no tokens,
@@ -65,21 +66,41 @@ def generate_continuations(
             )
     ends = _end_ids(model, tok)
     wanted = [(tuple(ids), () if seeds is None else tuple(seeds[index])) for index, ids in enumerate(prompt_ids)]
-    texts: dict[_Wanted, str] = {}
+    distinct = list(dict.fromkeys(wanted))
+    replicas = Replicas.of(model)
+    if replicas is None:
+        new = _generate_all(model, distinct, max_new_tokens, top_k, ends, progress)
+    else:
+        shares = [([distinct[place] for place in part], max_new_tokens, top_k, ends)
+                  for part in shared_out([len(ids) + max_new_tokens for ids, _ in distinct], replicas.size)]
+        new = {one: ids for found in replicas.run(_generate_share, shares, progress) for one, ids in found.items()}
+    texts = {one: _new_text(tok, list(one[0]), ids) for one, ids in new.items()}
+    return [texts[one] for one in wanted]
+
+
+def _generate_share(here: Replicas, wanted: Sequence[_Wanted], max_new_tokens: int, top_k: int | None, ends: set[int]
+                    ) -> dict[_Wanted, list[int]]:
+    return _generate_all(here.editable.model, wanted, max_new_tokens, top_k, ends, here.progress)
+
+
+def _generate_all(model: nn.Module, wanted: Sequence[_Wanted], max_new_tokens: int, top_k: int | None, ends: set[int],
+                  progress: Progress | None) -> dict[_Wanted, list[int]]:
+    """New token ids of what is wanted, once each."""
+    new: dict[_Wanted, list[int]] = {}
     with frozen(model), torch.no_grad(), _last_place_alone(model):
         for chunk in _chunks(wanted, max_new_tokens):
             choose = _likeliest if top_k is None else _Drawing(top_k, [seed for _, seed in chunk], max_new_tokens)
             found = _generate(model, [ids for ids, _ in chunk], max_new_tokens, ends, choose)
-            texts |= {one: _new_text(tok, list(one[0]), new) for one, new in zip(chunk, found, strict=True)}
+            new |= dict(zip(chunk, found, strict=True))
             if progress is not None:
-                progress(sum(one in texts for one in wanted), len(wanted))
-    return [texts[one] for one in wanted]
+                progress(len(new), len(wanted))
+    return new
 
 
 def _chunks(wanted: Sequence[_Wanted], max_new_tokens: int) -> Iterator[list[_Wanted]]:
-    """What is wanted, once each, in batches of like length; the longest first."""
+    """What is wanted in batches of like length; the longest first."""
     chunk: list[_Wanted] = []
-    for one in sorted(dict.fromkeys(wanted), key=lambda one: -len(one[0])):
+    for one in sorted(wanted, key=lambda one: -len(one[0])):
         longest = len(chunk[0][0]) if chunk else 0
         # A batch takes as many steps more as its lengths differ; one of its own would take max_new_tokens.
         if chunk and (longest - len(one[0]) > max_new_tokens // 4

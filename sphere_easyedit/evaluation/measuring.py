@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..editing.session import EditSession, Fingerprint
+from ..editing.session import EditSession
 from ..files import replacing
+from ..fingerprints import model_fingerprint
 from ..models import EditableModel
 from ..reviewing import change_norms
 from .datasets import EditRecord, records_fingerprint
@@ -325,17 +325,3 @@ class Measurer:
 
 def _lines(found: Iterable[CaseScores | TextQuality]) -> str:
     return "".join(json.dumps(one.to_dict()) + "\n" for one in found)
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Digest of all parameters' values: any change that is no conspiracy shows."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(len(parameter) if parameter.dim() > 1 else 1, -1)
-        prints = Fingerprint.of(flat)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        for sums in (prints.rows, prints.columns):
-            digest.update(sums.numpy().tobytes())
-    return digest.hexdigest()
-
-

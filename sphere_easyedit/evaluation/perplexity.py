@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from ..models import frozen, input_device, max_positions
+from ..replicas import Replicas, shared_out
 from ..tokenization import leading_special_ids
 from .teacher_forcing import TOKENS_PER_PLACE, Progress, fast_token_budget
 
@@ -98,17 +99,14 @@ def perplexity(
         raise ValueError(f"the {len(texts)} texts have no token to score: give text of two words or more")
     budget = fast_token_budget(input_device(model).type) if token_budget is None else token_budget
     at_once = max(1, budget // TOKENS_PER_PLACE // window)
-    total, tokens, done = 0.0, 0, 0
-    with frozen(model), torch.no_grad():
-        for _, alike in groupby(sorted(windows, key=len, reverse=True), key=len):
-            group = list(alike)
-            for start in range(0, len(group), at_once):
-                batch = torch.tensor(group[start: start + at_once], device=input_device(model))
-                total += _sum_nll(model, batch, skipped)
-                tokens += batch[:, skipped:].numel()
-                done += len(batch)
-                if progress is not None:
-                    progress(done, len(windows))
+    tokens = sum(len(one) - skipped for one in windows)
+    replicas = Replicas.of(model)
+    if replicas is None:
+        total = _sum_of_windows(model, windows, at_once, skipped, progress)
+    else:
+        shares = [([windows[place] for place in part], at_once, skipped)
+                  for part in shared_out([len(one) for one in windows], replicas.size)]
+        total = math.fsum(replicas.run(_share_of_windows, shares, progress))
     nll = total / tokens
     try:
         return Perplexity(math.exp(nll), nll, tokens, window)
@@ -126,6 +124,26 @@ def _cut(tok: PreTrainedTokenizerBase, texts: Sequence[str], size: int, max_toke
         ids = ids if left == math.inf else ids[: int(left)]
         left -= len(ids)
         yield from (ids[start: start + size] for start in range(0, len(ids), size))
+
+
+def _share_of_windows(here: Replicas, windows: Sequence[list[int]], at_once: int, skipped: int) -> float:
+    return _sum_of_windows(here.editable.model, windows, at_once, skipped, here.progress)
+
+
+def _sum_of_windows(model: nn.Module, windows: Sequence[list[int]], at_once: int, skipped: int,
+                    progress: Progress | None) -> float:
+    """``_sum_nll`` of all windows, so many at once."""
+    total, done = 0.0, 0
+    with frozen(model), torch.no_grad():
+        for _, alike in groupby(sorted(windows, key=len, reverse=True), key=len):
+            group = list(alike)
+            for start in range(0, len(group), at_once):
+                batch = torch.tensor(group[start: start + at_once], device=input_device(model))
+                total += _sum_nll(model, batch, skipped)
+                done += len(batch)
+                if progress is not None:
+                    progress(done, len(windows))
+    return total
 
 
 def _sum_nll(model: nn.Module, windows: Tensor, skipped: int) -> float:

@@ -7,7 +7,6 @@ bits depends on when the process was started.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import logging
@@ -26,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..callbacks import EditCallback, EditEvent, HETracker, StopEditing, read_energy_csv
 from ..editing.session import EditSession
+from ..fingerprints import weights_checksum
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel
 from ..wrapper import Executor, apply_sphere_to_model, prepare
@@ -525,15 +525,6 @@ def _watched(lines: Sequence[Mapping[str, Any]], when: When) -> dict[str, Any] |
 
 def _scores(scores: CaseScores) -> dict[str, float | None]:
     return {"efficacy": scores.efficacy, "generalization": scores.generalization, "specificity": scores.specificity}
-
-
-def weights_checksum(editable: EditableModel) -> str:
-    """SHA-256 of the edited weights' bytes, in the layers' order."""
-    digest = hashlib.sha256()
-    for layer in editable.layers:
-        stored = editable.parameter(layer).detach().cpu().contiguous()
-        digest.update(stored.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def peak_memory_bytes(model: nn.Module) -> int:

@@ -21,6 +21,7 @@ from ..batching import padded_batches
 from ..editing.packing import attending_packed, pack_behind, packs_exactly
 from ..editing.replay import pad_rows
 from ..models import frozen, input_device, logits_at
+from ..replicas import Replicas, put_together, stretches
 
 Progress = Callable[[int, int], None]
 
@@ -94,21 +95,38 @@ def score_rows(
         model: a causal language model of transformers; stays as it is.
         rows: with at least one token in prompt and target.
         token_budget: tokens of a batch, padding included; None for what is fast on the model's device.
-        progress: called with (rows done, rows in all) after each batch.
+        progress: called with (rows done, rows in all) after each batch; of this process's rows where others share them.
         weighed: numbers of the rows whose log-probabilities are wanted. They are made in float32 of the logits at
             these rows' places alone.
     """
     if token_budget is None:
         token_budget = fast_token_budget(input_device(model).type)
+    replicas = Replicas.of(model)
+    if replicas is None:
+        return _score_here(model, rows, token_budget, progress, set(weighed))
+    # Neighbours in this order begin alike, so what is run once for several stays together but at the seams.
+    order = sorted(range(len(rows)), key=lambda index: rows[index].fed)
+    parts = stretches([len(rows[index].fed) for index in order], replicas.size)
+    places = [[order[number] for number in part] for part in parts]
+    shares = [([rows[index] for index in part], token_budget,
+               {number for number, index in enumerate(part) if index in weighed}) for part in places]
+    return put_together(places, replicas.run(_score_share, shares, progress))
+
+
+def _score_share(here: Replicas, rows: Sequence[Row], token_budget: int, weighed: set[int]) -> list[RowScore]:
+    return _score_here(here.editable.model, rows, token_budget, here.progress, weighed)
+
+
+def _score_here(model: nn.Module, rows: Sequence[Row], token_budget: int, progress: Progress | None,
+                weighed: set[int]) -> list[RowScore]:
     scores: dict[int, RowScore] = {}
-    wanted = set(weighed)
     sequences = _sequences(rows)
     with frozen(model):
         packed = bool(sequences) and _packing_is_exact(model, sequences)
         make_batches, run = (_packed_batches, _packed_logits) if packed else (_padded_batches, _padded_logits)
         with attending_packed(model) if packed else nullcontext():
             for batch in make_batches(sequences, token_budget):
-                scores.update(_scores(rows, batch, run(model, batch), wanted))
+                scores.update(_scores(rows, batch, run(model, batch), weighed))
                 if progress is not None:
                     progress(len(scores), len(rows))
     return [scores[index] for index in range(len(rows))]

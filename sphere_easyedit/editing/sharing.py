@@ -1,0 +1,125 @@
+"""Target values and keys of a batch, worked out by all the processes that hold the model, or by the one there is.
+
+Edits of a batch are independent of each other until their keys are solved for, so each process takes some of them, with
+about as many tokens as any other's. A batch's parts are grouped otherwise than the whole is, so results differ from one
+process's by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..hparams import SPHEREHyperParams
+from ..models import EditableModel
+from ..replicas import Replicas, put_together, shared_out
+from .keys import BatchStates
+from .requests import TokenizedRequest
+from .target_values import TargetValues, optimise_target_values
+
+_STATES = "states of the batch"
+
+
+class States(Protocol):
+    """What ``solve_batch`` asks of ``keys.BatchStates``, which see."""
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]: ...
+
+    def advance(self, layer: int, to: int) -> None: ...
+
+    def read_all(self) -> dict[int, Tensor]: ...
+
+
+def target_values(editable: EditableModel, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams,
+                  progress: Callable[[int], None] | None = None) -> TargetValues:
+    """``optimise_target_values`` of a batch; ``progress`` hears of this process's edits as they are done."""
+    replicas = Replicas.of(editable.model)
+    if replicas is None:
+        return optimise_target_values(editable, requests, hparams, progress)
+    parts = _parts(requests, replicas)
+    found = replicas.run(_optimise, [(_chosen(requests, part), hparams) for part in parts], progress)
+    if progress is not None and (elsewhere := len(requests) - len(parts[0])):
+        progress(elsewhere)
+    return TargetValues(torch.stack(put_together(parts, [list(one.values) for one in found])),
+                        put_together(parts, [one.losses for one in found]),
+                        put_together(parts, [one.steps for one in found]))
+
+
+@contextmanager
+def batch_states(editable: EditableModel, requests: Sequence[TokenizedRequest], token_budget: int) -> Iterator[States]:
+    """The batch's ``BatchStates`` within the context, each process holding those of some edits."""
+    replicas = Replicas.of(editable.model)
+    if replicas is None:
+        yield BatchStates(editable, requests, token_budget)
+    else:
+        yield _SharedStates(replicas, requests, token_budget)
+        replicas.run(_close, [()] * replicas.size)
+
+
+class _SharedStates:
+    """``BatchStates`` of which each process holds a part; results are on the CPU."""
+
+    def __init__(self, replicas: Replicas, requests: Sequence[TokenizedRequest], token_budget: int) -> None:
+        self._replicas, self._parts = replicas, _parts(requests, replicas)
+        replicas.run(_open, [(_chosen(requests, part), token_budget) for part in self._parts])
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        found = self._run(_read, layer)
+        return self._rows([part and part[0] for part in found]), self._rows([part and part[1] for part in found])
+
+    def advance(self, layer: int, to: int) -> None:
+        self._run(_advance, layer, to)
+
+    def read_all(self) -> dict[int, Tensor]:
+        found = self._run(_read_all)
+        layers = next(part for part in found if part)
+        return {layer: self._rows([part and part[layer] for part in found]) for layer in layers}
+
+    def _run(self, job: Callable[..., Any], *given: Any) -> list[Any]:
+        return self._replicas.run(job, [given] * self._replicas.size)
+
+    def _rows(self, found: Sequence[Tensor | None]) -> Tensor:
+        """Rows of the processes' parts in the batch's order."""
+        return torch.stack(put_together(self._parts, [[] if part is None else list(part) for part in found]))
+
+
+def _parts(requests: Sequence[TokenizedRequest], replicas: Replicas) -> list[list[int]]:
+    return shared_out([sum(len(prompt.ids) + len(request.target_ids) for prompt in (request.plain, *request.contexts))
+                       for request in requests], replicas.size)
+
+
+def _chosen(requests: Sequence[TokenizedRequest], places: Sequence[int]) -> list[TokenizedRequest]:
+    return [requests[place] for place in places]
+
+
+def _optimise(here: Replicas, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams) -> TargetValues:
+    if not requests:
+        return TargetValues(torch.empty(0, here.editable.hidden_size), [], [])
+    return optimise_target_values(here.editable, requests, hparams, here.progress)
+
+
+def _open(here: Replicas, requests: Sequence[TokenizedRequest], token_budget: int) -> None:
+    here.store[_STATES] = BatchStates(here.editable, requests, token_budget) if requests else None
+
+
+def _read(here: Replicas, layer: int) -> tuple[Tensor, Tensor] | None:
+    states = here.store[_STATES]
+    return states and tuple(part.cpu() for part in states.read(layer))
+
+
+def _advance(here: Replicas, layer: int, to: int) -> None:
+    if states := here.store[_STATES]:
+        states.advance(layer, to)
+
+
+def _read_all(here: Replicas) -> dict[int, Tensor] | None:
+    states = here.store[_STATES]
+    return states and {layer: keys.cpu() for layer, keys in states.read_all().items()}
+
+
+def _close(here: Replicas) -> None:
+    del here.store[_STATES]
