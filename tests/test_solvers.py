@@ -390,6 +390,42 @@ def test_non_finite_keys_give_none(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records
 
 
+def test_probes_show_the_norm_of_what_they_multiply() -> None:
+    for count in (1, 16):
+        assert torch.equal(solvers._probes(count, torch.device("cpu")), torch.eye(count, dtype=torch.float64))
+    probes = solvers._probes(200, torch.device("cpu"))
+    assert probes.shape == (200, 16)
+    assert torch.equal(probes.abs(), torch.full_like(probes, 0.25))  # 16 columns of unit entries over sqrt(16)
+    assert abs(float(probes.mean())) < 0.02  # as many of either sign, within four deviations
+    assert torch.equal(probes, solvers._probes(200, torch.device("cpu")))
+    residual = gaussian(0, WIDTH, 200)
+    assert float((residual @ probes).norm() / residual.norm()) == pytest.approx(1.0, abs=0.3)
+
+
+def test_wrong_factor_of_many_keys_gives_none(caplog: pytest.LogCaptureFixture) -> None:
+    """Past 16 keys of a batch the residual is taken of random sums of them."""
+    history = KeyHistory(some_keys(0, 4, False), null_space_metric(0, 7, 0.5))
+    keys = some_keys(1, 40, False)
+    assert adjusted_keys(history, keys) is not None
+    assert history.factor is not None
+    history.factor = CholeskyFactor([1.0001 * row for row in history.factor.rows])
+    with caplog.at_level(logging.WARNING):
+        assert adjusted_keys(history, keys) is None
+    assert "relative residual" in caplog.text
+
+
+def test_what_is_made_lies_where_it_is_asked_for() -> None:
+    """Without a GPU: the meta device tells as well whether a tensor was put on the device that was named."""
+    meta = torch.device("meta")
+    assert NullSpace(torch.eye(WIDTH)[:, :3], True).to(meta).columns.is_meta
+    assert NullSpace(torch.eye(WIDTH)[:, :3], True).to(meta).complement
+    assert all(row.is_meta for row in CholeskyFactor.of(torch.eye(WIDTH)).to(meta).rows)
+    assert KeyHistory.empty(WIDTH, None, meta).device == meta
+    assert all(row.is_meta for row in solvers._scaled_identity(2.0, 300, meta))
+    assert solvers._probes(3, meta).is_meta
+    assert solvers._probes(30, meta).is_meta
+
+
 # --- through the executors ----------------------------------------------------------------------------------
 
 
