@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .fingerprints import Fingerprint, model_fingerprint, weights_checksum
 from .models import EditableModel, frozen
+from .signals import ProcessLost
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +36,6 @@ Job = Callable[..., T]  # called with the process's own Replicas, then its share
 _ATTRIBUTE = "_sphere_replicas"
 # A lost process shows by its connection or by the launcher, not by the clock: the leader may be busy for hours.
 _PATIENCE = timedelta(days=2)
-
-
-class ProcessLost(BaseException):
-    """Another process of the run is gone; no ``Exception``, so that nothing takes it for a failure of its own."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +64,15 @@ class Place:
         """
         from accelerate import PartialState  # type: ignore[import-untyped]
 
-        state: Any = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
+        on_cpu = device == "cpu" or not torch.cuda.is_available()  # accelerate joins by CPU only where it is told to
+        state: Any = PartialState(cpu=on_cpu, timeout=_PATIENCE)
         place: torch.device = state.device
         if state.num_processes > 1 and place.type == "cuda":
             if state.local_process_index >= torch.cuda.device_count():
                 raise ValueError(f"process {state.process_index} is number {state.local_process_index} of its machine, "
                                  f"which has {torch.cuda.device_count()} GPUs: start as many processes as GPUs")
             return cls(state.process_index, state.num_processes, str(place))
-        return cls(state.process_index, state.num_processes, "cpu" if place.type == "cpu" else str(place))
+        return cls(state.process_index, state.num_processes, place.type)
 
 
 @dataclass(frozen=True)

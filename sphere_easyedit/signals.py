@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as exceptions: a batch under way is undone like after any other, and files are whole."""
+"""What ends a run from outside, as exceptions: a batch under way is undone like after any other, and files are whole."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ class Interrupted(BaseException):
         self.name = signal.Signals(number).name
         self.exit_status = 128 + number
         super().__init__(self.name)
+
+
+class ProcessLost(BaseException):
+    """Another process of the run is gone; no ``Exception`` either."""
 
 
 @contextmanager

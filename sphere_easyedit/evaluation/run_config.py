@@ -13,6 +13,7 @@ from torch import nn
 
 from ..editing.session import EditSession
 from ..hparams import SPHEREHyperParams
+from ..replicas import Replicas
 from .run_directory import CONFIG, RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def run_config(model: nn.Module, hparams: SPHEREHyperParams, run: Mapping[str, A
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    replicas = Replicas.of(model)
     return {
         "run": dict(run),
         "hparams": hparams.to_dict(),
@@ -45,6 +47,7 @@ def run_config(model: nn.Module, hparams: SPHEREHyperParams, run: Mapping[str, A
                   "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
                   "context_templates": EditSession.of(model).contexts},
         "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(),
+                    "processes": 1 if replicas is None else replicas.size,
                     "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
     }
 
@@ -53,7 +56,7 @@ def check_same_run(run: RunDirectory, config: Mapping[str, Any]) -> bool:
     """Refuse to go on with other settings than the run began with.
 
     Returns:
-        Whether versions, threads and kind of machine are all the same as then.
+        Whether versions, threads, processes and kind of machine are all the same as then.
 
     Raises:
         ValueError: a setting that decides about bits, or about which numbers stand side by side, is another one.
@@ -75,7 +78,7 @@ def check_same_run(run: RunDirectory, config: Mapping[str, Any]) -> bool:
                          "ones, or another directory")
     changed = [f"{name} {versions.get(name)} -> {now}" for name, now in config["versions"].items()
                if versions.get(name) != now]
-    machine = was.get("machine") or {}
+    machine = {"processes": 1, **(was.get("machine") or {})}
     # Sums are split among threads, and go to other kernels on another kind of processor.
     changed += [f"{name} {machine.get(name)} -> {now}" for name, now in config["machine"].items()
                 if machine.get(name) != now]
