@@ -298,6 +298,26 @@ def test_float32_gram_alone_floors_at_its_own_precision() -> None:
     assert energy_from_gram(pair @ pair.T, weight=pair).item() == pytest.approx(2 / DISTANCE_FLOOR, rel=1e-9)
 
 
+def test_float64_gram_alone_floors_at_its_own_precision() -> None:
+    pair = torch.tensor([[3.0, 4.0], [3.0, 4.0]], dtype=torch.float64)  # exact squares: the cosine is 1
+    floor = math.sqrt(8 * torch.finfo(torch.float64).eps)
+    assert energy_from_gram(pair @ pair.T).item() == pytest.approx(2 / floor, rel=1e-9)
+
+
+def test_gram_diagonal_below_zero() -> None:
+    """By rounding it stands for a row of zeros; below that it is no Gram matrix."""
+    weight = gaussian(19, 5, 4)
+    weight[2] = 0
+    gram = weight @ weight.T
+    gram[2, 2] = -0.9e-4 * gram.diagonal().max()
+    assert energy_from_gram(gram).item() == pytest.approx(brute_energy(weight), rel=1e-9)
+    gram[2, 2] = -1.2e-4 * gram.diagonal().max()
+    with pytest.raises(ValueError, match="squared norms on its diagonal, got -"):
+        energy_from_gram(gram)
+    with pytest.raises(ValueError, match="squared norms on its diagonal, got -1e-30"):
+        energy_from_gram(torch.tensor([[-1e-30]], dtype=torch.float64))
+
+
 # --- Theorems 1 to 3 ----------------------------------------------------------------------------------------
 
 
@@ -386,13 +406,26 @@ NAN[1, 2] = math.nan
         (hyperspherical_energy, (GOOD, 1.0, "max"), "'sum' or 'mean', got 'max'"),
         (hyperspherical_energy, (GOOD, 1.0, "sum", 0), "chunk_size .* got 0"),
         (hyperspherical_energy, (GOOD, 1.0, "sum", 2.5), "chunk_size .* got 2.5"),
+        (hyperspherical_energy, (GOOD, 1.0, "sum", True), "chunk_size .* got True"),
+        (energy_from_gram, (GOOD @ GOOD.T, 1.0, "sum", 0), "chunk_size .* got 0"),
+        (energy_from_gram, (GOOD @ GOOD.T, 0.0), "s must be above 0, got 0.0"),
+        (energy_from_gram, (GOOD @ GOOD.T, 1.0, "max"), "'sum' or 'mean', got 'max'"),
+        (energy_from_gram, (GOOD @ GOOD.T, 1.0, "sum", None, GOOD.long()), "weight must be floating point"),
+        (energy_from_gram, (GOOD.tolist(),), "gram must be a torch.Tensor, got list"),
+        (energy_sensitivity, (GOOD, 0), "chunk_size .* got 0"),
+        (energy_sensitivity, (GOOD[0],), r"weight must be 2-D .*\(3,\)"),
+        (energy_change_bound, (GOOD, GOOD, 0), "chunk_size .* got 0"),
+        (energy_change_bound, (GOOD, None), "update must be a torch.Tensor"),
+        (minimal_update_norm, (GOOD, 1.0, 0), "chunk_size .* got 0"),
+        (minimal_update_norm, (GOOD, True), "energy_change must be one finite number, got True"),
+        (minimal_update_norm, (GOOD, "much"), "energy_change must be one finite number, got 'much'"),
         (energy_sensitivity, (NAN,), "weight must be finite"),
         (energy_change_bound, (GOOD, GOOD.T), r"update must be \(4, 3\) .* got \(3, 4\)"),
         (energy_change_bound, (GOOD, NAN), "update must be finite"),
         (minimal_update_norm, (GOOD, math.inf), "energy_change must be one finite number, got inf"),
         (minimal_update_norm, (GOOD, GOOD), "energy_change must be one finite number"),
         (energy_from_gram, (GOOD,), r"gram must be square, .* \(4, 3\)"),
-        (energy_from_gram, (NAN @ NAN.T,), "gram must be finite"),
+        (energy_from_gram, (NAN @ NAN.T,), "gram must be finite, but 7 entries are not"),
         (energy_from_gram, (-(GOOD @ GOOD.T),), "squared norms"),
         (energy_from_gram, ((GOOD @ GOOD.T).half(),), "float32 or float64, got torch.float16"),
         (energy_from_gram, (GOOD @ GOOD.T, 1.0, "sum", None, GOOD[:3]), "weight must be the W of gram"),

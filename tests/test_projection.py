@@ -219,6 +219,8 @@ def test_gamma_zero_projects_nothing(shape: tuple[int, int]) -> None:
         assert space.rank == 0
         assert space.directions.shape == (shape[1], 0)
         assert len(space.spectrum) == 0
+        assert space.spectrum.dtype == torch.float64
+        assert space.gamma == 0.0
         assert torch.equal(space.suppress(update, 1.0), update)
         assert torch.equal(space.suppress_keys(update.T, 1.0), update.T)
 
@@ -291,6 +293,7 @@ def test_a_zero_weight_has_no_principal_space() -> None:
     assert space.rank == 0
     assert space.directions.shape == (4, 0)
     assert PrincipalSpace.from_gram(torch.zeros(3, 4), torch.zeros(3, 3), 0.5).rank == 0
+    assert space.gamma == 0.5
 
 
 def test_duplicate_rows_weigh_twice() -> None:
@@ -486,6 +489,132 @@ def test_what_is_not_finite_is_found_in_any_block(monkeypatch: pytest.MonkeyPatc
     bad[0, 0] = math.nan
     with pytest.raises(ValueError, match="but 2 of its 7 rows"):
         PrincipalSpace.from_weight(bad)
+
+
+# --- what decides the size of an eigenproblem, and what counts as rounding -----------------------------------
+
+
+@pytest.mark.parametrize(
+    ("side", "gamma", "on_gpu", "likely_rank", "expected"),
+    [
+        (511, 0.5, False, None, [511]),  # too small for a part to pay
+        (512, 0.5, False, None, [171, 342, 512]),
+        (600, 0.6, False, None, [201, 401, 600]),
+        (600, 0.61, False, None, [401, 600]),
+        (600, 0.9, False, None, [401, 600]),
+        (600, 0.91, False, None, [600]),
+        (600, 0.5, True, None, [600]),
+        (600, 0.5, True, 10, [600]),
+        (600, 0.5, False, 100, [110, 201, 401, 600]),
+        (600, 0.5, False, 193, [204, 401, 600]),
+        (600, 0.5, False, 190, [201, 401, 600]),
+        (600, 0.5, False, 581, [600]),
+    ],
+)
+def test_attempts(side: int, gamma: float, on_gpu: bool, likely_rank: int | None, expected: list[int]) -> None:
+    assert projection._attempts(side, gamma, on_gpu, likely_rank) == expected
+
+
+def test_a_likely_rank_is_what_is_solved_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    solve = projection._partial_eigenpairs
+
+    def noted(gram: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+        asked.append(count)
+        return solve(gram, count)
+
+    monkeypatch.setattr(projection, "_partial_eigenpairs", noted)
+    weight = decaying(43, 520, 530)
+    for likely_rank in (None, 60):
+        space = PrincipalSpace.from_gram(weight, weight @ weight.T, 0.5, likely_rank)
+        assert space.rank < 60
+        assert len(space.spectrum) == asked[-1]
+    assert asked == [174, 69]
+
+
+def test_rank_tolerance() -> None:
+    """By hand: the tolerance of a matrix rank squared, and the rounding of a Gram matrix's eigenvalues."""
+    wide = torch.zeros(3, 10_000)
+    assert projection._rank_tolerance(wide, 0.0) == pytest.approx((10_000 * 2.0**-23) ** 2, rel=1e-12)
+    assert projection._rank_tolerance(wide.T.double(), 0.0) == pytest.approx((10_000 * 2.0**-52) ** 2, rel=1e-12)
+    assert projection._rank_tolerance(wide.half(), 1e-3) == pytest.approx(8 * 100 * 1e-3, rel=1e-12)
+
+
+@pytest.mark.parametrize("error", [1e-16, 1e-9, 1e-3, 0.9])
+def test_orthonormal_columns_keep_span_and_order(error: float) -> None:
+    clean = torch.linalg.qr(gaussian(44, 30, 6)).Q
+    basis = clean @ (torch.eye(6, dtype=torch.float64) + error * gaussian(45, 6, 6).triu(1))
+    found = projection._orthonormal(basis)
+    torch.testing.assert_close(found.T @ found, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-12)
+    for count in range(1, 7):
+        kept = found[:, :count]
+        torch.testing.assert_close(kept @ (kept.T @ basis[:, :count]), basis[:, :count], rtol=0, atol=1e-12)
+    if error < 0.1:
+        torch.testing.assert_close(found, clean, rtol=0, atol=1e-12)  # of the same signs
+    assert (found is basis) == (error < 1e-15)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1e-4), (torch.float64, 1e-7)])
+def test_what_is_well_conditioned(dtype: torch.dtype, least: float) -> None:
+    weight = torch.eye(3, dtype=dtype)
+    norms = torch.ones(3, dtype=torch.float64)
+    for factor in (0.9, 1.1):
+        values = torch.tensor([4.0, 2.0, 4.0 * factor * least], dtype=torch.float64)
+        basis = projection._GramBasis(weight, norms, projection._fingerprint(weight), weight, values)
+        assert basis.is_well_conditioned() == (factor > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_in_a_zero_rows_part_of_a_gram_does_not_matter(dtype: torch.dtype) -> None:
+    weight = gaussian(46, 12, 30, dtype)
+    weight[4] = 0
+    gram = weight @ weight.T
+    clean = PrincipalSpace.from_gram(weight, gram)
+    gram[4] = gram[:, 4] = 1e-3
+    space = PrincipalSpace.from_gram(weight, gram)
+    assert torch.equal(space.spectrum, clean.spectrum)
+    assert torch.equal(space.directions, clean.directions)
+
+
+def test_gram_may_differ_by_a_percent() -> None:
+    weight = gaussian(47, 4, 6)
+    gram = weight @ weight.T
+    for factor in (0.991, 1.009):
+        assert PrincipalSpace.from_gram(weight, gram * factor).rank > 0
+    for factor in (0.989, 1.011):
+        with pytest.raises(ValueError, match="4 of its diagonal's 4 entries"):
+            PrincipalSpace.from_gram(weight, gram * factor)
+
+
+def test_space_spanned_by_directions() -> None:
+    directions = torch.linalg.qr(gaussian(48, 9, 3)).Q
+    space = PrincipalSpace.spanned_by(directions, 0.4)
+    assert (space.rank, space.gamma, space.d_in, space.device.type) == (3, 0.4, 9, "cpu")
+    assert torch.equal(space.directions, directions)
+    assert (space.spectrum.shape, space.spectrum.dtype) == ((0,), torch.float64)
+    keys = gaussian(49, 9, 2)
+    torch.testing.assert_close(space.suppress_keys(keys, 1.0), keys - directions @ directions.T @ keys)
+    assert PrincipalSpace.spanned_by(directions[:, :0], 0.4).rank == 0
+    assert PrincipalSpace.spanned_by(directions * (1 + 4e-5), 0.4).rank == 3
+    for bad, gamma, message in (
+        (directions * (1 + 6e-5), 0.4, "directions are 1.2e-04 from orthonormal"),
+        (directions * math.nan, 0.4, "directions are nan from orthonormal"),
+        (directions.long(), 0.4, "directions must be floating point"),
+        (directions, 1.4, "gamma must be a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PrincipalSpace.spanned_by(bad, gamma)
+
+
+def test_what_is_made_lies_where_the_weight_is() -> None:
+    """Without a GPU: the meta device tells as well whether a tensor was put on the weight's."""
+    wide, tall = torch.zeros(3, 5, device="meta"), torch.zeros(5, 3, device="meta")
+    norms = torch.ones(5, dtype=torch.float64, device="meta")
+    assert PrincipalSpace._empty(wide, 0.0).device.type == "meta"
+    assert PrincipalSpace._empty(wide, 0.0).spectrum.is_meta
+    assert projection._fingerprint(wide).is_meta
+    assert projection._unit_gram(wide, norms[:3], torch.float32, False).is_meta
+    assert projection._unit_gram(tall, norms, torch.float32, True).is_meta
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

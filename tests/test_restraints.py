@@ -70,6 +70,12 @@ def test_rect_keeps_changes_of_zero_weights() -> None:
     assert bool(torch.isfinite(kept).all())
 
 
+def test_rect_adds_its_epsilon_to_the_weight() -> None:
+    update = torch.ones(1, 5, dtype=torch.float64)
+    weight = torch.tensor([[1e-8, 4e-9, 2e-9, 1.0, 1.0]], dtype=torch.float64)
+    assert rect(update, weight, keep=0.2).tolist() == [[0.0, 1.0, 1.0, 0.0, 0.0]]
+
+
 def test_rect_keep_one_keeps_all() -> None:
     update, weight = gaussian(0, 4, 5), gaussian(1, 4, 5)
     kept = rect(update, weight, keep=1.0)
@@ -85,9 +91,10 @@ def test_rect_leaves_its_arguments_alone() -> None:
     assert torch.equal(weight, before[1])
 
 
-def test_rect_reads_a_narrow_weight_in_the_updates_precision() -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e-8])
+def test_rect_reads_a_narrow_weight_in_the_updates_precision(scale: float) -> None:
     update = gaussian(0, 6, 7, torch.float32)
-    weight = gaussian(1, 6, 7, torch.bfloat16)
+    weight = (scale * gaussian(1, 6, 7)).to(torch.bfloat16)
     kept = rect(update, weight, 0.4)
     assert kept.dtype == torch.float32
     assert torch.equal(kept, rect(update, weight.float(), 0.4))
@@ -175,3 +182,17 @@ def test_prune_bad_base(base: float) -> None:
 def test_prune_bad_shape() -> None:
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(3, 2\)"):
         prune(torch.ones(2, 3), torch.ones(3, 2))
+
+
+def test_prune_of_a_zero_weight() -> None:
+    with pytest.raises(ValueError, match="^the original weight is all zero: PRUNE has no singular value"):
+        prune(torch.ones(2, 2), torch.zeros(2, 2))
+
+
+def test_prune_by_a_small_and_narrow_weight() -> None:
+    """Below 1 a singular value bounds as any other; the weight is read in the change's precision."""
+    original = (0.01 * gaussian(0, 6, 9)).to(torch.bfloat16)
+    change = gaussian(1, 6, 9, torch.float32)
+    restrained = prune(change, original)
+    assert restrained.dtype == torch.float32
+    torch.testing.assert_close(restrained.double(), prune(change.double(), original.double()), rtol=1e-4, atol=1e-5)

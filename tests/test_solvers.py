@@ -390,6 +390,23 @@ def test_non_finite_keys_give_none(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_plain_memit_refuses_by_the_ratio_of_eigenvalues(scale: float) -> None:
+    """Below the rounding of float32, in which C comes, an eigenvalue counts as none, at any scale of C."""
+    vectors = orthonormal(0, WIDTH)
+    keys = torch.zeros(WIDTH, 1, dtype=torch.float64)
+    for least, solvable in ((1e-6, True), (1e-8, False)):
+        values = torch.ones(WIDTH, dtype=torch.float64)
+        values[0] = least
+        moment = scale * (vectors * values) @ vectors.T
+        if solvable:
+            assert torch.equal(plain_memit_keys(moment, 2.0, keys), keys)
+            continue
+        with pytest.raises(torch.linalg.LinAlgError, match="^eigenvalues between") as raised:
+            plain_memit_keys(moment, 2.0, keys)
+        assert f"between {2 * scale * least:.1e} and {2 * scale:.1e}" in str(raised.value)
+
+
 def test_probes_show_the_norm_of_what_they_multiply() -> None:
     for count in (1, 16):
         assert torch.equal(solvers._probes(count, torch.device("cpu")), torch.eye(count, dtype=torch.float64))
