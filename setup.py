@@ -42,6 +42,7 @@ setup(
         "track": ["accelerate>=0.30", "tensorboard>=2.14", "wandb>=0.17"],
         # lm-eval before 0.4.13 loads tasks and counts records in another way.
         "eval": ["lm-eval>=0.4.13", "datasets>=2.20", "scikit-learn>=1.4"],
+        "cluster": ["submitit>=1.5"],
         # What EasyEdit's main branch imports; EasyEdit itself is a checkout (EASYEDIT_HOME), since the release on PyPI
         # pins what can't be installed beside a current torch.
         "easyedit": ["av", "cachetools", "datasets", "einops", "fairscale", "gpustat", "higher", "httpx", "hydra-core",
@@ -51,7 +52,8 @@ setup(
         # Long fuzzing (tests/fuzzers, SPHERE_FUZZ=1), mutants (benchmarks/mutants.py), the audit of what is installed.
         "audit": ["atheris>=3", "mutmut>=3.8", "pip-audit>=2.7"],
         "test": ["pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10",
-                 "playwright>=1.40", "scikit-learn>=1.4", "setuptools>=68", "tensorboard>=2.14", "wheel"],
+                 "playwright>=1.40", "scikit-learn>=1.4", "setuptools>=68", "submitit>=1.5", "tensorboard>=2.14",
+                 "wheel"],
     },
     entry_points={"console_scripts": ["sphere-easyedit=sphere_easyedit.cli:main"]},
     classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3"],

@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -23,7 +24,7 @@ from rich.text import Text
 from .cli_export import register as register_export
 from .cli_withdraw import register as register_withdraw
 from .safe_yaml import read_yaml
-from .signals import Interrupted, interrupts_raised
+from .signals import Interrupted, ProcessLost, interrupts_raised
 
 if TYPE_CHECKING:
     from .callbacks import EditCallback
@@ -52,6 +53,13 @@ class OnError(str, Enum):
 
     stop = "stop"
     skip = "skip"
+
+
+class Launcher(str, Enum):
+    """What starts a sweep's runs, by submitit."""
+
+    local = "local"
+    slurm = "slurm"
 
 
 class Guard(str, Enum):
@@ -172,9 +180,9 @@ def edit(
         references=references, seed=eval_seed, shared_before=share_before,
         abilities=AbilitySettings(tuple(abilities), abilities_every, abilities_data, abilities_shots, abilities_limit,
                                   abilities_tokens))
+    model, tok, leading = _load_replicas(settings_of_model, dtype)
     drawn = load_records(dataset.value, data, num_edits, seed, order_seed=order_seed, skip=skip)
     records = with_protocol_targets(drawn, protocols[0])
-    model, tok = _load(settings_of_model, dtype)
     described = {"command": " ".join(["sphere-easyedit", *sys.argv[1:]]), "hparams_file": hparams,
                  "dataset": dataset.value, "data": None if data is None else str(data), "seed": seed,
                  "order_seed": order_seed, "skip": skip}
@@ -191,6 +199,7 @@ def edit(
         callbacks.append(DriftGuard(guard.value, tok, energy=guard_energy, norm=guard_norm, early=guard_early,
                                     facts=guard_facts, path=output / GUARD))
     with ExitStack() as stack:
+        stack.enter_context(leading)
         watching = [stack.enter_context(trackers).update]
         if live_report is not None:
             watching.append(live_report.update)
@@ -260,8 +269,9 @@ def evaluate(
         text_tokens=text_tokens,
         abilities=AbilitySettings(tuple(abilities), None, abilities_data, abilities_shots, abilities_limit,
                                   abilities_tokens))
-    model, tok = _load(edited.hparams, dtype)
+    model, tok, leading = _load_replicas(edited.hparams, dtype)
     with ExitStack() as stack:
+        stack.enter_context(leading)
         watching = [] if quiet else [stack.enter_context(LiveLine(run, errors)).update]
         lines = []
         if facts or abilities:
@@ -322,26 +332,58 @@ def report_command(
 def sweep(
     file: Annotated[Path, typer.Argument(help="YAML file: methods, SPHERE or not, seeds, gamma, alpha and so on.")],
     output: Annotated[Path, typer.Option(help="Folder of the sweep's runs; one that was begun goes on.")],
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time, each in a process of its own; 1 if not "
+                                             "given.")] = None,
+    launcher: Annotated[Launcher | None, typer.Option(help="slurm: submit the runs as jobs and return. local: as jobs, "
+                                                      "but here. Processes of this machine if not given.")] = None,
+    slurm: Annotated[list[str], typer.Option(help="What each job asks for, on top of the file's `slurm`: NAME=VALUE, "
+                                             "sbatch's names; repeatable.")] = [],  # noqa: B006
+    wait: Annotated[bool, typer.Option("--wait", help="With --launcher slurm: stay until the jobs have ended.")]
+    = False,
     collect_only: Annotated[bool, typer.Option("--collect-only", help="Start nothing; write the tables of what is "
                                                "there.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Run what one YAML file describes, and collect it into one table with paired differences."""
-    from .evaluation.sweep import collect, load_sweep, run_sweep
+    on_slurm = launcher is Launcher.slurm
+    if slurm and launcher is None:
+        raise ValueError("--slurm says what jobs ask for: give --launcher slurm, too")
+    if wait and not on_slurm:
+        raise ValueError("--wait belongs to --launcher slurm; all else waits anyway")
+    if jobs is not None and on_slurm:
+        raise ValueError("--jobs is of this machine: for SLURM give --slurm array_parallelism=NUMBER")
+    from .evaluation.sweep import (
+        collect,
+        load_sweep,
+        local_jobs,
+        parse_slurm,
+        run_sweep,
+        submit_sweep,
+        wait_for_jobs,
+    )
 
     console = _set_up(quiet=quiet).out
     parameters = typer.main.get_group(app).commands["edit"].params
     options = {name.removeprefix("--") for parameter in parameters
                for name in (*parameter.opts, *parameter.secondary_opts)}
     planned = load_sweep(file, options)
+    asked = {**planned.slurm, **parse_slurm(slurm)}
     failed: tuple[Any, ...] = ()
-    if not collect_only:
-        def report(name: str, what: str, settled: int, count: int) -> None:
-            if not quiet:
-                console.print(f"{settled}/{count} {name}: {what}", highlight=False, soft_wrap=True)
 
-        failed = run_sweep(planned, output, jobs, report).failed
+    def report(name: str, what: str, settled: int, count: int) -> None:
+        if not quiet:
+            console.print(f"{settled}/{count} {name}: {what}", highlight=False, soft_wrap=True)
+
+    if on_slurm and not collect_only:
+        submissions = submit_sweep(planned, output, asked)
+        for number, one in enumerate(submissions, 1):
+            status = one.status if one.job is None else f"{one.status} (job {one.job})"
+            report(one.name, status, number, len(submissions))
+        if wait:
+            failed = wait_for_jobs(planned, output, report).failed
+    elif not collect_only:
+        pool = None if launcher is None else local_jobs(asked)
+        failed = run_sweep(planned, output, jobs or 1, report, pool=pool).failed
     for path in collect(output).write(output):
         console.print(str(path), highlight=False, soft_wrap=True)
     for outcome in failed:
@@ -385,13 +427,13 @@ def stats(
     """Collect the second moments of keys that MEMIT and AlphaEdit need, once for all runs."""
     console = _set_up(verbose).out
     from .editing.covariance import moment_path, second_moments
-    from .loading import load_model
 
     _without_bars_of_transformers()
     settings = _hparams_with(hparams, override)
-    model, tok = load_model(settings.model_name, settings.device, dtype)
+    model, tok, leading = _load_replicas(settings, dtype)
     editable = settings.editable(model)
-    second_moments(editable, tok, settings)
+    with leading:
+        second_moments(editable, tok, settings)
     for layer in settings.layers:
         console.print(str(moment_path(editable, settings, layer)), highlight=False, soft_wrap=True)
 
@@ -502,6 +544,30 @@ def _load(hparams: SPHEREHyperParams, dtype: str | None) -> Any:
     from .loading import load_model
 
     return load_model(hparams.model_name, "auto" if hparams.model_parallel else hparams.device, dtype)
+
+
+def _load_replicas(hparams: SPHEREHyperParams, dtype: str | None) -> tuple[Any, Any, AbstractContextManager[None]]:
+    """The model, its tokenizer, and the context within which other processes work for this one.
+
+    Where ``accelerate launch`` or ``torchrun`` started several, all but the first work from here on, and end here.
+    """
+    from .replicas import Place, Replicas
+
+    place = Place.joined(hparams.device)
+    if place.size == 1:
+        return *_load(hparams, dtype), nullcontext()
+    for name, value in (("model_parallel", hparams.model_parallel), ("executor", hparams.executor == "easyedit")):
+        if value:
+            raise ValueError(f"{name} is {getattr(hparams, name)!r}, which {place.size} processes can't share out: "
+                             "start one process, or change it")
+    if place.index:
+        logging.getLogger("sphere_easyedit").setLevel(logging.WARNING)
+    model, tok = _load(replace(hparams, device=place.device), dtype)
+    replicas = Replicas(hparams.editable(model), place)
+    if place.index:
+        replicas.follow()
+        raise typer.Exit
+    return model, tok, replicas.leading()
 
 
 def _without_bars_of_transformers() -> None:
@@ -623,7 +689,9 @@ def _escaped(text: str) -> str:
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's ends with one clear line and exit status 2, a signal with 128+n."""
+    """Run the command line; a mistake of the user's ends with one clear line and exit status 2, a signal with 128+n,
+    a lost process with 1.
+    """
     errors = Console(stderr=True)
     try:
         with interrupts_raised():
@@ -632,6 +700,10 @@ def main() -> None:
         errors.print(f"ended by {interrupted.name}; a batch under way was undone. `edit --resume` goes on with a run.",
                      style="yellow", markup=False, highlight=False, soft_wrap=True)
         sys.exit(interrupted.exit_status)
+    except ProcessLost as error:
+        errors.print(f"error: {error}; a batch under way was undone. `edit --resume` goes on with a run.",
+                     style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
     except (ValueError, ImportError, OSError) as error:  # OSError: a file that is absent, a disk that is full
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

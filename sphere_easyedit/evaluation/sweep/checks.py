@@ -17,10 +17,10 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file that names no key twice, at any depth."""
+    """The mapping in a YAML file that names no key twice, at any depth, and holds nothing that YAML misreads."""
     text = path.read_text(encoding="utf-8")
     content = safe_yaml.read_yaml(text, str(path))
-    _refuse_repetition(path, yaml.compose(text, Loader=yaml.SafeLoader))
+    _refuse_traps(path, yaml.compose(text, Loader=yaml.SafeLoader))
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a sweep is a YAML mapping with `methods` or `runs`, found {content!r:.60}")
     return {key: _expanded(value, path) for key, value in content.items()}
@@ -41,8 +41,11 @@ def _expanded(value: Any, path: Path) -> Any:
     return _VARIABLE.sub(lambda match: os.environ[match.group(1)], value)
 
 
-def _refuse_repetition(path: Path, node: yaml.Node | None) -> None:
-    """YAML would silently keep the last of two keys."""
+def _refuse_traps(path: Path, node: yaml.Node | None) -> None:
+    """YAML would silently keep the last of two keys, and read 4:00:00 as a number to base 60."""
+    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int" and ":" in node.value:
+        raise ValueError(f"{path}, line {node.start_mark.line + 1}: YAML reads {node.value} as a number to base 60: "
+                         f'write "{node.value}"')
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
@@ -50,10 +53,10 @@ def _refuse_repetition(path: Path, node: yaml.Node | None) -> None:
                 if key.value in seen:
                     raise ValueError(f"{path}, line {key.start_mark.line + 1}: {key.value} is given twice: remove one")
                 seen.add(key.value)
-            _refuse_repetition(path, value)
+            _refuse_traps(path, value)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _refuse_repetition(path, value)
+            _refuse_traps(path, value)
 
 
 def check_keys(mapping: Mapping[Any, Any], known: Collection[str], where: str) -> None:

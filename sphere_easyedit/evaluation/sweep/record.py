@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -95,9 +95,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Runs in the order in which they are started. Names are unique, also where case does not count."""
+    """A sweep.
+
+    Attributes:
+        runs: in the order in which they are started. Names are unique, also where case does not count.
+        slurm: what a cluster is asked for, for each run (see ``slurm``). No part of the record: it may change.
+    """
 
     runs: tuple[Run, ...]
+    slurm: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_record(sweep: Sweep, output: Path) -> None:
@@ -136,7 +142,7 @@ def check_only_added(sweep: Sweep, recorded: Sweep, output: Path) -> None:
         now = by_name.get(was.name)
         if now is None:
             raise ValueError(f"{output} has a run {was.name}, which this sweep no longer has; {remedy}")
-        for name in (field.name for field in fields(Run) if field.name not in ("hparams", "hyperparameters")):
+        for name in (one.name for one in fields(Run) if one.name not in ("hparams", "hyperparameters")):
             before, after = getattr(was, name), getattr(now, name)
             if before != after:
                 raise ValueError(f"run {was.name}: {name} was {before!r} and is {after!r} now; {remedy}")

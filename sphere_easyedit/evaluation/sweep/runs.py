@@ -6,7 +6,6 @@ import fcntl
 import json
 import logging
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,12 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 from ...safe_yaml import read_yaml
+from ..run_process import cores, environment_of, start_process, tail
 from .record import Run, Sweep, check_only_added, read_record, write_record
 
 logger = logging.getLogger(__name__)
@@ -28,8 +27,6 @@ logger = logging.getLogger(__name__)
 LOCK: Final = "sweep.lock"
 PROGRAM: Final = (sys.executable, "-m", "sphere_easyedit", "edit")
 _POLL_SECONDS: Final = 0.1
-_TAIL_LINES: Final = 20
-_TAIL_BYTES: Final = 8192
 
 Status = Literal["present", "started", "finished", "failed"]
 Progress = Callable[[str, Status, int, int], None]  # (run's name, what happened to it, runs settled, runs in all)
@@ -41,8 +38,8 @@ class RunOutcome:
 
     Attributes:
         status: ``present``: it was finished already; else ``finished`` or ``failed``.
-        returncode: exit status of its process, negative for a signal's number; None if it was not started.
-        seconds: that the process took; 0 if it was not started.
+        returncode: exit status of its process, negative for a signal's number; None if it was not started, or as a job.
+        seconds: that the process took; 0 if it was not started. A job's time in the queue counts.
         log: what it said, this time and before.
         tail: of a failed run, the log's last lines.
     """
@@ -67,8 +64,26 @@ class SweepResult:
         return tuple(outcome for outcome in self.outcomes if outcome.status == "failed")
 
 
+class Pool(Protocol):
+    """What runs a sweep's runs; made of the sweep's folder, the program, threads a run, and the lock's descriptor."""
+
+    @property
+    def running(self) -> Sequence[Any]:
+        """Those that were started and have not been told of by ``ended``."""
+
+    def start(self, run: Run) -> None:
+        """Start a run; its log is ``log_of(output, run.name)``."""
+
+    def ended(self) -> list[RunOutcome]:
+        """Outcomes of those that ended since the last call."""
+
+    def end(self, grace_seconds: float) -> None:
+        """End all, and wait for them."""
+
+
 def run_sweep(sweep: Sweep, output: str | Path, jobs: int = 1, progress: Progress | None = None,
-              program: Sequence[str] = PROGRAM, grace_seconds: float = 10.0) -> SweepResult:
+              program: Sequence[str] = PROGRAM, grace_seconds: float = 10.0,
+              pool: Callable[[Path, tuple[str, ...], int, int], Pool] | None = None) -> SweepResult:
     """Run what of the sweep is not finished; run directories and logs are ``output/NAME`` and ``output/NAME.log``.
 
     A run is finished when its ``summary.json`` is there. A failed one does not stop the others. Each process gets
@@ -82,6 +97,7 @@ def run_sweep(sweep: Sweep, output: str | Path, jobs: int = 1, progress: Progres
         progress: told of each run.
         program: what is run, in front of a run's arguments.
         grace_seconds: that processes have between SIGTERM and SIGKILL.
+        pool: what runs them (``cluster.local_jobs``); processes of our own if None.
 
     Raises:
         ValueError: ``jobs`` is below 1, a data file is not there, ``output`` belongs to a sweep with other runs or
@@ -92,19 +108,10 @@ def run_sweep(sweep: Sweep, output: str | Path, jobs: int = 1, progress: Progres
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}: give 1 or more")
     output = Path(output)
-    for run in sweep.runs:
-        if run.data is not None and not Path(run.data).is_file():
-            raise ValueError(f"run {run.name}: its data {run.data} is no file (looked for {Path(run.data).absolute()}):"
-                             " correct `data`, which is relative to the working directory")
-    with _locked(output) as lock:
-        recorded = read_record(output)
-        if recorded is not None:
-            check_only_added(sweep, recorded, output)
-        present = {run.name for run in sweep.runs if _is_finished(run, output / run.name)}
-        write_record(sweep, output)
+    with opened(sweep, output) as (present, lock):
         waiting = [run for run in sweep.runs if run.name not in present]
-        threads = max(1, _cores() // max(1, min(jobs, len(waiting))))
-        processes = _Processes(output, tuple(program), threads, lock)
+        threads = max(1, cores() // max(1, min(jobs, len(waiting))))
+        processes = (_Processes if pool is None else pool)(output, tuple(program), threads, lock)
         outcomes: dict[str, RunOutcome] = {}
 
         def tell(name: str, status: Status) -> None:
@@ -112,7 +119,7 @@ def run_sweep(sweep: Sweep, output: str | Path, jobs: int = 1, progress: Progres
                 progress(name, status, len(outcomes), len(sweep.runs))
 
         for name in (run.name for run in sweep.runs if run.name in present):
-            outcomes[name] = RunOutcome(name, "present", None, 0.0, processes.log(name))
+            outcomes[name] = RunOutcome(name, "present", None, 0.0, log_of(output, name))
             tell(name, "present")
         with _Ending() as ending:
             try:
@@ -121,7 +128,7 @@ def run_sweep(sweep: Sweep, output: str | Path, jobs: int = 1, progress: Progres
                         waiting.remove(run)
                         processes.start(run)
                         tell(run.name, "started")
-                    for outcome in [*processes.ended(), *_hopeless(waiting, outcomes, processes)]:
+                    for outcome in [*processes.ended(), *_hopeless(waiting, outcomes, output)]:
                         outcomes[outcome.name] = outcome
                         tell(outcome.name, outcome.status)
                     waiting = [run for run in waiting if run.name not in outcomes]
@@ -131,16 +138,53 @@ def run_sweep(sweep: Sweep, output: str | Path, jobs: int = 1, progress: Progres
     return SweepResult(tuple(outcomes[run.name] for run in sweep.runs))
 
 
+@contextmanager
+def opened(sweep: Sweep, output: Path) -> Iterator[tuple[frozenset[str], int]]:
+    """The sweep's folder with its record written, for one process alone.
+
+    Yields:
+        names of the runs that are finished; the lock's descriptor.
+
+    Raises:
+        ValueError: as ``run_sweep``, before anything was written but the lock.
+    """
+    for run in sweep.runs:
+        if run.data is not None and not Path(run.data).is_file():
+            raise ValueError(f"run {run.name}: its data {run.data} is no file (looked for {Path(run.data).absolute()}):"
+                             " correct `data`, which is relative to the working directory")
+    with _locked(output) as lock:
+        recorded = read_record(output)
+        if recorded is not None:
+            check_only_added(sweep, recorded, output)
+        present = frozenset(run.name for run in sweep.runs if _is_finished(run, output / run.name))
+        write_record(sweep, output)
+        yield present, lock
+
+
+def log_of(output: Path, name: str) -> Path:
+    """Where a run says what it has to say."""
+    return output / f"{name}.log"
+
+
+def outcome_of(output: Path, name: str, returncode: int | None, seconds: float) -> RunOutcome:
+    """How a run ended whose process, or job, ended; a job's exit status need not be known."""
+    log = log_of(output, name)
+    done = returncode in (0, None) and _summary(output / name) is not None
+    if returncode == 0 and not done:
+        logger.warning("%s ended without an error, but also without summary.json", name)
+    return RunOutcome(name, "finished" if done else "failed", returncode, seconds, log, "" if done else tail(log))
+
+
 def _startable(waiting: Sequence[Run], outcomes: Mapping[str, RunOutcome], at_most: int) -> list[Run]:
     """Those next in order whose leaders, if they follow others, came to their end."""
     done = {name for name, outcome in outcomes.items() if outcome.status != "failed"}
     return [run for run in waiting if run.follows is None or run.follows in done][:at_most]
 
 
-def _hopeless(waiting: Sequence[Run], outcomes: Mapping[str, RunOutcome], processes: _Processes) -> list[RunOutcome]:
+def _hopeless(waiting: Sequence[Run], outcomes: Mapping[str, RunOutcome], output: Path) -> list[RunOutcome]:
     """Outcomes of those whose leaders failed."""
     failed = {name for name, outcome in outcomes.items() if outcome.status == "failed"}
-    return [RunOutcome(run.name, "failed", None, 0.0, processes.log(run.name),
+    return [RunOutcome(run.name, "failed", None, 0.0, log_of(output, run.name),
                        f"not started, as {run.follows}, which it follows, failed")
             for run in waiting if run.follows in failed]
 
@@ -164,36 +208,21 @@ class _Processes:
     def __init__(self, output: Path, program: tuple[str, ...], threads: int, lock: int) -> None:
         self.running: list[_Child] = []
         self._output, self._program, self._lock = output, program, lock
-        self._environment = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **os.environ}
-
-    def log(self, name: str) -> Path:
-        return self._output / f"{name}.log"
+        self._environment = environment_of(threads)
 
     def start(self, run: Run) -> None:
         command = [*self._program, *run.arguments(self._output / run.name)]
-        with self.log(run.name).open("ab") as log:
-            log.write(f"# {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z} {shlex.join(command)}\n".encode())
-            log.flush()
-            # A session of its own, so that it is ended with all that it started, and by us alone. The lock goes along:
-            # it holds until the last process that has it ends, were this one killed before its children.
-            process = subprocess.Popen(command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                       start_new_session=True, pass_fds=(self._lock,))
+        # The lock goes along: it holds until the last process that has it ends, were this one killed before its
+        # children.
+        process = start_process(command, log_of(self._output, run.name), self._environment, (self._lock,))
         self.running.append(_Child(run, process, time.monotonic()))
 
     def ended(self) -> list[RunOutcome]:
         """Outcomes of those that ended since the last call."""
         ended = [child for child in self.running if child.process.poll() is not None]
         self.running = [child for child in self.running if child not in ended]
-        return [self._outcome(child) for child in ended]
-
-    def _outcome(self, child: _Child) -> RunOutcome:
-        name, returncode, log = child.run.name, child.process.returncode, self.log(child.run.name)
-        seconds = time.monotonic() - child.started
-        if returncode == 0 and _summary(self._output / name) is not None:
-            return RunOutcome(name, "finished", returncode, seconds, log)
-        if returncode == 0:
-            logger.warning("%s ended without an error, but also without summary.json", name)
-        return RunOutcome(name, "failed", returncode, seconds, log, _tail(log))
+        return [outcome_of(self._output, child.run.name, child.process.returncode, time.monotonic() - child.started)
+                for child in ended]
 
     def end(self, grace_seconds: float) -> None:
         """End all, and wait for them."""
@@ -287,15 +316,3 @@ def _summary(folder: Path) -> dict[str, Any] | None:
     except ValueError:
         return None
     return summary if isinstance(summary, dict) else None
-
-
-def _tail(log: Path) -> str:
-    with log.open("rb") as stream:
-        stream.seek(0, os.SEEK_END)
-        stream.seek(max(0, stream.tell() - _TAIL_BYTES))
-        text = stream.read().decode(errors="replace")
-    return "\n".join(text.splitlines()[-_TAIL_LINES:])
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,10 +20,12 @@
     follow: {PRUNE: MEMIT-plain}   # runs of a method restrain the weights of the named one's, seed by seed
     runs:                          # alone or after the grid; what one does not say it takes from above
       - {name: AlphaEdit-random, method: AlphaEdit, sphere: true, set: {suppression: random}, seeds: [0]}
+    slurm: {partition: gpu, time: "8:00:00", gpus_per_node: 1}      # of each run, for `sweep --launcher`; else unused
 
-An entry of ``runs`` may say all that stands above but methods, exclude and seeds_outermost. Its ``set`` and ``edit``
-are added to those above; axes above are the grid's alone. A lone value stands for a list of one. Paths are relative to
-the working directory, as everywhere; ``${NAME}`` is an environment variable's value: ``${SPHERE_DATA}/zsre.json``.
+An entry of ``runs`` may say all that stands above but methods, exclude, seeds_outermost and slurm. Its ``set`` and
+``edit`` are added to those above; axes above are the grid's alone. A lone value stands for a list of one. Paths are
+relative to the working directory, as everywhere; ``${NAME}`` is an environment variable's value:
+``${SPHERE_DATA}/zsre.json``.
 
 A run is named METHOD-plain-seedS or METHOD-sphere-gammaG-alphaA-seedS. What differs from the hyperparameter file and
 ``set`` stands in front of the seed, so a new axis leaves the names of runs that keep to the file as they are. With a
@@ -44,10 +46,12 @@ from .checks import as_flag, as_list, as_mapping, as_text, as_whole, check_keys,
 from .grid import Group, arms_of, resolve, runs_of, without
 from .names import LONGEST, is_name
 from .record import Run, Sweep
+from .slurm import check_slurm
 
 _RUN_KEYS = ("model", "hparams", "dataset", "data", "num_edits", "batch_size")
 _LISTS = ("seeds", "sphere", "gamma", "alpha")
-_GRID_KEYS = (*_RUN_KEYS, "edit", "set", *_LISTS, "seeds_outermost", "methods", "axes", "exclude", "follow", "runs")
+_GRID_KEYS = (*_RUN_KEYS, "edit", "set", *_LISTS, "seeds_outermost", "methods", "axes", "exclude", "follow", "runs",
+              "slurm")
 _ENTRY_KEYS = ("name", "method", *_RUN_KEYS, "edit", "set", *_LISTS, "axes", "follow")
 # Options of `edit` and hyperparameters that have a key of their own here, so that there is one place to look for them.
 _OWN_OPTIONS = MappingProxyType({"hparams": "hparams", "set": "set", "dataset": "dataset", "data": "data",
@@ -74,7 +78,7 @@ def load_sweep(path: str | Path, edit_options: Collection[str] | None = None) ->
     path = Path(path)
     content = read_yaml(path)
     try:
-        return Sweep(tuple(_Reader(content, edit_options).runs()))
+        return Sweep(tuple(_Reader(content, edit_options).runs()), check_slurm(content.get("slurm"), "slurm"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
