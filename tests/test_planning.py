@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ import transformers
 import yaml
 from conftest import GOLDEN, tiny_config, tiny_hparams, tiny_model
 from packaging.version import Version
+from processes import run_forked
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
@@ -30,6 +29,15 @@ from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.replay import common_beginnings
 from sphere_easyedit.editing.requests import TokenizedRequest
 from sphere_easyedit.editing.session import EditSession
+from sphere_easyedit.editing.solvers import (
+    CholeskyFactor,
+    CovarianceMetric,
+    KeyHistory,
+    KeyMetric,
+    NullSpace,
+    NullSpaceMetric,
+    adjusted_keys,
+)
 from sphere_easyedit.editing.steering import Layout, layout_of
 from sphere_easyedit.editing.target_values import optimise_target_values
 from sphere_easyedit.evaluation.datasets import load_records
@@ -39,7 +47,7 @@ from sphere_easyedit.models import EditableModel, frozen
 from sphere_easyedit.planning import Plan, PlanSettings, TimePart, calibration, make_plan, sizes
 from sphere_easyedit.planning.batches import expected_layout, micro_batches, total_tokens
 from sphere_easyedit.planning.calibration import Steps, step_price
-from sphere_easyedit.planning.counts import evaluation_flops, key_flops, target_value_flops
+from sphere_easyedit.planning.counts import evaluation_flops, key_flops, solve_flops, target_value_flops
 from sphere_easyedit.planning.facts import STAND_IN_CONTEXTS, facts_in_tokens
 from sphere_easyedit.planning.files import disk_items
 from sphere_easyedit.planning.inventory import Statistics, find_weights
@@ -58,7 +66,6 @@ from sphere_easyedit.planning.sizes import (
 )
 from sphere_easyedit.planning.times import time_parts
 
-REPOSITORY = Path(__file__).parents[1]
 HAS_INTERFACE = Version(transformers.__version__) >= Version("4.48")
 
 # As published with meta-llama/Meta-Llama-3-8B-Instruct.
@@ -172,6 +179,32 @@ def test_layout_is_the_optimisers(family: str, layout: Layout, tok: PreTrainedTo
         if layout == "padded":
             monkeypatch.setattr(type(model), "forward", _without_cache(type(model).forward))
             assert layout_of(editable, requests) == "whole"
+
+
+@pytest.mark.parametrize("base_alg", ["AlphaEdit", "MEMIT"])
+def test_flops_of_a_solve(base_alg: str, tmp_path: Path) -> None:
+    """Products alone are counted, as torch does; triangles on a factor's diagonal are a small rest."""
+    hparams = tiny_hparams(tmp_path, base_alg=base_alg, layers=[0], nullspace_share=0.9)
+    width, earlier, batch = 2048, 2000, 200
+    config = tiny_config("llama", intermediate_size=width)
+    generator = torch.Generator().manual_seed(0)
+    old, keys = (torch.randn(width, count, generator=generator) for count in (earlier, batch))
+    if base_alg == "AlphaEdit":
+        columns = torch.linalg.qr(torch.randn(width, width - int(0.9 * width), generator=generator)).Q
+        metric: KeyMetric = NullSpaceMetric(NullSpace(columns, complement=True), 0.1)
+    else:
+        factor = CholeskyFactor.of(old @ old.T / earlier + torch.eye(width))
+        metric, earlier = CovarianceMetric(factor, 20.0), 0
+    history = KeyHistory(old[:, :earlier], metric)
+
+    def solve() -> None:
+        assert adjusted_keys(history, keys) is not None
+        if base_alg == "AlphaEdit":
+            history.extended(keys)
+
+    shape = shape_of(config, hparams)
+    planned = solve_flops(shape, hparams, earlier + batch, batch) - solve_flops(shape, hparams, earlier, batch)
+    assert 0.8 * planned < counted(solve) < 1.2 * planned
 
 
 def _without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -377,7 +410,7 @@ def test_processes_share_out_what_edits_do_for_themselves(processes: int, tmp_pa
     alone, shared = (plan_of(folder, gflops=1.0, num_edits=200, processes=number) for number in (1, processes))
     flops = {name: part(shared, name).flops / part(alone, name).flops for name in (one.name for one in alone.time)}
     for name in ("target values", "evaluation before", "evaluation after"):
-        # Each checks its layout by itself, and the facts in a share are not all of one length.
+        # Each checks its layout by itself, and a share's steps are not quite in proportion to its tokens.
         assert 0.99 / processes < flops[name] < 1.25 / processes, name
     assert flops["statistics"] == pytest.approx(1 / processes, rel=1e-3)
     assert flops["projection and energy"] == flops["preparation"] == 1.0
@@ -472,10 +505,7 @@ def test_settings_that_make_no_sense(tmp_path: Path, changes: dict[str, Any], me
 
 
 def run_plan(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120",
-                   "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run([sys.executable, "-m", "sphere_easyedit", "plan", *arguments], cwd=cwd, env=environment,
-                          text=True, capture_output=True, timeout=300, check=False)
+    return run_forked("plan", *arguments, cwd=cwd)
 
 
 @pytest.fixture(scope="module")

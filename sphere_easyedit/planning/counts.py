@@ -111,18 +111,20 @@ def key_capacity(shape: ModelShape, hparams: SPHEREHyperParams) -> int:
 def solve_flops(shape: ModelShape, hparams: SPHEREHyperParams, num_edits: int, batch_size: int) -> float:
     """FLOPs of all batches' solves in all layers, in float64, to leading order.
 
-    A batch of n keys with m earlier ones: weighing n keys four times (through the null space's columns,
-    ``4 d_in q``, or two triangular solves with the factor of C, ``2 d_in^2``, a key), products with earlier keys
-    (six of ``2 d_in m n``) and solves with their factor (four of ``m^2 n``). Every ``capacity`` keys are absorbed by
-    one factorisation, ``capacity^3 / 3``, after a product with them.
+    A batch of n keys with m earlier ones weighs n keys twice (through the null space's columns, ``4 d_in q``, or by two
+    triangular solves with the factor of C, ``2 d_in^2``, a key), multiplies n columns by the earlier keys twice
+    (``2 d_in m``) and solves with their factor twice (``m^2``); each of the three once more where it joins them. What
+    the residual asks for, of a few columns, is left out. Every ``capacity`` keys are absorbed by one factorisation,
+    ``capacity^3 / 3``, after a product with them.
     """
     capacity = key_capacity(shape, hparams)
-    columns = null_space_columns(shape, hparams)
-    weigh = 4.0 * shape.d_in * columns if is_alphaedit(hparams) else 2.0 * shape.d_in**2
+    through = null_space_columns(shape, hparams)
+    weigh = 4.0 * shape.d_in * through if is_alphaedit(hparams) else 2.0 * shape.d_in**2
     total, waiting = 0.0, 0
     for start in range(0, num_edits, batch_size):
         n = min(batch_size, num_edits - start)
-        total += n * (4 * weigh + 12.0 * shape.d_in * waiting + 4.0 * waiting**2) + 4.0 * shape.d_in * n**2
+        columns = 3 * n if keeps_keys(hparams) else 2 * n
+        total += columns * (weigh + 2.0 * shape.d_in * (waiting + n) + 1.0 * waiting**2)
         if keeps_keys(hparams):
             if waiting + n > capacity:
                 total += 2.0 * capacity**2 * waiting + capacity**3 / 3

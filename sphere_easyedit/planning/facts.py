@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Final
 
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..editing.requests import EditRequest, TokenizedPrompt, TokenizedRequest, parse_requests, tokenize_request
 from ..evaluation.datasets import EditRecord, load_records
 from ..evaluation.metrics import questions_of
+from ..replicas import shared_out
 from ..tokenization import continuation_ids_batch
 from .results import PlanSettings
 
@@ -42,14 +42,12 @@ class Facts:
         return [self.requests[i: i + batch_size] for i in range(0, len(self.requests), batch_size)]
 
     def shares(self, batch_size: int, processes: int) -> list[list[list[TokenizedRequest]]]:
-        """The same by batch and process: neighbours stay together, and no share is larger by more than one edit.
-
-        Shares without an edit are left out.
-        """
+        """The same by batch and process, as ``editing.sharing`` deals them out; shares without an edit are left out."""
         shared = []
         for batch in self.batches(batch_size):
-            ends = [len(batch) * number // processes for number in range(processes + 1)]
-            shared.append([batch[start:end] for start, end in pairwise(ends) if start < end])
+            tokens = [sum(len(prompt.ids) + len(request.target_ids) for prompt in (request.plain, *request.contexts))
+                      for request in batch]
+            shared.append([[batch[place] for place in part] for part in shared_out(tokens, processes) if part])
         return shared
 
 
