@@ -274,14 +274,21 @@ def test_a_local_job_whose_time_is_up_goes_on(tmp_path: Path, program: tuple[str
     assert not any(is_alive(call["pid"]) for call in calls(tmp_path))
 
 
-def test_local_jobs_are_ended_with_the_sweep(tmp_path: Path, program: tuple[str, str]) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_local_jobs_are_ended_with_the_sweep(tmp_path: Path, program: tuple[str, str], handler: Any) -> None:
+    """Also where SIGINT is ignored, as by a shell's background jobs."""
     def fails(name: str, status: str, done: int, total: int) -> None:
         if name == "b-seed0" and status == "finished":
             raise RuntimeError("as planned")
 
-    with pytest.raises(RuntimeError, match="as planned"):
-        run_sweep(sweep_of(run_named("a", "hang"), run_named("b", "meet")), tmp_path, 2, fails, program,
-                  pool=local_jobs({}))
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(RuntimeError, match="as planned"):
+            run_sweep(sweep_of(run_named("a", "hang"), run_named("b", "meet")), tmp_path, 2, fails, program,
+                      pool=local_jobs({}))
+        assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(calls(tmp_path)) == 2
     wait_for(lambda: not any(is_alive(call["pid"]) for call in calls(tmp_path)), 5.0)
 
@@ -298,7 +305,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "sweep.yaml").write_text(yaml.safe_dump({
         "runs": [{"name": f"AlphaEdit-{name}", "method": "AlphaEdit", "hparams": "tiny.yaml", "sphere": name != "plain"}
                  for name in ("plain", "sphere")],
-        "num_edits": 4, "batch_size": 2, "set": {"v_num_grad_steps": 2}, "edit": {"eval-before": False},
+        "num_edits": 4, "batch_size": 2, "set": {"v_num_grad_steps": 2}, "edit": {"eval-before": False, "examples": 0},
         "slurm": {"partition": "gpu", "time": "0:10:00"}}))
     return folder
 

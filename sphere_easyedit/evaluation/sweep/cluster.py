@@ -12,9 +12,12 @@ import json
 import logging
 import re
 import shutil
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -158,7 +161,8 @@ class _LocalJobs:
         return made
 
     def start(self, run: Run) -> None:
-        job = self._executor.submit(_job(run, self._output, self._program, self._threads))
+        with _interruptible():
+            job = self._executor.submit(_job(run, self._output, self._program, self._threads))
         self.running.append((run, job, time.monotonic()))
 
     def ended(self) -> list[RunOutcome]:
@@ -175,6 +179,20 @@ class _LocalJobs:
             time.sleep(0.1)
         for run, job, _ in self.running:
             logger.warning("%s did not end within %g s: job %s", run.name, grace_seconds, job.job_id)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Processes that are started heed SIGINT, which is how submitit cancels: a shell's background jobs ignore it."""
+    ours = threading.current_thread() is threading.main_thread()  # others can't set it
+    ignored = ours and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _submit(library: Any, output: Path, settings: Mapping[str, Any], after: _Place | None, runs: Sequence[Run],
