@@ -28,6 +28,12 @@ from sphere_easyedit.easyedit import load_easyedit
 # Tiny models gain nothing from threads, and lose much where test processes share the cores.
 torch.set_num_threads(1)
 
+# Tests of the mathematics, editing and session rooms, whose coverage run_scripts/test.sh measures. All others are
+# spared the tracing of lines, which takes about as long again as what it traces.
+TRACED = frozenset(f"test_{name}" for name in (
+    "covariance", "grams", "hyperspherical", "packing", "projection", "replay", "requests", "restraints", "session",
+    "solvers", "suppression", "target_values", "wrapper"))
+
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_MODELS = {"llama": "tiny-llama", "gpt2": "tiny-gpt2-xl"}
 
@@ -59,6 +65,13 @@ def load_golden(family: str) -> Golden:
     folder = GOLDEN / family
     return Golden(family, load_file(folder / "golden.safetensors"), json.loads((folder / "golden.json").read_text()),
                   folder)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all but the traced tests for pytest-cov."""
+    for item in items:
+        if item.path.stem not in TRACED:
+            item.add_marker(pytest.mark.no_cover)
 
 
 @pytest.fixture(params=sorted(GOLDEN_MODELS))
@@ -119,6 +132,12 @@ def tiny_hparams(folder: Path, **changes: Any) -> sphere.SPHEREHyperParams:
                 "mom2_update_weight": 20.0, "nullspace_share": 0.6, "mom2_dataset": "generated", "mom2_n_samples": 12,
                 "stats_dir": str(folder / "stats"), "context_templates": ["He said that. {}"], **changes}
     return sphere.SPHEREHyperParams.from_dict(settings)
+
+
+@pytest.fixture(scope="session")
+def llama_stats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For `tiny_hparams`: a folder where tests of the plain tiny Llama share statistics, a second's work each time."""
+    return tmp_path_factory.mktemp("llama")
 
 
 REQUESTS = [

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from packaging.specifiers import SpecifierSet
+from processes import ENVIRONMENT, REPOSITORY, run_forked
 
 import sphere_easyedit
 from sphere_easyedit import doctor
 from sphere_easyedit.editing.covariance import save_moment
 from sphere_easyedit.loading import SMOLLM2
 
-REPOSITORY = Path(__file__).parents[1]
 FAKE = """
 import os, sys
 from dataclasses import dataclass
@@ -44,15 +44,24 @@ class BaseEditor:
 FAKE_RELEASE = FAKE.replace(", sequential_edit=False", "")
 
 
-def run_doctor(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own that sees nothing of this machine's caches and checkouts."""
+def surroundings(folder: Path, **environment: str) -> dict[str, str]:
+    """Environment variables of a process that sees nothing of this machine's caches and checkouts."""
     dropped = {"EASYEDIT_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "SPHERE_CACHE"}
     inherited = {name: value for name, value in os.environ.items() if name not in dropped}
-    given = {**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120",
-             "PYTHONPATH": str(REPOSITORY), "HF_HOME": str(folder / "hf"), "SPHERE_CACHE": str(folder / "cache"),
-             **environment}
-    return subprocess.run([sys.executable, "-m", "sphere_easyedit", "doctor", *arguments], cwd=folder, env=given,
-                          text=True, capture_output=True, timeout=300, check=False)
+    return {**inherited, **ENVIRONMENT, "HF_HOME": str(folder / "hf"), "SPHERE_CACHE": str(folder / "cache"),
+            **environment}
+
+
+def run_doctor(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in an interpreter of its own, which reads ``HF_HOME`` and finds packages as it starts."""
+    return subprocess.run([sys.executable, "-m", "sphere_easyedit", "doctor", *arguments], cwd=folder, text=True,
+                          env=surroundings(folder, **environment), capture_output=True, timeout=300, check=False)
+
+
+def easyedit_of(folder: Path, home: Path) -> dict[str, Any]:
+    """What the command says of an EasyEdit."""
+    return report_of(run_forked("doctor", "--json", cwd=folder,
+                                environment=surroundings(folder, EASYEDIT_HOME=str(home))))["EasyEdit"]
 
 
 def report_of(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
@@ -86,7 +95,7 @@ def test_with_nothing_there(tmp_path: Path) -> None:
 
 def test_an_easyedit_that_does_not_import(tmp_path: Path) -> None:
     home = fake_easyedit(tmp_path / "EasyEdit", "print('noise')\nraise RuntimeError('no operator nms')")
-    item = report_of(run_doctor(tmp_path, "--json", EASYEDIT_HOME=str(home)))["EasyEdit"]
+    item = easyedit_of(tmp_path, home)
     assert item["status"] == "broken"
     assert f"RuntimeError: no operator nms ({home}/easyeditor/__init__.py:2)" in item["detail"]
 
@@ -129,7 +138,7 @@ def test_a_checkout_of_easyedit_statistics_and_checkpoints(tmp_path: Path) -> No
 
 def test_a_release_without_sequential_edit(tmp_path: Path) -> None:
     home = fake_easyedit(tmp_path / "EasyEdit", FAKE_RELEASE)
-    item = report_of(run_doctor(tmp_path, "--json", EASYEDIT_HOME=str(home)))["EasyEdit"]
+    item = easyedit_of(tmp_path, home)
     assert item["status"] == "broken"
     assert item["facts"]["sequential_edit"] is False
     assert "git clone" in item["remedy"]

@@ -142,9 +142,9 @@ def run(folder: Path, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord
 
 
 def test_skip_leaves_out_the_fact_at_fault_and_edits_the_rest(
-        tmp_path: Path, tok: PreTrainedTokenizerBase, records: list[EditRecord],
+        tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase, records: list[EditRecord],
         breaks: Callable[[EditRecord], None]) -> None:
-    hparams = tiny_hparams(tmp_path, base_alg="AlphaEdit", v_num_grad_steps=3)
+    hparams = tiny_hparams(llama_stats, base_alg="AlphaEdit", v_num_grad_steps=3)
     bad = records[4]
     breaks(bad)
     summary, weights = run(tmp_path / "run", tok, records, hparams, cases=6)
@@ -179,9 +179,9 @@ class KillsAfter(sphere.EditCallback):
 
 @pytest.mark.parametrize("batches", [1, 2])
 def test_a_run_with_skipped_facts_is_resumed_to_the_same_bits(
-        batches: int, tmp_path: Path, tok: PreTrainedTokenizerBase, records: list[EditRecord],
+        batches: int, tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase, records: list[EditRecord],
         breaks: Callable[[EditRecord], None]) -> None:
-    hparams = tiny_hparams(tmp_path, base_alg="MEMIT", v_num_grad_steps=3)
+    hparams = tiny_hparams(llama_stats, base_alg="MEMIT", v_num_grad_steps=3)
     breaks(records[4])
     refused = replace(records[7], target_new=" ")
     records = [*records[:7], refused, *records[8:]]
@@ -199,9 +199,9 @@ def test_a_run_with_skipped_facts_is_resumed_to_the_same_bits(
         assert found[0] == found[1]
 
 
-def test_what_a_run_left_out_is_not_measured_again(tmp_path: Path, tok: PreTrainedTokenizerBase,
+def test_what_a_run_left_out_is_not_measured_again(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase,
                                                    breaks: Callable[[EditRecord], None]) -> None:
-    hparams = tiny_hparams(tmp_path, base_alg="MEMIT", v_num_grad_steps=3)
+    hparams = tiny_hparams(llama_stats, base_alg="MEMIT", v_num_grad_steps=3)
     records = load_records("demo", None, 5, 0)
     breaks(records[1])
     settings = RunSettings(tmp_path / "run", 5, on_error="skip",
@@ -214,11 +214,11 @@ def test_what_a_run_left_out_is_not_measured_again(tmp_path: Path, tok: PreTrain
                                                                                    ("rome", "after", 4)]
 
 
-def test_stop_ends_the_run_and_names_the_fact(tmp_path: Path, tok: PreTrainedTokenizerBase, records: list[EditRecord],
-                                              breaks: Callable[[EditRecord], None]) -> None:
+def test_stop_ends_the_run_and_names_the_fact(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase,
+                                              records: list[EditRecord], breaks: Callable[[EditRecord], None]) -> None:
     breaks(records[4])
     with pytest.raises(ValueError, match=f"case_id {records[4].case_id} .ArithmeticError: singular.*on_error skip"):
-        run(tmp_path / "run", tok, records, tiny_hparams(tmp_path, v_num_grad_steps=3), on_error="stop")
+        run(tmp_path / "run", tok, records, tiny_hparams(llama_stats, v_num_grad_steps=3), on_error="stop")
     assert [line["num_edits"] for line in lines(tmp_path / "run" / "edits.jsonl")] == [3]
 
 
@@ -227,10 +227,10 @@ class Fails(sphere.EditCallback):
         raise RuntimeError("a callback's own trouble")
 
 
-def test_a_callback_that_fails_is_nobody_elses_fault(tmp_path: Path, tok: PreTrainedTokenizerBase,
+def test_a_callback_that_fails_is_nobody_elses_fault(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase,
                                                      records: list[EditRecord]) -> None:
     with pytest.raises(RuntimeError, match="own trouble"):
-        run(tmp_path / "run", tok, records, tiny_hparams(tmp_path, v_num_grad_steps=3), Fails())
+        run(tmp_path / "run", tok, records, tiny_hparams(llama_stats, v_num_grad_steps=3), Fails())
     assert not (tmp_path / "run" / "skipped.jsonl").exists()
 
 
@@ -243,9 +243,9 @@ class Stops(sphere.EditCallback):
             raise sphere.StopEditing("enough is enough")
 
 
-def test_a_callback_ends_a_run_in_good_order(tmp_path: Path, tok: PreTrainedTokenizerBase, records: list[EditRecord]
-                                             ) -> None:
-    hparams = tiny_hparams(tmp_path, base_alg="MEMIT", v_num_grad_steps=3)
+def test_a_callback_ends_a_run_in_good_order(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase,
+                                             records: list[EditRecord]) -> None:
+    hparams = tiny_hparams(llama_stats, base_alg="MEMIT", v_num_grad_steps=3)
     summary, weights = run(tmp_path / "run", tok, records, hparams, Stops(9))
     assert (summary["num_edits"], summary["num_facts"], summary["stopped"]) == (6, 9, "enough is enough")
     assert summary["post"]["efficacy"]["n"] == 6
@@ -256,10 +256,11 @@ def test_a_callback_ends_a_run_in_good_order(tmp_path: Path, tok: PreTrainedToke
     assert again == summary
 
 
-def test_a_run_stopped_at_its_first_batch_has_nothing_to_sum_up(tmp_path: Path, tok: PreTrainedTokenizerBase,
+def test_a_run_stopped_at_its_first_batch_has_nothing_to_sum_up(tmp_path: Path, llama_stats: Path,
+                                                                tok: PreTrainedTokenizerBase,
                                                                 records: list[EditRecord]) -> None:
     with pytest.raises(ValueError, match="before any edit .* enough"):
-        run(tmp_path / "run", tok, records, tiny_hparams(tmp_path, v_num_grad_steps=3), Stops(3))
+        run(tmp_path / "run", tok, records, tiny_hparams(llama_stats, v_num_grad_steps=3), Stops(3))
 
 
 def test_settings_that_contradict_are_refused(tmp_path: Path) -> None:
@@ -270,7 +271,7 @@ def test_settings_that_contradict_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_stopped_between_the_halves_of_a_batch_counts_the_first(
-        tmp_path: Path, tok: PreTrainedTokenizerBase, records: list[EditRecord],
+        tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase, records: list[EditRecord],
         monkeypatch: pytest.MonkeyPatch) -> None:
     """More than two edits at once are too many for this machine; the guard has enough after four."""
     solve = wrapper.solve_batch
@@ -281,7 +282,7 @@ def test_a_run_stopped_between_the_halves_of_a_batch_counts_the_first(
         return solve(editable, requests, *rest)
 
     monkeypatch.setattr(wrapper, "solve_batch", failing)
-    hparams = tiny_hparams(tmp_path, base_alg="MEMIT", v_num_grad_steps=3)
+    hparams = tiny_hparams(llama_stats, base_alg="MEMIT", v_num_grad_steps=3)
     summary, _ = run(tmp_path / "run", tok, records, hparams, Stops(5))
     assert (summary["num_edits"], summary["post"]["efficacy"]["n"]) == (4, 4)
     assert [line["num_edits"] for line in lines(tmp_path / "run" / "edits.jsonl")] == [1, 3, 4]

@@ -55,10 +55,10 @@ def test_a_share_of_the_change_stands(family: str, base_alg: str, tok: PreTraine
         assert event.update_norms[layer] == pytest.approx(change, rel=1e-9)
 
 
-def test_energy_and_spaces_after_a_lowered_batch_are_those_of_the_weight(tok: PreTrainedTokenizerBase, tmp_path: Path
+def test_energy_and_spaces_after_a_lowered_batch_are_those_of_the_weight(tok: PreTrainedTokenizerBase, llama_stats: Path
                                                                           ) -> None:
     """No Gram matrix of the full change is carried on."""
-    hparams = tiny_hparams(tmp_path, base_alg="MEMIT", v_num_grad_steps=3)
+    hparams = tiny_hparams(llama_stats, base_alg="MEMIT", v_num_grad_steps=3)
     model, tracker = tiny_model("llama"), sphere.HETracker()
     for batch in (0, 1):
         edit(model, tok, hparams, Shares(0.3), tracker, batch=batch)
@@ -67,9 +67,9 @@ def test_energy_and_spaces_after_a_lowered_batch_are_those_of_the_weight(tok: Pr
                                                                       rel=1e-6)
 
 
-def test_prune_goes_on_from_unrestrained_weights_as_far_as_they_were_let(tok: PreTrainedTokenizerBase, tmp_path: Path
+def test_prune_goes_on_from_unrestrained_weights_as_far_as_they_were_let(tok: PreTrainedTokenizerBase, llama_stats: Path
                                                                          ) -> None:
-    hparams = tiny_hparams(tmp_path, base_alg="PRUNE", v_num_grad_steps=3)
+    hparams = tiny_hparams(llama_stats, base_alg="PRUNE", v_num_grad_steps=3)
     model = tiny_model("llama")
     original = edited_weights(model, hparams)
     other = copy.deepcopy(model)
@@ -81,9 +81,9 @@ def test_prune_goes_on_from_unrestrained_weights_as_far_as_they_were_let(tok: Pr
 
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.5, float("nan")])
-def test_what_is_no_share_is_refused_and_the_batch_undone(share: float, tok: PreTrainedTokenizerBase, tmp_path: Path
+def test_what_is_no_share_is_refused_and_the_batch_undone(share: float, tok: PreTrainedTokenizerBase, llama_stats: Path
                                                           ) -> None:
-    hparams = tiny_hparams(tmp_path, base_alg="MEMIT", v_num_grad_steps=3)
+    hparams = tiny_hparams(llama_stats, base_alg="MEMIT", v_num_grad_steps=3)
     model = tiny_model("llama")
     before = edited_weights(model, hparams)
     with pytest.raises(ValueError, match="Shares.review returned"):
@@ -91,8 +91,8 @@ def test_what_is_no_share_is_refused_and_the_batch_undone(share: float, tok: Pre
     assert all(torch.equal(before[layer], now) for layer, now in edited_weights(model, hparams).items())
 
 
-def test_a_callback_that_is_never_content_ends_the_batch(tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    hparams = tiny_hparams(tmp_path, base_alg="PRUNE", v_num_grad_steps=3)
+def test_a_callback_that_is_never_content_ends_the_batch(tok: PreTrainedTokenizerBase, llama_stats: Path) -> None:
+    hparams = tiny_hparams(llama_stats, base_alg="PRUNE", v_num_grad_steps=3)
     model = tiny_model("llama")
     edit(model, tok, hparams)
     before, unrestrained = edited_weights(model, hparams), dict(EditSession.of(model).unrestrained)
@@ -118,8 +118,8 @@ def test_partway_stays_between_its_ends(share: float, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(("base_alg", "share"), [("MEMIT", 1.0), ("AlphaEdit", 1.0), ("AlphaEdit", 0.5)])
 def test_updates_are_what_stands_in_the_weights(family: str, base_alg: str, share: float, tok: PreTrainedTokenizerBase,
-                                                tmp_path: Path) -> None:
-    hparams = tiny_hparams(tmp_path, base_alg=base_alg, v_num_grad_steps=3)
+                                                llama_stats: Path) -> None:
+    hparams = tiny_hparams(llama_stats, base_alg=base_alg, v_num_grad_steps=3)
     model, watched = tiny_model(family), Shares(share)
     before = hparams.editable(model).weights()
     before = {layer: weight.clone() for layer, weight in before.items()}
@@ -132,7 +132,7 @@ def test_updates_are_what_stands_in_the_weights(family: str, base_alg: str, shar
 
 
 @pytest.mark.parametrize("base_alg", ["RECT", "PRUNE"])
-def test_changes_of_full_rank_are_no_updates(base_alg: str, tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_changes_of_full_rank_are_no_updates(base_alg: str, tok: PreTrainedTokenizerBase, llama_stats: Path) -> None:
     watched = Shares()
-    edit(tiny_model("llama"), tok, tiny_hparams(tmp_path, base_alg=base_alg, v_num_grad_steps=3), watched)
+    edit(tiny_model("llama"), tok, tiny_hparams(llama_stats, base_alg=base_alg, v_num_grad_steps=3), watched)
     assert not watched.ended[0].updates

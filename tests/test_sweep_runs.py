@@ -238,6 +238,7 @@ def start_sweep(output: Path, program: tuple[str, str], *runs: Run) -> Any:
     """A sweep in a process of its own, which leaves with 130 after KeyboardInterrupt."""
 
     def work() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         try:
             run_sweep(Sweep(runs), output, 2, None, program, grace_seconds=0.5)
         except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -245,10 +246,10 @@ def test_what_is_stated_is_so_in_the_weights(method: str, family: str, tok: PreT
     own: dict[int, list[float]] = {layer: [] for layer in hparams.layers}
     sphere.EditSession.of(model).save(tmp_path / "session")
     for case in range(5):
-        copy, kept = tiny_model(family), shutil.copytree(tmp_path / "factors", tmp_path / f"copy-{case}")
-        copy.load_state_dict(model.state_dict())
-        withdraw(copy, hparams, kept, [case], sphere.EditSession.load(tmp_path / "session"))
-        for layer, weight in weights_of(copy, hparams).items():
+        again, kept = tiny_model(family), shutil.copytree(tmp_path / "factors", tmp_path / f"copy-{case}")
+        again.load_state_dict(model.state_dict())
+        withdraw(again, hparams, kept, [case], sphere.EditSession.load(tmp_path / "session"))
+        for layer, weight in weights_of(again, hparams).items():
             own[layer].append(float(((before[layer].double() - weight.double()) @ seen.keys[layer][case]).norm()))
     done = withdraw(model, hparams, tmp_path / "factors", [1])
     after = weights_of(model, hparams)
@@ -498,13 +499,24 @@ def test_factors_are_kept_from_the_first_batch_on(tok: PreTrainedTokenizerBase, 
 Edited = tuple[nn.Module, sphere.SPHEREHyperParams, Path]
 
 
-@pytest.fixture
-def kept(tok: PreTrainedTokenizerBase, hparams_of: Make, tmp_path: Path) -> Edited:
+@pytest.fixture(scope="module")
+def kept_once(folder: Path) -> Edited:
     """A model after three batches with the first fact withdrawn, and its factors."""
-    hparams, model = hparams_of("MEMIT_keys", v_num_grad_steps=2), tiny_model("llama")
-    edit(model, tok, hparams, tmp_path / "factors")
-    withdraw(model, hparams, tmp_path / "factors", [0])
-    return model, hparams, tmp_path / "factors"
+    model, tok = tiny_model("llama"), AutoTokenizer.from_pretrained(GOLDEN / "llama" / "tiny-llama")
+    hparams = tiny_hparams(folder / "llama", **METHODS["MEMIT_keys"], v_num_grad_steps=2)
+    edit(model, tok, hparams, folder / "factors")
+    withdraw(model, hparams, folder / "factors", [0])
+    sphere.EditSession.of(model).save(folder / "session")
+    return model, hparams, folder / "factors"
+
+
+@pytest.fixture
+def kept(kept_once: Edited, tmp_path: Path) -> Edited:
+    """The same, to be changed by one test."""
+    model, hparams, factors = kept_once
+    again = copy.deepcopy(model)
+    sphere.EditSession.attach(again, sphere.EditSession.load(factors.with_name("session")))
+    return again, hparams, shutil.copytree(factors, tmp_path / "factors")
 
 
 @pytest.fixture

@@ -1,0 +1,84 @@
+"""The command line in processes of their own, forked from one that has imported torch and the package.
+
+Each fresh interpreter spends five seconds of processor time on imports. What a test shows of a process (its exit
+status, its streams, how it takes signals) holds for a forked one as well; that imports themselves go well and say
+nothing is for the tests that start ``python -m sphere_easyedit``.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from unittest import mock
+
+REPOSITORY = Path(__file__).parents[1]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PYTHONPATH": str(REPOSITORY)}
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload([
+    "sphere_easyedit.cli", "sphere_easyedit.doctor", "sphere_easyedit.evaluation.case_study",
+    "sphere_easyedit.evaluation.sequential", "sphere_easyedit.export", "sphere_easyedit.planning",
+    "sphere_easyedit.withdrawal", "transformers.models.auto.modeling_auto",
+    "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"])
+
+
+class Started:
+    """A process of ``sphere-easyedit`` with these arguments, in a folder of its own choosing."""
+
+    def __init__(self, *arguments: object, cwd: Path, environment: Mapping[str, str] | None = None) -> None:
+        self._streams = tempfile.TemporaryDirectory(prefix="sphere-process-")
+        files = [Path(self._streams.name) / name for name in ("stdout", "stderr")]
+        for file in files:
+            file.touch()
+        self._stdout, self._stderr = files
+        self.arguments = tuple(map(str, arguments))
+        given = {**os.environ, **ENVIRONMENT} if environment is None else dict(environment)
+        self._process = FORKSERVER.Process(target=_work, args=(self.arguments, cwd, given, files))
+        with mock.patch.dict(os.environ, ENVIRONMENT):  # what torch and huggingface_hub read when they are imported
+            self._process.start()
+
+    @property
+    def stdout(self) -> str:
+        return self._stdout.read_text(encoding="utf-8")
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr.read_text(encoding="utf-8")
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float = 300) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(list(self.arguments), timeout)
+        return self._process.exitcode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+
+def run_forked(*arguments: object, cwd: Path, environment: Mapping[str, str] | None = None
+               ) -> subprocess.CompletedProcess[str]:
+    """As ``subprocess.run`` of the command line, its output captured."""
+    started = Started(*arguments, cwd=cwd, environment=environment)
+    return subprocess.CompletedProcess(started.arguments, started.wait(), started.stdout, started.stderr)
+
+
+def _work(arguments: tuple[str, ...], cwd: Path, environment: dict[str, str], streams: list[Path]) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, file in enumerate(streams, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a shell's foreground
+    sys.argv = ["sphere-easyedit", *arguments]
+    from sphere_easyedit.cli import main
+
+    main()
