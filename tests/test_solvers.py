@@ -241,8 +241,13 @@ def test_extended_factor_equals_one_from_scratch(seed: int, counts: list[int], b
 
 def test_factor_of_what_is_not_positive_definite() -> None:
     for matrix in (torch.zeros(WIDTH, WIDTH), -some_moment(0), torch.full((WIDTH, WIDTH), float("nan"))):
-        with pytest.raises(torch.linalg.LinAlgError):
+        with pytest.raises(torch.linalg.LinAlgError, match="^row 1 leaves it not positive definite"):
             CholeskyFactor.of(matrix)
+    diagonal = torch.ones(WIDTH)
+    diagonal[7] = -1.0
+    factor = CholeskyFactor.of(torch.eye(5))
+    with pytest.raises(torch.linalg.LinAlgError, match="^row 8 leaves"):
+        factor.extended(torch.diag(diagonal)[5:].double())
 
 
 # --- updates in factors, earlier keys -----------------------------------------------------------------------
@@ -372,13 +377,15 @@ def test_large_residual_gives_none(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records
 
 
-def test_wrong_factor_gives_none(caplog: pytest.LogCaptureFixture) -> None:
-    """The residual is taken from the keys themselves, so it shows a factor that is not theirs."""
-    history = KeyHistory(some_keys(0, 4, False), null_space_metric(0, 7, 0.5))
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_wrong_factor_gives_none(scale: float, caplog: pytest.LogCaptureFixture) -> None:
+    """The residual is taken from the keys themselves, so it shows a factor that is not theirs, at any scale."""
+    history = KeyHistory(scale * some_keys(0, 4, False), null_space_metric(0, 7, 0.5 * scale**2))
     assert history.factor is not None
+    assert adjusted_keys(history, scale * some_keys(1, 3, False)) is not None
     history.factor = CholeskyFactor([1.0001 * row for row in history.factor.rows])
     with caplog.at_level(logging.WARNING):
-        assert adjusted_keys(history, some_keys(1, 3, False)) is None
+        assert adjusted_keys(history, scale * some_keys(1, 3, False)) is None
     assert "relative residual" in caplog.text
 
 
