@@ -1,4 +1,4 @@
-"""The command line as a user runs it: in a process of its own, or called, where nothing but the time differs."""
+"""The command line as a user runs it: in a process of its own, or forked or called, where only the time differs."""
 
 from __future__ import annotations
 
@@ -18,22 +18,18 @@ from unittest import mock
 import pytest
 import yaml
 from conftest import GOLDEN, tiny_config, tiny_hparams, tiny_model
+from processes import ENVIRONMENT, run_forked
 
 from sphere_easyedit.cli import main
 from sphere_easyedit.hparams import SPHEREHyperParams
 
-REPOSITORY = Path(__file__).parents[1]
-
-
 COMMAND = [sys.executable, "-m", "sphere_easyedit"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120",
-               "PYTHONPATH": str(REPOSITORY)}
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
 def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, timeout=300,
-                          check=False)
+    return subprocess.run([*COMMAND, *arguments], cwd=cwd, env={**os.environ, **ENVIRONMENT}, text=True,
+                          capture_output=True, timeout=300, check=False)
 
 
 def call_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -59,8 +55,8 @@ def call_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def run_cli_in_terminal(*arguments: str, cwd: Path) -> tuple[int, str]:
     """Exit status, and standard error as a terminal gets it."""
     ours, theirs = pty.openpty()
-    with subprocess.Popen([*COMMAND, *arguments], cwd=cwd, env={**ENVIRONMENT, "TERM": "xterm"}, stdin=theirs,
-                          stdout=subprocess.DEVNULL, stderr=theirs) as process:
+    with subprocess.Popen([*COMMAND, *arguments], cwd=cwd, env={**os.environ, **ENVIRONMENT, "TERM": "xterm"},
+                          stdin=theirs, stdout=subprocess.DEVNULL, stderr=theirs) as process:
         os.close(theirs)
         read = b""
         try:
@@ -178,14 +174,14 @@ def test_users_own_facts_and_a_resumed_run(workplace: Path) -> None:
                                         "The mayor of {} is,Bonn,Ann\n")
     arguments = ("edit", "--hparams", "tiny.yaml", "--dataset", "facts", "--data", "mine.csv", "--batch-size", "1",
                  "--set", "v_num_grad_steps=2", "--output", "mine", "--resume")
-    done = run_cli(*arguments, cwd=workplace)
+    done = run_forked(*arguments, cwd=workplace)
     assert done.returncode == 0, done.stderr
     summary = (workplace / "mine" / "summary.json").read_text()
-    done = run_cli(*arguments, cwd=workplace)
+    done = run_forked(*arguments, cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert "finished" in done.stderr
     assert (workplace / "mine" / "summary.json").read_text() == summary
-    done = run_cli(*arguments, "--batch-size", "2", cwd=workplace)
+    done = run_forked(*arguments, "--batch-size", "2", cwd=workplace)
     assert done.returncode == 2
     assert "batch_size was 1 and is 2" in done.stderr
 
@@ -195,16 +191,16 @@ def test_a_sweep_end_to_end(workplace: Path) -> None:
         "runs": [{"name": f"AlphaEdit-{name}", "method": "AlphaEdit", "hparams": "tiny.yaml", "sphere": name != "plain"}
                  for name in ("plain", "sphere")],
         "num_edits": 4, "batch_size": 2, "set": {"v_num_grad_steps": 2}, "edit": {"share-before": "shared"}}))
-    done = run_cli("sweep", "sweep.yaml", "--output", "swept", cwd=workplace)
+    done = run_forked("sweep", "sweep.yaml", "--output", "swept", cwd=workplace)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2/2 AlphaEdit-sphere-seed0: finished" in done.stdout
     table = (workplace / "swept" / "table.csv").read_text()
     assert "AlphaEdit-sphere-seed0" in table
     assert (workplace / "swept" / "differences.csv").read_text().count("\n") > 1
     assert len(list((workplace / "shared").iterdir())) == 1
-    done = run_cli("sweep", "sweep.yaml", "--output", "swept", cwd=workplace)
+    done = call_cli("sweep", "sweep.yaml", "--output", "swept", cwd=workplace)
     assert "AlphaEdit-plain-seed0: present" in done.stdout
-    done = run_cli("sweep", "sweep.yaml", "--output", "swept", "--quiet", cwd=workplace)
+    done = run_forked("sweep", "sweep.yaml", "--output", "swept", "--quiet", cwd=workplace)
     assert "present" not in done.stdout
     assert "table.csv" in done.stdout
     assert done.stderr == ""
@@ -213,9 +209,9 @@ def test_a_sweep_end_to_end(workplace: Path) -> None:
 
 def test_edit_on_zsre_file(workplace: Path, data_dir: Path) -> None:
     file = str(data_dir / "zsre_mend_eval.json")
-    done = run_cli("edit", "--hparams", "tiny.yaml", "--dataset", "zsre", "--data", file, "--num-edits", "2",
-                   "--batch-size", "2", "--output", "zsre", "--set", "base_alg=MEMIT", "--set",
-                   "projection_stage=update", cwd=workplace)
+    done = run_forked("edit", "--hparams", "tiny.yaml", "--dataset", "zsre", "--data", file, "--num-edits", "2",
+                      "--batch-size", "2", "--output", "zsre", "--set", "base_alg=MEMIT", "--set",
+                      "projection_stage=update", cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert json.loads((workplace / "zsre" / "summary.json").read_text())["post"]["specificity"]["n"] == 2
 
@@ -249,21 +245,21 @@ def test_no_arguments_show_help(workplace: Path) -> None:
 
 def test_hparams_writes_a_yaml_that_loads(workplace: Path) -> None:
     tiny_config("qwen2").save_pretrained(workplace / "tiny-qwen")
-    done = run_cli("hparams", "tiny-qwen", "--output", "qwen.yaml", cwd=workplace)
+    done = run_forked("hparams", "tiny-qwen", "--output", "qwen.yaml", cwd=workplace)
     assert done.returncode == 0, done.stderr
     loaded = SPHEREHyperParams.from_hparams(str(workplace / "qwen.yaml"))
     assert loaded.base_alg == "AlphaEdit"
     assert loaded.v_loss_layer == 3
-    printed = run_cli("hparams", "tiny-qwen", cwd=workplace)
+    printed = call_cli("hparams", "tiny-qwen", cwd=workplace)
     assert yaml.safe_load(printed.stdout) == yaml.safe_load((workplace / "qwen.yaml").read_text())
 
 
 def test_stats_are_collected_once(workplace: Path) -> None:
     arguments = ("stats", "--hparams", "tiny.yaml", "--set", "stats_dir=more", "--set", "mom2_n_samples=5")
-    done = run_cli(*arguments, cwd=workplace)
+    done = run_forked(*arguments, cwd=workplace)
     assert done.returncode == 0, done.stderr
     files = [workplace / line for line in done.stdout.split()]
     assert len(files) == 2
     written = [file.stat().st_mtime_ns for file in files]
-    assert run_cli(*arguments, cwd=workplace).returncode == 0
+    assert run_forked(*arguments, cwd=workplace).returncode == 0
     assert [file.stat().st_mtime_ns for file in files] == written

@@ -184,8 +184,9 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
         sphere.DriftGuard(**settings)
 
 
-def test_a_run_ends_before_a_batch_that_is_too_large(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    hparams = tiny_hparams(tmp_path, base_alg="MEMIT", v_num_grad_steps=3)
+def test_a_run_ends_before_a_batch_that_is_too_large(tmp_path: Path, llama_stats: Path,
+                                                     tok: PreTrainedTokenizerBase) -> None:
+    hparams = tiny_hparams(llama_stats, base_alg="MEMIT", v_num_grad_steps=3)
     records = load_records("demo", None, 8, 0)
     model = tiny_model("llama")
     # Any batch is too large for this guard once the warm-up is over.
@@ -200,8 +201,8 @@ def test_a_run_ends_before_a_batch_that_is_too_large(tmp_path: Path, tok: PreTra
                for layer, weight in edited_weights(model, hparams).items())
 
 
-def test_early_efficacy_is_protocol_papers(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    hparams = tiny_hparams(tmp_path, base_alg="MEMIT", v_num_grad_steps=20, v_lr=1.0, mom2_update_weight=1.0)
+def test_early_efficacy_is_protocol_papers(llama_stats: Path, tok: PreTrainedTokenizerBase) -> None:
+    hparams = tiny_hparams(llama_stats, base_alg="MEMIT", v_num_grad_steps=20, v_lr=1.0, mom2_update_weight=1.0)
     records = load_records("demo", None, 6, 0)
     model, guard = tiny_model("llama"), sphere.DriftGuard(tok=tok, warmup=1, facts=2, early=0.5)
     for first in (0, 2, 4):

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import GOLDEN, tiny_hparams, tiny_model
+from processes import Started
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import EditCallback, EditEvent, SPHEREHyperParams
@@ -28,7 +28,6 @@ from sphere_easyedit.evaluation.neurons import NeuronRecord
 from sphere_easyedit.evaluation.sequential import RunResult, RunSettings, run_sequential
 from sphere_easyedit.signals import Interrupted, interrupts_raised
 
-REPOSITORY = Path(__file__).parents[1]
 TIMES = ("preparation_seconds", "editing_seconds", "evaluation_seconds", "peak_memory_bytes")
 TEXT = " ".join(f"The {noun} of the town is {number} years old." for number, noun in
                 enumerate(["mayor", "church", "bridge", "school", "river", "market", "tower", "wall"] * 4))
@@ -72,17 +71,37 @@ def run_it(folder: Path, name: str, tok: PreTrainedTokenizerBase, hparams: SPHER
                           RunSettings(folder / name, 2, **given), callbacks=callbacks or [])
 
 
-@pytest.mark.parametrize("method", [
-    {"base_alg": "AlphaEdit"},
-    {"base_alg": "MEMIT", "keep_previous_keys": True, "principal_space": "pretrained"},
-    {"base_alg": "RECT"},
-    {"base_alg": "PRUNE"},
-], ids=lambda method: method["base_alg"])
+METHODS: dict[str, dict[str, Any]] = {
+    "AlphaEdit": {},
+    "MEMIT": {"keep_previous_keys": True, "principal_space": "pretrained"},
+    "RECT": {},
+    "PRUNE": {},
+}
+Undisturbed = tuple[Path, SPHEREHyperParams, RunResult]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(llama_stats: Path, tmp_path_factory: pytest.TempPathFactory
+                ) -> Callable[[str, PreTrainedTokenizerBase], Undisturbed]:
+    """Of a method: the folder with its run ``whole``, its hyperparameters, and what the run came to."""
+    folder, done = tmp_path_factory.mktemp("undisturbed"), dict[str, Undisturbed]()
+
+    def of(method: str, tok: PreTrainedTokenizerBase) -> Undisturbed:
+        if method not in done:
+            hparams = tiny_hparams(llama_stats, v_num_grad_steps=4, base_alg=method, **METHODS[method])
+            (folder / method).mkdir()
+            done[method] = folder / method, hparams, run_it(folder / method, "whole", tok, hparams)
+        return done[method]
+
+    return of
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("batch", [1, 4, 5])
-def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path: Path, tok: PreTrainedTokenizerBase, batch: int,
-                                                         method: dict[str, Any]) -> None:
-    hparams = tiny_hparams(tmp_path, v_num_grad_steps=4, **method)
-    whole = run_it(tmp_path, "whole", tok, hparams)
+def test_an_interrupted_run_ends_like_an_undisturbed_one(
+        tmp_path: Path, tok: PreTrainedTokenizerBase, batch: int, method: str,
+        undisturbed: Callable[[str, PreTrainedTokenizerBase], Undisturbed]) -> None:
+    folder, hparams, whole = undisturbed(method, tok)
     with pytest.raises(InterruptedError_):
         run_it(tmp_path, "killed", tok, hparams, [KilledIn(batch)])
     resumed = run_it(tmp_path, "killed", tok, hparams)
@@ -90,14 +109,14 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path: Path, tok: Pr
     assert resumed.tracker.records == whole.tracker.records
     assert resumed.generations == whole.generations
     for name in ("edits.jsonl", "metrics.jsonl"):
-        assert lines_of(tmp_path / "killed", name) == lines_of(tmp_path / "whole", name)
+        assert lines_of(tmp_path / "killed", name) == lines_of(folder / "whole", name)
     for name in ("energy.csv", "cases.jsonl", "spaces.csv", "neurons.safetensors"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == (folder / "whole" / name).read_bytes()
 
 
-def test_measurements_are_not_paid_for_twice(tmp_path: Path, tok: PreTrainedTokenizerBase,
+def test_measurements_are_not_paid_for_twice(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    hparams = tiny_hparams(tmp_path, v_num_grad_steps=2)
+    hparams = tiny_hparams(llama_stats, v_num_grad_steps=2)
     with pytest.raises(InterruptedError_):
         run_it(tmp_path, "run", tok, hparams, [KilledIn(4)], checkpoint_every=8)  # batches 1 to 3 are lost
     before = lines_of(tmp_path / "run", "metrics.jsonl")
@@ -117,8 +136,9 @@ def test_measurements_are_not_paid_for_twice(tmp_path: Path, tok: PreTrainedToke
     assert result.summary["num_edits"] == 9
 
 
-def test_a_torn_chunk_of_scores_is_measured_again(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    hparams = tiny_hparams(tmp_path, v_num_grad_steps=2)
+def test_a_torn_chunk_of_scores_is_measured_again(tmp_path: Path, llama_stats: Path,
+                                                  tok: PreTrainedTokenizerBase) -> None:
+    hparams = tiny_hparams(llama_stats, v_num_grad_steps=2)
     whole = run_it(tmp_path, "run", tok, hparams)
     run = tmp_path / "run"
     scores = (run / "scores" / "after-9.jsonl").read_bytes()
@@ -131,8 +151,8 @@ def test_a_torn_chunk_of_scores_is_measured_again(tmp_path: Path, tok: PreTraine
     assert (run / "scores" / "after-9.jsonl").read_bytes() == scores
 
 
-def test_a_finished_run_is_left_alone(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    hparams = tiny_hparams(tmp_path, v_num_grad_steps=2)
+def test_a_finished_run_is_left_alone(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase) -> None:
+    hparams = tiny_hparams(llama_stats, v_num_grad_steps=2)
     whole = run_it(tmp_path, "run", tok, hparams)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
     again = run_it(tmp_path, "run", tok, hparams)
@@ -144,16 +164,17 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, tok: PreTrainedTokenizerBa
 @pytest.mark.parametrize(("change", "message"), [
     ({"alpha": 0.25}, "alpha"), ({"v_lr": 0.25}, "v_lr"), ({"L2": 3.0}, "L2"),
 ])
-def test_other_hyperparameters_are_refused(tmp_path: Path, tok: PreTrainedTokenizerBase, change: dict[str, Any],
-                                           message: str) -> None:
+def test_other_hyperparameters_are_refused(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase,
+                                           change: dict[str, Any], message: str) -> None:
     with pytest.raises(InterruptedError_):
-        run_it(tmp_path, "run", tok, tiny_hparams(tmp_path, v_num_grad_steps=2), [KilledIn(3)])
+        run_it(tmp_path, "run", tok, tiny_hparams(llama_stats, v_num_grad_steps=2), [KilledIn(3)])
     with pytest.raises(ValueError, match=message):
-        run_it(tmp_path, "run", tok, tiny_hparams(tmp_path, v_num_grad_steps=2, **change))
+        run_it(tmp_path, "run", tok, tiny_hparams(llama_stats, v_num_grad_steps=2, **change))
 
 
-def test_other_facts_batches_or_measures_are_refused(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    hparams = tiny_hparams(tmp_path, v_num_grad_steps=2)
+def test_other_facts_batches_or_measures_are_refused(tmp_path: Path, llama_stats: Path,
+                                                     tok: PreTrainedTokenizerBase) -> None:
+    hparams = tiny_hparams(llama_stats, v_num_grad_steps=2)
     with pytest.raises(InterruptedError_):
         run_it(tmp_path, "run", tok, hparams, [KilledIn(3)])
     for records, batch_size, protocols in ((8, 2, ("paper",)), (9, 3, ("paper",)), (9, 2, ("rome",))):
@@ -163,8 +184,8 @@ def test_other_facts_batches_or_measures_are_refused(tmp_path: Path, tok: PreTra
                                        measure=MeasureSettings(protocols=protocols)))
 
 
-def test_a_model_with_other_weights_is_refused(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    hparams = tiny_hparams(tmp_path, v_num_grad_steps=2)
+def test_a_model_with_other_weights_is_refused(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase) -> None:
+    hparams = tiny_hparams(llama_stats, v_num_grad_steps=2)
     with pytest.raises(InterruptedError_):
         run_it(tmp_path, "run", tok, hparams, [KilledIn(4)])
     model = tiny_model("llama")
@@ -178,8 +199,9 @@ def test_a_model_with_other_weights_is_refused(tmp_path: Path, tok: PreTrainedTo
                                        text=tmp_path / "text.txt", text_tokens=96)))
 
 
-def test_old_checkpoints_go_and_kept_weights_stay(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    hparams = tiny_hparams(tmp_path, v_num_grad_steps=2)
+def test_old_checkpoints_go_and_kept_weights_stay(tmp_path: Path, llama_stats: Path,
+                                                  tok: PreTrainedTokenizerBase) -> None:
+    hparams = tiny_hparams(llama_stats, v_num_grad_steps=2)
     run_it(tmp_path, "one", tok, hparams, checkpoint_every=2, keep_checkpoints=1, keep_weights_every=4)
     folder = tmp_path / "one" / "checkpoints"
     assert resumable(folder) == [9]
@@ -188,9 +210,9 @@ def test_old_checkpoints_go_and_kept_weights_stay(tmp_path: Path, tok: PreTraine
     assert resumable(tmp_path / "all" / "checkpoints") == [2, 4, 6, 8, 9]
 
 
-def test_prune_follows_a_run_of_memit(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    memit = tiny_hparams(tmp_path, v_num_grad_steps=3, base_alg="MEMIT", alpha=0.0)
-    prune = tiny_hparams(tmp_path, v_num_grad_steps=3, base_alg="PRUNE")
+def test_prune_follows_a_run_of_memit(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase) -> None:
+    memit = tiny_hparams(llama_stats, v_num_grad_steps=3, base_alg="MEMIT", alpha=0.0)
+    prune = tiny_hparams(llama_stats, v_num_grad_steps=3, base_alg="PRUNE")
     run_it(tmp_path, "memit", tok, memit, checkpoint_every=2, keep_checkpoints=0)
     alone = run_it(tmp_path, "alone", tok, prune)
     following = run_it(tmp_path, "following", tok, prune, follows=tmp_path / "memit")
@@ -199,13 +221,14 @@ def test_prune_follows_a_run_of_memit(tmp_path: Path, tok: PreTrainedTokenizerBa
     with pytest.raises(ValueError, match="only PRUNE"):
         run_it(tmp_path, "no", tok, memit, follows=tmp_path / "memit")
     with pytest.raises(ValueError, match="edited with other v_num_grad_steps"):
-        run_it(tmp_path, "no", tok, tiny_hparams(tmp_path, v_num_grad_steps=2, base_alg="PRUNE"),
+        run_it(tmp_path, "no", tok, tiny_hparams(llama_stats, v_num_grad_steps=2, base_alg="PRUNE"),
                follows=tmp_path / "memit")
     assert not (tmp_path / "no").exists()  # refused before anything was written
 
 
-def test_other_versions_measure_again_what_comes_later(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    hparams = tiny_hparams(tmp_path, v_num_grad_steps=2)
+def test_other_versions_measure_again_what_comes_later(tmp_path: Path, llama_stats: Path,
+                                                       tok: PreTrainedTokenizerBase) -> None:
+    hparams = tiny_hparams(llama_stats, v_num_grad_steps=2)
     with pytest.raises(InterruptedError_):
         run_it(tmp_path, "run", tok, hparams, [KilledIn(4)])  # a checkpoint after 4 edits, measured up to 6
     run = tmp_path / "run"
@@ -224,11 +247,11 @@ def test_other_versions_measure_again_what_comes_later(tmp_path: Path, tok: PreT
     assert max(line["num_edits"] for line in lines_of(run, "metrics.jsonl")) == 4
 
 
-def test_runs_share_what_they_measured_before(tmp_path: Path, tok: PreTrainedTokenizerBase,
+def test_runs_share_what_they_measured_before(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     from sphere_easyedit.evaluation import measuring
 
-    hparams, records = tiny_hparams(tmp_path, v_num_grad_steps=2), load_records("demo", None, 4, 0)
+    hparams, records = tiny_hparams(llama_stats, v_num_grad_steps=2), load_records("demo", None, 4, 0)
     measure = MeasureSettings(shared_before=tmp_path / "shared")
     one = run_sequential(tiny_model("llama"), tok, records, hparams, RunSettings(tmp_path / "one", 2, measure=measure))
     calls = []
@@ -267,25 +290,39 @@ def test_impossible_measures_are_refused(settings: dict[str, Any]) -> None:
         MeasureSettings(**settings)
 
 
-def command_of(folder: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Starts the command line on a tiny model: 24 edits in batches of 3, measured on the way, to a named directory."""
+Start = Callable[[Path], Started]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Starts the command line on a tiny model: 24 edits in batches of 3, measured on the way, to a directory."""
+    folder = tmp_path_factory.mktemp("command")
     tiny_model("llama").save_pretrained(folder / "tiny-llama")
     for file in (GOLDEN / "llama" / "tiny-llama").glob("tokenizer*"):
         (folder / "tiny-llama" / file.name).write_bytes(file.read_bytes())
     settings = tiny_hparams(folder, model_name="tiny-llama", v_num_grad_steps=8).to_dict() | {"stats_dir": "stats"}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
     (folder / "text.txt").write_text(TEXT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+    assert Started("--help", cwd=folder).wait() == 0  # the time of starting the server is no run's
 
-    def start(output: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "sphere_easyedit", "edit", "--hparams", "tiny.yaml", "--num-edits", "24",
-             "--batch-size", "3", "--seed", "1", "--eval-every", "6", "--eval-last-batch", "--checkpoint-every", "1",
-             "--text", "text.txt", "--text-tokens", "64", "--output", output, "--resume", "--on-error", "skip",
-             "--guard", "warn", "--guard-facts", "4", "--keep-factors"],
-            cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    def start(output: Path) -> Started:
+        return Started(
+            "edit", "--hparams", "tiny.yaml", "--num-edits", "24", "--batch-size", "3", "--seed", "1", "--eval-every",
+            "6", "--eval-last-batch", "--checkpoint-every", "1", "--text", "text.txt", "--text-tokens", "64",
+            "--output", output, "--resume", "--on-error", "skip", "--guard", "warn", "--guard-facts", "4",
+            "--keep-factors", cwd=folder)
 
     return start
+
+
+@pytest.fixture(scope="module")
+def whole(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A run that was left alone, and the seconds that it took."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    started = time.monotonic()
+    process = start(output)
+    assert process.wait() == 0, process.stderr
+    return output, time.monotonic() - started
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -300,48 +337,41 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert factors[0] == factors[1] and len(factors[0]) >= 8
 
 
-def test_kill_9_at_random_moments(tmp_path: Path) -> None:
+def test_kill_9_at_random_moments(start: Start, whole: tuple[Path, float], tmp_path: Path) -> None:
     """The command line, killed five times and resumed, against one that was left alone."""
-    start = command_of(tmp_path)
-    started = time.monotonic()
-    whole = start("whole")
-    assert whole.wait(timeout=300) == 0, whole.stderr and whole.stderr.read()
-    seconds = time.monotonic() - started
-    moments, kills = random.Random(0), 0
+    undisturbed, seconds = whole
+    killed, moments, kills = tmp_path / "killed", random.Random(0), 0
     while kills < 5:
-        process = start("killed")
-        # Most of a process's time goes by before its first batch; what is left should be hit, too.
+        process = start(killed)
         try:
-            process.wait(timeout=moments.uniform(0.5, 0.95) * seconds)
+            process.wait(timeout=moments.uniform(0.1, 0.95) * seconds)
             break  # it was faster than the blow
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            assert process.wait() == -signal.SIGKILL
             kills += 1
-    last = start("killed")
-    assert last.wait(timeout=300) == 0, last.stderr and last.stderr.read()
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    last = start(killed)
+    assert last.wait() == 0, last.stderr
+    assert_same_run(undisturbed, killed)
 
 
-def test_sigterm_and_ctrl_c_end_in_good_order(tmp_path: Path) -> None:
+def test_sigterm_and_ctrl_c_end_in_good_order(start: Start, whole: tuple[Path, float], tmp_path: Path) -> None:
     """Asked to end in mid-run, the command line says so, exits as a shell expects, and can be gone on with."""
-    start = command_of(tmp_path)
-    whole = start("whole")
-    assert whole.wait(timeout=300) == 0, whole.stderr and whole.stderr.read()
+    ended = tmp_path / "ended"
+    edits = ended / "edits.jsonl"
     for number, name in ((signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")):
-        edits = tmp_path / "ended" / "edits.jsonl"
         already = len(edits.read_text().splitlines()) if edits.exists() else 0
-        process, deadline = start("ended"), time.monotonic() + 300
+        process, deadline = start(ended), time.monotonic() + 300
         while not edits.exists() or len(edits.read_text().splitlines()) <= already:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(number)
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 128 + number, said
+        assert process.wait() == 128 + number, process.stderr
+        said = process.stderr
         assert f"ended by {name}" in said and "--resume" in said and "Traceback" not in said
-    last = start("ended")
-    assert last.wait(timeout=300) == 0, last.stderr and last.stderr.read()
-    assert_same_run(tmp_path / "whole", tmp_path / "ended")
+    last = start(ended)
+    assert last.wait() == 0, last.stderr
+    assert_same_run(whole[0], ended)
 
 
 def test_a_second_signal_does_not_cut_the_undoing_short() -> None:

@@ -38,8 +38,9 @@ def _target_log_prob(model: torch.nn.Module, tok: PreTrainedTokenizerBase, recor
     return sum(found) / len(found)
 
 
-def test_run_directory_holds_what_the_design_says(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    model, hparams = tiny_model("llama"), tiny_hparams(tmp_path)
+def test_run_directory_holds_what_the_design_says(tmp_path: Path, llama_stats: Path,
+                                                  tok: PreTrainedTokenizerBase) -> None:
+    model, hparams = tiny_model("llama"), tiny_hparams(llama_stats)
     records = load_records("demo", None, 5, 0)
     before = summarise(evaluate_records(model, tok, records))
     likely_before = _target_log_prob(model, tok, records)
@@ -94,8 +95,8 @@ def test_run_directory_holds_what_the_design_says(tmp_path: Path, tok: PreTraine
     assert not list(run.rglob(".*"))  # no temporary file is left
 
 
-def test_same_seed_same_bits(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    hparams = tiny_hparams(tmp_path, context_templates=None)
+def test_same_seed_same_bits(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase) -> None:
+    hparams = tiny_hparams(llama_stats, context_templates=None)
     weights = []
     for name in ("one", "two"):
         model = tiny_model("llama")
@@ -107,7 +108,8 @@ def test_same_seed_same_bits(tmp_path: Path, tok: PreTrainedTokenizerBase) -> No
 
 @pytest.mark.parametrize("protocol", ["paper", "rome", "easyedit"])
 def test_every_batch_tells_its_efficacy_and_stays_as_it_is(
-    tmp_path: Path, tok: PreTrainedTokenizerBase, protocol: Protocol, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase, protocol: Protocol,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Watches(EditCallback):
         """Asks the model at the end of each batch, as the run will."""
@@ -117,7 +119,7 @@ def test_every_batch_tells_its_efficacy_and_stays_as_it_is(
             scores = evaluate_protocols(event.model, tok, batch, [protocol], unedited)[protocol]
             found.append(50 * sum(score.efficacy or 0.0 for score in scores))
 
-    model, hparams, found = tiny_model("llama"), tiny_hparams(tmp_path, v_num_grad_steps=1), list[float]()
+    model, hparams, found = tiny_model("llama"), tiny_hparams(llama_stats, v_num_grad_steps=1), list[float]()
     drawn = load_records("demo", None, 40, 0)
     with torch.no_grad():
         said = [tok.decode(model(torch.tensor([tok(record.edit_prompt)["input_ids"]])).logits[0, -1].argmax())
@@ -143,7 +145,7 @@ def test_every_batch_tells_its_efficacy_and_stays_as_it_is(
     assert unasked.summary["weights_sha256"] == checksum
 
 
-def test_watching_does_not_count_as_editing(tmp_path: Path, tok: PreTrainedTokenizerBase,
+def test_watching_does_not_count_as_editing(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*_: object) -> None:
         time.sleep(2)
@@ -151,27 +153,29 @@ def test_watching_does_not_count_as_editing(tmp_path: Path, tok: PreTrainedToken
     monkeypatch.setattr(sequential, "edit_efficacy", slow)
     started = time.perf_counter()
     result = run_sequential(tiny_model("llama"), tok, load_records("demo", None, 2, 0),
-                            tiny_hparams(tmp_path, v_num_grad_steps=1), RunSettings(tmp_path / "run", 2))
+                            tiny_hparams(llama_stats, v_num_grad_steps=1), RunSettings(tmp_path / "run", 2))
     assert result.summary["editing_seconds"] < time.perf_counter() - started - 2
 
 
-def test_refuses_a_directory_in_use(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+def test_refuses_a_directory_in_use(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
-        run_sequential(tiny_model("llama"), tok, load_records("demo", None, 2, 0), tiny_hparams(tmp_path),
+        run_sequential(tiny_model("llama"), tok, load_records("demo", None, 2, 0), tiny_hparams(llama_stats),
                        RunSettings(tmp_path / "run", 2))
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
-def test_refuses_an_impossible_batch_size(tmp_path: Path, tok: PreTrainedTokenizerBase, batch_size: int) -> None:
+def test_refuses_an_impossible_batch_size(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase,
+                                          batch_size: int) -> None:
     with pytest.raises(ValueError, match="batch_size"):
-        run_sequential(tiny_model("llama"), tok, load_records("demo", None, 2, 0), tiny_hparams(tmp_path),
+        run_sequential(tiny_model("llama"), tok, load_records("demo", None, 2, 0), tiny_hparams(llama_stats),
                        RunSettings(tmp_path / "run", batch_size))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_failed_batch_leaves_the_batches_before_it(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+def test_a_failed_batch_leaves_the_batches_before_it(tmp_path: Path, llama_stats: Path,
+                                                     tok: PreTrainedTokenizerBase) -> None:
     class FailsInSecondBatch(EditCallback):
         def on_batch_end(self, event: EditEvent) -> None:
             if event.num_batches == 1:
@@ -180,7 +184,7 @@ def test_a_failed_batch_leaves_the_batches_before_it(tmp_path: Path, tok: PreTra
                 raise RuntimeError("as planned")
 
     after_first: dict[int, torch.Tensor] = {}
-    model, hparams, run = tiny_model("llama"), tiny_hparams(tmp_path), tmp_path / "run"
+    model, hparams, run = tiny_model("llama"), tiny_hparams(llama_stats), tmp_path / "run"
     with pytest.raises(RuntimeError, match="as planned"):
         run_sequential(model, tok, load_records("demo", None, 4, 0), hparams, RunSettings(run, 2, checkpoint_every=2),
                        callbacks=[FailsInSecondBatch()])
@@ -193,17 +197,18 @@ def test_a_failed_batch_leaves_the_batches_before_it(tmp_path: Path, tok: PreTra
     assert not (run / "summary.json").exists()
 
 
-def test_bad_records_are_refused_before_anything_is_written(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+def test_bad_records_are_refused_before_anything_is_written(tmp_path: Path, llama_stats: Path,
+                                                            tok: PreTrainedTokenizerBase) -> None:
     records = load_records("demo", None, 3, 0)
     too_long = replace(records[2], prompt="so " * 200 + "{} is")
     with pytest.raises(ValueError, match="context"):
-        run_sequential(tiny_model("llama"), tok, [*records[:2], too_long], tiny_hparams(tmp_path),
+        run_sequential(tiny_model("llama"), tok, [*records[:2], too_long], tiny_hparams(llama_stats),
                        RunSettings(tmp_path / "run", 2))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_with_edits_is_refused(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    model, hparams, records = tiny_model("llama"), tiny_hparams(tmp_path), load_records("demo", None, 4, 0)
+def test_a_model_with_edits_is_refused(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase) -> None:
+    model, hparams, records = tiny_model("llama"), tiny_hparams(llama_stats), load_records("demo", None, 4, 0)
     run_sequential(model, tok, records[:2], hparams, RunSettings(tmp_path / "one", 2))
     with pytest.raises(ValueError, match="holds 2 edits"):
         run_sequential(model, tok, records[2:], hparams, RunSettings(tmp_path / "two", 2))
