@@ -47,10 +47,10 @@ def pytest_collection_modifyitems(items):
 '''
 
 
-def export(work: Path) -> None:
-    """HEAD's tree, with mutmut's settings and fewer examples."""
+def export(work: Path, commit: str) -> None:
+    """A commit's tree, with mutmut's settings and fewer examples."""
     work.mkdir(parents=True, exist_ok=True)
-    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
+    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         for member in tar.getmembers():
             path, content = work / member.name, tar.extractfile(member) if member.isfile() else None
@@ -135,6 +135,7 @@ def report(work: Path, chosen: set[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=lambda given: Path(given).resolve(), required=True, help="folder of the copy")
+    parser.add_argument("--commit", default="HEAD", help="what to test; one whose modules differ needs another folder")
     parser.add_argument("--again", action="store_true", help="test the survivors of a finished run again")
     parser.add_argument("--sample", type=int, metavar="N", help="only N mutants of each module, drawn with seed 0")
     parser.add_argument("--report", action="store_true", help="only print what is known")
@@ -142,7 +143,7 @@ def main() -> None:
     options = parser.parse_args()
     work, chosen = options.work, options.mutants
     if not options.report:
-        export(work)
+        export(work, options.commit)
     if options.sample:
         chosen = sample(work, options.sample)
     known = verdicts(work)

@@ -509,6 +509,7 @@ def test_what_is_not_finite_is_found_in_any_block(monkeypatch: pytest.MonkeyPatc
         (600, 0.5, False, 193, [204, 401, 600]),
         (600, 0.5, False, 190, [201, 401, 600]),
         (600, 0.5, False, 581, [600]),
+        (600, 0.5, False, 599, [600]),
     ],
 )
 def test_attempts(side: int, gamma: float, on_gpu: bool, likely_rank: int | None, expected: list[int]) -> None:
