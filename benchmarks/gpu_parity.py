@@ -88,9 +88,9 @@ def _solves(device: torch.device, sizes: Sizes) -> Iterator[Row]:
         "MEMIT": (CovarianceMetric(CholeskyFactor.of(there), LAMBDA),
                   lambda history: plain_memit_keys(moment, LAMBDA, keys, history)),
         "AlphaEdit, null space of 90%": (NullSpaceMetric(wide, L2), lambda history: plain_alphaedit_keys(
-            wide.to(torch.device("cpu")), L2, keys, history)),
+            wide.on(torch.device("cpu")), L2, keys, history)),
         "AlphaEdit, null space of 30%": (NullSpaceMetric(narrow, L2), lambda history: plain_alphaedit_keys(
-            narrow.to(torch.device("cpu")), L2, keys, history)),
+            narrow.on(torch.device("cpu")), L2, keys, history)),
     }
     for name, (metric, plain) in metrics.items():
         # The earlier keys are more than the null space of 30% has dimensions: some are absorbed.

@@ -41,7 +41,7 @@ _RANGES = MappingProxyType({
     "gamma": "[0, 1]", "alpha": "[0, 1]", "v_lr": "(0, inf)", "v_weight_decay": "[0, inf)",
     "clamp_norm_factor": "(0, inf)", "kl_factor": "[0, inf)", "mom2_update_weight": "(0, inf)",
     "energy_budget": "(0, inf)", "nullspace_threshold": "(0, inf)", "nullspace_share": "(0, 1]", "L2": "(0, inf)",
-    "rect_keep": "(0, 1]", "prune_log_base": "(1, inf)",
+    "rect_keep": "(0, 1]", "prune_log_base": "(1, inf)", "state_memory": "[0, inf)",
 })
 _SMALLEST = MappingProxyType({
     "v_num_grad_steps": 1, "v_loss_layer": 0, "mom2_n_samples": 1, "mom2_max_length": 2, "max_length": 1,
@@ -49,7 +49,7 @@ _SMALLEST = MappingProxyType({
 })
 _FLAGS = ("mom2_adjustment", "compensate", "model_parallel", "keep_previous_keys", "batched_target_values")
 _STRINGS = ("alg_name", "model_name", "base_alg", "layer_selection", "fact_token", "mom2_dataset",
-            "mom2_dtype", "stats_dir", "P_loc", "target_values_dir", *_MODULE_FIELDS)
+            "mom2_dtype", "stats_dir", "P_loc", "target_values_dir", "state_folder", *_MODULE_FIELDS)
 _CHOICES = MappingProxyType({
     "alg_name": ("SPHERE", *PLAIN_ALGS), "executor": ("native", "easyedit"), "projection_stage": ("layer", "update"),
     "principal_space": ("current", "pretrained"), "suppression": ("principal", "random", "shrink"),
@@ -68,13 +68,14 @@ _OPTIMISER = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "cla
 # spaces know their gamma.)
 _NOT_CARRIED = frozenset({
     "alg_name", "model_name", "device", "batch_size", "max_length", "token_budget", "model_parallel", "stats_dir",
-    "batched_target_values", "target_values_dir", "rect_keep", "prune_log_base", *SPHERE_ONLY, *_OPTIMISER,
+    "batched_target_values", "target_values_dir", "state_memory", "state_folder", "rect_keep", "prune_log_base",
+    *SPHERE_ONLY, *_OPTIMISER,
 })
 
 # Fields that no EasyEdit method asks for, so a key close to one of them is a slip and not the method's own.
 _OURS = ("base_alg", *SPHERE_ONLY, "executor", "executor_hparams", "batched_target_values", "target_values_dir",
          "context_templates", "rect_keep", "prune_log_base", "keep_previous_keys", "nullspace_share", "mom2_max_length",
-         "token_budget", *_ALIASES)
+         "token_budget", "state_memory", "state_folder", *_ALIASES)
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
@@ -196,6 +197,10 @@ class SPHEREHyperParams:
     nullspace_share: float | None = None  # share of the d_in dimensions kept instead; overrides the threshold
     rect_keep: float = 0.4  # share of entries that RECT keeps
     prune_log_base: float | None = None  # None: natural logarithm
+    # Gigabytes of each device for what is carried from solve to solve (keys, their factors, null spaces); what is above
+    # it is kept on the host, or in memory-mapped files, and streamed by blocks. None: all of it on the weight's device.
+    state_memory: float | None = None
+    state_folder: str | None = None  # for those files; None: the host's memory
     keep_previous_keys: bool = False  # MEMIT, RECT, PRUNE: earlier keys join the bracket (the paper's Eq. 69)
 
     # Statistics.
@@ -455,6 +460,9 @@ class SPHEREHyperParams:
         if self.energy_budget is not None and self.base_alg == "PRUNE":
             raise ValueError("energy_budget is a batch's, but PRUNE restrains the whole change since the pretrained "
                              "weight: leave it out")
+        if self.state_folder is not None and self.state_memory is None:
+            raise ValueError(f"state_folder is {self.state_folder!r}, for what passes state_memory, which is not "
+                             "given: give it in gigabytes (0 keeps all state in the folder), or leave out both")
         if self.compensate and (self.executor != "native" or self.base_alg not in ("MEMIT", "AlphaEdit")):
             raise ValueError(f"compensate needs an update in the keys that it was solved for, which {self.base_alg} "
                              f"with executor {self.executor} has not: say `compensate: false`")

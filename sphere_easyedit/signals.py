@@ -1,4 +1,4 @@
-"""What ends a run from outside, as exceptions: a batch under way is undone like after any other, and files are whole."""
+"""What ends a run from outside, as exceptions: a batch under way is undone as after any other; files are whole."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 import sphere_easyedit as sphere
 from sphere_easyedit.editing import executors, solvers
 from sphere_easyedit.editing.covariance import load_moment, moment_path, save_moment
+from sphere_easyedit.editing.shelves import Shelf
 from sphere_easyedit.editing.solvers import (
     CholeskyFactor,
     CovarianceMetric,
@@ -230,7 +231,8 @@ def test_extended_factor_equals_one_from_scratch(seed: int, counts: list[int], b
     for found in (factor, at_once):
         dense = torch.cat([torch.nn.functional.pad(row, (0, size - row.shape[1])) for row in found.rows])
         torch.testing.assert_close(dense, expected, rtol=1e-8, atol=1e-8)
-        products = torch.cat([torch.nn.functional.pad(row, (0, size - row.shape[1])) for row in found.products(2.0)])
+        products = torch.cat([torch.nn.functional.pad(row, (0, size - row.shape[1]))
+                              for row in found.products(torch.device("cpu"), 2.0)])
         torch.testing.assert_close(products.tril(), 2 * matrix.tril(), rtol=1e-8, atol=1e-8)
         assert found.size == size
         assert relative_error(matrix @ found.solve(right), right) < 1e-6
@@ -345,7 +347,7 @@ class _Metric:
     def weigh(self, keys: Tensor) -> Tensor:
         return self._scale * keys.double()
 
-    def absorbing(self, parts: object) -> KeyMetric:
+    def absorbing(self, parts: object, device: object) -> KeyMetric:
         raise torch.linalg.LinAlgError("planted")
 
 
@@ -441,11 +443,11 @@ def test_wrong_factor_of_many_keys_gives_none(caplog: pytest.LogCaptureFixture) 
 def test_what_is_made_lies_where_it_is_asked_for() -> None:
     """Without a GPU: the meta device tells as well whether a tensor was put on the device that was named."""
     meta = torch.device("meta")
-    assert NullSpace(torch.eye(WIDTH)[:, :3], True).to(meta).columns.is_meta
-    assert NullSpace(torch.eye(WIDTH)[:, :3], True).to(meta).complement
-    assert all(row.is_meta for row in CholeskyFactor.of(torch.eye(WIDTH)).to(meta).rows)
+    assert NullSpace(torch.eye(WIDTH)[:, :3], True).on(meta).columns.is_meta
+    assert NullSpace(torch.eye(WIDTH)[:, :3], True).on(meta).complement
+    assert all(row.is_meta for row in CholeskyFactor.of(torch.eye(WIDTH)).on(meta).rows)
     assert KeyHistory.empty(WIDTH, None, meta).device == meta
-    assert all(row.is_meta for row in solvers._scaled_identity(2.0, 300, meta))
+    assert all(row.is_meta for row in solvers._scaled_identity(2.0, 300, meta, Shelf()))
     assert solvers._probes(3, meta).is_meta
     assert solvers._probes(30, meta).is_meta
 

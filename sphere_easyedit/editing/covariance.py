@@ -33,6 +33,7 @@ from ..models import EditableModel, frozen, max_positions
 from ..replicas import Replicas, shared_out
 from .corpus import corpus_name, token_sequences
 from .replay import BlockReplay, pad_rows
+from .shelves import Shelf
 from .solvers import CholeskyFactor, NullSpace
 
 logger = logging.getLogger(__name__)
@@ -292,8 +293,10 @@ def _eigenvectors(moment: Tensor, first: int, last: int) -> Tensor:
 
 
 def filed_null_space(statistics: Path, d_in: int, threshold: float | None, share: float | None,
-                     device: torch.device) -> NullSpace:
+                     device: torch.device, shelf: Shelf | None = None) -> NullSpace:
     """``null_space`` of the second moment in a statistics file, kept beside it.
+
+    Where the shelf's room is bounded, it is derived on the host.
 
     Raises:
         ValueError: the statistics don't fit, or nothing is left to keep.
@@ -303,13 +306,14 @@ def filed_null_space(statistics: Path, d_in: int, threshold: float | None, share
     stored = _read_derived(path, origin)
     for name, complement in (("kept", False), ("left_out", True)):
         if name in stored:
-            return NullSpace(stored[name], complement).to(device)
-    space = null_space(load_moment(statistics, d_in).to(device), threshold, share)
+            return NullSpace(stored[name], complement).on(device, shelf)
+    there = load_moment(statistics, d_in)
+    space = null_space(there if shelf is not None and shelf.is_bounded else there.to(device), threshold, share)
     _write_derived(path, origin, {"left_out" if space.complement else "kept": space.columns})
-    return space
+    return space.on(device, shelf)
 
 
-def filed_factor(statistics: Path, d_in: int, device: torch.device) -> CholeskyFactor:
+def filed_factor(statistics: Path, d_in: int, device: torch.device, shelf: Shelf | None = None) -> CholeskyFactor:
     """The Cholesky factor of the second moment in a statistics file, float64; a wide one is kept beside it.
 
     Reading it back at 4096 takes a fifth of the time of making it; it takes the disk space of C itself.
@@ -319,12 +323,12 @@ def filed_factor(statistics: Path, d_in: int, device: torch.device) -> CholeskyF
         torch.linalg.LinAlgError: the second moment is not positive definite.
     """
     if d_in < FACTOR_FILED_FROM:
-        return CholeskyFactor.of(load_moment(statistics, d_in).to(device))
+        return CholeskyFactor.of(load_moment(statistics, d_in), device, shelf)
     path, origin = _beside(statistics, "cholesky"), _origin(statistics, "cholesky")
     stored = _read_derived(path, origin)
     if stored:
-        return CholeskyFactor([stored[f"rows.{i}"] for i in range(len(stored))]).to(device)
-    factor = CholeskyFactor.of(load_moment(statistics, d_in).to(device))
+        return CholeskyFactor([stored[f"rows.{i}"] for i in range(len(stored))]).on(device, shelf)
+    factor = CholeskyFactor.of(load_moment(statistics, d_in), device, shelf)
     _write_derived(path, origin, {f"rows.{i}": row for i, row in enumerate(factor.rows)})
     return factor
 

@@ -20,6 +20,7 @@ from .covariance import filed_factor, filed_null_space, load_moment, load_null_s
 from .requests import EditRequest, TokenizedRequest, tokenize_request
 from .session import EditSession
 from .sharing import batch_states, target_values
+from .shelves import Shelf
 from .solvers import (
     CovarianceMetric,
     KeyHistory,
@@ -75,32 +76,40 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
     if any(history.device != editable.weight(layer).device for layer, history in session.history.items()):
         logger.info("the model moved to another device: the session follows")
         session.metrics, session.spaces = {}, {}
-        session.history = {layer: KeyHistory(history.keys, None) for layer, history in session.history.items()}
+        session.history = {layer: history.bare() for layer, history in session.history.items()}
+    if session.shelf is None:
+        session.shelf = _shelf(hparams)
     if set(session.metrics) != set(editable.layers):
         with restored_after(editable):
             # The statistics are filed as the unedited model's, so it is the unedited model they must come from.
             for layer, weight in session.original.items():
                 editable.set_weight(layer, weight)
-            session.metrics = _key_metrics(editable, tok, hparams)
+            session.metrics = _key_metrics(editable, tok, hparams, session.shelf)
     for layer in editable.layers:
         history = session.history.get(layer)
         metric = session.metrics[layer]
+        device = editable.weight(layer).device
         if history is None:
-            history = KeyHistory.empty(editable.d_in(layer), metric, editable.weight(layer).device)
+            history = KeyHistory.empty(editable.d_in(layer), metric, device, session.shelf)
         elif history.metric is None:  # just loaded, or moved
-            history = KeyHistory(history.keys.to(editable.weight(layer).device), metric)
+            history = KeyHistory(history.keys, metric, device, session.shelf)
         session.history[layer] = history
 
 
-def _key_metrics(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams
+def _shelf(hparams: SPHEREHyperParams) -> Shelf:
+    room = None if hparams.state_memory is None else int(hparams.state_memory * 1e9)
+    return Shelf(room, None if hparams.state_folder is None else Path(hparams.state_folder))
+
+
+def _key_metrics(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams, shelf: Shelf
                  ) -> dict[int, KeyMetric | None]:
     if is_alphaedit(hparams):
-        return {layer: NullSpaceMetric(space, hparams.L2)
-                for layer, space in _null_spaces(editable, tok, hparams).items()}
+        return {layer: NullSpaceMetric(space, hparams.L2, shelf)
+                for layer, space in _null_spaces(editable, tok, hparams, shelf).items()}
     metrics: dict[int, KeyMetric | None] = {}
     for layer, path in statistics_files(editable, tok, hparams).items():
         try:
-            factor = filed_factor(path, editable.d_in(layer), editable.weight(layer).device)
+            factor = filed_factor(path, editable.d_in(layer), editable.weight(layer).device, shelf)
             metrics[layer] = CovarianceMetric(factor, hparams.mom2_update_weight)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             logger.warning("layer %d: the second moment of keys is not positive definite; each batch solves densely. "
@@ -109,17 +118,17 @@ def _key_metrics(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams:
     return metrics
 
 
-def _null_spaces(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams
+def _null_spaces(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams, shelf: Shelf
                  ) -> dict[int, NullSpace]:
     if hparams.P_loc is not None:
         path = Path(hparams.P_loc)
         if path.exists():
             spaces = load_null_space(path, editable.layers, editable.d_in(editable.layers[0]))
-            return {layer: space.to(editable.weight(layer).device) for layer, space in spaces.items()}
+            return {layer: space.on(editable.weight(layer).device, shelf) for layer, space in spaces.items()}
         logger.info("P_loc %s does not exist: the null space is computed from the keys' second moment", path)
     share = hparams.nullspace_share
     threshold = None if share is not None else hparams.nullspace_threshold
-    return {layer: filed_null_space(path, editable.d_in(layer), threshold, share, editable.weight(layer).device)
+    return {layer: filed_null_space(path, editable.d_in(layer), threshold, share, editable.weight(layer).device, shelf)
             for layer, path in statistics_files(editable, tok, hparams).items()}
 
 

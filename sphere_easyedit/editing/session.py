@@ -20,6 +20,7 @@ from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, ModuleNames
 from ..projection import PrincipalSpace
 from .grams import GramMatrix
+from .shelves import Shelf
 from .solvers import KeyHistory, KeyMetric
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 _ATTRIBUTE = "_sphere_session"
 _FORMAT = "sphere-easyedit session 1"
 _EXECUTOR = "executor"
-_DERIVED = ("contexts", "metrics", "spaces", "executor_caches")
+_DERIVED = ("contexts", "metrics", "spaces", "shelf", "executor_caches")
 
 
 class EditSession:
@@ -42,6 +43,7 @@ class EditSession:
         unrestrained: PRUNE's weights that editing goes on from, on the CPU; else empty.
         history: earlier keys by layer.
         metrics: how keys are weighed, by layer; rebuilt when needed, not saved.
+        shelf: where metrics and histories are kept; None until made.
         spaces: principal spaces of the original weights, by layer and how they were made; rebuilt when needed, not
             saved.
         ranks: of the last principal space, by layer: where the next one's is looked for first.
@@ -65,6 +67,7 @@ class EditSession:
         self.unrestrained: dict[int, Tensor] = {}
         self.history: dict[int, KeyHistory] = {}
         self.metrics: dict[int, KeyMetric | None] = {}
+        self.shelf: Shelf | None = None
         self.spaces: dict[str, PrincipalSpace] = {}
         self.ranks: dict[int, int] = {}
         self.grams: dict[int, GramMatrix] = {}
@@ -101,7 +104,7 @@ class EditSession:
         Gram matrices, ranks and the factors of earlier keys are derived anew; carried on, they differ by rounding.
         """
         self.ranks, self.grams = {}, {}
-        self.history = {layer: KeyHistory(history.keys, None) for layer, history in self.history.items()}
+        self.history = {layer: history.bare() for layer, history in self.history.items()}
 
     def bind(self, editable: EditableModel, hparams: SPHEREHyperParams) -> None:
         """Make the session fit the model as it stands, starting afresh where it does not.

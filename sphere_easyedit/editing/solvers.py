@@ -17,6 +17,9 @@ that, and over many batches an edit costs O(d_in^2).
 Precision: null spaces and keys are stored as they come (float32) and multiplied in float64 a block at a time, since S
 is close to singular where keys repeat themselves; factors are float64.
 
+Memory: null spaces, factors and earlier keys may lie elsewhere than the keys to be solved for (see ``shelves``): each
+block comes to them, is used and let go.
+
 Shape legend: d_out, d_in of the weight; n edits in the batch; m earlier keys; q dimensions of the null space.
 """
 
@@ -30,6 +33,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from .shelves import Shelf
 
 logger = logging.getLogger(__name__)
 
@@ -80,16 +85,16 @@ class NullSpace:
         """Rows of coordinates: d_in for a complement, else q."""
         return self.columns.shape[0 if self.complement else 1]
 
-    def to(self, device: torch.device) -> NullSpace:
-        """The same on another device."""
-        return replace(self, columns=self.columns.to(device))
+    def on(self, device: torch.device, shelf: Shelf | None = None) -> NullSpace:
+        """The same on a device, or kept where the shelf has room."""
+        return replace(self, columns=(shelf or Shelf()).put(self.columns, device))
 
     def project(self, keys: Tensor) -> Tensor:
         """``P0 K`` ``(d_in, n)`` float64."""
         keys = keys.double()
         inside = torch.zeros_like(keys)
         for block in _blocks(self.columns):
-            wide = block.double()
+            wide = _wide(block, keys)
             inside += wide @ (wide.T @ keys)
         return keys - inside if self.complement else inside
 
@@ -106,17 +111,22 @@ def _blocks(columns: Tensor) -> tuple[Tensor, ...]:
     return torch.split(columns, BLOCK, dim=1)
 
 
+def _wide(block: Tensor, other: Tensor) -> Tensor:
+    """A block in float64 where the other operand is."""
+    return block.to(other.device).double()
+
+
 def _inner(parts: Sequence[Tensor], right: Tensor) -> Tensor:
     """``A^T right`` float64 of A given by parts ``(d_in, m_i)``, converted one at a time."""
-    return torch.cat([right.new_zeros(0, right.shape[1]), *(part.double().T @ right for part in parts)])
+    return torch.cat([right.new_zeros(0, right.shape[1]), *(_wide(part, right).T @ right for part in parts)])
 
 
 def _combined(parts: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     """``A coefficients`` ``(d_in, n)`` float64 of A given by at least one part."""
     shares = torch.split(coefficients, [part.shape[1] for part in parts])
-    total: Tensor = parts[0].double() @ shares[0]
+    total: Tensor = _wide(parts[0], coefficients) @ shares[0]
     for part, share in zip(parts[1:], shares[1:], strict=True):
-        total += part.double() @ share
+        total += _wide(part, share) @ share
     return total
 
 
@@ -128,43 +138,51 @@ class CholeskyFactor:
 
     Args:
         rows: the i-th is ``(b_i, b_1 + ... + b_i)`` float64.
+        shelf: where rows that come to it are kept.
     """
 
-    def __init__(self, rows: Sequence[Tensor] = ()) -> None:
-        self.rows = tuple(rows)
+    def __init__(self, rows: Sequence[Tensor] = (), shelf: Shelf | None = None) -> None:
+        self.rows, self.shelf = tuple(rows), shelf or Shelf()
 
     @classmethod
-    def of(cls, matrix: Tensor) -> CholeskyFactor:
-        """Factorise a symmetric matrix in float64.
+    def of(cls, matrix: Tensor, device: torch.device | None = None, shelf: Shelf | None = None) -> CholeskyFactor:
+        """Factorise a symmetric matrix in float64, on a device (its own if not given).
 
         Raises:
             torch.linalg.LinAlgError: it is not positive definite.
         """
-        return cls._from_rows(matrix[start: start + BLOCK, : start + BLOCK].double()
-                              for start in range(0, len(matrix), BLOCK))
+        device = matrix.device if device is None else device
+        return cls._from_rows((matrix[start: start + BLOCK, : start + BLOCK].to(device).double()
+                               for start in range(0, len(matrix), BLOCK)), shelf)
 
     @classmethod
-    def _from_rows(cls, rows: Iterable[Tensor]) -> CholeskyFactor:
-        factor = cls()
+    def _from_rows(cls, rows: Iterable[Tensor], shelf: Shelf | None) -> CholeskyFactor:
+        factor = cls(shelf=shelf)
         for row in rows:
             factor = factor.extended(row)
         return factor
 
     @classmethod
-    def of_sum(cls, matrix: list[Tensor], parts: Iterable[Tensor]) -> CholeskyFactor:
+    def of_sum(cls, matrix: list[Tensor], parts: Iterable[Tensor], device: torch.device, shelf: Shelf | None = None
+               ) -> CholeskyFactor:
         """Factorise ``matrix + sum of Y Y^T`` for parts Y ``(size, k)`` float64; the matrix is used up.
 
         Args:
             matrix: block rows that end at the diagonal.
             parts: may be made as they are asked for.
+            device: where it is computed.
+            shelf: where the factor is kept.
 
         Raises:
             torch.linalg.LinAlgError: it is not positive definite, for want of finite entries or by rounding.
         """
         for part in parts:
             for row in matrix:
-                row += part[row.shape[1] - len(row): row.shape[1]] @ part[: row.shape[1]].T
-        return cls._from_rows(matrix.pop(0) for _ in range(len(matrix)))
+                here = row.to(device)
+                here += part[row.shape[1] - len(row): row.shape[1]] @ part[: row.shape[1]].T
+                if here is not row:
+                    row.copy_(here)
+        return cls._from_rows((matrix.pop(0).to(device) for _ in range(len(matrix))), shelf)
 
     @property
     def size(self) -> int:
@@ -176,9 +194,10 @@ class CholeskyFactor:
         """Memory taken."""
         return sum(row.nbytes for row in self.rows)
 
-    def to(self, device: torch.device) -> CholeskyFactor:
-        """The same on another device."""
-        return CholeskyFactor([row.to(device) for row in self.rows])
+    def on(self, device: torch.device, shelf: Shelf | None = None) -> CholeskyFactor:
+        """The same on a device, or kept where the shelf has room."""
+        shelf = shelf or Shelf()
+        return CholeskyFactor([shelf.put(row, device) for row in self.rows], shelf)
 
     def extended(self, row: Tensor) -> CholeskyFactor:
         """The factor of the matrix with more rows ``(b, size + b)`` and, by symmetry, columns: O(size^2 b).
@@ -194,19 +213,25 @@ class CholeskyFactor:
                 f"row {self.size + int(failed)} leaves it not positive definite")
         fresh = torch.cat([solved, end], dim=1)
         if not self.rows or len(self.rows[-1]) + len(fresh) > BLOCK:
-            return CholeskyFactor([*self.rows, fresh])
-        last = torch.nn.functional.pad(self.rows[-1], (0, len(fresh)))  # many thin rows would be slow to solve with
-        return CholeskyFactor([*self.rows[:-1], torch.cat([last, fresh])])
+            return CholeskyFactor([*self.rows, self.shelf.put(fresh)], self.shelf)
+        last = self.rows[-1].to(fresh.device)  # many thin rows would be slow to solve with
+        last = torch.nn.functional.pad(last, (0, len(fresh)))
+        return CholeskyFactor([*self.rows[:-1], self.shelf.put(torch.cat([last, fresh]))], self.shelf)
 
-    def products(self, scale: float = 1.0) -> list[Tensor]:
-        """Block rows of ``scale L L^T`` that end at the diagonal."""
-        return [scale * torch.cat([row[:, : other.shape[1]] @ other.T for other in self.rows[: i + 1]], dim=1)
-                for i, row in enumerate(self.rows)]
+    def products(self, device: torch.device, scale: float = 1.0) -> list[Tensor]:
+        """Block rows of ``scale L L^T`` that end at the diagonal, computed on ``device`` and kept where L is."""
+        found = []
+        for i, row in enumerate(self.rows):
+            here = row.to(device)
+            product = torch.cat([here[:, : other.shape[1]] @ other.to(device).T for other in self.rows[: i + 1]], dim=1)
+            found.append(self.shelf.put(scale * product))
+        return found
 
     def solve_lower(self, right: Tensor) -> Tensor:
         """``L^-1 right`` ``(size, n)``."""
         out = right.clone()
-        for row in self.rows:
+        for kept in self.rows:
+            row = kept.to(out.device)
             begin, end = row.shape[1] - len(row), row.shape[1]
             rest = out[begin:end] - row[:, :begin] @ out[:begin]
             out[begin:end] = torch.linalg.solve_triangular(row[:, begin:], rest, upper=False)
@@ -215,7 +240,8 @@ class CholeskyFactor:
     def solve_upper(self, right: Tensor) -> Tensor:
         """``L^-T right`` ``(size, n)``."""
         out = right.clone()
-        for row in reversed(self.rows):
+        for kept in reversed(self.rows):
+            row = kept.to(out.device)
             begin, end = row.shape[1] - len(row), row.shape[1]
             out[begin:end] = torch.linalg.solve_triangular(row[:, begin:].T, out[begin:end], upper=True)
             out[:begin] -= row[:, :begin].T @ out[begin:end]
@@ -244,8 +270,10 @@ class KeyMetric(Protocol):
     def weigh(self, keys: Tensor) -> Tensor:
         """``M K`` ``(d_in, n)`` float64 of keys ``(d_in, n)``."""
 
-    def absorbing(self, parts: Sequence[Tensor]) -> KeyMetric:
+    def absorbing(self, parts: Sequence[Tensor], device: torch.device) -> KeyMetric:
         """The metric ``(M A A^T + c I)^-1 M`` with ridge 1, for which keys A, given by parts, count already.
+
+        It is computed on ``device``.
 
         Raises:
             torch.linalg.LinAlgError: its factorisation failed.
@@ -260,10 +288,12 @@ class NullSpaceMetric:
     Args:
         space: P0.
         l2: the ridge, above 0.
+        shelf: where what is derived from it is kept.
     """
 
-    def __init__(self, space: NullSpace, l2: float) -> None:
+    def __init__(self, space: NullSpace, l2: float, shelf: Shelf | None = None) -> None:
         self.space, self.ridge, self.capacity = space, l2, space.num_coordinates
+        self._shelf = shelf or Shelf()
         self._absorbed: CholeskyFactor | None = None  # of the bracket
 
     @property
@@ -275,23 +305,25 @@ class NullSpaceMetric:
             return self.space.project(keys)
         return self.space.lift(self._absorbed.solve(self.space.coordinates(keys)))
 
-    def absorbing(self, parts: Sequence[Tensor]) -> NullSpaceMetric:
-        grown = NullSpaceMetric(self.space, 1.0)
+    def absorbing(self, parts: Sequence[Tensor], device: torch.device) -> NullSpaceMetric:
+        grown = NullSpaceMetric(self.space, 1.0, self._shelf)
         if self._absorbed is None:
-            matrix = _scaled_identity(self.ridge, self.capacity, self.space.columns.device)
+            matrix = _scaled_identity(self.ridge, self.capacity, device, self._shelf)
         else:
-            matrix = self._absorbed.products()
-        grown._absorbed = CholeskyFactor.of_sum(matrix, (self.space.coordinates(part) for part in parts))
+            matrix = self._absorbed.products(device)
+        coordinates = (self.space.coordinates(part.to(device)) for part in parts)
+        grown._absorbed = CholeskyFactor.of_sum(matrix, coordinates, device, self._shelf)
         return grown
 
 
-def _scaled_identity(scale: float, size: int, device: torch.device) -> list[Tensor]:
+def _scaled_identity(scale: float, size: int, device: torch.device, shelf: Shelf) -> list[Tensor]:
     """Block rows of ``scale I`` that end at the diagonal."""
     rows = []
     for start in range(0, size, BLOCK):
         end = min(start + BLOCK, size)
-        rows.append(torch.zeros(end - start, end, dtype=torch.float64, device=device))
-        rows[-1][:, start:].fill_diagonal_(scale)
+        row = torch.zeros(end - start, end, dtype=torch.float64, device=device)
+        row[:, start:].fill_diagonal_(scale)
+        rows.append(shelf.put(row))
     return rows
 
 
@@ -316,9 +348,10 @@ class CovarianceMetric:
     def weigh(self, keys: Tensor) -> Tensor:
         return self._factor.solve(keys.double()) / self._weight
 
-    def absorbing(self, parts: Sequence[Tensor]) -> CovarianceMetric:
-        matrix = self._factor.products(self._weight)
-        return CovarianceMetric(CholeskyFactor.of_sum(matrix, (part.double() for part in parts)), 1.0)
+    def absorbing(self, parts: Sequence[Tensor], device: torch.device) -> CovarianceMetric:
+        matrix = self._factor.products(device, self._weight)
+        wide = (part.to(device).double() for part in parts)
+        return CovarianceMetric(CholeskyFactor.of_sum(matrix, wide, device, self._factor.shelf), 1.0)
 
 
 class KeyHistory:
@@ -331,28 +364,31 @@ class KeyHistory:
         factor: of S for the keys that wait; None where there is no metric, or the factorisation failed.
     """
 
-    def __init__(self, keys: Tensor, metric: KeyMetric | None) -> None:
-        self.metric = metric
-        self.factor = None if metric is None else CholeskyFactor()
+    def __init__(self, keys: Tensor, metric: KeyMetric | None, device: torch.device | None = None,
+                 shelf: Shelf | None = None) -> None:
+        self.metric, self._shelf = metric, shelf or Shelf()
+        self.factor = None if metric is None else CholeskyFactor(shelf=self._shelf)
         self._absorbed: tuple[Tensor, ...] = ()
         self._waiting: tuple[Tensor, ...] = ()
-        self._none = keys[:, :0].clone()
+        self._none = keys[:, :0].to(keys.device if device is None else device, copy=True)
         for part in _blocks(keys):
             self._append(part)
 
     @classmethod
-    def empty(cls, d_in: int, metric: KeyMetric | None, device: torch.device) -> KeyHistory:
+    def empty(cls, d_in: int, metric: KeyMetric | None, device: torch.device, shelf: Shelf | None = None) -> KeyHistory:
         """A history without keys."""
-        return cls(torch.zeros(d_in, 0, device=device), metric)
+        return cls(torch.zeros(d_in, 0, device=device), metric, device, shelf)
 
     @property
     def keys(self) -> Tensor:
-        """All earlier keys ``(d_in, m)``, put together for whoever asks."""
-        return torch.cat([self._none, *self._absorbed, *self._waiting], dim=1)
+        """All earlier keys ``(d_in, m)``, put together for whoever asks: on the CPU if any of them is there."""
+        parts = (self._none, *self._absorbed, *self._waiting)
+        home = next((part.device for part in parts if part.device.type == "cpu"), self.device)
+        return torch.cat([part.to(home) for part in parts], dim=1)
 
     @property
     def device(self) -> torch.device:
-        """Where the keys are."""
+        """Where it computes."""
         return self._none.device
 
     @property
@@ -361,6 +397,12 @@ class KeyHistory:
         state = 0 if self.metric is None else self.metric.nbytes
         state += 0 if self.factor is None else self.factor.nbytes
         return state + sum(part.nbytes for part in (*self._absorbed, *self._waiting))
+
+    def bare(self) -> KeyHistory:
+        """The same keys, without what was derived from them."""
+        bare = copy.copy(self)
+        bare.metric = bare.factor = None
+        return bare
 
     def extended(self, keys: Tensor) -> KeyHistory:
         """This history with more keys ``(d_in, n)`` behind it; only what is new is computed."""
@@ -374,8 +416,8 @@ class KeyHistory:
         if self.metric is not None and self.factor is not None and keys.shape[1]:
             try:
                 if self.factor.size and self.factor.size + keys.shape[1] > self.metric.capacity:
-                    self.metric = self.metric.absorbing(self._waiting)
-                    self.factor = CholeskyFactor()
+                    self.metric = self.metric.absorbing(self._waiting, self.device)
+                    self.factor = CholeskyFactor(shelf=self._shelf)
                     self._absorbed, self._waiting = (*self._absorbed, *self._waiting), ()
                 wide = keys.double()
                 weighed = self.metric.weigh(wide)
@@ -385,10 +427,11 @@ class KeyHistory:
                 logger.warning("the factor of %d earlier keys is lost (%s)", self.factor.size + keys.shape[1], error)
                 self.factor = None
         if self._waiting and self._waiting[-1].shape[1] + keys.shape[1] <= BLOCK:
-            keys = torch.cat([self._waiting[-1], keys], dim=1)  # many thin parts would be slow to multiply with
+            # Many thin parts would be slow to multiply with.
+            keys = torch.cat([self._waiting[-1].to(keys.device), keys], dim=1)
             self._waiting = self._waiting[:-1]
         if keys.shape[1]:
-            self._waiting = (*self._waiting, keys.contiguous())
+            self._waiting = (*self._waiting, self._shelf.put(keys.contiguous()))
 
     def inner(self, vectors: Tensor) -> Tensor:
         """``A^T X`` ``(m, n)`` float64 of X ``(d_in, n)`` and the keys that wait, A."""
@@ -457,7 +500,8 @@ def plain_memit_keys(moment: Tensor, weight: float, keys: Tensor, history: KeyHi
     system = weight * moment.double()
     for part in (keys, None if history is None else history.keys):
         if part is not None:
-            system = system + part.double() @ part.double().T
+            wide = part.to(system.device).double()
+            system = system + wide @ wide.T
     sizes = torch.linalg.eigvalsh(system).abs()
     # C comes in float32: below its rounding an eigenvalue is noise, and dividing by it no solution.
     if not bool(sizes.min() > torch.finfo(torch.float32).eps * sizes.max()):
@@ -471,7 +515,8 @@ def plain_alphaedit_keys(space: NullSpace, l2: float, keys: Tensor, history: Key
     """``(P0 A A^T + L2 I)^-1 P0 K`` by one dense solve in the space of d_in, where the factored way fails."""
     outer = keys.double() @ keys.double().T
     if history is not None:
-        outer = outer + history.keys.double() @ history.keys.double().T
+        earlier = _wide(history.keys, outer)
+        outer = outer + earlier @ earlier.T
     system = space.project(outer)
     system.diagonal().add_(l2)
     solved: Tensor = torch.linalg.solve(system, space.project(keys))

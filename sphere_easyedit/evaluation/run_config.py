@@ -22,6 +22,8 @@ _PACKAGES = ("sphere-easyedit", "torch", "transformers", "numpy", "scipy", "safe
 # Entries of config.yaml's "run" that must be the same where a run is resumed: they decide about bits, or about which
 # numbers stand side by side.
 _FIXED: Final = ("records", "batch_size", "checkpoint_every", "follows")
+# Hyperparameters that say where things lie, and change no bits.
+_ELSEWHERE: Final = ("device", "stats_dir", "state_memory", "state_folder")
 _FIXED_MEASURES: Final = ("protocols", "before", "cases", "sample", "seed", "text", "text_tokens", "decoding",
                           "references")
 
@@ -65,7 +67,7 @@ def check_same_run(run: RunDirectory, config: Mapping[str, Any]) -> bool:
     try:
         hparams_then = SPHEREHyperParams.from_dict(was["hparams"]).to_dict()
         pairs = {f"hyperparameter {name}": (hparams_then.get(name), value)
-                 for name, value in config["hparams"].items() if name not in ("device", "stats_dir")}
+                 for name, value in config["hparams"].items() if name not in _ELSEWHERE}
         pairs |= {name: (was["run"].get(name), config["run"][name]) for name in _FIXED}
         pairs |= {f"measure.{name}": (was["run"]["measure"].get(name), config["run"]["measure"][name])
                   for name in _FIXED_MEASURES}

@@ -1,0 +1,165 @@
+"""State of solves that lies elsewhere than where it is computed with gives the same bits, and takes no memory there."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REQUESTS, edited_weights, tiny_hparams, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sphere_easyedit import apply_sphere_to_model
+from sphere_easyedit.editing.session import EditSession
+from sphere_easyedit.editing.shelves import Shelf
+from sphere_easyedit.editing.solvers import (
+    CholeskyFactor,
+    CovarianceMetric,
+    KeyHistory,
+    KeyMetric,
+    NullSpace,
+    NullSpaceMetric,
+    adjusted_keys,
+)
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def solved(method: str, width: int, sizes: list[int], seed: int, shelf: Shelf | None) -> list[Tensor]:
+    """Solutions of batches of these sizes, one after the other; more keys than the width are absorbed on the way."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    square = normal(width, 2 * width)
+    metric: KeyMetric
+    if method == "MEMIT":
+        metric = CovarianceMetric(CholeskyFactor.of(square @ square.T / width, CPU, shelf), 3.0)
+    else:
+        columns = torch.linalg.qr(normal(width, width)).Q[:, : width // 2 + 1].contiguous()
+        metric = NullSpaceMetric(NullSpace(columns, method == "complement").on(CPU, shelf), 0.5, shelf)
+    history = KeyHistory.empty(width, metric, CPU, shelf)
+    found = []
+    for size in sizes:
+        keys = normal(width, size)
+        adjusted = adjusted_keys(history, keys)
+        assert adjusted is not None
+        found.append(adjusted)
+        history = history.extended(keys)
+    return [*found, history.keys]
+
+
+@pytest.mark.parametrize("method", ["MEMIT", "null space", "complement"])
+@given(width=st.integers(2, 24), sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 99),
+       room=st.sampled_from([0, 500, 4000, 10**6]))
+@settings(max_examples=25, deadline=None)
+def test_where_state_lies_does_not_decide_about_bits(tmp_path_factory: pytest.TempPathFactory, method: str, width: int,
+                                                     sizes: list[int], seed: int, room: int) -> None:
+    folder = tmp_path_factory.getbasetemp() / "state"
+    plain = solved(method, width, sizes, seed, None)
+    elsewhere = solved(method, width, sizes, seed, Shelf(room, folder))
+    assert all(torch.equal(one, other) for one, other in zip(plain, elsewhere, strict=True))
+    assert list(folder.iterdir()) == []  # mappings without a name
+
+
+def test_a_shelf_takes_no_more_than_its_room_and_gets_it_back(tmp_path: Path) -> None:
+    shelf = Shelf(1000, tmp_path)
+    first = shelf.put(torch.zeros(200))
+    second = shelf.put(torch.arange(100.0))
+    assert shelf._taken[CPU] == 800
+    assert torch.equal(second, torch.arange(100.0))
+    del first
+    gc.collect()
+    assert shelf._taken[CPU] == 0
+    third = shelf.put(torch.ones(250))
+    assert shelf._taken[CPU] == third.nbytes == 1000
+    wide = torch.arange(40.0).view(4, 10)
+    view = Shelf(10**6).put(wide[:, :2])
+    assert view.untyped_storage().nbytes() == view.nbytes  # what it is a view of is not kept with it
+    assert Shelf(0, tmp_path).put(torch.zeros(3, 0)).shape == (3, 0)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="state_folder .* can't be written"):
+        Shelf(0, tmp_path / "file" / "folder")
+    with pytest.raises(ValueError, match="state_memory, which is not given"):
+        tiny_hparams(tmp_path, state_folder=str(tmp_path))
+    with pytest.raises(ValueError, match="state_memory"):
+        tiny_hparams(tmp_path, state_memory=-1)
+
+
+@pytest.mark.parametrize(("base_alg", "family"), [("AlphaEdit", "llama"), ("MEMIT", "gpt2"), ("RECT", "qwen2")])
+def test_editing_with_state_in_files_gives_the_same_bits(base_alg: str, family: str, tmp_path: Path,
+                                                         tok: PreTrainedTokenizerBase) -> None:
+    weights = []
+    for changes in ({}, {"state_memory": 0, "state_folder": str(tmp_path / "state")}):
+        model = tiny_model(family)
+        hparams = tiny_hparams(tmp_path, base_alg=base_alg, keep_previous_keys=base_alg != "AlphaEdit", **changes)
+        for start in (0, 1):
+            apply_sphere_to_model(model, tok, REQUESTS[start: start + 2], hparams)
+            EditSession.of(model).settle()  # as a checkpoint does: histories are made anew from their keys
+        weights.append(edited_weights(model, hparams))
+    assert all(torch.equal(weights[0][layer], weights[1][layer]) for layer in weights[0])
+
+
+# Anonymous memory at its highest, looked at each millisecond: pages of mapped files do not count, the system takes them
+# back as it needs them.
+PEAK = """
+import sys, threading, time, torch
+from pathlib import Path
+from sphere_easyedit.editing.shelves import Shelf
+from sphere_easyedit.editing.solvers import *
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon"))
+folder, batches = sys.argv[1], int(sys.argv[2])
+cpu, width = torch.device("cpu"), 2048
+shelf = Shelf(0, Path(folder)) if folder else Shelf()
+def keys(count):
+    return torch.randn(width, count)
+small = NullSpaceMetric(NullSpace(torch.eye(64)[:, :9], True), 1.0)
+adjusted_keys(KeyHistory.empty(64, small, cpu), torch.randn(64, 9))  # loads what is loaded once
+columns = torch.eye(width)[:, :200].contiguous()
+before, peak, running = anonymous(), [0.0], True
+def watch():
+    while running:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+space = NullSpace(columns, True).on(cpu, shelf)
+history = KeyHistory.empty(width, NullSpaceMetric(space, 10.0, shelf), cpu, shelf)
+for _ in range(batches):  # each 2,048 are absorbed
+    history = history.extended(keys(256))
+assert history._absorbed and adjusted_keys(history, keys(32)) is not None
+running = False
+thread.join()
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_state_in_files_leaves_the_devices_memory_alone(tmp_path: Path) -> None:
+    steady = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+
+    def grown(folder: Path | str, batches: int) -> float:
+        done = subprocess.run([sys.executable, "-c", PEAK, str(folder), str(batches)], cwd=ROOT,
+                              env=os.environ | steady, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return float(done.stdout)
+
+    few, many = grown(tmp_path, 17), grown(tmp_path, 33)  # absorbed twice, and four times
+    assert many < few + 6, (few, many)  # 4,096 more keys take 32 MB
+    state = (33 * 2048 * 256 * 4 + 2048**2 // 2 * 8) / 2**20  # keys, and half a matrix in float64: 82 MB
+    usual = grown("", 33)
+    assert usual - many > 0.8 * state, (usual, many)
