@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 import typer
 from conftest import GOLDEN, tiny_hparams, tiny_model
 from peft import PeftModel
+from processes import run_forked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
@@ -22,8 +20,6 @@ from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.measuring import MeasureSettings
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
 from sphere_easyedit.export import base_fingerprint
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -142,16 +138,10 @@ registered = pytest.mark.skipif(
 
 @registered
 def test_in_a_process_of_its_own(workplace: Path, tmp_path: Path) -> None:
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120",
-                       "PYTHONPATH": str(REPOSITORY)}
-        return subprocess.run([sys.executable, "-m", "sphere_easyedit", *map(str, arguments)], cwd=tmp_path, text=True,
-                              env=environment, capture_output=True, timeout=300, check=False)
-
-    done = run("export", workplace / "run", "--as", "deltas", "--output", "deltas")
+    done = run_forked("export", workplace / "run", "--as", "deltas", "--output", "deltas", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "relative error" in done.stdout
-    done = run("apply", "deltas", "--model", workplace / "base", "--output", "deltas")
+    done = run_forked("apply", "deltas", "--model", workplace / "base", "--output", "deltas", cwd=tmp_path)
     assert done.returncode == 2
     assert "error: deltas is not empty" in done.stderr
     assert "Traceback" not in done.stderr
