@@ -17,12 +17,6 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True,
-                          timeout=300, check=False)
-
-
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The script as a module, with the others beside it."""
@@ -36,7 +30,9 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def test_everything_on_the_cpu(tmp_path: Path) -> None:
-    done = run("--device", "cpu", "--output", str(tmp_path / "table.md"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(SCRIPT), "--device", "cpu", "--output", str(tmp_path / "table.md")],
+                          env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()
     assert table.strip() == done.stdout.strip()
@@ -51,11 +47,15 @@ def test_everything_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_what_to_do() -> None:
-    done = run()
-    assert done.returncode == 2
-    assert "nvidia-smi" in done.stderr
-    assert "--device cpu" in done.stderr
+def test_without_a_gpu_it_says_what_to_do(check: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    with pytest.raises(SystemExit) as ended:
+        check.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "nvidia-smi" in said
+    assert "--device cpu" in said
 
 
 def test_what_fails_shows_and_the_rest_goes_on(check: ModuleType, monkeypatch: pytest.MonkeyPatch,
