@@ -647,6 +647,22 @@ def test_bad_weight_or_gamma_is_refused(arguments: tuple[Any, ...], message: str
 
 
 @pytest.mark.parametrize(
+    ("weight", "gamma", "message"),
+    [
+        (GOOD[0], 0.5, r"^weight must be 2-D .*\(6,\)"),
+        (GOOD[:0], 0.5, r"^weight must be 2-D .*not empty"),
+        (GOOD.long(), 0.5, "^weight must be floating point"),
+        (None, 0.5, "^weight must be a torch.Tensor"),
+        (NAN, 0.5, "^weight must be finite, but 1 of its 4 rows"),
+        (GOOD, 1.1, "^gamma must be a number"),
+    ],
+)
+def test_from_gram_refuses_a_bad_weight_or_gamma(weight: Any, gamma: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PrincipalSpace.from_gram(weight, GRAM, gamma)
+
+
+@pytest.mark.parametrize(
     ("gram", "message"),
     [
         (GOOD.T @ GOOD, r"gram must be W W\^T, \(4, 4\) .* got \(6, 6\)"),
