@@ -22,6 +22,7 @@ setup(
         HPARAMS: [str(path.relative_to("hparams")) for path in sorted(Path("hparams").rglob("*.yaml"))],
     },
     install_requires=[
+        "accelerate>=0.30",
         "torch>=2.2",
         "transformers>=4.45",
         "peft>=0.13",

@@ -385,5 +385,8 @@ def _tracked_weights(model: Any, hparams: Any) -> dict[int, Tensor]:
         inner = [module for module in decoder.get_submodule(template.format(layer)).modules()
                  if isinstance(module, (nn.Linear, Conv1D))]
         weight = inner[0].weight.detach()
+        if weight.is_meta:
+            raise ValueError(f"{template.format(layer)} is offloaded, where EasyEdit's changes would be lost: load the "
+                             "model into memory, or edit with apply_sphere_to_model")
         weights[layer] = weight.T if isinstance(inner[0], Conv1D) else weight
     return weights

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .models import EditableModel
+from .offload import parameter_values
 
 
 class Fingerprint:
@@ -18,8 +19,8 @@ class Fingerprint:
 
     @classmethod
     def of(cls, weight: Tensor) -> Fingerprint:
-        """Of a floating weight ``(d_out, d_in)``."""
-        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+        """Of a weight ``(d_out, d_in)``, floating or quantised."""
+        integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
         bits = weight.detach().view(integer)
         return cls(bits.sum(dim=1, dtype=torch.int64).cpu(), bits.sum(dim=0, dtype=torch.int64).cpu())
 
@@ -34,7 +35,8 @@ def model_fingerprint(model: nn.Module) -> str:
     """Digest of all parameters' values: any change that is no conspiracy shows."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(len(parameter) if parameter.dim() > 1 else 1, -1)
+        values = parameter_values(model, name)  # offloaded ones, too
+        flat = values.reshape(len(values) if values.dim() > 1 else 1, -1)
         prints = Fingerprint.of(flat)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         for sums in (prints.rows, prints.columns):

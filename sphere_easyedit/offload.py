@@ -77,6 +77,19 @@ def offloaded_weight(model: nn.Module, name: str) -> OffloadedWeight | None:
     return None
 
 
+def distinct_names(model: nn.Module) -> list[str]:
+    """Names of all parameters, tied ones once, under the first of their names, be they offloaded or not.
+
+    Of offloaded ones each name has a placeholder of its own, so whether they are tied is not told by the parameters.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    tied: Any = getattr(model, "all_tied_weights_keys", None)  # a dict since transformers 5
+    if not isinstance(tied, dict):
+        tied = dict.fromkeys(getattr(model, "_tied_weights_keys", None) or ()) \
+            if getattr(getattr(model, "config", None), "tie_word_embeddings", False) else {}
+    return [name for name in names if name not in tied or offloaded_weight(model, name) is None]
+
+
 def offloaded_names(model: nn.Module) -> list[str]:
     """Names of all parameters that are offloaded."""
     return [name for name, _ in model.named_parameters() if offloaded_weight(model, name) is not None]

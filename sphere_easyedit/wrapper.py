@@ -79,6 +79,9 @@ def apply_sphere_to_model(
     if executor is not None and hparams.projection_stage == "layer":
         raise ValueError("projection_stage 'layer' projects within the native solve and can't reach into an executor: "
                          "set projection_stage to 'update'")
+    if executor is not None and editable.offloaded_layers:
+        raise ValueError(f"the weights of layers {editable.offloaded_layers} are offloaded, where an executor's "
+                         "changes would be lost: set executor to 'native', or load the model into memory")
     hparams_as_given = hparams
     hparams = SPHEREHyperParams.from_dict(hparams.to_dict())  # checked again: attributes may have been set since
     with session.unchanged_on_error():

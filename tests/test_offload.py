@@ -22,6 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 import sphere_easyedit as sphere
 from sphere_easyedit.editing.session import EditSession
 from sphere_easyedit.evaluation.checkpoints import resume_from, save_checkpoint, save_weights
+from sphere_easyedit.evaluation.datasets import load_records
+from sphere_easyedit.evaluation.measuring import MeasureSettings
+from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
+from sphere_easyedit.fingerprints import model_fingerprint
 from sphere_easyedit.loading import load_model
 from sphere_easyedit.models import EditableModel, frozen, input_device, module_names
 from sphere_easyedit.offload import (
@@ -243,6 +247,19 @@ def test_checkpoints_of_one_go_on_in_the_other(tok: PreTrainedTokenizerBase, sav
     session.rollback(session.num_edits, tmp_path)  # settles what is derived, as saving and loading does
     sphere.apply_sphere_to_model(parts, tok, MORE, hparams)
     assert same(stored(parts, hparams), stored(others[1], hparams))
+
+
+def test_a_sequential_run_of_a_split_model(tok: PreTrainedTokenizerBase, saved: Callable[[str], Path], tmp_path: Path
+                                           ) -> None:
+    folder = saved("llama")
+    hparams = hparams_for(folder)
+    found = []
+    for name, model in (("whole", load(folder)), ("split", split(folder))):
+        result = run_sequential(model, tok, load_records("demo", None, 5, 0), hparams, RunSettings(
+            tmp_path / name, 3, measure=MeasureSettings(shared_before=tmp_path / "before"), checkpoint_every=3))
+        found.append({part: result.summary[part] for part in ("weights_sha256", "post", "num_edits")})
+    assert found[0] == found[1]
+    assert model_fingerprint(split(folder)) == model_fingerprint(load(folder))
 
 
 def test_a_copy_is_edited_alone(tok: PreTrainedTokenizerBase, saved: Callable[[str], Path]) -> None:

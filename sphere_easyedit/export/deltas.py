@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..offload import live_parameter
 from .card import LayerError
 from .edited import EditedWeights, Provenance, WeightChange
 from .factors import Spectrum
@@ -183,12 +184,12 @@ def apply_deltas(model: nn.Module, deltas: Deltas | Path) -> Deltas:
         theirs = deltas.origin.base_dtype or "several dtypes"
         raise ValueError(f"the base model's fingerprint is {found} (in {', '.join(dtypes)}), but these deltas were "
                          f"made from {wanted} ({deltas.origin.base} in {theirs}): load that model, unedited")
-    parameters = dict(model.named_parameters())
-    edited = {}
+    names = {name for name, _ in model.named_parameters()}
+    edited: dict[Tensor, Tensor] = {}
     for layer in deltas.layers:
-        parameter = parameters.get(layer.name)
-        if parameter is None:
+        if layer.name not in names:
             raise ValueError(f"the deltas tell of {layer.name!r}, which the model has not: the file was changed")
+        parameter = live_parameter(model, layer.name)
         shapes = [tuple(tensor.shape) for name, tensor in deltas.tensors.items() if name.endswith(f".{layer.name}")]
         try:
             weight = deltas.edited(layer, parameter)
@@ -198,7 +199,7 @@ def apply_deltas(model: nn.Module, deltas: Deltas | Path) -> Deltas:
         if weight.shape != parameter.shape or weight.dtype != parameter.dtype or not bool(weight.isfinite().all()):
             raise ValueError(f"the deltas leave {layer.name} with {tuple(weight.shape)} {weight.dtype}, or not finite; "
                              f"it is {tuple(parameter.shape)} {parameter.dtype}: the file was changed")
-        edited[layer.name] = weight
-    for name, weight in edited.items():
-        parameters[name].copy_(weight)
+        edited[parameter] = weight
+    for parameter, weight in edited.items():
+        parameter.copy_(weight)
     return deltas

@@ -8,17 +8,22 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ..offload import distinct_names, parameter_values
+
 
 def base_fingerprint(model: nn.Module) -> str:
     """SHA-256 in hex over all parameters: name, dtype, shape and bytes of each, in the order of their names.
 
-    It does not depend on devices or on how files were sharded; it does on the dtype that the model was loaded in. Tied
-    parameters count once, under the first of their names.
+    It does not depend on devices, on what is offloaded or on how files were sharded; it does on the dtype that the
+    model was loaded in. Tied parameters count once, under the first of their names.
 
     Raises:
-        ValueError: a parameter is not in memory.
+        ValueError: a parameter has no values.
     """
-    return tensors_sha256(model.named_parameters())
+    digest = hashlib.sha256()
+    for name in sorted(distinct_names(model)):  # one at a time: all of them may not fit into memory
+        _add(digest, name, parameter_values(model, name))
+    return digest.hexdigest()
 
 
 def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -31,10 +36,14 @@ def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        if tensor.is_meta:
-            raise ValueError(f"{name} is offloaded (on the meta device), so its bits can't be told: load the model "
-                             "wholly into memory")
-        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        _add(digest, name, tensor)
     return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"{name} is offloaded (on the meta device), so its bits can't be told: load the model "
+                         "wholly into memory")
+    digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy().data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Iterator, Sequence
@@ -69,9 +70,17 @@ def _native_items(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanS
                   statistics: Statistics, layout: Layout, copies: int) -> Iterator[MemoryItem]:
     what = "null space" if is_alphaedit(hparams) else "factor of C"
     note = "at most" if is_alphaedit(hparams) and hparams.nullspace_share is None else ""
-    yield MemoryItem(what, "device", metric_bytes(shape, hparams), True, note)
-    if keys := history_bytes(shape, hparams, settings.num_edits):
-        yield MemoryItem(f"keys of {settings.num_edits} edits and their factor", "device", keys, True)
+    room = math.inf if hparams.state_memory is None else hparams.state_memory * 1e9
+    for name, size, said in ((what, metric_bytes(shape, hparams), note), (
+            f"keys of {settings.num_edits} edits and their factor",
+            history_bytes(shape, hparams, settings.num_edits), "")):
+        kept = int(min(size, room))
+        room -= kept
+        if kept:
+            yield MemoryItem(name, "device", kept, True, said)
+        if size > kept:
+            above = "above state_memory" + ("" if hparams.state_folder is None else f", in {hparams.state_folder}")
+            yield MemoryItem(name, "host", size - kept, True, "; ".join(word for word in (said, above) if word))
     largest = max(activation_bytes(shape, hparams, group)
                   for shares in facts.shares(settings.batch_size, settings.processes) for share in shares
                   for group in micro_batches(share, hparams.token_budget, layout))
