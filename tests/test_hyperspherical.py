@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import subprocess
@@ -221,6 +222,14 @@ def test_zero_rows_take_no_part() -> None:
     assert sensitivity[[2, 6, 10]].tolist() == [0.0, 0.0, 0.0]
 
 
+def test_mean_says_how_many_directions_it_is_over(caplog: pytest.LogCaptureFixture) -> None:
+    weight = gaussian(43, 5, 4)
+    weight[2] = 0
+    with caplog.at_level(logging.DEBUG, logger=hyperspherical.__name__):
+        hyperspherical_energy(weight, reduction="mean")
+    assert "energy per pair over 4 directions of 5 rows" in caplog.text
+
+
 @pytest.mark.parametrize("weight", [torch.zeros(0, 4), torch.zeros(3, 0), torch.zeros(3, 4), torch.eye(1, 4)])
 def test_fewer_than_two_directions_have_no_energy(weight: Tensor) -> None:
     assert hyperspherical_energy(weight).item() == 0.0
@@ -398,7 +407,7 @@ NAN[1, 2] = math.nan
         (hyperspherical_energy, (torch.ones(3),), r"weight must be 2-D .*\(3,\)"),
         (hyperspherical_energy, (torch.ones(3, 4, dtype=torch.int64),), "floating point, got torch.int64"),
         (hyperspherical_energy, ([[1.0]],), "torch.Tensor, got list"),
-        (hyperspherical_energy, (NAN,), "weight must be finite, but 1 of its 4 rows"),
+        (hyperspherical_energy, (NAN,), r"^weight must be finite, but 1 of its 4 rows .*; look for .* tensor$"),
         (hyperspherical_energy, (GOOD / 0,), "weight must be finite, but 4 of its 4 rows"),
         (hyperspherical_energy, (GOOD, 0.0), "s must be above 0, got 0.0"),
         (hyperspherical_energy, (GOOD, -1.0), "s must be above 0, got -1.0"),

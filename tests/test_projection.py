@@ -533,6 +533,13 @@ def test_a_likely_rank_is_what_is_solved_for(monkeypatch: pytest.MonkeyPatch) ->
     assert asked == [174, 69]
 
 
+def test_what_was_solved_for_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    weight = gaussian(50, 12, 30)
+    with caplog.at_level(logging.DEBUG, logger=projection.__name__):
+        space = PrincipalSpace.from_weight(weight, 0.25)
+    assert f"principal space: rank {space.rank} of 12, gamma 0.25, 12 eigenvalues found" in caplog.text
+
+
 def test_rank_tolerance() -> None:
     """By hand: the tolerance of a matrix rank squared, and the rounding of a Gram matrix's eigenvalues."""
     wide = torch.zeros(3, 10_000)
