@@ -390,6 +390,7 @@ def test_bound_when_a_zero_row_moves() -> None:
     weight[1] = 0
     step = torch.full_like(weight, 1e-9)
     assert energy_change_bound(weight, step).item() == math.inf
+    assert energy_change_bound(weight, step).dtype == torch.float64
     step[1] = 0
     assert 0 < energy_change_bound(weight, step).item() < math.inf
 

@@ -117,6 +117,7 @@ def test_every_dtype_and_shape(shape: tuple[int, int], dtype: torch.dtype, gamma
     assert relative(space.directions @ space.directions.T, basis @ basis.T) < 1e-5
     assert space.spectrum.dtype == torch.float64
     assert bool((space.spectrum.diff() <= 0).all())
+    assert len(space.spectrum) == min(shape)  # of the smaller Gram matrix
     assert space.spectrum.sum().item() == pytest.approx(1.0, rel=1e-6)
 
 
@@ -438,6 +439,14 @@ def test_a_weight_changed_behind_a_space_is_noticed(through_data: bool) -> None:
         late.suppress_keys(update.T, 0.5)
 
 
+def test_a_float64_weight_changed_in_its_last_digits_is_noticed() -> None:
+    weight = gaussian(51, 20, 50)
+    space = PrincipalSpace.from_weight(weight, 0.5)
+    weight[3] *= 1 + 1e-14
+    with pytest.raises(RuntimeError, match="weight was changed"):
+        _ = space.directions
+
+
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
 def test_directions_outlive_the_weight(shape: tuple[int, int]) -> None:
     weight = gaussian(25, *shape)
@@ -640,7 +649,7 @@ NAN[1, 2] = math.nan
         ((torch.ones(0, 3),), r"not empty, got shape \(0, 3\)"),
         ((torch.ones(3, 4, dtype=torch.int8),), "floating point, got torch.int8"),
         ((None,), "torch.Tensor, got NoneType"),
-        ((NAN,), "weight must be finite, but 1 of its 4 rows"),
+        ((NAN,), "^weight must be finite, but 1 of its 4 rows .*; look for .* tensor$"),
         ((GOOD, -0.1), r"gamma must be a number in \[0, 1\], got -0.1"),
         ((GOOD, 1.5), r"gamma must be a number in \[0, 1\], got 1.5"),
         ((GOOD, math.nan), "gamma must be .* got nan"),
