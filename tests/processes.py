@@ -38,7 +38,8 @@ class Started:
         self._stdout, self._stderr = files
         self.arguments = tuple(map(str, arguments))
         given = {**os.environ, **ENVIRONMENT} if environment is None else dict(environment)
-        self._process = FORKSERVER.Process(target=_work, args=(self.arguments, cwd, given, files))
+        # A daemon: one that hangs is ended with the tests, not waited for.
+        self._process = FORKSERVER.Process(target=_work, args=(self.arguments, cwd, given, files), daemon=True)
         with mock.patch.dict(os.environ, ENVIRONMENT):  # what torch and huggingface_hub read when they are imported
             self._process.start()
 
