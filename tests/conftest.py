@@ -29,7 +29,7 @@ from sphere_easyedit.easyedit import load_easyedit
 torch.set_num_threads(1)
 
 # Tests of the mathematics, editing and session rooms, whose coverage run_scripts/test.sh measures. All others are
-# spared the tracing of lines, which takes half as long again.
+# spared the tracing of lines, which takes a quarter as long again.
 TRACED = frozenset(f"test_{name}" for name in (
     "covariance", "golden_parity", "hyperspherical", "packing", "projection", "replay", "requests", "restraints",
     "session", "solvers", "suppression", "wrapper"))
