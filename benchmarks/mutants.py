@@ -1,7 +1,7 @@
 """Mutation testing of the mathematics: mutmut on four modules, in a copy of HEAD, by the tests that concern them.
 
     pip install -e .[audit,test]
-    OMP_NUM_THREADS=1 python benchmarks/mutants.py --work /tmp/mutants           # all: about an hour of one core
+    OMP_NUM_THREADS=1 python benchmarks/mutants.py --work /tmp/mutants           # all: some two hours
     OMP_NUM_THREADS=1 python benchmarks/mutants.py --work /tmp/mutants --again   # survivors only, by HEAD's tests
 
 Prints a table, and writes the survivors' diffs to ``survivors.txt`` in the work folder, which is kept: started
@@ -139,14 +139,14 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="test the survivors of a finished run again")
     parser.add_argument("--sample", type=int, metavar="N", help="only N mutants of each module, drawn with seed 0")
     parser.add_argument("--report", action="store_true", help="only print what is known")
-    parser.add_argument("mutants", nargs="*", help="names; all by default")
+    parser.add_argument("mutants", nargs="*", help="names, as survivors.txt has them; all by default")
     options = parser.parse_args()
     work, chosen = options.work, options.mutants
     if not options.report:
         export(work, options.commit)
+    known = verdicts(work)
     if options.sample:
         chosen = sample(work, options.sample)
-    known = verdicts(work)
     again = [mutant for mutant in chosen or known if known.get(mutant) is False]
     rest = [mutant for mutant in chosen if known.get(mutant) is None]
     if not options.report and (again if options.again else rest or not chosen):
