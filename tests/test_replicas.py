@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,13 @@ def _joined(environment: dict[str, str], work: Callable[..., None], folder: Path
 
 
 def edit_here(place: Place, folder: Path, family: str, settings: dict[str, Any], num_edits: int, batch_size: int,
-              measured: bool) -> None:
-    """A run of which this process leads or follows; it leaves its weights, and counts its own work."""
+              measured: bool, counted: bool) -> None:
+    """A run of which this process leads or follows; it leaves its weights, and counts its own work if asked to."""
     model, tok = tiny_model(family), AutoTokenizer.from_pretrained(GOLDEN / "llama" / "tiny-llama")
     hparams = SPHEREHyperParams.from_dict(settings)
     editable = hparams.editable(model)
-    counter = FlopCounterMode(display=False)
-    with counter:
+    counter = FlopCounterMode(display=False)  # which makes a tiny model's run several times as long
+    with counter if counted else nullcontext():
         if place.size == 1:
             run(folder, model, tok, hparams, num_edits, batch_size, measured)
         else:
@@ -138,10 +139,10 @@ def run(folder: Path, model: Any, tok: Any, hparams: SPHEREHyperParams, num_edit
                    RunSettings(folder / "run", batch_size, measure=measure, examples=2 if measured else 0))
 
 
-def edited_by(size: int, folder: Path, family: str, settings: dict[str, Any], num_edits: int = 7, batch_size: int = 4,
-              measured: bool = False) -> list[dict[str, torch.Tensor]]:
+def edited_by(size: int, folder: Path, family: str, settings: dict[str, Any], num_edits: int = 6, batch_size: int = 4,
+              measured: bool = False, counted: bool = False) -> list[dict[str, torch.Tensor]]:
     """Each process's weights after a run by so many."""
-    processes = Processes(size, edit_here, folder, family, settings, num_edits, batch_size, measured)
+    processes = Processes(size, edit_here, folder, family, settings, num_edits, batch_size, measured, counted)
     statuses = processes.wait()
     assert statuses == [0] * size, [(folder / f"stderr-{index}").read_text()[-2000:] for index in range(size)]
     return [load_file(folder / f"weights-{index}.safetensors") for index in range(size)]
@@ -160,8 +161,8 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], to
     ("AlphaEdit", "gpt2", 4)])
 def test_processes_edit_as_one_does(base_alg: str, family: str, size: int, tmp_path: Path) -> None:
     settings = tiny_hparams(tmp_path, base_alg=base_alg).to_dict()
-    (alone,) = edited_by(1, tmp_path / "alone", family, settings, num_edits=6)
-    together = edited_by(size, tmp_path / "together", family, settings, num_edits=6)
+    (alone,) = edited_by(1, tmp_path / "alone", family, settings)
+    together = edited_by(size, tmp_path / "together", family, settings)
     for other in together[1:]:
         assert_same(together[0], other)
     assert_same(together[0], alone, 1e-5)
@@ -202,7 +203,7 @@ def test_work_of_a_process_falls_with_their_number(tmp_path: Path) -> None:
     edited_by(1, tmp_path / "statistics", "llama", settings, num_edits=1)  # which are there from now on
     flops = {}
     for size in (1, 2, 4):
-        edited_by(size, tmp_path / str(size), "llama", settings, num_edits=24, batch_size=24)
+        edited_by(size, tmp_path / str(size), "llama", settings, num_edits=24, batch_size=24, counted=True)
         flops[size] = [flops_of(tmp_path / str(size) / f"weights-{index}.safetensors") for index in range(size)]
     for size in (2, 4):
         share = flops[1][0] / size
@@ -296,7 +297,7 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_to_the_same_bits(k
     assert summaries[0]["post"] == summaries[1]["post"]
 
 
-def launched(folder: Path, *further: str) -> subprocess.Popen[str]:
+def launched(folder: Path) -> subprocess.Popen[str]:
     """The command line by two processes of accelerate's launcher; without a GPU it is gloo that they talk by."""
     settings = tiny_hparams(folder, model_name=str(GOLDEN / "llama" / "tiny-llama")).to_dict()
     (folder / "hparams.yaml").write_text(yaml.safe_dump(settings))
@@ -304,12 +305,12 @@ def launched(folder: Path, *further: str) -> subprocess.Popen[str]:
         [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
          "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "sphere_easyedit", "edit", "--hparams",
          str(folder / "hparams.yaml"), "--dataset", "demo", "--num-edits", "30", "--batch-size", "3", "--output",
-         str(folder / "run"), "--checkpoint-every", "3", *further],
+         str(folder / "run"), "--no-eval-before"],
         env={**os.environ, **ENVIRONMENT}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_under_accelerates_launcher_a_killed_process_ends_the_run_and_it_resumes(tmp_path: Path) -> None:
+def test_under_accelerates_launcher_a_killed_process_ends_the_run(tmp_path: Path) -> None:
     launcher = launched(tmp_path)
     wait_for_lines(tmp_path / "run" / "edits.jsonl", 2)
     workers = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
@@ -318,8 +319,3 @@ def test_under_accelerates_launcher_a_killed_process_ends_the_run_and_it_resumes
     told, _ = launcher.communicate(timeout=60)
     assert launcher.returncode != 0
     assert "a batch under way was undone" in told, told
-    again = launched(tmp_path, "--resume")
-    told, _ = again.communicate(timeout=240)
-    assert again.returncode == 0, told
-    assert "2 processes hold the same weights, bit for bit" in " ".join(told.split())
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_edits"] == 30
