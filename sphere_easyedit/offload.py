@@ -13,7 +13,6 @@ could not take back, and the file is gone with the process.
 from __future__ import annotations
 
 import logging
-import mmap
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .mapped import mapped_copy
 
 logger = logging.getLogger(__name__)
 
@@ -145,20 +146,15 @@ def _execution_device(hook: Any) -> torch.device:
 
 def _on_disk(name: str, weight: Tensor, folder: Any) -> Tensor:
     """A copy of ``weight`` in a file without a name, mapped into memory; in ``folder``, or where temporary files go."""
-    weight = weight.detach().cpu().contiguous()
     failures = []
     for place in dict.fromkeys((folder, None)):
         try:
-            with tempfile.TemporaryFile(dir=place, prefix="sphere-easyedit-") as file:
-                # Written, not only mapped: a disk without room then says so here, and not by a signal later.
-                file.write(weight.reshape(-1).view(torch.uint8).numpy().data)
-                file.flush()
-                mapped = mmap.mmap(file.fileno(), 0)
+            mapped = mapped_copy(weight, place)
         except OSError as error:
             failures.append(f"{place or tempfile.gettempdir()}: {error}")
             continue
         logger.debug("%s is edited in a file of its own in %s", name, place or tempfile.gettempdir())
-        return torch.frombuffer(mapped, dtype=weight.dtype).view(weight.shape)
+        return mapped
     raise ValueError(f"{name} is offloaded to disk, and no copy of it can be made to be edited "
                      f"({'; '.join(failures)}): give an offload_folder that can be written and has room")
 

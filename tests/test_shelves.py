@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import subprocess
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import apply_sphere_to_model
+from sphere_easyedit.editing import shelves
 from sphere_easyedit.editing.session import EditSession
 from sphere_easyedit.editing.shelves import Shelf
 from sphere_easyedit.editing.solvers import (
@@ -96,6 +98,23 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         tiny_hparams(tmp_path, state_folder=str(tmp_path))
     with pytest.raises(ValueError, match="state_memory"):
         tiny_hparams(tmp_path, state_memory=-1)
+
+
+def test_a_full_folder_leaves_the_model_as_it_was(tmp_path: Path, tok: PreTrainedTokenizerBase,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    hparams = tiny_hparams(tmp_path, state_memory=0, state_folder=str(tmp_path / "state"))
+    apply_sphere_to_model(model, tok, REQUESTS[:1], hparams)
+    before, session = edited_weights(model, hparams), EditSession.of(model)
+
+    def full(*_: object) -> Tensor:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shelves, "mapped_copy", full)
+    with pytest.raises(ValueError, match="state_folder .* No space left .*: make room"):
+        apply_sphere_to_model(model, tok, REQUESTS[1:], hparams)
+    assert all(torch.equal(before[layer], weight) for layer, weight in edited_weights(model, hparams).items())
+    assert session.num_edits == 1
 
 
 @pytest.mark.parametrize(("base_alg", "family"), [("AlphaEdit", "llama"), ("MEMIT", "gpt2"), ("RECT", "qwen2")])

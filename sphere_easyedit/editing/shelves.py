@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import weakref
 from collections import Counter
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..mapped import mapped_copy
 
 
 class Shelf:
@@ -44,13 +45,17 @@ class Shelf:
         return self._room is not None
 
     def put(self, tensor: Tensor, device: torch.device | None = None) -> Tensor:
-        """The tensor on a device (its own if not given), or its like where there is room, to be kept."""
+        """The tensor on a device (its own if not given), or its like where there is room, to be kept.
+
+        Raises:
+            ValueError: the folder has no room.
+        """
         device = tensor.device if device is None else device
         if self._room is None:
             return tensor.to(device)
         size = tensor.nbytes
         if self._taken[device] + size > self._room:
-            return tensor.cpu() if self._folder is None else self._mapped(tensor, self._folder)
+            return tensor.cpu() if self._folder is None else _in_file(tensor, self._folder)
         kept = tensor.to(device)
         kept = kept.clone() if kept._is_view() else kept  # a view would keep all that it is a view of
         self._taken[device] += size
@@ -60,15 +65,10 @@ class Shelf:
     def _free(self, device: torch.device, size: int) -> None:
         self._taken[device] -= size
 
-    @staticmethod
-    def _mapped(tensor: Tensor, folder: Path) -> Tensor:
-        if not tensor.numel():
-            return tensor.cpu()
-        handle, name = tempfile.mkstemp(prefix=".state.", dir=folder)
-        try:
-            os.truncate(handle, tensor.nbytes)
-            flat = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        finally:
-            os.close(handle)
-            os.unlink(name)  # the mapping holds it
-        return flat.view(tensor.shape).copy_(tensor)
+
+def _in_file(tensor: Tensor, folder: Path) -> Tensor:
+    try:
+        return mapped_copy(tensor, folder)
+    except OSError as error:
+        raise ValueError(f"state_folder {folder} takes no {tensor.nbytes} bytes more ({error}): make room, or give "
+                         "another folder or more state_memory") from error
