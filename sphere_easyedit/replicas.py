@@ -12,7 +12,9 @@ Jobs and their shares are pickled, by and for processes of one run that trust ea
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -218,7 +220,7 @@ class Replicas:
         try:
             return job(self, *share)
         except Exception as error:  # the leader decides what becomes of it
-            return _Failure(error)
+            return _Failure(_portable(error))
 
     def _exchange(self, layers: Sequence[int]) -> None:
         for layer in layers:
@@ -239,6 +241,9 @@ class Replicas:
     def _talking(self) -> Iterator[None]:
         try:
             yield
+        except torch.cuda.OutOfMemoryError:  # a RuntimeError, too
+            self._broken = True
+            raise
         except RuntimeError as error:  # torch's word for whatever befalls a connection
             self._broken = True
             raise ProcessLost(f"process {self.place.index} of {self.size} lost touch with another, which has ended or "
@@ -246,6 +251,15 @@ class Replicas:
         except BaseException:
             self._broken = True
             raise
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or where it can't be sent to another process one that says the same."""
+    try:
+        pickle.dumps(copy.copy(error))  # a copy is made as a pickle is read
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _broadcast(message: Any = None) -> Any:

@@ -226,6 +226,8 @@ def fail_elsewhere(place: Place, folder: Path) -> None:
     with replicas.leading():
         with pytest.raises(ValueError, match="process 1 says no"):
             replicas.run(refuse, [()] * 2)
+        with pytest.raises(RuntimeError, match="^Unsendable: 1 and 2$"):
+            replicas.run(fail_oddly, [()] * 2)
         assert replicas.run(index_of, [()] * 2) == [0, 1]  # they go on together
     (folder / "done").touch()
 
@@ -233,6 +235,18 @@ def fail_elsewhere(place: Place, folder: Path) -> None:
 def refuse(here: Replicas) -> None:
     if here.place.index:
         raise ValueError(f"process {here.place.index} says no")
+
+
+class Unsendable(Exception):
+    """Which pickle takes, and can't make again."""
+
+    def __init__(self, one: int, other: int) -> None:
+        super().__init__(f"{one} and {other}")
+
+
+def fail_oddly(here: Replicas) -> None:
+    if here.place.index:
+        raise Unsendable(1, 2)
 
 
 def index_of(here: Replicas) -> int:
