@@ -34,6 +34,10 @@ TRACED = frozenset(f"test_{name}" for name in (
     "covariance", "golden_parity", "hyperspherical", "packing", "projection", "replay", "requests", "restraints",
     "session", "solvers", "suppression", "wrapper"))
 
+# A minute of processor time each, or more.
+LONGEST = tuple(f"test_{name}" for name in (
+    "metrics_real", "replicas", "planning", "easyedit_plugin", "resume", "cli", "sweep_cluster", "real_model"))
+
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_MODELS = {"llama": "tiny-llama", "gpt2": "tiny-gpt2-xl"}
 
@@ -68,7 +72,8 @@ def load_golden(family: str) -> Golden:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark all but the traced tests for pytest-cov."""
+    """Files that take longest go first, so that no process is left alone with one; mark all but the traced tests."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if item.path.stem not in TRACED:
             item.add_marker(pytest.mark.no_cover)

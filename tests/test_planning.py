@@ -535,7 +535,7 @@ def test_json_of_a_calibrated_plan(workplace: Path) -> None:
     assert not (workplace / "stats").exists()  # nothing has started
 
 
-@pytest.mark.parametrize("base_alg", ["AlphaEdit", "MEMIT"])
+@pytest.mark.parametrize("base_alg", ["AlphaEdit"])  # another takes half a minute and says the same
 def test_prediction_is_what_a_run_takes(base_alg: str, workplace: Path, tmp_path: Path, tok: PreTrainedTokenizerBase,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that counts FLOPs, as torch does, in place of seconds: no other process can make it go wrong."""
