@@ -32,6 +32,7 @@ def note(what):
         stream.write(json.dumps({"name": folder.name, "what": what, "at": time.monotonic(), "pid": os.getpid(),
                                  "threads": os.environ["OMP_NUM_THREADS"], "arguments": arguments}) + "\\n")
 folder.mkdir(exist_ok=True)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as the real one, whatever it inherited
 if stub == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 note("started")
