@@ -216,6 +216,11 @@ class EditableModel:
         stored, offloaded = self.parameter(layer).detach(), self._offloaded.get(layer)
         return self.orient(layer, stored if offloaded is None else stored.to(offloaded.device))
 
+    def device(self, layer: int) -> torch.device:
+        """Where ``weight`` is; told without fetching an offloaded one."""
+        offloaded = self._offloaded.get(layer)
+        return self._placeholder(layer).device if offloaded is None else offloaded.device
+
     def weights(self) -> dict[int, Tensor]:
         """All edited weights by layer, as ``weight`` gives them."""
         return {layer: self.weight(layer) for layer in self.layers}

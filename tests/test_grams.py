@@ -131,6 +131,9 @@ class _Layer:
     def weight(self, layer: int) -> Tensor:
         return self.stored
 
+    def device(self, layer: int) -> torch.device:
+        return self.stored.device
+
     def d_in(self, layer: int) -> int:
         return self.stored.shape[1]
 

@@ -303,6 +303,7 @@ def test_shapes_need_no_values(saved: Callable[[str], Path], monkeypatch: pytest
             patched.setattr(loader, "__getitem__", lambda self, key: pytest.fail(f"{key} was loaded"))
             editable = EditableModel(parts, module_names(parts.config), [1, 2])
             assert [editable.d_in(layer) for layer in (1, 2)] == [80, 80]
+            assert editable.device(1) == torch.device("cpu")
 
 
 def parts_name(model: Any, layer: int) -> str:

@@ -190,7 +190,7 @@ def _add_up(here: Replicas) -> None:
 
 def _sum_here(editable: EditableModel, sequences: Sequence[Sequence[int]], layers: list[int]) -> dict[int, Tensor]:
     totals = {layer: torch.zeros(editable.d_in(layer), editable.d_in(layer), dtype=torch.float64,
-                                 device=editable.weight(layer).device) for layer in layers}
+                                 device=editable.device(layer)) for layer in layers}
     mask = torch.zeros(0)
 
     def add(layer: int) -> Any:

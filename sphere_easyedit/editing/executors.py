@@ -73,7 +73,7 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
         given = hparams.context_templates
         with frozen(editable.model):
             session.contexts = generate_contexts(editable, tok, hparams.seed) if given is None else list(given)
-    if any(history.device != editable.weight(layer).device for layer, history in session.history.items()):
+    if any(history.device != editable.device(layer) for layer, history in session.history.items()):
         logger.info("the model moved to another device: the session follows")
         session.metrics, session.spaces = {}, {}
         session.history = {layer: history.bare() for layer, history in session.history.items()}
@@ -88,7 +88,7 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
     for layer in editable.layers:
         history = session.history.get(layer)
         metric = session.metrics[layer]
-        device = editable.weight(layer).device
+        device = editable.device(layer)
         if history is None:
             history = KeyHistory.empty(editable.d_in(layer), metric, device, session.shelf)
         elif history.metric is None:  # just loaded, or moved
@@ -109,7 +109,7 @@ def _key_metrics(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams:
     metrics: dict[int, KeyMetric | None] = {}
     for layer, path in statistics_files(editable, tok, hparams).items():
         try:
-            factor = filed_factor(path, editable.d_in(layer), editable.weight(layer).device, shelf)
+            factor = filed_factor(path, editable.d_in(layer), editable.device(layer), shelf)
             metrics[layer] = CovarianceMetric(factor, hparams.mom2_update_weight)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             logger.warning("layer %d: the second moment of keys is not positive definite; each batch solves densely. "
@@ -124,11 +124,11 @@ def _null_spaces(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams:
         path = Path(hparams.P_loc)
         if path.exists():
             spaces = load_null_space(path, editable.layers, editable.d_in(editable.layers[0]))
-            return {layer: space.on(editable.weight(layer).device, shelf) for layer, space in spaces.items()}
+            return {layer: space.on(editable.device(layer), shelf) for layer, space in spaces.items()}
         logger.info("P_loc %s does not exist: the null space is computed from the keys' second moment", path)
     share = hparams.nullspace_share
     threshold = None if share is not None else hparams.nullspace_threshold
-    return {layer: filed_null_space(path, editable.d_in(layer), threshold, share, editable.weight(layer).device, shelf)
+    return {layer: filed_null_space(path, editable.d_in(layer), threshold, share, editable.device(layer), shelf)
             for layer, path in statistics_files(editable, tok, hparams).items()}
 
 
@@ -224,7 +224,7 @@ def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], h
 
 def _solve_layer(editable: EditableModel, layer: int, keys: Tensor, residuals: Tensor, hparams: SPHEREHyperParams,
                  session: EditSession) -> LowRankUpdate:
-    device = editable.weight(layer).device
+    device = editable.device(layer)
     keys = keys.T.to(device)  # K (d_in, n)
     history, metric = session.history[layer], session.metrics[layer]
     adjusted = adjusted_keys(history, keys)

@@ -105,7 +105,7 @@ class GramMatrices(Mapping[int, Tensor]):
         self._editable = editable
         self._layers = [layer for layer in layers if editable.weight(layer).shape[0] <= editable.d_in(layer)]
         self.carried = {layer: carried[layer] for layer in self._layers
-                        if layer in carried and carried[layer].matrix.device == editable.weight(layer).device}
+                        if layer in carried and carried[layer].matrix.device == editable.device(layer)}
 
     def __getitem__(self, layer: int) -> Tensor:
         found = self.carry(layer)

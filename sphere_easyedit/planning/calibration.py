@@ -183,7 +183,7 @@ def _editing_rates(editable: EditableModel, shape: ModelShape, hparams: SPHEREHy
     Few edits make small micro-batches, in which it weighs more that a step reads all weights, whatever its tokens: that
     price shows where a single edit takes more than its share of the time of several.
     """
-    device = editable.weight(editable.layers[0]).device
+    device = editable.device(editable.layers[0])
     batch = facts.requests[:edits]
     alone = _steps(shape, [batch[:1]], hparams, layout)
     several = _steps(shape, [batch], hparams, layout)
@@ -255,7 +255,7 @@ def _read_keys(editable: EditableModel, batch: Sequence[TokenizedRequest], hpara
 
 def _evaluation_rates(editable: EditableModel, tok: PreTrainedTokenizerBase, shape: ModelShape,
                       records: Sequence[EditRecord], facts: Facts, rate: float) -> dict[str, float]:
-    device = editable.weight(editable.layers[0]).device
+    device = editable.device(editable.layers[0])
     costs = [evaluation_flops(shape, pairs) for pairs in facts.scored]
     count = _affordable(costs, rate)
     evaluate_records(editable.model, tok, records[:1])
