@@ -56,7 +56,8 @@ def main() -> None:
         found: dict[str, Any] = {"machine": machine(), "command": " ".join(sys.argv), "processes": {}}
         for size in arguments.processes:
             with tempfile.TemporaryDirectory() as folder:
-                subprocess.run(["torchrun", "--nproc_per_node", str(size), *sys.argv, "--output", folder], check=True)
+                subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                                str(size), *sys.argv, "--output", folder], check=True)
                 found["processes"][size] = [json.loads((Path(folder) / f"{index}.json").read_text())
                                             for index in range(size)]
         with replacing(arguments.output) as temporary:

@@ -166,14 +166,15 @@ class Replicas:
                 with self._talking():
                     dist.gather_object(found, dst=0)
 
-    def run(self, job: Job[T], shares: Sequence[tuple[Any, ...]], progress: Callable[..., None] | None = None
-            ) -> list[T]:
+    def run(self, job: Job[T], shares: Sequence[tuple[Any, ...]], progress: Callable[..., None] | None = None,
+            hand_over: bool = True) -> list[T]:
         """Have every process do a job on its share, by the leader's weights.
 
         Args:
             job: a function that can be imported by its name. Tensors that it returns should be on the CPU.
             shares: its arguments behind the process's own ``Replicas``, by process.
             progress: of the leader's own share.
+            hand_over: weights that have changed; a job that does not use the model can leave that to the next.
 
         Returns:
             What it returned, by process.
@@ -184,7 +185,7 @@ class Replicas:
         """
         if self._broken:
             raise ProcessLost("an earlier job was cut off: start the processes anew")
-        now = self._fingerprints()
+        now = self._fingerprints() if hand_over else self._known
         changed = [layer for layer, was in self._known.items() if now[layer] != was]
         with self._talking():
             _broadcast((job, list(shares), changed))

@@ -31,6 +31,7 @@ from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.measuring import MeasureSettings
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
 from sphere_easyedit.evaluation.text_quality import Decoding
+from sphere_easyedit.models import EditableModel
 from sphere_easyedit.replicas import Place, Replicas, put_together, shared_out, stretches
 from sphere_easyedit.signals import ProcessLost
 
@@ -106,6 +107,19 @@ def _joined(environment: dict[str, str], work: Callable[..., None], folder: Path
             os._exit(7)
 
 
+def lead_or_follow(place: Place, editable: EditableModel, work: Callable[[], object]) -> None:
+    """Do the work on the first process, with the others' help if there are any."""
+    if place.size == 1:
+        work()
+        return
+    replicas = Replicas(editable, place)
+    if place.index:
+        replicas.follow()
+        return
+    with replicas.leading():
+        work()
+
+
 def edit_here(place: Place, folder: Path, family: str, settings: dict[str, Any], num_edits: int, batch_size: int,
               measured: bool, counted: bool) -> None:
     """A run of which this process leads or follows; it leaves its weights, and counts its own work if asked to."""
@@ -114,15 +128,7 @@ def edit_here(place: Place, folder: Path, family: str, settings: dict[str, Any],
     editable = hparams.editable(model)
     counter = FlopCounterMode(display=False)  # which makes a tiny model's run several times as long
     with counter if counted else nullcontext():
-        if place.size == 1:
-            run(folder, model, tok, hparams, num_edits, batch_size, measured)
-        else:
-            replicas = Replicas(editable, place)
-            if place.index:
-                replicas.follow()
-            else:
-                with replicas.leading():
-                    run(folder, model, tok, hparams, num_edits, batch_size, measured)
+        lead_or_follow(place, editable, lambda: run(folder, model, tok, hparams, num_edits, batch_size, measured))
     save_file({str(layer): weight.contiguous() for layer, weight in editable.weights().items()},
               folder / f"weights-{place.index}.safetensors", metadata={"flops": str(counter.get_total_flops())})
 
@@ -273,14 +279,10 @@ def edit_long(place: Place, folder: Path, settings: dict[str, Any]) -> None:
     """A run of several batches that goes on where an earlier one was cut off."""
     model, tok = tiny_model("llama"), AutoTokenizer.from_pretrained(GOLDEN / "llama" / "tiny-llama")
     hparams = SPHEREHyperParams.from_dict(settings)
-    replicas = Replicas(hparams.editable(model), place)
-    if place.index:
-        replicas.follow()
-        return
-    with replicas.leading():
-        run_sequential(model, tok, load_records("demo", None, 24, 0), hparams,
-                       RunSettings(folder / "run", 3, checkpoint_every=6, resume=True,
-                                   measure=MeasureSettings(before=False)))
+    run_settings = RunSettings(folder / "run", 3, checkpoint_every=6, resume=True,
+                               measure=MeasureSettings(before=False))
+    lead_or_follow(place, hparams.editable(model), lambda: run_sequential(
+        model, tok, load_records("demo", None, 24, 0), hparams, run_settings))
 
 
 def wait_for_lines(path: Path, count: int, seconds: float = 120) -> None:

@@ -40,7 +40,7 @@ def target_values(editable: EditableModel, requests: Sequence[TokenizedRequest],
     replicas = Replicas.of(editable.model)
     if replicas is None:
         return optimise_target_values(editable, requests, hparams, progress)
-    parts = _parts(requests, replicas)
+    parts = dealt_out(requests, replicas.size)
     found = replicas.run(_optimise, [(_chosen(requests, part), hparams) for part in parts], progress)
     if progress is not None and (elsewhere := len(requests) - len(parts[0])):
         progress(elsewhere)
@@ -57,14 +57,14 @@ def batch_states(editable: EditableModel, requests: Sequence[TokenizedRequest], 
         yield BatchStates(editable, requests, token_budget)
     else:
         yield _SharedStates(replicas, requests, token_budget)
-        replicas.run(_close, [()] * replicas.size)
+        replicas.run(_close, [()] * replicas.size, hand_over=False)
 
 
 class _SharedStates:
     """``BatchStates`` of which each process holds a part; results are on the CPU."""
 
     def __init__(self, replicas: Replicas, requests: Sequence[TokenizedRequest], token_budget: int) -> None:
-        self._replicas, self._parts = replicas, _parts(requests, replicas)
+        self._replicas, self._parts = replicas, dealt_out(requests, replicas.size)
         replicas.run(_open, [(_chosen(requests, part), token_budget) for part in self._parts])
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -87,9 +87,10 @@ class _SharedStates:
         return torch.stack(put_together(self._parts, [[] if part is None else list(part) for part in found]))
 
 
-def _parts(requests: Sequence[TokenizedRequest], replicas: Replicas) -> list[list[int]]:
+def dealt_out(requests: Sequence[TokenizedRequest], processes: int) -> list[list[int]]:
+    """Which of a batch's edits each process takes: about as many tokens as any other."""
     return shared_out([sum(len(prompt.ids) + len(request.target_ids) for prompt in (request.plain, *request.contexts))
-                       for request in requests], replicas.size)
+                       for request in requests], processes)
 
 
 def _chosen(requests: Sequence[TokenizedRequest], places: Sequence[int]) -> list[TokenizedRequest]:

@@ -500,7 +500,7 @@ def plain_memit_keys(moment: Tensor, weight: float, keys: Tensor, history: KeyHi
     system = weight * moment.double()
     for part in (keys, None if history is None else history.keys):
         if part is not None:
-            wide = part.to(system.device).double()
+            wide = _wide(part, system)
             system = system + wide @ wide.T
     sizes = torch.linalg.eigvalsh(system).abs()
     # C comes in float32: below its rounding an eigenvalue is noise, and dividing by it no solution.

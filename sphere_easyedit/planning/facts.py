@@ -10,9 +10,9 @@ from typing import Final
 from transformers import PreTrainedTokenizerBase
 
 from ..editing.requests import EditRequest, TokenizedPrompt, TokenizedRequest, parse_requests, tokenize_request
+from ..editing.sharing import dealt_out
 from ..evaluation.datasets import EditRecord, load_records
 from ..evaluation.metrics import questions_of
-from ..replicas import shared_out
 from ..tokenization import continuation_ids_batch
 from .results import PlanSettings
 
@@ -43,12 +43,8 @@ class Facts:
 
     def shares(self, batch_size: int, processes: int) -> list[list[list[TokenizedRequest]]]:
         """The same by batch and process, as ``editing.sharing`` deals them out; shares without an edit are left out."""
-        shared = []
-        for batch in self.batches(batch_size):
-            tokens = [sum(len(prompt.ids) + len(request.target_ids) for prompt in (request.plain, *request.contexts))
-                      for request in batch]
-            shared.append([[batch[place] for place in part] for part in shared_out(tokens, processes) if part])
-        return shared
+        return [[[batch[place] for place in part] for part in dealt_out(batch, processes) if part]
+                for batch in self.batches(batch_size)]
 
 
 def sample(settings: PlanSettings) -> list[EditRecord]:

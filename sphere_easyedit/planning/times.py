@@ -46,8 +46,8 @@ def run_flops(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSetti
               statistics: Statistics, layout: Layout) -> dict[str, float]:
     """FLOPs of a whole run by kind of work, of the busiest process; those of one evaluation, which takes place twice.
 
-    Processes share out target values, keys, evaluation and the statistics' text, and all solve, project and write the
-    same.
+    Processes share out target values, keys, evaluation and the statistics' text; the first one, which is the busiest,
+    alone solves, projects, and generates text.
 
     Args:
         layout: of the optimiser's rows.
@@ -69,7 +69,7 @@ def run_flops(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSetti
         if statistics.missing:
             tokens = math.ceil(statistics.tokens / settings.processes)
             work["moments"] = moment_flops(shape, hparams, tokens, len(statistics.missing))
-            work["text"] = (generation_flops(shape, tokens) if hparams.mom2_dataset == GENERATED else 0.0)
+            work["text"] = (generation_flops(shape, statistics.tokens) if hparams.mom2_dataset == GENERATED else 0.0)
     columns = settings.batch_size if hparams.executor == "native" else shape.d_out
     work["projection"] = batches * layers * projection_flops(shape, hparams, columns)
     work["energy"] = (batches + 1) * layers * energy_flops(shape)
