@@ -15,24 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
-from rich.filesize import decimal
 from rich.logging import RichHandler
-from rich.markup import escape
-from rich.table import Column, Table
 from rich.text import Text
 
 from .cli_export import register as register_export
+from .cli_tables import case_lines, case_table, doctor_table, escaped, plan_table, summary_table
 from .cli_withdraw import register as register_withdraw
 from .safe_yaml import read_yaml
 from .signals import Interrupted, ProcessLost, interrupts_raised
 
 if TYPE_CHECKING:
     from .callbacks import EditCallback
-    from .doctor import Report
-    from .evaluation.case_study import CaseStudy
     from .evaluation.measuring import Progress
     from .hparams import SPHEREHyperParams
-    from .planning import Plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Edit facts into language models with SPHERE (arXiv 2510.01172).")
@@ -78,8 +73,6 @@ class Metrics(str, Enum):
     easyedit = "easyedit"
 
 
-_METRICS = ("efficacy", "generalization", "specificity")
-_STATUS_STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 Override = Annotated[list[str], typer.Option("--set", help="Change a hyperparameter: NAME=VALUE (YAML); repeatable.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more of what is going on.")]
@@ -180,9 +173,9 @@ def edit(
         references=references, seed=eval_seed, shared_before=share_before,
         abilities=AbilitySettings(tuple(abilities), abilities_every, abilities_data, abilities_shots, abilities_limit,
                                   abilities_tokens))
-    model, tok, leading = _load_replicas(settings_of_model, dtype)
     drawn = load_records(dataset.value, data, num_edits, seed, order_seed=order_seed, skip=skip)
     records = with_protocol_targets(drawn, protocols[0])
+    model, tok, leading = _load_replicas(settings_of_model, dtype)
     described = {"command": " ".join(["sphere-easyedit", *sys.argv[1:]]), "hparams_file": hparams,
                  "dataset": dataset.value, "data": None if data is None else str(data), "seed": seed,
                  "order_seed": order_seed, "skip": skip}
@@ -207,7 +200,7 @@ def edit(
             watching.append(stack.enter_context(LiveLine(output, errors, len(records))).update)
         result = run_sequential(model, tok, records, settings_of_model, settings, callbacks, _telling(watching))
     if result.summary["post"] is not None:
-        console.print(_summary_table(result.summary, settings_of_model.base_alg, settings_of_model.alpha))
+        console.print(summary_table(result.summary, settings_of_model.base_alg, settings_of_model.alpha))
     for skipped in result.summary.get("skipped", ()):
         console.print(Text(f"Left out: case_id {skipped['case_id']} ({skipped['error']})"), soft_wrap=True)
     if result.summary.get("stopped"):
@@ -217,7 +210,7 @@ def edit(
     drift = ", ".join(f"{layer}: {change:+.2e}" for layer, change in last.relative_change.items())
     console.print(f"Hyperspherical energy, relative change by layer: {drift}", highlight=False, soft_wrap=True)
     for prompt, before, after in result.generations:
-        console.print(f"\n[bold]{_escaped(prompt)}[/]\n  before:{_escaped(before)}\n  after: {_escaped(after)}",
+        console.print(f"\n[bold]{escaped(prompt)}[/]\n  before:{escaped(before)}\n  after: {escaped(after)}",
                       highlight=False, soft_wrap=True)
     console.print(f"\nRun directory: {output}", highlight=False, soft_wrap=True)
     if live_report is not None and (page := live_report.finish()) is not None:
@@ -304,9 +297,9 @@ def show(
     if as_json:
         print(json.dumps(study.to_dict(), indent=2))
         return
-    for line in _case_lines(study):
+    for line in case_lines(study):
         console.print(Text(line), soft_wrap=True)
-    console.print(_case_table(study))
+    console.print(case_table(study))
     console.print("The original weights are back, bit for bit." if study.restored else
                   "The original weights are NOT back bit for bit.", soft_wrap=True)
     if not study.restored:
@@ -451,7 +444,7 @@ def doctor(
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
-        console.print(_doctor_table(report))
+        console.print(doctor_table(report))
         for item in report.items:
             if item.remedy is not None:  # below the table, where no border cuts a command
                 console.print(Text(f"{item.name} ({item.status}): {item.remedy}"), soft_wrap=True)
@@ -489,7 +482,7 @@ def plan(
     if as_json:
         print(json.dumps(planned.to_dict(), indent=2))
         return
-    console.print(_plan_table(planned))
+    console.print(plan_table(planned))
     for line in (f"Time: {planned.method}.", *planned.notes):
         console.print(Text(line), soft_wrap=True)
 
@@ -582,110 +575,6 @@ def _telling(watching: Sequence[Progress]) -> Progress:
             watch(phase, done, total)
 
     return tell
-
-
-def _summary_table(summary: dict[str, Any], base_alg: str, alpha: float) -> Table:
-    name = base_alg if alpha == 0 else f"{base_alg} + SPHERE (alpha {alpha:g})"
-    table = Table(title=f"{summary['num_edits']} edits with {name}, protocol {summary['protocol']}")
-    for column in ("metric (%)", "before", "after", "95% interval", "cases"):
-        table.add_column(column, justify="left" if column == "metric (%)" else "right")
-    for metric in _METRICS:
-        now = summary["post"][metric]
-        was = None if summary["pre"] is None else summary["pre"][metric]["mean"]
-        if now["mean"] is not None:
-            low, high = now["ci95"]
-            table.add_row(metric, "" if was is None else f"{was:.1f}", f"{now['mean']:.1f}",
-                          f"{low:.1f} - {high:.1f}", str(now["n"]))
-    seconds = summary["editing_seconds"] / summary["num_edits"]
-    table.caption = f"{seconds:.2f} s an edit, {summary['peak_memory_bytes'] / 1e9:.2f} GB at the peak"
-    return table
-
-
-def _case_lines(study: CaseStudy) -> list[str]:
-    """What is to be known before one reads what the models say."""
-    true = "" if study.target_true is None else f", true answer: {study.target_true}"
-    lines = [f"Case {study.case_id}, {study.subject}. Wanted answer: {study.target_new}{true}",
-             f"Edit {study.number} of {study.total}; the edited model holds the first {study.num_edits}"
-             + ("" if study.is_edited else ": the fact is not in these weights yet")]
-    for when, title in (("pre", "before"), ("post", "after")):
-        scores = None if study.scores is None else study.scores[when]
-        if scores is not None:
-            shown = ", ".join(f"{name} {100 * score:.1f}" for name, score in scores.items() if score is not None)
-            lines.append(f"Scores {title} the run (%): {shown}")
-    return lines
-
-
-def _case_table(study: CaseStudy) -> Table:
-    table = Table(*(Column(title, overflow="fold", ratio=1)
-                    for title in ("prompt", "unedited", "edited", "rolled back")), show_lines=True, expand=True)
-    for one in study.continuations:
-        said = (one.unedited, one.edited, one.rolled_back)
-        table.add_row(Text.assemble((f"{one.kind}\n", "bold"), _visible(one.prompt)),
-                      *(Text(_visible(text)) for text in said))
-    return table
-
-
-def _doctor_table(report: Report) -> Table:
-    table = Table("", "item", "status", Column("found", overflow="fold"))  # a long path is to be read whole
-    section = ""
-    for item in report.items:
-        if item.section != section:
-            table.add_section()
-        status = Text(item.status, style=_STATUS_STYLES[item.status])
-        table.add_row("" if item.section == section else item.section, Text(item.name), status, Text(item.detail))
-        section = item.section
-    return table
-
-
-def _plan_table(plan: Plan) -> Table:
-    table = Table("", Column("item", overflow="fold"), Column("need", justify="right"), Column("", justify="right"),
-                  Column("", overflow="fold"), title=f"{plan.num_edits} edits in batches of {plan.batch_size}, "
-                                                     f"{plan.model} on {plan.device}")
-    first = True
-
-    def add(section: str, item: str, *cells: str) -> None:
-        nonlocal first
-        table.add_row(section if first else "", *(Text(cell) for cell in (item, *cells)))
-        first = False
-
-    for part in plan.time:
-        add("Time", part.name, _duration(part.seconds), "" if part.share is None else f"{part.share:.0%}",
-            f"{part.flops:.1e} FLOP")
-    add("Time", "all", _duration(plan.seconds), "", f"{sum(part.flops for part in plan.time):.1e} FLOP")
-    table.add_section()
-    first = True
-    for memory in plan.memory:
-        add("Memory", memory.name, decimal(memory.bytes), memory.place,
-            "; ".join(word for word in ("" if memory.lasting else "for a while", memory.note) if word))
-    for place, size in plan.peak_bytes.items():
-        add("Memory", "at the peak", decimal(size), place, "")
-    table.add_section()
-    first = True
-    for files in plan.disk:
-        add("Disk", files.name, decimal(files.bytes), "there" if files.present else "new", files.path)
-    table.add_section()
-    first = True
-    for download in plan.downloads:
-        add("Downloads", download.name, "?" if download.bytes is None else decimal(download.bytes), "", download.note)
-    if not plan.downloads:
-        add("Downloads", "nothing", "", "", "")
-    return table
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _visible(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]  # on one line, whatever the model says
-
-
-def _escaped(text: str) -> str:
-    return escape(_visible(text))
 
 
 def main() -> None:
