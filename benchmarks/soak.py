@@ -11,7 +11,9 @@ written. Each ends the process's run, as it would; a new model is loaded and the
 from __future__ import annotations
 
 import argparse
+import ctypes
 import errno
+import gc
 import json
 import logging
 import random
@@ -108,6 +110,17 @@ def resident_megabytes() -> float:
     return pages * resource.getpagesize() / 1e6
 
 
+def held_megabytes() -> float:
+    """``resident_megabytes`` without what nothing holds any more (glibc keeps what was freed)."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return resident_megabytes()
+
+
+def mean(numbers: list[float]) -> float:
+    return round(sum(numbers) / len(numbers), 1)
+
+
 def edit(folder: Path, records: list[EditRecord], hparams: SPHEREHyperParams, tok: PreTrainedTokenizerBase,
          fault: Fault) -> dict[str, Any]:
     """One process's part of a run: to its end, or to its fault."""
@@ -146,8 +159,10 @@ def main() -> None:
     seconds = time.monotonic() - started
 
     folder, happened, memory = given.output / "faulty", Counter[str](), dict[int, float]()
+    held: list[float] = []
     summary = None
     while summary is None:
+        held.append(held_megabytes())
         kind = drawn.choice(KINDS)
         fault = Fault(kind, drawn.randint(1, 5), folder, memory)
         try:
@@ -161,13 +176,13 @@ def main() -> None:
             else:
                 happened[kind] += 1
     files = ("edits.jsonl", "energy.csv", "spaces.csv", "neurons.safetensors")
-    early = [memory[edits] for edits in sorted(memory)[10:30]]
-    late = [memory[edits] for edits in sorted(memory)[-20:]]
+    by_batch = [memory[edits] for edits in sorted(memory)]
     print(json.dumps({
         "method": given.method, "edits": summary["num_edits"], "faults": dict(happened),
         "same_weights": summary["weights_sha256"] == whole["weights_sha256"],
         "same_files": {name: same(given.output, name) for name in files},
-        "resident_mb_early": round(sum(early) / len(early), 1), "resident_mb_late": round(sum(late) / len(late), 1),
+        "resident_mb_early": mean(by_batch[10:30]), "resident_mb_late": mean(by_batch[-20:]),
+        "resumptions": len(held) - 1, "held_mb_early": mean(held[5:15]), "held_mb_late": mean(held[-10:]),
         "seconds_left_alone": round(seconds), "seconds_in_all": round(time.monotonic() - started)}))
     sys.exit(0 if summary["weights_sha256"] == whole["weights_sha256"] else 1)
 
