@@ -88,6 +88,12 @@ def module_names(config: PretrainedConfig) -> ModuleNames:
     return known[model_type]
 
 
+def _output_norm_name(config: PretrainedConfig) -> str | None:
+    """What blocks call the normalisation that the feed-forward network's output passes on its way to the stream."""
+    known = ("gemma2", "gemma3_text", "gemma3", "olmo2")
+    return "post_feedforward_layernorm" if config.model_type in known else None
+
+
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The language model's part of a config: itself, or ``text_config`` of a multimodal one."""
     inner = getattr(config, "text_config", None)
@@ -240,6 +246,16 @@ class EditableModel:
             for layer, weight in before.items():
                 self.set_weight(layer, weight)
             raise
+
+    def output_norm(self, layer: int) -> nn.Module | None:
+        """The RMS normalisation between the down-projection and the residual stream (Gemma 2 and 3, OLMo 2), if any."""
+        name = _output_norm_name(self.config)
+        return None if name is None else self.block(layer).get_submodule(name)
+
+    @property
+    def residual_multiplier(self) -> float:
+        """What a block's output is multiplied by on its way to the residual stream (Granite)."""
+        return float(getattr(text_config(self.config), "residual_multiplier", None) or 1.0)
 
     @property
     def hidden_size(self) -> int:

@@ -122,6 +122,9 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
         # Sliding and full attention, each with its own rotary base, by turns.
         "gemma3_text": {**rope, "head_dim": 12, "sliding_window": 16,
                         "layer_types": ["sliding_attention", "full_attention"] * 2},
+        "gemma2": {**rope, "head_dim": 12, "sliding_window": 16},
+        "olmo2": rope,
+        "granite": {**rope, "residual_multiplier": 0.25},
         "gpt2": gpt,
         "gptj": {**gpt, "rotary_dim": 8},
     }

@@ -58,7 +58,7 @@ def test_keys(golden: Golden, token_budget: int) -> None:
         states = BatchStates(editable, _tokenized(golden, tok), token_budget)
         by_pass = states.read_all()
         for layer in hparams.layers:
-            by_layer, _ = states.read(layer)
+            by_layer, *_ = states.read(layer)
             if layer != hparams.layers[-1]:
                 states.advance(layer, layer + 1)
             for keys in (by_pass[layer], by_layer):

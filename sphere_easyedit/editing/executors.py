@@ -17,6 +17,7 @@ from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, frozen, max_positions
 from .contexts import generate_contexts
 from .covariance import filed_factor, filed_null_space, load_moment, load_null_space, moment_path, statistics_files
+from .output_norms import ahead_of_stream
 from .requests import EditRequest, TokenizedRequest, tokenize_request
 from .session import EditSession
 from .sharing import batch_states, target_values
@@ -206,8 +207,9 @@ def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], h
         history = {}
         with batch_states(editable, requests, hparams.token_budget) as states:
             for position, layer in enumerate(editable.layers):
-                keys, now = states.read(layer)  # (n, d_in), (n, hidden)
-                residuals = (targets.values.to(now.device) - now) / (len(editable.layers) - position)
+                keys, values, now = states.read(layer)  # (n, d_in), (n, d_out), (n, hidden)
+                share = (targets.values.to(now.device) - now) / (len(editable.layers) - position)
+                residuals = ahead_of_stream(editable, layer, values, share)
                 update: Update = _solve_layer(editable, layer, keys, residuals, hparams, session)
                 if shape_in_loop is not None:
                     update = shape_in_loop(layer, update)

@@ -61,28 +61,28 @@ class BatchStates:
         return _Chunk([edit for edit, _ in rows], is_plain, lookup, replay, replay.hidden)
 
     @torch.no_grad()
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys at ``layer`` and outputs of the last edited block, by the weights as they stand.
+    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values at ``layer`` and outputs of the last edited block, by the weights as they stand.
 
         Returns:
-            ``keys (edits, d_in)``: mean of the key in the plain prompt and the mean over the contexts; and
-            ``now (edits, hidden_size)`` from the plain prompt. Both float32, at the subject's last token.
+            ``keys (edits, d_in)``: mean of the key in the plain prompt and the mean over the contexts;
+            ``values (edits, d_out)``, the down-projection's output, and ``now (edits, hidden_size)``, both from the
+            plain prompt. All float32, at the subject's last token.
         """
         keys = _KeyMean(self._count, self._contexts)
-        now: list[Tensor] = []
+        plain: list[tuple[Tensor, Tensor]] = []
         owner: list[int] = []
         last = self._editable.layers[-1]
         for chunk in self._chunks:
-            with _tap(self._editable.down_projection(layer)) as inputs:
+            with _tap(self._editable.down_projection(layer)) as seen:
                 output = chunk.replay.run(chunk.hidden, start=layer, stop=layer + 1)
-            keys.add(chunk, chunk.at_lookup(inputs[0]))
+            keys.add(chunk, chunk.at_lookup(seen.inputs[0]))
             if chunk.is_plain:
                 final = chunk.replay.run(output, start=layer + 1, stop=last + 1)
-                now.append(chunk.at_lookup(final).float())
+                plain.append((chunk.at_lookup(seen.outputs[0]).float(), chunk.at_lookup(final).float()))
                 owner.extend(chunk.owner)
-        states = torch.empty_like(torch.cat(now))
-        states[owner] = torch.cat(now)
-        return keys.result(), states
+        values, now = (_in_order(owner, parts) for parts in zip(*plain, strict=True))
+        return keys.result(), values, now
 
     @torch.no_grad()
     def advance(self, layer: int, to: int) -> None:
@@ -98,9 +98,9 @@ class BatchStates:
         for chunk in self._chunks:
             hidden = chunk.replay.hidden
             for layer, following in zip(layers, [*layers[1:], layers[-1] + 1], strict=True):
-                with _tap(self._editable.down_projection(layer)) as inputs:
+                with _tap(self._editable.down_projection(layer)) as seen:
                     hidden = chunk.replay.run(hidden, start=layer, stop=following)
-                keys[layer].add(chunk, chunk.at_lookup(inputs[0]))
+                keys[layer].add(chunk, chunk.at_lookup(seen.inputs[0]))
         return {layer: mean.result() for layer, mean in keys.items()}
 
 
@@ -124,21 +124,31 @@ class _KeyMean:
 
 
 class _tap:
-    """Collects a module's inputs inside the context."""
+    """Collects a module's inputs and outputs inside the context."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._inputs: list[Tensor] = []
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
 
-    def __enter__(self) -> list[Tensor]:
-        def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._inputs.append(args[0])
+    def __enter__(self) -> _tap:
+        def note(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self.inputs.append(args[0])
+            self.outputs.append(output)
 
-        self._handle = self._module.register_forward_pre_hook(note)
-        return self._inputs
+        self._handle = self._module.register_forward_hook(note)
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
+
+
+def _in_order(owner: list[int], parts: Sequence[Tensor]) -> Tensor:
+    """Rows of the parts, which ``owner`` numbers, in the order of these numbers."""
+    rows = torch.cat(list(parts))
+    ordered = torch.empty_like(rows)
+    ordered[owner] = rows
+    return ordered
 
 
 def _batches(rows: list[tuple[int, TokenizedPrompt]], token_budget: int) -> list[list[tuple[int, TokenizedPrompt]]]:

@@ -67,9 +67,10 @@ class _SharedStates:
         self._replicas, self._parts = replicas, dealt_out(requests, replicas.size)
         replicas.run(_open, [(_chosen(requests, part), token_budget) for part in self._parts])
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         found = self._run(_read, layer)
-        return self._rows([part and part[0] for part in found]), self._rows([part and part[1] for part in found])
+        keys, values, now = (self._rows([part and part[number] for part in found]) for number in range(3))
+        return keys, values, now
 
     def advance(self, layer: int, to: int) -> None:
         self._run(_advance, layer, to)
@@ -107,7 +108,7 @@ def _open(here: Replicas, requests: Sequence[TokenizedRequest], token_budget: in
     here.store[_STATES] = BatchStates(here.editable, requests, token_budget) if requests else None
 
 
-def _read(here: Replicas, layer: int) -> tuple[Tensor, Tensor] | None:
+def _read(here: Replicas, layer: int) -> tuple[Tensor, ...] | None:
     states = here.store[_STATES]
     return states and tuple(part.cpu() for part in states.read(layer))
 
