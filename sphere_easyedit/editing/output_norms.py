@@ -1,8 +1,8 @@
 """From a wanted change of the residual stream to the change of a down-projection's output that makes it.
 
 In most decoders the two are the same. Granite multiplies the output on its way; Gemma 2 and 3 and OLMo 2 normalise it
-first, to lengths that may be hundreds of times its own, so a change of the stream written into the weight as it is would
-drown the output. MEMIT's and AlphaEdit's papers know neither, and EasyEdit's executors don't either.
+first, to lengths that may be hundreds of times its own, so a change of the stream written into the weight as it is
+would drown the output. MEMIT's and AlphaEdit's papers know neither, and EasyEdit's executors don't either.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def _ahead_of_norm(norm: nn.Module, values: Tensor, wanted: Tensor) -> Tensor:
     """``norm(y) = g * y / rms(y)`` moves with the direction of ``y`` alone, so of all outputs of the length that
     ``y`` has, take the one whose normalised form is nearest to ``norm(y) + wanted``.
 
-    With ``y = rms(y) u`` that is ``min |g * u - t|`` over ``|u|^2 = d``, solved by ``u = g t / (g^2 + m)``; ``m``, above
-    ``-min g^2``, is found by halving, since ``|u|`` falls with it.
+    With ``y = rms(y) u`` that is ``min |g * u - t|`` over ``|u|^2 = d``, solved by ``u = g t / (g^2 + m)``; ``m``,
+    above ``-min g^2``, is found by halving, since ``|u|`` falls with it.
     """
     y, d = values.double(), values.shape[1]
     gains = norm(torch.full_like(values[0], 1e3)).to(y)  # of rms 1000, beside which its epsilon is nothing
