@@ -85,6 +85,12 @@ class EditCallback:
     def on_batch_end(self, event: EditEvent) -> None:
         """Called with the batch's weights in place."""
 
+    def deciding(self) -> Mapping[str, Any] | None:
+        """Settings that decide about weights or where a run ends: a run is resumed with the same ones. None for one
+        that only watches.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class EnergyRecord:

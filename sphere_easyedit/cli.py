@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .evaluation.measuring import Progress
     from .hparams import SPHEREHyperParams
 
+logger = logging.getLogger(__name__)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Edit facts into language models with SPHERE (arXiv 2510.01172).")
 
@@ -112,6 +113,8 @@ def edit(
     guard_norm: Annotated[float, typer.Option(help="Times the usual norm of a batch's change.")] = 1.25,
     guard_early: Annotated[float, typer.Option(help="Share of the early facts' first efficacy.")] = 0.5,
     guard_facts: Annotated[int, typer.Option(min=1, help="Number of early facts that are watched.")] = 20,
+    guard_warmup: Annotated[int, typer.Option(min=1, help="So many batches set the measure; the guard acts on those "
+                                              "after them.")] = 5,
     protocol: Annotated[list[Metrics], typer.Option(help="How metrics are computed; repeatable, the first is the "
                                                     "summary's.")] = [Metrics.paper],  # noqa: B006
     eval_before: Annotated[bool, typer.Option(help="Measure all facts in the unedited model.")] = True,
@@ -190,7 +193,10 @@ def edit(
         from .drift_guard import DriftGuard
 
         callbacks.append(DriftGuard(guard.value, tok, energy=guard_energy, norm=guard_norm, early=guard_early,
-                                    facts=guard_facts, path=output / GUARD))
+                                    warmup=guard_warmup, facts=guard_facts, path=output / GUARD))
+        if len(records) <= guard_warmup * batch_size:
+            logger.warning("--guard has nothing to act on: its first %d batches set the measure, and no others come. "
+                           "Give a smaller --guard-warmup or --batch-size", guard_warmup)
     with ExitStack() as stack:
         stack.enter_context(leading)
         watching = [stack.enter_context(trackers).update]
@@ -596,3 +602,13 @@ def main() -> None:
     except (ValueError, ImportError, OSError) as error:  # OSError: a file that is absent, a disk that is full
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        from .evaluation.faults import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        errors.print(f"error: out of memory ({' '.join(str(error).split())}); a batch under way was undone. `edit "
+                     "--resume --on-error skip` goes on with a run and edits in halves what is too large; "
+                     "token_budget and --batch-size bound what is done at once", style="red", markup=False,
+                     highlight=False, soft_wrap=True)
+        sys.exit(1)

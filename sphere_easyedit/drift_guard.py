@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -108,6 +108,12 @@ class DriftGuard(EditCallback):
         self._state = _State()
         self._before: dict[int, float] = {}
         self._seen: GuardRecord | None = None
+
+    def deciding(self) -> Mapping[str, Any] | None:
+        if self.action == "warn":
+            return None
+        return {"guard": self.action, "energy": self.energy, "norm": self.norm, "early": self.early,
+                "warmup": self.warmup, "facts": self.facts, "seed": self.seed}
 
     @property
     def records(self) -> list[GuardRecord]:

@@ -16,10 +16,12 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 import yaml
 from conftest import GOLDEN, tiny_config, tiny_hparams, tiny_model
 from processes import ENVIRONMENT, run_forked
 
+from sphere_easyedit import cli
 from sphere_easyedit.cli import main
 from sphere_easyedit.hparams import SPHEREHyperParams
 
@@ -101,11 +103,12 @@ def test_edit_runs_end_to_end(workplace: Path) -> None:
     assert config["run"]["seed"] == 1
 
 
-def test_a_run_is_measured_again(workplace: Path) -> None:
+def test_a_run_is_measured_again(workplace: Path, caplog: pytest.LogCaptureFixture) -> None:
     done = call_cli("edit", "--hparams", "tiny.yaml", "--num-edits", "4", "--batch-size", "2", "--output", "again",
                    "--set", "v_num_grad_steps=2", "--no-eval-before", "--eval-every", "2", "--keep-weights-every", "2",
-                   cwd=workplace)
+                   "--guard", "lower", cwd=workplace)
     assert done.returncode == 0, done.stderr
+    assert "--guard has nothing to act on: its first 5 batches" in caplog.text
     done = call_cli("evaluate", "again", "--at", "2", "--at", "0", "--protocol", "rome", "--quiet", cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -120,6 +123,25 @@ def test_a_run_is_measured_again(workplace: Path) -> None:
     done = call_cli("evaluate", "again", "--no-facts", cwd=workplace)
     assert done.returncode == 2
     assert "nothing to measure" in done.stderr
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("CUDA out of memory.\nTried 2 GiB"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_is_told_in_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "app", mock.Mock(side_effect=error))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert said.startswith(f"error: out of memory ({' '.join(str(error).split())})") and said.count("\n") == 1
+    assert "--on-error skip" in said
+
+
+def test_errors_of_the_program_are_not_taken_for_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "app", mock.Mock(side_effect=RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.main()
 
 
 def test_a_terminal_has_one_live_line(workplace: Path) -> None:

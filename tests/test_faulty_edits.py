@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
 from sphere_easyedit import wrapper
+from sphere_easyedit.drift_guard import DriftGuard
 from sphere_easyedit.evaluation.datasets import EditRecord, load_records
 from sphere_easyedit.evaluation.faults import Skipped, Skips, edit_around_faults
 from sphere_easyedit.evaluation.measuring import MeasureSettings
@@ -90,6 +92,35 @@ def test_stop_raises_what_no_single_edit_is_to_blame_for() -> None:
     editor = Editor(set(), at_most=3)
     with pytest.raises(MemoryError):
         edit_around_faults(range(8), editor.edit, editor.failure, "stop")
+
+
+def test_failed_attempts_hold_no_memory() -> None:
+    """Halves fit, if what the attempts before them took is free again."""
+    room, taken, edited = 10, list[weakref.ref[torch.Tensor]](), list[int]()
+
+    def take(size: int) -> torch.Tensor:
+        used = sum(len(tensor) for ref in taken if (tensor := ref()) is not None)
+        if used + size > room:
+            raise torch.OutOfMemoryError("no room")
+        tensor = torch.zeros(size)
+        taken.append(weakref.ref(tensor))
+        return tensor
+
+    def edit(items: Sequence[int]) -> None:
+        half = take(len(items) // 2)  # what the error finds in use
+        rest = take(len(items) - len(half))
+        edited.extend(items[: len(half) + len(rest)])
+
+    def failure(items: Sequence[int]) -> Exception | None:
+        try:
+            half = take(len(items) // 2)
+            take(len(items) - len(half))
+        except torch.OutOfMemoryError as error:
+            return error
+        return None
+
+    assert edit_around_faults(range(16), edit, failure, "skip") == []
+    assert edited == list(range(16))
 
 
 @given(places=st.sets(st.integers(0, 29)), batch=st.integers(1, 7))
@@ -197,6 +228,43 @@ def test_a_run_with_skipped_facts_is_resumed_to_the_same_bits(
         found = [[line | {"seconds": 0} for line in lines(tmp_path / one / name)]
                  for one in ("whole", "killed")]
         assert found[0] == found[1]
+
+
+class StopsAfter(sphere.EditCallback):
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_batch_start(self, event: sphere.EditEvent) -> None:
+        if event.num_batches == self.batches:
+            raise sphere.StopEditing("enough")
+
+
+def test_a_run_that_goes_on_past_a_stop_is_summed_up_at_its_end(
+        tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase, records: list[EditRecord]) -> None:
+    hparams = tiny_hparams(llama_stats, base_alg="MEMIT", v_num_grad_steps=3)
+    stopped, _ = run(tmp_path / "run", tok, records, hparams, StopsAfter(1))
+    assert stopped["stopped"] == "enough" and stopped["post"]["efficacy"]["n"] == 3
+    (tmp_path / "run" / "summary.json").unlink()
+    whole, _ = run(tmp_path / "run", tok, records, hparams, resume=True)
+    assert (whole["num_edits"], whole["post"]["efficacy"]["n"]) == (9, 9)
+    assert whole["watched"]["post"]["update_norms"] != stopped["watched"]["post"]["update_norms"]
+
+
+@pytest.mark.parametrize("guard", [None, DriftGuard("stop", norm=1e6, warmup=1),
+                                   DriftGuard("lower", norm=2e6, warmup=1)])
+def test_a_run_that_a_guard_steers_is_resumed_with_the_same_guard(
+        guard: DriftGuard | None, tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase,
+        records: list[EditRecord]) -> None:
+    hparams = tiny_hparams(llama_stats, base_alg="MEMIT", v_num_grad_steps=3)
+
+    def steered(*callbacks: sphere.EditCallback, **more: Any) -> None:
+        run(tmp_path / "run", tok, records, hparams, *callbacks, **more)
+
+    with pytest.raises(Killed):
+        steered(DriftGuard("lower", norm=1e6, warmup=1), KillsAfter(1))
+    with pytest.raises(ValueError, match="callbacks was .*'lower'.* and is .*Give the same ones"):
+        steered(*() if guard is None else (guard,), resume=True)
+    steered(DriftGuard("lower", norm=1e6, warmup=1), DriftGuard("warn", warmup=1), resume=True)
 
 
 def test_what_a_run_left_out_is_not_measured_again(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
+
+import torch
 
 from ..callbacks import StopEditing
 
@@ -106,18 +109,23 @@ def edit_around_faults(
     except StopEditing:
         raise
     except Exception as error:
-        together = failure(items)
+        _let_go(error)
+        together = _released(failure(items))
         if together is None:
             raise
-        at_fault = _at_fault(range(len(items)), together, lambda places: failure([items[place] for place in places]))
+        at_fault = _at_fault(range(len(items)), together,
+                             lambda places: _released(failure([items[place] for place in places])))
+        all_are = len(at_fault) == len(items) > 1
         if on_error == "stop":
             if not at_fault:
                 raise
             raise ValueError(f"{len(at_fault)} of {len(items)} edits fail by themselves, and the batch was undone: "
                              f"{'; '.join(f'{items[place]} ({one_line(why)})' for place, why in at_fault.items())}. "
-                             "on_error skip leaves them out") from error
-        if len(at_fault) == len(items) > 1:
-            raise ValueError(f"each of the {len(items)} edits of this batch fails by itself: {error}") from error
+                             + ("It is hardly the edits' fault" if all_are else "on_error skip leaves them out")
+                             ) from error
+        if all_are:
+            raise ValueError(f"each of the {len(items)} edits of this batch fails by itself, and it was undone: "
+                             f"{one_line(error)}") from error
     faults = [(items[place], why) for place, why in at_fault.items()]
     rest = [item for place, item in enumerate(items) if place not in at_fault]
     if faults:
@@ -141,6 +149,28 @@ def _at_fault(places: Sequence[int], error: Exception, failure: Callable[[Sequen
         if failed is not None:
             found |= _at_fault(half, failed, failure)
     return found
+
+
+def _released(error: Exception | None) -> Exception | None:
+    if error is not None:
+        _let_go(error)
+    return error
+
+
+def _let_go(error: BaseException) -> None:
+    """Give back what the frames of a failed attempt hold: where memory ran out, the next attempt needs it."""
+    chain: list[BaseException] = []
+    while error not in chain:
+        chain.append(error)
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__ or error
+    torch.cuda.empty_cache()  # nothing where CUDA was not used
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no more memory."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's moved
+            or "can't allocate memory" in str(error))  # torch's on a CPU, a plain RuntimeError
 
 
 def one_line(error: BaseException) -> str:

@@ -26,6 +26,7 @@ _FIXED: Final = ("records", "batch_size", "checkpoint_every", "follows")
 _ELSEWHERE: Final = ("device", "stats_dir", "state_memory", "state_folder")
 _FIXED_MEASURES: Final = ("protocols", "before", "cases", "sample", "seed", "text", "text_tokens", "decoding",
                           "references")
+_FIXED_ABILITIES: Final = ("num_fewshot", "limit", "max_new_tokens")
 
 
 def run_config(model: nn.Module, hparams: SPHEREHyperParams, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,6 +72,11 @@ def check_same_run(run: RunDirectory, config: Mapping[str, Any]) -> bool:
         pairs |= {name: (was["run"].get(name), config["run"][name]) for name in _FIXED}
         pairs |= {f"measure.{name}": (was["run"]["measure"].get(name), config["run"]["measure"][name])
                   for name in _FIXED_MEASURES}
+        if "callbacks" in was["run"]:  # older runs did not write them down
+            pairs["callbacks"] = (was["run"]["callbacks"], config["run"]["callbacks"])
+        asked, asks = was["run"]["measure"].get("abilities") or {}, config["run"]["measure"]["abilities"]
+        if asked.get("tasks") and asks["tasks"]:
+            pairs |= {f"measure.abilities.{name}": (asked.get(name), asks[name]) for name in _FIXED_ABILITIES}
         versions = was["versions"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{run.path / CONFIG} is no configuration of a run that can be resumed ({error})") from error

@@ -172,6 +172,8 @@ def run_sequential(
                  "protocol": settings.measure.protocols[0], "records": records_fingerprint(records),
                  "checkpoint_every": settings.checkpoint_every,
                  "follows": None if settings.follows is None else str(settings.follows),
+                 "on_error": settings.on_error,
+                 "callbacks": [dict(found) for one in callbacks if (found := one.deciding()) is not None],
                  "measure": settings.measure.described()}
     config = run_config(model, hparams, described)
     if goes_on:
@@ -391,18 +393,20 @@ class _Run:
         generations = list(zip(self._examples, before, after, strict=True))
         if measure.after:
             self._write_cases(generations, tried)
-        by_protocol = {protocol: {"pre": _summary_line(lines, "before", protocol),
-                                  "post": _summary_line(lines, "after", protocol)} for protocol in measure.protocols}
+        num_edits = self._skips.edited(tried)
+        by_protocol = {protocol: {"pre": _summary_line(lines, "before", 0, protocol),
+                                  "post": _summary_line(lines, "after", num_edits, protocol)}
+                       for protocol in measure.protocols}
         summary = {
             "protocol": measure.protocols[0],
-            "num_edits": self._skips.edited(tried),
+            "num_edits": num_edits,
             "num_facts": len(self._records),
             "skipped": [{"case_id": one.case_id, "error": one.error} for one in self._skips.in_order()
                         if one.place < tried],
             "stopped": self._stopped,
             **by_protocol[measure.protocols[0]],
             "protocols": by_protocol,
-            "watched": {"pre": _watched(lines, "before"), "post": _watched(lines, "after")},
+            "watched": {"pre": _watched(lines, "before", 0), "post": _watched(lines, "after", num_edits)},
             "preparation_seconds": preparation_seconds,
             "editing_seconds": sum(line["wall_seconds"] for line in run.lines(EDITS)),
             "evaluation_seconds": sum(line["seconds"] for line in lines),
@@ -511,16 +515,18 @@ class _Undo(EditCallback):
         raise _Undone
 
 
-def _summary_line(lines: Sequence[Mapping[str, Any]], when: When, protocol: Protocol) -> dict[str, Any] | None:
+def _summary_line(lines: Sequence[Mapping[str, Any]], when: When, num_edits: int, protocol: Protocol
+                  ) -> dict[str, Any] | None:
     """The metrics of a line, as ``summary.json`` holds them."""
     for line in lines:
-        if line["when"] == when and line["protocol"] == protocol:
+        if (line["when"], line["num_edits"], line["protocol"]) == (when, num_edits, protocol):
             return {name: line[name] for name in METRIC_NAMES if name in line}
     return None
 
 
-def _watched(lines: Sequence[Mapping[str, Any]], when: When) -> dict[str, Any] | None:
-    return next((line["watched"] for line in lines if line["when"] == when and "watched" in line), None)
+def _watched(lines: Sequence[Mapping[str, Any]], when: When, num_edits: int) -> dict[str, Any] | None:
+    return next((line["watched"] for line in lines
+                 if (line["when"], line["num_edits"]) == (when, num_edits) and "watched" in line), None)
 
 
 def _scores(scores: CaseScores) -> dict[str, float | None]:
