@@ -28,6 +28,7 @@ MODELS = ("llama3-8b", "llama3.1-8b", "llama3.2-1b", "llama3.2-3b", "qwen2.5-0.5
           "mistral-7b", "gpt2-xl", "gpt-j-6B", "smollm2-135m")
 MODEL_TYPES = {"llama": "llama", "qwen": "qwen2", "mistral": "mistral", "gpt2": "gpt2", "gpt-j": "gptj",
                "smollm2": "llama"}
+NAMES = sorted(["AlphaEdit/gemma3-270m", *(f"{base}/{model}" for base in BASES for model in MODELS)])
 # What EasyEdit's FTHyperParams and ROMEHyperParams (main, 14cea82) take without a default.
 MODULES = {"rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module",
            "lm_head_module"}
@@ -93,7 +94,7 @@ def test_shipped_file_of_a_model_in_the_paper_has_its_settings(base: str, model:
 
 
 def test_every_shipped_file_names_its_sources_and_is_listed() -> None:
-    assert available_hparams() == sorted(f"{base}/{model}" for base in BASES for model in MODELS)
+    assert available_hparams() == NAMES
     for file in SHIPPED.glob("*/*.yaml"):
         assert "Sources of the values" in file.read_text().splitlines()[0], file
 
@@ -102,6 +103,12 @@ def test_smollm2_knows_its_last_block_and_generates_its_statistics() -> None:
     hparams = SPHEREHyperParams.from_hparams("AlphaEdit/smollm2-135m")
     assert hparams.model_name == "smollm2-135m"
     assert (hparams.v_loss_layer, hparams.mom2_dataset) == (29, "generated")
+
+
+def test_gemma_has_settings_of_its_own() -> None:
+    hparams = SPHEREHyperParams.from_hparams("AlphaEdit/gemma3-270m")
+    assert (hparams.layers, hparams.v_loss_layer, hparams.v_lr, hparams.L2) == ([3, 4, 5, 6, 7], 17, 20.0, 10.0)
+    assert (hparams.gamma, hparams.alpha, hparams.projection_stage) == (0.5, 0.5, "layer")
 
 
 # EasyEdit's own files
@@ -443,7 +450,7 @@ def test_an_installed_wheel_finds_its_own_files(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(hparams_files, "__file__", str(package / "hparams_files.py"))
     monkeypatch.setattr(resources, "files", lambda _package: package)
     monkeypatch.chdir(tmp_path)
-    assert len(available_hparams()) == len(BASES) * len(MODELS)
+    assert available_hparams() == NAMES
     assert SPHEREHyperParams.from_hparams("MEMIT/gpt2-xl").layers == [13, 14, 15, 16, 17]
 
 
