@@ -149,7 +149,7 @@ def edit(
     console, errors = _set_up(verbose, quiet)
     from .evaluation.datasets import load_records, with_protocol_targets  # torch and transformers take seconds
     from .evaluation.measuring import AbilitySettings, MeasureSettings
-    from .evaluation.run_directory import GUARD
+    from .evaluation.run_directory import GUARD, RunDirectory
     from .evaluation.sequential import RunSettings, run_sequential
     from .evaluation.text_quality import Decoding
     from .evaluation.trackers import RunTrackers
@@ -185,7 +185,7 @@ def edit(
     if keep_factors:
         from .withdrawal.factors import FACTORS, FactorKeeper
 
-        callbacks.append(FactorKeeper(output / FACTORS, settings_of_model))
+        callbacks.append(FactorKeeper(RunDirectory(output).place(FACTORS), settings_of_model))
     if guard is not None:
         from .drift_guard import DriftGuard
 

@@ -36,7 +36,7 @@ from .datasets import EditRecord, records_fingerprint
 from .metrics import CaseScores, Protocol, evaluate_protocols, summarise
 from .perplexity import held_out_texts, perplexity
 from .references import load_references
-from .run_directory import METRICS, RunDirectory, When
+from .run_directory import METRICS, SCORES, TEXTS, RunDirectory, When
 from .text_quality import Decoding, TextQuality, measure_text_quality, summarise_text_quality
 
 logger = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ class Measurer:
 
     def scores(self, point: Point) -> dict[Protocol, list[CaseScores]]:
         """Scores of a point's cases by protocol, from its file as far as that goes, and measured from there on."""
-        name = f"scores/{point.when}-{point.num_edits}.jsonl"
+        name = f"{SCORES}/{point.when}-{point.num_edits}.jsonl"
         shared = self._shared() if point.when == "before" and not self._run.has(name) else None
         if shared is not None and shared.exists():
             logger.info("the unedited model was measured on these facts before: %s", shared)
@@ -285,7 +285,7 @@ class Measurer:
         records = [self._records[case] for case in point.cases if self._records[case].generation_prompts]
         if decoding is None or not records:
             return {}
-        name = f"texts/{point.when}-{point.num_edits}.jsonl"
+        name = f"{TEXTS}/{point.when}-{point.num_edits}.jsonl"
         self._run.keep_whole_lines(name)
         known = [TextQuality.from_dict(line) for line in self._run.lines(name)]
         for start in range(len(known), len(records), _CHUNK_OF_TEXTS):
@@ -302,7 +302,7 @@ class Measurer:
         """What the unedited model said, by case_id, where a protocol compares with it."""
         if "easyedit" not in self._settings.protocols or point.when == "before":
             return None
-        return {line["case_id"]: CaseScores.from_dict(line) for line in self._run.lines("scores/before-0.jsonl")
+        return {line["case_id"]: CaseScores.from_dict(line) for line in self._run.lines(f"{SCORES}/before-0.jsonl")
                 if line["protocol"] == "easyedit"}
 
     def _watched(self) -> dict[str, Any]:

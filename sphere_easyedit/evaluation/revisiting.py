@@ -126,9 +126,9 @@ class EditedRun:
             return EditEvent(model, editable.weights(), num_edits, 0, ())
 
         with self.directory.locked():
-            spaces = self.directory.path / SPACES
+            spaces = self.directory.place(SPACES)
             told = spaces.is_file() and covers(read_spaces_csv(spaces), kept[-1])
-            path = self.directory.path / NEURONS
+            path = self.directory.place(NEURONS)
             seen = path.is_file() and NeuronRecord.read(path).num_edits >= kept[-1]
             if told and seen:
                 return

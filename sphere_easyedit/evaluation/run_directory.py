@@ -11,7 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
-from ..files import remove_leftovers, replacing
+from ..files import place_in, remove_leftovers, replacing
 from ..safe_yaml import read_yaml
 
 # On what a run was measured: all facts before or after, those so far, those of the last batch (see `measuring`).
@@ -20,6 +20,10 @@ When = Literal["before", "during", "last_batch", "after"]
 CONFIG, EDITS, METRICS, SUMMARY = "config.yaml", "edits.jsonl", "metrics.jsonl", "summary.json"
 ENERGY, CASES, EXAMPLES = "energy.csv", "cases.jsonl", "examples.json"
 SPACES, NEURONS, SKIPPED, GUARD = "spaces.csv", "neurons.safetensors", "skipped.jsonl", "guard.json"
+CONFLICTS, SCORES, TEXTS = "conflicts.json", "scores", "texts"  # the latter two are folders
+_NAMES = (CONFIG, EDITS, METRICS, SUMMARY, ENERGY, CASES, EXAMPLES, SPACES, NEURONS, SKIPPED, GUARD, CONFLICTS, SCORES,
+          TEXTS)
+_OF_CHECKPOINTS = ("weights-", "session-")  # names in the folder of checkpoints begin so
 _CHUNK = 1 << 16  # bytes
 
 
@@ -51,14 +55,16 @@ class RunDirectory:
         Raises:
             ValueError: it leads out of the directory, by its name or by a symbolic link.
         """
-        found, root = self.path / name, self.path.resolve()
-        try:
-            resolved = found.resolve()
-        except (OSError, RuntimeError) as error:  # links in a circle
-            raise ValueError(f"{found} can't be followed ({error}): remove the link") from error
-        if not resolved.is_relative_to(root) or resolved == root:
-            raise ValueError(f"{found} leads out of the run directory, to {resolved}: put the file itself there")
-        return found
+        return place_in(self.path, name, "the run directory")
+
+    def check_places(self) -> None:
+        """Refuse a directory one of whose names leads out of it; to be called before anything is done there.
+
+        Raises:
+            ValueError: names the first that does.
+        """
+        for name in _NAMES:
+            self.place(name)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -76,11 +82,17 @@ class RunDirectory:
             except BlockingIOError as error:
                 raise ValueError(f"another process is at work in {self.path}: wait for it, or give another directory"
                                  ) from error
-            for folder in (self.path, *(path for path in self.path.iterdir() if path.is_dir())):
-                remove_leftovers(folder)
+            self._remove_leftovers()
             yield
         finally:
             os.close(handle)  # and the lock with it
+
+    def _remove_leftovers(self) -> None:
+        linked = self.checkpoints.is_symlink()
+        for folder in (self.path, *(path for path in self.path.iterdir() if path.is_dir() and not path.is_symlink())):
+            remove_leftovers(folder)
+        for beginning in _OF_CHECKPOINTS if linked else ():  # other programs may keep theirs on that disk
+            remove_leftovers(self.checkpoints, beginning)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a whole file, or leave the one before it."""
