@@ -225,7 +225,8 @@ def evaluate(
     facts: Annotated[bool, typer.Option(help="Measure the facts; --no-facts for the rest alone.")] = True,
     protocol: Annotated[list[Metrics], typer.Option(help="How metrics are computed; repeatable.")]
     = [Metrics.paper],  # noqa: B006
-    eval_sample: Annotated[int | None, typer.Option(min=1, help="At most so many of the facts edited so far.")] = None,
+    eval_sample: Annotated[int | None, typer.Option(min=1, help="At most so many of the facts edited so far, drawn by "
+                                                    "seed; of all for the unedited model.")] = None,
     eval_seed: Annotated[int, typer.Option(min=0, help="Of samples and intervals.")] = 0,
     text: Annotated[Path | None, typer.Option(help="Held-out text (.txt, .jsonl) for perplexity.")] = None,
     text_tokens: Annotated[int | None, typer.Option(min=1, help="So many of its tokens.")] = 8192,
@@ -258,8 +259,8 @@ def evaluate(
         raise ValueError(f"{run} kept no weights: nothing can be measured")
     protocols: Any = tuple(one.value for one in protocol)
     measure = MeasureSettings(
-        protocols=protocols, before=facts, after=facts, sample=eval_sample, seed=eval_seed, text=text,
-        text_tokens=text_tokens,
+        protocols=protocols, before=facts, after=facts, cases=eval_sample, sample=eval_sample, seed=eval_seed,
+        text=text, text_tokens=text_tokens,
         abilities=AbilitySettings(tuple(abilities), None, abilities_data, abilities_shots, abilities_limit,
                                   abilities_tokens))
     model, tok, leading = _load_replicas(edited.hparams, dtype)

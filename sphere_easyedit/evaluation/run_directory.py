@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -103,6 +103,10 @@ class RunDirectory:
         """Write a whole JSON file."""
         self.write_text(name, json.dumps(content, indent=1))
 
+    def write_lines(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write a whole JSONL file."""
+        self.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
+
     def read_json(self, name: str) -> Any:
         """Read a JSON file.
 
@@ -171,7 +175,7 @@ class RunDirectory:
     def keep_whole_lines(self, name: str) -> None:
         """Drop a JSONL file's last line if it was torn."""
         if self.has(name) and not self.place(name).read_bytes().endswith(b"\n"):
-            self.write_text(name, "".join(json.dumps(line) + "\n" for line in self.lines(name)))
+            self.write_lines(name, self.lines(name))
 
     def keep_until(self, name: str, num_edits: int) -> None:
         """Drop a JSONL file's lines of more edits than these; a file that is absent stays so."""
@@ -179,7 +183,7 @@ class RunDirectory:
             return
         kept = [line for number, line in enumerate(self.lines(name), start=1)
                 if _edits(line, f"{self.path / name}, line {number}") <= num_edits]
-        self.write_text(name, "".join(json.dumps(line) + "\n" for line in kept))
+        self.write_lines(name, kept)
 
 
 def _whole_lines(stream: FileIO) -> int:

@@ -168,9 +168,9 @@ def run_sequential(
         raise ValueError(f"the model holds {session.num_edits} edits already: start a run from a model just loaded")
     # All that can be refused is refused, and what takes long is collected, before anything is measured or changed.
     started = time.perf_counter()
-    refused = _prepare(editable, tok, records, hparams, session, settings)
     report = progress or (lambda what, done, total: None)
     measurer = Measurer(editable, tok, records, settings.measure, run, report)
+    refused = _prepare(editable, tok, records, hparams, session, settings)
     preparation_seconds = time.perf_counter() - started
     described = {**settings.described, "num_edits": len(records), "batch_size": settings.batch_size,
                  "protocol": settings.measure.protocols[0], "records": records_fingerprint(records),
