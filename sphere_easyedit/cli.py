@@ -152,7 +152,7 @@ def edit(
     console, errors = _set_up(verbose, quiet)
     from .evaluation.datasets import load_records, with_protocol_targets  # torch and transformers take seconds
     from .evaluation.measuring import AbilitySettings, MeasureSettings
-    from .evaluation.run_directory import GUARD
+    from .evaluation.run_directory import GUARD, RunDirectory
     from .evaluation.sequential import RunSettings, run_sequential
     from .evaluation.text_quality import Decoding
     from .evaluation.trackers import RunTrackers
@@ -188,7 +188,7 @@ def edit(
     if keep_factors:
         from .withdrawal.factors import FACTORS, FactorKeeper
 
-        callbacks.append(FactorKeeper(output / FACTORS, settings_of_model))
+        callbacks.append(FactorKeeper(RunDirectory(output).place(FACTORS), settings_of_model))
     if guard is not None:
         from .drift_guard import DriftGuard
 
@@ -231,7 +231,8 @@ def evaluate(
     facts: Annotated[bool, typer.Option(help="Measure the facts; --no-facts for the rest alone.")] = True,
     protocol: Annotated[list[Metrics], typer.Option(help="How metrics are computed; repeatable.")]
     = [Metrics.paper],  # noqa: B006
-    eval_sample: Annotated[int | None, typer.Option(min=1, help="At most so many of the facts edited so far.")] = None,
+    eval_sample: Annotated[int | None, typer.Option(min=1, help="At most so many of the facts edited so far, drawn by "
+                                                    "seed; of all for the unedited model.")] = None,
     eval_seed: Annotated[int, typer.Option(min=0, help="Of samples and intervals.")] = 0,
     text: Annotated[Path | None, typer.Option(help="Held-out text (.txt, .jsonl) for perplexity.")] = None,
     text_tokens: Annotated[int | None, typer.Option(min=1, help="So many of its tokens.")] = 8192,
@@ -264,8 +265,8 @@ def evaluate(
         raise ValueError(f"{run} kept no weights: nothing can be measured")
     protocols: Any = tuple(one.value for one in protocol)
     measure = MeasureSettings(
-        protocols=protocols, before=facts, after=facts, sample=eval_sample, seed=eval_seed, text=text,
-        text_tokens=text_tokens,
+        protocols=protocols, before=facts, after=facts, cases=eval_sample, sample=eval_sample, seed=eval_seed,
+        text=text, text_tokens=text_tokens,
         abilities=AbilitySettings(tuple(abilities), None, abilities_data, abilities_shots, abilities_limit,
                                   abilities_tokens))
     model, tok, leading = _load_replicas(edited.hparams, dtype)

@@ -87,12 +87,37 @@ def _try_lock(handle: int) -> bool:
     return True
 
 
-def remove_leftovers(folder: Path) -> None:
+def place_in(folder: Path, name: str, what: str = "the folder") -> Path:
+    """The path of a file in a folder that may come from somebody else.
+
+    Args:
+        folder: need not be there; may itself be a link.
+        name: path from there.
+        what: the folder is called so in an error.
+
+    Raises:
+        ValueError: it leads out of the folder, by its name or by a symbolic link.
+    """
+    found, root = folder / name, folder.resolve()
+    try:
+        resolved = found.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise ValueError(f"{found} can't be followed ({error}): remove the link") from error
+    if not resolved.is_relative_to(root) or resolved == root:
+        raise ValueError(f"{found} leads out of {what}, to {resolved}: put the file itself there")
+    return found
+
+
+def remove_leftovers(folder: Path, beginning: str = "") -> None:
     """Remove temporary files of ``replacing`` that killed processes left in a folder.
 
     A file that somebody writes is locked, so it stays; so do those on a file system without locks.
+
+    Args:
+        folder: its own files alone are looked at.
+        beginning: of the names that the files were to get.
     """
-    for path in folder.glob(f".*{_PARTIAL}*"):
+    for path in folder.glob(f".{beginning}*{_PARTIAL}*"):
         with suppress(OSError):  # gone meanwhile, or not ours to remove
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             try:

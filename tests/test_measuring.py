@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_hparams, tiny_model
-from transformers import PreTrainedTokenizerBase
+from conftest import GOLDEN, tiny_hparams, tiny_model
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from sphere_easyedit.callbacks import EditCallback, EditEvent, StopEditing
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.measuring import AbilitySettings, MeasureSettings
 from sphere_easyedit.evaluation.metrics import evaluate_records, summarise
@@ -109,6 +113,92 @@ def test_a_run_is_measured_again_from_its_weights(tmp_path: Path, tok: PreTraine
     assert specificity[0] == 100.0 > specificity[4]
 
 
+@pytest.fixture(scope="module")
+def six_facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six facts in batches of two, measured by `paper` before and after; weights after 4 and 6 are kept."""
+    folder = tmp_path_factory.mktemp("six")
+    run_sequential(tiny_model("llama"), AutoTokenizer.from_pretrained(GOLDEN / "llama" / "tiny-llama"),
+                   load_records("demo", None, 6, 5), tiny_hparams(folder, v_num_grad_steps=2),
+                   RunSettings(folder / "run", 2, described=DEMO, keep_weights_every=4))
+    return folder / "run"
+
+
+DEMO = {"dataset": "demo", "data": None, "seed": 5, "order_seed": None, "skip": 0}
+
+
+@pytest.fixture
+def run(six_facts: Path, tmp_path: Path) -> Path:
+    """A copy of that run."""
+    return Path(shutil.copytree(six_facts, tmp_path / "run"))
+
+
+def test_perplexity_is_added_where_it_is_missing(run: Path, tmp_path: Path, tok: PreTrainedTokenizerBase,
+                                                 caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "text.txt").write_text("Ann was the mayor of the town, and Tom was old.\n")
+    before = lines_of(run / "metrics.jsonl")
+    asked = MeasureSettings(protocols=("rome", "paper"), text=tmp_path / "text.txt")
+    EditedRun(run).measure(tiny_model("llama"), tok, [6], asked)
+    found = lines_of(run / "metrics.jsonl")
+    assert [(line["num_edits"], line["protocol"]) for line in found] == [(0, "paper"), (6, "paper"), (6, "rome")]
+    assert found[0] == before[0]
+    assert before[1]["watched"].pop("perplexity") is None
+    perplexity = found[1]["watched"].pop("perplexity")
+    assert perplexity == found[2]["watched"]["perplexity"] > 1
+    assert found[1] == before[1]
+    assert not caplog.records
+    whole = (run / "metrics.jsonl").read_text()
+    EditedRun(run).measure(tiny_model("llama"), tok, [6], asked)
+    assert (run / "metrics.jsonl").read_text() == whole
+    assert "has perplexity after 6 edits already, on whatever text it was measured: it stays" in caplog.text
+
+
+def test_other_facts_than_those_measured_are_told(run: Path, tok: PreTrainedTokenizerBase,
+                                                  caplog: pytest.LogCaptureFixture) -> None:
+    def measure(**settings: Any) -> str:
+        caplog.clear()
+        EditedRun(run).measure(tiny_model("llama"), tok, [4], MeasureSettings(**settings))
+        return caplog.text
+
+    assert measure(sample=2, seed=0) == measure(sample=2, seed=0) == ""
+    assert "paper after 4 edits already, on 2 facts, which are not the 2 asked for" in measure(sample=2, seed=2)
+    assert "on 2 facts, which are not the 3 asked for: it stays. Remove its line" in measure(sample=3)
+    assert "on 2 facts, which are not the 4 asked for" in measure()
+    assert [line["cases"] for line in lines_of(run / "metrics.jsonl")] == [6, 6, 2]
+    assert "paper after 4 edits already, without a quality of texts" in measure(sample=2, decoding=Decoding(4))
+
+
+def test_protocol_easyedit_finds_what_it_compares_with(run: Path, tok: PreTrainedTokenizerBase) -> None:
+    found = EditedRun(run).measure(tiny_model("llama"), tok, [6],
+                                   MeasureSettings(protocols=("easyedit",), cases=3, sample=3))
+    assert [(line["when"], line["cases"]) for line in found if line["protocol"] == "easyedit"] == [
+        ("before", 6), ("after", 3)]
+
+
+class Stop(EditCallback):
+    """Ends a run once four edits are in the model."""
+
+    def on_batch_start(self, event: EditEvent) -> None:
+        if event.num_edits == 4:
+            raise StopEditing("enough")
+
+
+def test_a_run_that_stopped_ends_where_it_did(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    run = tmp_path / "run"
+    run_sequential(tiny_model("llama"), tok, load_records("demo", None, 6, 5), tiny_hparams(tmp_path,
+                   v_num_grad_steps=2), RunSettings(run, 2, described=DEMO), [Stop()])
+    found = EditedRun(run).measure(tiny_model("llama"), tok, [0, 4], MeasureSettings(protocols=("rome",)))
+    assert [(line["when"], line["num_edits"], line["protocol"], line["cases"]) for line in found] == [
+        ("before", 0, "paper", 6), ("after", 4, "paper", 4), ("before", 0, "rome", 6), ("after", 4, "rome", 4)]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"num_edits": "6"}', '{"num_edits": 6, "skipped": [1]}',
+                                     '{"num_edits": 6, "skipped": 1}'])
+def test_a_damaged_summary_is_refused(run: Path, content: str) -> None:
+    (run / "summary.json").write_text(content)
+    with pytest.raises(ValueError, match=r"summary\.json is no summary of a run"):
+        EditedRun(run)
+
+
 def test_fingerprints_tell_models_apart() -> None:
     model = tiny_model("gpt2")
     before = model_fingerprint(model)
@@ -135,3 +225,37 @@ def test_abilities_on_the_way(tmp_path: Path, tok: PreTrainedTokenizerBase) -> N
     for line in lines:
         assert line["protocol"].startswith("lm-eval")
         assert line["abilities"]["boolq"]["n"] == 2
+
+
+def test_abilities_that_are_there_are_told(run: Path, tmp_path: Path, tok: PreTrainedTokenizerBase,
+                                           caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("lm_eval")
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({"num_edits": 6, "when": "after", "protocol": "lm-eval", "seconds": 1.0, "abilities": {
+            "rte": {"mean": 5.0, "n": 9, "shots": 1, "protocol": "lm-eval 0"}}}) + "\n")
+    (tmp_path / "rte.jsonl").write_text('{"sentence1": "a", "sentence2": "b", "label": "entailment"}\n')
+    EditedRun(run).measure(tiny_model("llama"), tok, [6], MeasureSettings(
+        before=False, after=False, abilities=AbilitySettings(("rte",), data=tmp_path)))
+    assert "rte after 6 edits already, on 9 records, 1 examples, by lm-eval 0: it stays" in caplog.text
+
+
+@pytest.mark.parametrize(("task", "message"), [
+    ("nosuch", "no task 'nosuch'"), ("gsm8k", r"gsm8k\.jsonl does not exist"), ("rte", "lm_eval is missing")])
+def test_abilities_that_can_not_be_measured_are_refused_at_once(
+        task: str, message: str, tmp_path: Path, tok: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    from sphere_easyedit.evaluation import harness
+
+    monkeypatch.setattr(harness, "TaskManager", lambda: SimpleNamespace(all_tasks=["boolq"]))  # the real takes 20 s
+    if task == "rte":
+        (tmp_path / "rte.jsonl").write_text('{"sentence1": "a", "sentence2": "b", "label": "entailment"}\n')
+        monkeypatch.delitem(sys.modules, harness.__name__)
+        monkeypatch.setitem(sys.modules, "lm_eval", None)
+    model = tiny_model("llama")
+    before = model_fingerprint(model)
+    with pytest.raises((ValueError, ImportError), match=message):
+        run_sequential(model, tok, load_records("demo", None, 4, 0), tiny_hparams(tmp_path), RunSettings(
+            tmp_path / "run", 2, measure=MeasureSettings(abilities=AbilitySettings((task,), data=tmp_path))))
+    assert model_fingerprint(model) == before
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "stats").exists()  # nor was anything collected

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +33,20 @@ def test_an_installed_wheel_finds_hparams_and_demo(tmp_path: Path) -> None:
     assert int(files) == 60
     assert int(facts) >= 300
     assert version == sphere_easyedit.__version__ in wheel.name
+
+
+def test_all_that_is_asked_for_is_in_the_table_of_licences() -> None:
+    (call,) = [node for node in ast.walk(ast.parse((REPOSITORY / "setup.py").read_text()))
+               if isinstance(node, ast.Call) and ast.unparse(node.func) == "setup"]
+    said = {word.arg: word.value for word in call.keywords}
+    extras = ast.literal_eval(said["extras_require"])
+    del extras["easyedit"]  # what EasyEdit asks for is listed by EasyEdit
+    asked = {name for packages in (ast.literal_eval(said["install_requires"]), *extras.values())
+             for name in (re.split("[>=<]", package)[0].lower() for package in packages)}
+    needed = {re.split("[>=<]", package)[0] for package in ast.literal_eval(said["install_requires"])}
+    table = (REPOSITORY / "docs" / "SECURITY.md").read_text().split("## Licences of direct dependencies")[1]
+    rows = re.findall(r"^\| ([a-z][^|]+) \|[^|]*\|[^|]+\|([^|]*)\|$", table, re.MULTILINE)
+    listed = {name.strip(): what.strip() for names, what in rows for name in names.split(",")}
+    del listed["package"]  # the heading
+    assert set(listed) == asked
+    assert {name for name, what in listed.items() if not what} == needed

@@ -22,10 +22,17 @@ from test_fuzz import ABILITIES_LINE, CASES_LINE, CONFIG, EDITS_LINE, ENERGY, ME
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
+from sphere_easyedit.cli import main
 from sphere_easyedit.editing.covariance import load_projections, moment_path
 from sphere_easyedit.evaluation.checkpoints import put_weights, resume_from, session_path, weights_path
+from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.neurons import NeuronRecord
 from sphere_easyedit.evaluation.run_directory import RunDirectory
+from sphere_easyedit.evaluation.run_records import RunRecords
+from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
+from sphere_easyedit.evaluation.sweep import Run, Sweep, run_sweep
+from sphere_easyedit.evaluation.tail import RunTail
+from sphere_easyedit.evaluation.trackers import RunTrackers
 from sphere_easyedit.files import checksum_path, record_checksum, sha256_of
 from sphere_easyedit.loading import load_model
 
@@ -191,6 +198,120 @@ def test_names_do_not_lead_out_of_a_run_directory(tmp_path: Path) -> None:
         run.place("loop")
     assert [path.name for path in outside.iterdir()] == ["precious.jsonl"]
     assert (outside / "precious.jsonl").read_text() == '{"num_edits": 1}\n'
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A folder of somebody else's, with what a run would overwrite, remove or tell of."""
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    for name in ("factors-9.safetensors", "during-9.jsonl", ".x.partial", "places.json", "energy.csv"):
+        (folder / name).write_text("secret,words\n")
+    return folder
+
+
+@pytest.fixture
+def untouched(outside: Path) -> Iterator[None]:
+    """Nothing is added to that folder, taken from it or changed."""
+    def state() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() if path.is_file() else b"" for path in outside.rglob("*")}
+
+    before = state()
+    yield
+    assert state() == before
+
+
+LINKED = ("conflicts.json", "edits.jsonl", "energy.csv", "guard.json", "neurons.safetensors", "scores", "spaces.csv",
+          "texts")
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_names_do_not_lead_a_run_out(tmp_path: Path, outside: Path, untouched: None, tok: PreTrainedTokenizerBase,
+                                     name: str) -> None:
+    run, model = run_with(tmp_path, "tame"), tiny_model("llama")
+    shutil.rmtree(run / "scores")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(outside if "." not in name else outside / "energy.csv")
+    before = state_of(model)
+    with pytest.raises(ValueError, match=f"{name} leads out of the run directory") as caught:
+        run_sequential(model, tok, load_records("demo", None, 2, 0), tiny_hparams(tmp_path),
+                       RunSettings(run, 1, resume=True))
+    assert "secret" not in str(caught.value)
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", ["energy.csv", "edits.jsonl", "spaces.csv", "neurons.safetensors"])
+def test_names_do_not_lead_readers_out(tmp_path: Path, outside: Path, untouched: None, name: str) -> None:
+    run = run_with(tmp_path, "tame")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(outside / "energy.csv")
+    with pytest.raises(ValueError, match="leads out of the run directory") as caught:
+        _ = RunRecords.read(run).neurons
+    assert "secret" not in str(caught.value)
+    if name in ("energy.csv", "edits.jsonl"):
+        with pytest.raises(ValueError, match="leads out of the run directory"):
+            RunTail(run)
+
+
+@pytest.mark.parametrize("name", ["figures", "report.html", "figures/places.json"])
+def test_names_do_not_lead_a_report_out(tmp_path: Path, outside: Path, untouched: None, name: str) -> None:
+    pytest.importorskip("vl_convert", reason="reports need the extra `report`")
+    pytest.importorskip("jinja2", reason="reports need the extra `report`")
+    from sphere_easyedit.report import write_report
+
+    run = run_with(tmp_path, "tame")
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(outside if name == "figures" else outside / "places.json")
+    with pytest.raises(ValueError, match="leads out of the run directory"):
+        write_report([run])
+    assert not (run / "report.html").exists() or name == "report.html"
+
+
+def test_names_do_not_lead_factors_out(tmp_path: Path, outside: Path, untouched: None, model_folder: Path,
+                                       monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    run = run_with(tmp_path, "tame")
+    (run / "factors").symlink_to(outside)
+    settings = tiny_hparams(tmp_path, model_name=str(model_folder), device="cpu").to_dict()
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr("sys.argv", ["sphere-easyedit", "edit", "--hparams", str(tmp_path / "tiny.yaml"), "--output",
+                                     str(run), "--num-edits", "2", "--resume", "--keep-factors", "--quiet"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "factors leads out of the run directory" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["trackers", "trackers/sphere-easyedit"])
+def test_names_do_not_lead_trackers_out(tmp_path: Path, outside: Path, untouched: None, name: str,
+                                        caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    run = run_with(tmp_path, "tame")
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(outside)
+    with RunTrackers(run, ["tensorboard"]) as trackers:
+        trackers.update("editing", 1, 2)
+    assert "tracker tensorboard failed" in caplog.text
+    assert "leads out of the run directory" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["sweep.lock", "one.log"])
+def test_names_do_not_lead_a_sweep_out(tmp_path: Path, outside: Path, untouched: None, name: str) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / name).symlink_to(outside / "energy.csv")
+    sweep = Sweep((Run("one", "arm", "MEMIT", False, 0, "x.yaml", {}, "demo", None, 2, 1, {}, None, {}),))
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        run_sweep(sweep, tmp_path / "sweep", program=("false",))
+
+
+def test_leftovers_are_removed_in_a_runs_own_folders_alone(tmp_path: Path, outside: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    for name in ("notes", "checkpoints"):
+        (run.path / name).symlink_to(outside)
+    (outside / ".weights-4.safetensors.x.partial.safetensors").write_text("half")
+    (outside / ".session-4.safetensors.x.partial.safetensors").write_text("half")
+    with run.locked():
+        assert [path.name for path in outside.glob(".*")] == [".x.partial"]
 
 
 def test_a_run_directory_may_itself_be_a_link(tmp_path: Path) -> None:

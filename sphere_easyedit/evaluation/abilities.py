@@ -7,7 +7,8 @@ import importlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -115,6 +116,47 @@ def general_abilities(
             can't be had or is not of its form, or a written answer wouldn't fit the model's context. Nothing has been
             measured then.
     """
+    with _lent(model, tok, tasks, data, num_fewshot, limit, batch_size, max_new_tokens, seed) as (harness, lm, loaded):
+        scores: dict[str, AbilityScore] = {}
+        for name, asked in loaded.items():
+            lm.report = (lambda done, total: None) if progress is None else partial(progress, name)
+            before, started = lm.truncated, time.perf_counter()
+            results = harness.run(lm, asked, limit, seed)
+            logger.info("%s: %.1f s", name, time.perf_counter() - started)
+            if lm.truncated > before:
+                logger.warning("%s: %d requests lost the beginning of their prompt to the model's context of %d tokens",
+                               name, lm.truncated - before, lm.max_length)
+            scores |= _scores(name, results, _protocol(harness, name, harness.most_new_tokens(asked)))
+    return scores
+
+
+def check_abilities(
+    model: nn.Module,
+    tok: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    data: Path | None = None,
+    num_fewshot: int = 0,
+    limit: int | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int | None = None,
+) -> None:
+    """Refuse what ``general_abilities`` would refuse, without asking the model anything.
+
+    Args:
+        model, tok, tasks, data, num_fewshot, limit, batch_size, max_new_tokens: as there.
+
+    Raises:
+        ImportError, ValueError: as there.
+    """
+    with _lent(model, tok, tasks, data, num_fewshot, limit, batch_size, max_new_tokens, 0):
+        pass
+
+
+@contextmanager
+def _lent(model: nn.Module, tok: PreTrainedTokenizerBase, tasks: Sequence[str], data: Path | None, num_fewshot: int,
+          limit: int | None, batch_size: int, max_new_tokens: int | None, seed: int
+          ) -> Iterator[tuple[ModuleType, Any, dict[str, Any]]]:
+    """The harness, the model lent to it, and what it is to run by name, all checked (see ``general_abilities``)."""
     names = list(dict.fromkeys(tasks))
     if not names:
         raise ValueError(f"there is no task to measure: name some, for instance {', '.join(ABILITY_TASKS)}")
@@ -130,17 +172,7 @@ def general_abilities(
             if (most := harness.most_new_tokens(asked)) >= lm.max_length:
                 raise ValueError(f"task {name}: answers of up to {most} tokens leave no room for a question in the "
                                  f"model's context of {lm.max_length}: set max_new_tokens lower")
-        scores: dict[str, AbilityScore] = {}
-        for name, asked in loaded.items():
-            lm.report = (lambda done, total: None) if progress is None else partial(progress, name)
-            before, started = lm.truncated, time.perf_counter()
-            results = harness.run(lm, asked, limit, seed)
-            logger.info("%s: %.1f s", name, time.perf_counter() - started)
-            if lm.truncated > before:
-                logger.warning("%s: %d requests lost the beginning of their prompt to the model's context of %d tokens",
-                               name, lm.truncated - before, lm.max_length)
-            scores |= _scores(name, results, _protocol(harness, name, harness.most_new_tokens(asked)))
-    return scores
+        yield harness, lm, loaded
 
 
 def _harness() -> ModuleType:

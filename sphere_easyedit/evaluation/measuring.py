@@ -36,7 +36,7 @@ from .datasets import EditRecord, records_fingerprint
 from .metrics import CaseScores, Protocol, evaluate_protocols, summarise
 from .perplexity import held_out_texts, perplexity
 from .references import load_references
-from .run_directory import METRICS, RunDirectory, When
+from .run_directory import METRICS, SCORES, TEXTS, RunDirectory, When
 from .text_quality import Decoding, TextQuality, measure_text_quality, summarise_text_quality
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,11 @@ class AbilitySettings:
     limit: int | None = None
     max_new_tokens: int | None = None
     batch_size: int = 32
+
+    def asked(self) -> dict[str, Any]:
+        """How, as ``abilities.general_abilities`` takes it."""
+        return {"data": self.data, "num_fewshot": self.num_fewshot, "limit": self.limit,
+                "max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,24 @@ def when_after(num_edits: int, total: int) -> When:
     return "before" if num_edits == 0 else "after" if num_edits == total else "during"
 
 
+def lines_at(lines: Sequence[dict[str, Any]], point: Point) -> dict[str, dict[str, Any]]:
+    """Those lines of ``metrics.jsonl`` that a point has, by protocol."""
+    return {line["protocol"]: line for line in lines if (line["when"], line["num_edits"]) ==
+            (point.when, point.num_edits)}
+
+
+def perplexity_of(line: Mapping[str, Any]) -> float | None:
+    """The perplexity that goes with a line of ``metrics.jsonl``; None where none was measured."""
+    found: float | None = (line.get("watched") or {}).get("perplexity")
+    return found
+
+
+def abilities_at(lines: Sequence[Mapping[str, Any]], num_edits: int) -> dict[str, dict[str, Any]]:
+    """General abilities in ``metrics.jsonl`` after so many edits, by task."""
+    return {task: score for line in lines if line["num_edits"] == num_edits
+            for task, score in line.get("abilities", {}).items()}
+
+
 class Measurer:
     """Measures a model at points of its run, and writes down what it finds; what is written is not measured again.
 
@@ -193,7 +216,9 @@ class Measurer:
         progress: told how far a measurement is.
 
     Raises:
-        ValueError: the held-out text can't be read, or the protocols edit different facts.
+        ImportError: general abilities are to be measured, and lm-eval is missing.
+        ValueError: the held-out text can't be read, the protocols edit different facts, or a general ability is not
+            known or its data can't be had.
     """
 
     def __init__(self, editable: EditableModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord],
@@ -208,39 +233,46 @@ class Measurer:
         self._references = None
         if settings.references is not None:
             self._references = load_references(settings.references, records)
+        if settings.abilities.tasks:
+            from .abilities import check_abilities  # lm-eval takes seconds to import, and is an extra
+
+            check_abilities(editable.model, tok, settings.abilities.tasks, **settings.abilities.asked())
 
     def measure(self, point: Point) -> None:
-        """Measure at a point, unless ``metrics.jsonl`` has it already."""
-        written = {(line["when"], line["num_edits"], line["protocol"]) for line in self._run.lines(METRICS)}
-        if all((point.when, point.num_edits, protocol) in written for protocol in self._settings.protocols):
+        """Measure at a point what ``metrics.jsonl`` does not have: lines, or the perplexity that lines lack."""
+        lines = self._run.lines(METRICS)
+        written = lines_at(lines, point)
+        missing = [protocol for protocol in self._settings.protocols if protocol not in written]
+        lacking = [written[protocol] for protocol in self._settings.protocols
+                   if protocol in written and self._texts is not None and perplexity_of(written[protocol]) is None]
+        if not missing and not lacking:
             return
         started = time.perf_counter()
-        scores = self.scores(point)
+        scores = self.scores(point) if missing else {}
         watched = self._watched()
-        quality = self._text_quality(point)
+        quality = self._text_quality(point) if missing else {}
         seconds = time.perf_counter() - started
-        for protocol in self._settings.protocols:
-            if (point.when, point.num_edits, protocol) not in written:
-                line: dict[str, Any] = {"num_edits": point.num_edits, "when": point.when, "protocol": protocol,
-                                        "cases": len(point.cases)}
-                self._run.append(METRICS, line | dict(summarise(scores[protocol], self._settings.seed)) | quality
-                                 | {"watched": watched, "seconds": seconds})
+        if lacking:
+            for line in lacking:
+                line["watched"] = {**(line.get("watched") or {}), "perplexity": watched["perplexity"]}
+            self._run.write_lines(METRICS, lines)
+        for protocol in missing:
+            line = {"num_edits": point.num_edits, "when": point.when, "protocol": protocol, "cases": len(point.cases)}
+            self._run.append(METRICS, line | dict(summarise(scores[protocol], self._settings.seed)) | quality
+                             | {"watched": watched, "seconds": seconds})
             seconds = 0.0  # all protocols were measured at once
 
     def measure_abilities(self, when: When, num_edits: int) -> None:
         """Measure those of the general abilities that are not written down already."""
         settings = self._settings.abilities
-        measured = {task for line in self._run.lines(METRICS) if line["num_edits"] == num_edits
-                    for task in line.get("abilities", ())}
+        measured = abilities_at(self._run.lines(METRICS), num_edits)
         tasks = [task for task in settings.tasks if task not in measured]
         if not tasks:
             return
         from .abilities import general_abilities  # lm-eval takes seconds to import, and is an extra
 
         started = time.perf_counter()
-        found = general_abilities(self._editable.model, self._tok, tasks, settings.data,
-                                  num_fewshot=settings.num_fewshot, limit=settings.limit,
-                                  batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
+        found = general_abilities(self._editable.model, self._tok, tasks, **settings.asked(),
                                   progress=lambda task, done, total: self._progress(when, done, total))
         protocols = sorted({score.protocol for score in found.values()})
         self._run.append(METRICS, {
@@ -250,7 +282,7 @@ class Measurer:
 
     def scores(self, point: Point) -> dict[Protocol, list[CaseScores]]:
         """Scores of a point's cases by protocol, from its file as far as that goes, and measured from there on."""
-        name = f"scores/{point.when}-{point.num_edits}.jsonl"
+        name = f"{SCORES}/{point.when}-{point.num_edits}.jsonl"
         shared = self._shared() if point.when == "before" and not self._run.has(name) else None
         if shared is not None and shared.exists():
             logger.info("the unedited model was measured on these facts before: %s", shared)
@@ -285,7 +317,7 @@ class Measurer:
         records = [self._records[case] for case in point.cases if self._records[case].generation_prompts]
         if decoding is None or not records:
             return {}
-        name = f"texts/{point.when}-{point.num_edits}.jsonl"
+        name = f"{TEXTS}/{point.when}-{point.num_edits}.jsonl"
         self._run.keep_whole_lines(name)
         known = [TextQuality.from_dict(line) for line in self._run.lines(name)]
         for start in range(len(known), len(records), _CHUNK_OF_TEXTS):
@@ -302,7 +334,7 @@ class Measurer:
         """What the unedited model said, by case_id, where a protocol compares with it."""
         if "easyedit" not in self._settings.protocols or point.when == "before":
             return None
-        return {line["case_id"]: CaseScores.from_dict(line) for line in self._run.lines("scores/before-0.jsonl")
+        return {line["case_id"]: CaseScores.from_dict(line) for line in self._run.lines(f"{SCORES}/before-0.jsonl")
                 if line["protocol"] == "easyedit"}
 
     def _watched(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,20 @@ from ..editing.session import EditSession
 from ..hparams import SPHEREHyperParams
 from .checkpoints import put_weights, saved_weights
 from .datasets import EditRecord, load_records, records_fingerprint, with_protocol_targets
-from .measuring import Measurer, MeasureSettings, Progress, point_at, when_after
+from .measuring import (
+    AbilitySettings,
+    Measurer,
+    MeasureSettings,
+    Point,
+    Progress,
+    abilities_at,
+    lines_at,
+    perplexity_of,
+    point_at,
+    when_after,
+)
 from .neurons import NeuronRecord, NeuronWatch
-from .run_directory import METRICS, NEURONS, SKIPPED, SPACES, SUMMARY, RunDirectory
+from .run_directory import METRICS, NEURONS, SCORES, SKIPPED, SPACES, SUMMARY, RunDirectory
 from .spaces import SpaceTracker, covers, read_spaces_csv
 
 logger = logging.getLogger(__name__)
@@ -33,9 +45,10 @@ class EditedRun:
     Attributes:
         hparams: as the run resolved them.
         records: its facts, in the order of editing, but for those that it left out.
+        last: number of edits that it ended with; that it is to end with while it has not.
 
     Raises:
-        ValueError: the directory holds no run, or its data set has changed since.
+        ValueError: the directory holds no run or a damaged one, or its data set has changed since.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,13 +66,15 @@ class EditedRun:
                              "changed since")
         # Refused before editing or left out at it; the summary has both, but only once the run has ended.
         skipped = {line["case_id"] for line in self.directory.lines(SKIPPED)}
-        if self.directory.has(SUMMARY):
-            skipped |= {one["case_id"] for one in self.directory.read_json(SUMMARY).get("skipped", ())}
-        self.records = [record for record in records if record.case_id not in skipped]
+        left_out, ended = self._end()
+        self.records = [record for record in records if record.case_id not in skipped | left_out]
+        self.last = len(self.records) if ended is None else ended
 
     def measure(self, model: nn.Module, tok: PreTrainedTokenizerBase, at: Sequence[int], settings: MeasureSettings,
                 progress: Progress | None = None) -> list[dict[str, Any]]:
         """Measure the model after so many edits, and add the lines to ``metrics.jsonl`` that are not there.
+
+        What is there stays, and a warning says where it may be something else than what is asked for now.
 
         Args:
             model: the model that the run edited, just loaded; left with the weights of the last measurement.
@@ -79,7 +94,6 @@ class EditedRun:
         editable = self.hparams.editable(model)
         EditSession.of(model).bind(editable, self.hparams)  # takes note of the original weights
         measurer = Measurer(editable, tok, self.records, settings, self.directory, progress or (lambda *_: None))
-        total = len(self.records)
         # The unedited model's scores are what protocol easyedit compares with.
         numbers = sorted({*at, *([0] if "easyedit" in settings.protocols else [])})
         with self.directory.locked():
@@ -87,10 +101,63 @@ class EditedRun:
                 if num_edits:
                     put_weights(editable, self.directory.checkpoints, num_edits)
                 if settings.before or settings.after:
-                    measurer.measure(point_at(num_edits, total, settings))
+                    point = self._point(num_edits, settings)
+                    self._warn_of_facts(point, settings)
+                    measurer.measure(point)
                 if settings.abilities.tasks:
-                    measurer.measure_abilities(when_after(num_edits, total), num_edits)
+                    self._warn_of_abilities(num_edits, settings.abilities)
+                    measurer.measure_abilities(when_after(num_edits, self.last), num_edits)
         return [line for line in self.directory.lines(METRICS) if line["num_edits"] in numbers]
+
+    def _end(self) -> tuple[set[Any], int | None]:
+        """Of a run that has ended: case_ids that it left out, and its last number of edits."""
+        if not self.directory.has(SUMMARY):
+            return set(), None
+        summary = self.directory.read_json(SUMMARY)
+        try:
+            left_out, last = {one["case_id"] for one in summary.get("skipped", ())}, summary["num_edits"]
+            if type(last) is not int or last < 1:
+                raise ValueError(f"num_edits is {last!r}")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.directory.path / SUMMARY} is no summary of a run ({type(error).__name__}: {error})"
+                             ": it was changed by hand or damaged") from error
+        return left_out, last
+
+    def _point(self, num_edits: int, settings: MeasureSettings) -> Point:
+        if num_edits:
+            return point_at(num_edits, self.last, settings)
+        # Whatever facts another point is measured on, protocol easyedit compares them with what is said here.
+        every = replace(settings, cases=None) if "easyedit" in settings.protocols else settings
+        return point_at(0, len(self.records), every)
+
+    def _warn_of_facts(self, point: Point, settings: MeasureSettings) -> None:
+        """Say what a point's lines keep to, though it is asked for otherwise or can't be told."""
+        name = f"{SCORES}/{point.when}-{point.num_edits}.jsonl"
+        scores = self.directory.lines(name)
+        asked = {self.records[case].case_id for case in point.cases}
+        whole = len(asked) == (point.num_edits or len(self.records))
+        for protocol, line in lines_at(self.directory.lines(METRICS), point).items():
+            if protocol not in settings.protocols:
+                continue
+            known = {one.get("case_id") for one in scores if one.get("protocol") == protocol}
+            cases = line.get("cases", len(asked))
+            if (cases != len(asked) and not (whole and cases > len(asked))) or (known and not asked <= known):
+                self._warn(f"{protocol} after {point.num_edits} edits", f"on {cases} facts, which are not the "
+                           f"{len(asked)} asked for")
+            if settings.text is not None and perplexity_of(line) is not None:
+                self._warn(f"perplexity after {point.num_edits} edits", "on whatever text it was measured")
+            if settings.decoding is not None and "fluency" not in line:
+                self._warn(f"{protocol} after {point.num_edits} edits", "without a quality of texts")
+
+    def _warn_of_abilities(self, num_edits: int, settings: AbilitySettings) -> None:
+        for task, score in abilities_at(self.directory.lines(METRICS), num_edits).items():
+            if task in settings.tasks:
+                self._warn(f"{task} after {num_edits} edits", f"on {score.get('n')} records, {score.get('shots')} "
+                           f"examples, by {score.get('protocol')}")
+
+    def _warn(self, what: str, how: str) -> None:
+        logger.warning("%s has %s already, %s: it stays. Remove its line to have it measured anew",
+                       self.directory.path / METRICS, what, how)
 
     def describe_weights(self, model: nn.Module, progress: Progress | None = None) -> None:
         """Write ``neurons.safetensors`` of the latest kept weights, and ``spaces.csv`` of the changes between them.
@@ -126,9 +193,9 @@ class EditedRun:
             return EditEvent(model, editable.weights(), num_edits, 0, ())
 
         with self.directory.locked():
-            spaces = self.directory.path / SPACES
+            spaces = self.directory.place(SPACES)
             told = spaces.is_file() and covers(read_spaces_csv(spaces), kept[-1])
-            path = self.directory.path / NEURONS
+            path = self.directory.place(NEURONS)
             seen = path.is_file() and NeuronRecord.read(path).num_edits >= kept[-1]
             if told and seen:
                 return

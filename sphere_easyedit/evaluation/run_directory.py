@@ -5,13 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
-from ..files import remove_leftovers, replacing
+from ..files import place_in, remove_leftovers, replacing
 from ..safe_yaml import read_yaml
 
 # On what a run was measured: all facts before or after, those so far, those of the last batch (see `measuring`).
@@ -20,6 +20,10 @@ When = Literal["before", "during", "last_batch", "after"]
 CONFIG, EDITS, METRICS, SUMMARY = "config.yaml", "edits.jsonl", "metrics.jsonl", "summary.json"
 ENERGY, CASES, EXAMPLES = "energy.csv", "cases.jsonl", "examples.json"
 SPACES, NEURONS, SKIPPED, GUARD = "spaces.csv", "neurons.safetensors", "skipped.jsonl", "guard.json"
+CONFLICTS, SCORES, TEXTS = "conflicts.json", "scores", "texts"  # the latter two are folders
+_NAMES = (CONFIG, EDITS, METRICS, SUMMARY, ENERGY, CASES, EXAMPLES, SPACES, NEURONS, SKIPPED, GUARD, CONFLICTS, SCORES,
+          TEXTS)
+_OF_CHECKPOINTS = ("weights-", "session-")  # names in the folder of checkpoints begin so
 _CHUNK = 1 << 16  # bytes
 
 
@@ -51,14 +55,16 @@ class RunDirectory:
         Raises:
             ValueError: it leads out of the directory, by its name or by a symbolic link.
         """
-        found, root = self.path / name, self.path.resolve()
-        try:
-            resolved = found.resolve()
-        except (OSError, RuntimeError) as error:  # links in a circle
-            raise ValueError(f"{found} can't be followed ({error}): remove the link") from error
-        if not resolved.is_relative_to(root) or resolved == root:
-            raise ValueError(f"{found} leads out of the run directory, to {resolved}: put the file itself there")
-        return found
+        return place_in(self.path, name, "the run directory")
+
+    def check_places(self) -> None:
+        """Refuse a directory one of whose names leads out of it; to be called before anything is done there.
+
+        Raises:
+            ValueError: names the first that does.
+        """
+        for name in _NAMES:
+            self.place(name)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -76,11 +82,17 @@ class RunDirectory:
             except BlockingIOError as error:
                 raise ValueError(f"another process is at work in {self.path}: wait for it, or give another directory"
                                  ) from error
-            for folder in (self.path, *(path for path in self.path.iterdir() if path.is_dir())):
-                remove_leftovers(folder)
+            self._remove_leftovers()
             yield
         finally:
             os.close(handle)  # and the lock with it
+
+    def _remove_leftovers(self) -> None:
+        linked = self.checkpoints.is_symlink()
+        for folder in (self.path, *(path for path in self.path.iterdir() if path.is_dir() and not path.is_symlink())):
+            remove_leftovers(folder)
+        for beginning in _OF_CHECKPOINTS if linked else ():  # other programs may keep theirs on that disk
+            remove_leftovers(self.checkpoints, beginning)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a whole file, or leave the one before it."""
@@ -90,6 +102,10 @@ class RunDirectory:
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a whole JSON file."""
         self.write_text(name, json.dumps(content, indent=1))
+
+    def write_lines(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write a whole JSONL file."""
+        self.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file.
@@ -159,7 +175,7 @@ class RunDirectory:
     def keep_whole_lines(self, name: str) -> None:
         """Drop a JSONL file's last line if it was torn."""
         if self.has(name) and not self.place(name).read_bytes().endswith(b"\n"):
-            self.write_text(name, "".join(json.dumps(line) + "\n" for line in self.lines(name)))
+            self.write_lines(name, self.lines(name))
 
     def keep_until(self, name: str, num_edits: int) -> None:
         """Drop a JSONL file's lines of more edits than these; a file that is absent stays so."""
@@ -167,7 +183,7 @@ class RunDirectory:
             return
         kept = [line for number, line in enumerate(self.lines(name), start=1)
                 if _edits(line, f"{self.path / name}, line {number}") <= num_edits]
-        self.write_text(name, "".join(json.dumps(line) + "\n" for line in kept))
+        self.write_lines(name, kept)
 
 
 def _whole_lines(stream: FileIO) -> int:

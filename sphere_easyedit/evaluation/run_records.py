@@ -141,8 +141,8 @@ class RunRecords:
             *((point.num_edits, point.when, point.protocol, task) for point in abilities for task in point.abilities)])
         batches = [_batch(line, where) for where, line in _lines(files, EDITS)]
         _check_unique(files.path / EDITS, [batch.num_edits for batch in batches])
-        energy = read_energy_csv(files.path / ENERGY) if files.has(ENERGY) else []
-        spaces = read_spaces_csv(files.path / SPACES) if files.has(SPACES) else []
+        energy = read_energy_csv(files.place(ENERGY)) if files.has(ENERGY) else []
+        spaces = read_spaces_csv(files.place(SPACES)) if files.has(SPACES) else []
         _check_unique(files.path / SPACES, [(space.num_edits, space.layer) for space in spaces])
         return cls(files.path, _config(files), tuple(points), tuple(abilities), tuple(energy), tuple(batches),
                    _summary(files), tuple(spaces))
@@ -254,9 +254,9 @@ class RunRecords:
         """How the neurons lie before editing and at the latest measurement, read when asked for; None where not kept.
 
         Raises:
-            ValueError: ``neurons.safetensors`` is damaged.
+            ValueError: ``neurons.safetensors`` is damaged, or leads out of the directory.
         """
-        path = self.directory / NEURONS
+        path = RunDirectory(self.directory).place(NEURONS)
         return NeuronRecord.read(path) if path.is_file() else None
 
     def scores(self, when: When, num_edits: int, protocol: str = PAPER) -> dict[CaseId, dict[str, float]]:

@@ -53,14 +53,17 @@ from .run_config import check_same_run, run_config
 from .run_directory import (
     CASES,
     CONFIG,
+    CONFLICTS,
     EDITS,
     ENERGY,
     EXAMPLES,
     METRICS,
     NEURONS,
+    SCORES,
     SKIPPED,
     SPACES,
     SUMMARY,
+    TEXTS,
     RunDirectory,
     When,
 )
@@ -154,6 +157,7 @@ def run_sequential(
     if not records:
         raise ValueError("there are no records to edit")
     run = RunDirectory(settings.output)
+    run.check_places()
     goes_on = settings.resume and run.has(CONFIG)
     if not goes_on and settings.output.exists() and any(settings.output.iterdir()):
         raise ValueError(f"{settings.output} is not empty: give a new directory for the run"
@@ -164,9 +168,9 @@ def run_sequential(
         raise ValueError(f"the model holds {session.num_edits} edits already: start a run from a model just loaded")
     # All that can be refused is refused, and what takes long is collected, before anything is measured or changed.
     started = time.perf_counter()
-    refused = _prepare(editable, tok, records, hparams, session, settings)
     report = progress or (lambda what, done, total: None)
     measurer = Measurer(editable, tok, records, settings.measure, run, report)
+    refused = _prepare(editable, tok, records, hparams, session, settings)
     preparation_seconds = time.perf_counter() - started
     described = {**settings.described, "num_edits": len(records), "batch_size": settings.batch_size,
                  "protocol": settings.measure.protocols[0], "records": records_fingerprint(records),
@@ -189,7 +193,7 @@ def run_sequential(
             run.write_text(CONFIG, yaml.safe_dump(config, sort_keys=False))
             if conflicts := find_conflicts(records):
                 logger.warning("%s", conflicts.summary())
-                run.write_json("conflicts.json", conflicts.to_dict())
+                run.write_json(CONFLICTS, conflicts.to_dict())
         return work.complete(preparation_seconds)
 
 
@@ -230,8 +234,8 @@ def _go_back_to_checkpoint(run: RunDirectory, editable: EditableModel, same_vers
     run.keep_whole_lines(METRICS)
     if not same_versions:
         run.keep_until(METRICS, num_edits)
-        (run.path / NEURONS).unlink(missing_ok=True)  # the next measurement makes it anew
-        for path in itertools.chain.from_iterable((run.path / part).glob("*.jsonl") for part in ("scores", "texts")):
+        run.place(NEURONS).unlink(missing_ok=True)  # the next measurement makes it anew
+        for path in itertools.chain.from_iterable(run.place(part).glob("*.jsonl") for part in (SCORES, TEXTS)):
             edits = path.stem.rpartition("-")[2]
             if edits.isdecimal() and int(edits) > num_edits:
                 path.unlink()
@@ -246,8 +250,8 @@ class _Run:
                  callbacks: Sequence[EditCallback], report: Progress, refused: Sequence[Skipped]) -> None:
         self._editable, self._tok, self._records, self._hparams = editable, tok, records, hparams
         self._settings, self._run, self._measurer, self._report = settings, run, measurer, report
-        self._tracker = HETracker(run.path / ENERGY)
-        spaces = SpaceTracker(run.path / SPACES, hparams.gamma, hparams.principal_space == "pretrained")
+        self._tracker = HETracker(run.place(ENERGY))
+        spaces = SpaceTracker(run.place(SPACES), hparams.gamma, hparams.principal_space == "pretrained")
         self._batch: Sequence[EditRecord] = ()
         self._callbacks = [*callbacks, self._tracker, _BatchLog(run, self._tracker, spaces, self._efficacy)]
         self._examples = [record.edit_prompt for record in records[: settings.examples]]
@@ -301,7 +305,7 @@ class _Run:
         for point in points:
             self._measurer.measure(self._of_the_edited(point, tried))
         if tried == total or any(point.when == "during" for point in points):
-            self._neurons.write(self._run.path / NEURONS, self._editable.weights(), self._skips.edited(tried))
+            self._neurons.write(self._run.place(NEURONS), self._editable.weights(), self._skips.edited(tried))
         if abilities_are_due(tried, size, total, measure.abilities):
             self._measurer.measure_abilities(when_after(tried, total), self._skips.edited(tried))
 
@@ -313,7 +317,7 @@ class _Run:
         save_weights(self._editable, self._run.checkpoints, num_edits)
         if measure.after:
             self._measurer.measure(self._last_point(tried))
-        self._neurons.write(self._run.path / NEURONS, self._editable.weights(), num_edits)
+        self._neurons.write(self._run.place(NEURONS), self._editable.weights(), num_edits)
         if measure.abilities.tasks:
             self._measurer.measure_abilities("after", num_edits)
 
@@ -416,7 +420,7 @@ class _Run:
         # One batch at least is in the model, so the tracker has read or written its records.
         tracker = self._tracker
         if not tracker.records:
-            tracker.records = read_energy_csv(run.path / ENERGY)
+            tracker.records = read_energy_csv(run.place(ENERGY))
         run.write_json(EXAMPLES, {"before": before, "after": after})
         run.write_json(SUMMARY, summary)
         return RunResult(summary, tracker, generations)
@@ -459,7 +463,7 @@ def _checkpoints(sizes: Sequence[int], every: int) -> set[int]:
 
 def _finished(run: RunDirectory, examples: Sequence[str]) -> RunResult:
     tracker = HETracker()
-    tracker.records = read_energy_csv(run.path / ENERGY)
+    tracker.records = read_energy_csv(run.place(ENERGY))
     said = run.read_json(EXAMPLES)
     generations = list(zip(examples, said["before"], said["after"], strict=False))
     return RunResult(run.read_json(SUMMARY), tracker, generations)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..callbacks import EnergyRecord
-from .run_directory import EDITS, ENERGY, METRICS, parse_line
+from .run_directory import EDITS, ENERGY, METRICS, RunDirectory, parse_line
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,17 @@ class RunTail:
     Args:
         path: the run directory; need not be there yet.
 
+    Raises:
+        ValueError: one of the files leads out of the directory.
+
     Attributes:
         energy: all records of ``energy.csv`` as of the last look, by number of edits. Those of the batches told are
             among them.
     """
 
     def __init__(self, path: Path) -> None:
-        self._edits, self._metrics, self._energy_file = (_GrowingFile(path / name) for name in (EDITS, METRICS, ENERGY))
+        place = RunDirectory(path).place
+        self._edits, self._metrics, self._energy_file = (_GrowingFile(place(name)) for name in (EDITS, METRICS, ENERGY))
         self.energy: dict[int, EnergyRecord] = {}
 
     def poll(self) -> News:

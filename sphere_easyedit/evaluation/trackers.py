@@ -93,6 +93,8 @@ class RunTrackers:
                    "wandb": {"name": self._run.path.resolve().name, "dir": str(folder),
                              "settings": {"console": "off", "silent": self._quiet}}}
         try:
+            for path in (folder, *folder.rglob("*")):  # trackers write wherever links lead
+                self._run.place(str(path.relative_to(self._run.path)))
             folder.mkdir(exist_ok=True)
             # One each, so that one that fails takes no other with it.
             accelerator = Accelerator(log_with=tracker, project_dir=str(folder))

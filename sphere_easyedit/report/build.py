@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
+from ..evaluation.run_directory import RunDirectory
 from ..evaluation.run_records import RunRecords
 from ..files import replacing
 from .abilities import abilities_figure
@@ -48,22 +49,23 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None, f
         live: of a run under way: the page loads itself anew, and what takes seconds to compute is left for the end.
 
     Raises:
-        ValueError: a directory holds no run or a damaged one, several runs are given without ``output``, or what draws
-            is not installed. Nothing is then written.
+        ValueError: a directory holds no run or a damaged one, several runs are given without ``output``, what draws is
+            not installed, or the page or ``figures/`` leads out of the folder. Nothing is then written.
     """
     if output is None and len(runs) != 1:
         raise ValueError(f"{len(runs)} runs are given: say where the report of all of them goes (output)")
     check_installed()
     folder = Path(runs[0] if output is None else output)
+    place = RunDirectory(folder).place  # mostly a run's own, which may come from somebody else
+    html, drawn, places = place("report.html"), place("figures"), place("figures/places.json")
     named = named_runs([RunRecords.read(run) for run in runs])
-    figures, notes = figures_of(named, live, folder / "figures" / "places.json")
+    figures, notes = figures_of(named, live, places)
     title = named[0].label if len(named) == 1 else f"{len(named)} runs"
     page = Page(f"SPHERE: {title}", named, notices_of(named), figures, tables_of(named), notes,
                 REFRESH if live else None).html()
-    html = folder / "report.html"
     with replacing(html) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    return ReportFiles(html, tuple(write_figures(figures, folder / "figures")) if files else ())
+    return ReportFiles(html, tuple(write_figures(figures, drawn)) if files else ())
 
 
 def check_installed() -> None:
