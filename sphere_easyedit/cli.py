@@ -77,6 +77,11 @@ class Metrics(str, Enum):
 
 Override = Annotated[list[str], typer.Option("--set", help="Change a hyperparameter: NAME=VALUE (YAML); repeatable.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more of what is going on.")]
+Fluency = Annotated[bool, typer.Option("--fluency", help="Measure the fluency of generated text, too.")]
+FluencyTokens = Annotated[int, typer.Option(min=1, help="New tokens of a text.")]
+FluencyPrompts = Annotated[int | None, typer.Option(min=1, help="At most so many texts a case.")]
+References = Annotated[Path | None, typer.Option(help="Measure consistency, too, with these texts: a folder of ROME's "
+                                                 "files, or a .txt or .jsonl corpus.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on the way but warnings and errors.")]
 
 
@@ -130,11 +135,10 @@ def edit(
     = None,
     text: Annotated[Path | None, typer.Option(help="Held-out text (.txt, .jsonl) for perplexity.")] = None,
     text_tokens: Annotated[int | None, typer.Option(min=1, help="So many of its tokens.")] = 8192,
-    fluency: Annotated[bool, typer.Option("--fluency", help="Measure the fluency of generated text, too.")] = False,
-    fluency_tokens: Annotated[int, typer.Option(min=1, help="New tokens of a text.")] = 100,
-    fluency_prompts: Annotated[int | None, typer.Option(min=1, help="At most so many texts a case.")] = None,
-    references: Annotated[Path | None, typer.Option(help="Measure consistency, too, with these texts: a folder of "
-                                                    "ROME's files, or a .txt or .jsonl corpus.")] = None,
+    fluency: Fluency = False,
+    fluency_tokens: FluencyTokens = 100,
+    fluency_prompts: FluencyPrompts = None,
+    references: References = None,
     abilities: Annotated[list[str], typer.Option(help="General abilities by lm-eval: gsm8k, rte, natural_questions, "
                                                  "boolq, or any of its tasks; repeatable.")] = [],  # noqa: B006
     abilities_every: Annotated[int | None, typer.Option(min=1, help="Also after every so many edits.")] = None,
@@ -154,7 +158,6 @@ def edit(
     from .evaluation.measuring import AbilitySettings, MeasureSettings
     from .evaluation.run_directory import GUARD, RunDirectory
     from .evaluation.sequential import RunSettings, run_sequential
-    from .evaluation.text_quality import Decoding
     from .evaluation.trackers import RunTrackers
     from .progress import LiveLine
 
@@ -167,12 +170,10 @@ def edit(
 
         live_report = LiveReport(output)
     protocols: Any = tuple(one.value for one in protocol)
-    decoding = None
-    if fluency or references is not None:
-        decoding = Decoding(fluency_tokens, seed=eval_seed, prompts=fluency_prompts)
     measure = MeasureSettings(
         protocols=protocols, before=eval_before, after=eval_after, cases=eval_cases, every=eval_every,
-        sample=eval_sample, last_batch=eval_last_batch, text=text, text_tokens=text_tokens, decoding=decoding,
+        sample=eval_sample, last_batch=eval_last_batch, text=text, text_tokens=text_tokens,
+        decoding=_decoding(fluency, references, fluency_tokens, eval_seed, fluency_prompts),
         references=references, seed=eval_seed, shared_before=share_before,
         abilities=AbilitySettings(tuple(abilities), abilities_every, abilities_data, abilities_shots, abilities_limit,
                                   abilities_tokens))
@@ -236,6 +237,10 @@ def evaluate(
     eval_seed: Annotated[int, typer.Option(min=0, help="Of samples and intervals.")] = 0,
     text: Annotated[Path | None, typer.Option(help="Held-out text (.txt, .jsonl) for perplexity.")] = None,
     text_tokens: Annotated[int | None, typer.Option(min=1, help="So many of its tokens.")] = 8192,
+    fluency: Fluency = False,
+    fluency_tokens: FluencyTokens = 100,
+    fluency_prompts: FluencyPrompts = None,
+    references: References = None,
     abilities: Annotated[list[str], typer.Option(help="General abilities, as for edit; repeatable.")]
     = [],  # noqa: B006
     abilities_data: Annotated[Path | None, typer.Option(help="Folder of the four tasks' .jsonl files.")] = None,
@@ -266,7 +271,8 @@ def evaluate(
     protocols: Any = tuple(one.value for one in protocol)
     measure = MeasureSettings(
         protocols=protocols, before=facts, after=facts, cases=eval_sample, sample=eval_sample, seed=eval_seed,
-        text=text, text_tokens=text_tokens,
+        text=text, text_tokens=text_tokens, references=references,
+        decoding=_decoding(fluency, references, fluency_tokens, eval_seed, fluency_prompts),
         abilities=AbilitySettings(tuple(abilities), None, abilities_data, abilities_shots, abilities_limit,
                                   abilities_tokens))
     model, tok, leading = _load_replicas(edited.hparams, dtype)
@@ -568,6 +574,13 @@ def _load_replicas(hparams: SPHEREHyperParams, dtype: str | None) -> tuple[Any, 
         replicas.follow()
         raise typer.Exit
     return model, tok, replicas.leading()
+
+
+def _decoding(fluency: bool, references: Path | None, tokens: int, seed: int, prompts: int | None) -> Any:
+    """How text is generated, where fluency or consistency asks for it."""
+    from .evaluation.text_quality import Decoding
+
+    return Decoding(tokens, seed=seed, prompts=prompts) if fluency or references is not None else None
 
 
 def _without_bars_of_transformers() -> None:

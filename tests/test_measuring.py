@@ -62,6 +62,25 @@ def test_text_is_measured_where_there_are_prompts(tmp_path: Path, tok: PreTraine
         MeasureSettings(references=corpus)
 
 
+def test_text_is_measured_again_as_on_the_way(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    """Fluency and consistency are added to lines that lack them, to the numbers that the run itself would have had."""
+    corpus, path = tmp_path / "corpus.txt", facts_file(tmp_path)
+    corpus.write_text("Ann was the mayor of the town.\nTom and Eve lived in the town.\n")
+    described = {"dataset": "facts", "data": str(path), "seed": 0, "order_seed": None, "skip": 0}
+    text = MeasureSettings(decoding=Decoding(8), references=corpus)
+    for name, measure in (("with", text), ("without", MeasureSettings())):
+        run_sequential(tiny_model("llama"), tok, load_records("facts", path, 6, 0),
+                       tiny_hparams(tmp_path, v_num_grad_steps=2),
+                       RunSettings(tmp_path / name, 6, described=described, measure=measure))
+    EditedRun(tmp_path / "without").measure(tiny_model("llama"), tok, [6], MeasureSettings(decoding=Decoding(8)))
+    added = lines_of(tmp_path / "without" / "metrics.jsonl")[-1]
+    assert "fluency" in added and "consistency" not in added
+    EditedRun(tmp_path / "without").measure(tiny_model("llama"), tok, [0], text)
+    one, other = (lines_of(tmp_path / name / "metrics.jsonl") for name in ("with", "without"))
+    assert one[0] | {"seconds": 0} == other[0] | {"seconds": 0}
+    assert one[1]["fluency"] == other[1]["fluency"]
+
+
 def test_easyedits_protocol_in_a_run(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
     records = load_records("demo", None, 4, 0)
     result = run_sequential(

@@ -239,28 +239,38 @@ class Measurer:
             check_abilities(editable.model, tok, settings.abilities.tasks, **settings.abilities.asked())
 
     def measure(self, point: Point) -> None:
-        """Measure at a point what ``metrics.jsonl`` does not have: lines, or the perplexity that lines lack."""
+        """Measure at a point what ``metrics.jsonl`` does not have: lines, or what lines lack (see ``_lacking``)."""
         lines = self._run.lines(METRICS)
         written = lines_at(lines, point)
         missing = [protocol for protocol in self._settings.protocols if protocol not in written]
         lacking = [written[protocol] for protocol in self._settings.protocols
-                   if protocol in written and self._texts is not None and perplexity_of(written[protocol]) is None]
+                   if protocol in written and self._lacking(written[protocol], point)]
         if not missing and not lacking:
             return
         started = time.perf_counter()
         scores = self.scores(point) if missing else {}
         watched = self._watched()
-        quality = self._text_quality(point) if missing else {}
+        quality = self._text_quality(point)
         seconds = time.perf_counter() - started
         if lacking:
             for line in lacking:
-                line["watched"] = {**(line.get("watched") or {}), "perplexity": watched["perplexity"]}
+                line |= quality
+                if watched["perplexity"] is not None:
+                    line["watched"] = {**(line.get("watched") or {}), "perplexity": watched["perplexity"]}
             self._run.write_lines(METRICS, lines)
         for protocol in missing:
             line = {"num_edits": point.num_edits, "when": point.when, "protocol": protocol, "cases": len(point.cases)}
             self._run.append(METRICS, line | dict(summarise(scores[protocol], self._settings.seed)) | quality
                              | {"watched": watched, "seconds": seconds})
             seconds = 0.0  # all protocols were measured at once
+
+    def _lacking(self, line: Mapping[str, Any], point: Point) -> bool:
+        """Whether a line has no perplexity, fluency or consistency, which is asked for."""
+        wanted = set()
+        if any(self._records[case].generation_prompts for case in point.cases):
+            wanted = ({"fluency"} if self._settings.decoding is not None else set()) | (
+                {"consistency"} if self._references is not None else set())
+        return not wanted <= line.keys() or (self._texts is not None and perplexity_of(line) is None)
 
     def measure_abilities(self, when: When, num_edits: int) -> None:
         """Measure those of the general abilities that are not written down already."""
