@@ -22,6 +22,7 @@ from unittest import mock
 
 import pytest
 import torch
+import typer
 import yaml
 from conftest import GOLDEN, REQUESTS, tiny_hparams, tiny_model
 from hypothesis import HealthCheck, given, settings
@@ -30,7 +31,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.cli import main
+from sphere_easyedit.cli import app, main
 from sphere_easyedit.editing.requests import EditRequest, parse_requests, tokenize_request
 from sphere_easyedit.evaluation.conflicts import find_conflicts
 from sphere_easyedit.evaluation.datasets import (
@@ -336,16 +337,34 @@ def test_run_directories(content: dict[str, bytes]) -> None:
 
 # --- the command line ----------------------------------------------------------------------------------------
 
-COMMANDS = ("edit", "evaluate", "show", "report", "sweep", "hparams", "stats", "doctor", "plan", "export", "apply",
-            "odd")
-OPTIONS = ("--hparams", "--output", "--dataset", "--data", "--num-edits", "--batch-size", "--seed", "--order-seed",
-           "--skip", "--set", "--dtype", "--examples", "--resume", "--eval-every", "--protocol", "--text", "--tracker",
-           "--case", "--at", "--json", "--jobs", "--base-alg", "--stats-dir", "--gflops", "--quiet", "--verbose",
-           "--odd", "--follow", "--references", "--no-calibrate", "--collect-only")
+OPTIONS = {name: tuple(text for parameter in command.params if parameter.param_type_name == "option"
+                       for text in (*parameter.opts, *parameter.secondary_opts))
+           for name, command in typer.main.get_group(app).commands.items()} | {"odd": ("--odd",)}
+# Lines that are in order up to the model, which is absent.
+PLAIN = {"edit": "--hparams tiny.yaml --output new --quiet", "evaluate": "run", "show": "run --case 26",
+         "report": "run", "sweep": "tiny.yaml --output new", "hparams": "./absent-model",
+         "stats": "--hparams tiny.yaml", "plan": "--hparams tiny.yaml --num-edits 2 --no-calibrate",
+         "export": "run --output new", "apply": "run --model ./absent-model --output new",
+         "withdraw": "run --case 26 --output new"}
 WORDS = ("tiny.yaml", "odd.yaml", "AlphaEdit/smollm2-135n", "demo", "facts", "facts.csv", "absent", "run", "0", "-1",
          "3", "1e9", "alpha=2", "alpha=[", "=", "model_name=absent", "layers=&a [*a]", "gamma=!!timestamp x", "paper",
-         "auto", "float8", "é\u202e", "", " ", "\n", "--", "-", "[bold]", "[/]")
-arguments = st.lists(st.sampled_from(OPTIONS) | st.sampled_from(WORDS), max_size=8)
+         "auto", "float8", "é\u202e", "", " ", "\n", "--", "-", "[bold]", "[/]", "nan", "0.5", "-inf", "1", "2", "warn",
+         "stop", "skip", "lora", "deltas", "gsm8k", "rte", "rome", "easyedit", "5GB", "MEMIT", "float32")
+
+
+@st.composite
+def command_lines(draw: st.DrawFn) -> list[str]:
+    """A command with options mostly its own, behind what it needs or not."""
+    command = draw(st.sampled_from(sorted(OPTIONS)))
+    given = PLAIN.get(command, "").split() if draw(st.integers(0, 3)) else []
+    own = st.sampled_from(OPTIONS[command] or ("--odd",))
+    odd = st.sampled_from(sorted({text for texts in OPTIONS.values() for text in texts}))
+    word = st.sampled_from(WORDS) | st.integers(-1, 5).map(str)
+    pairs = st.tuples(own, word)
+    parts = st.one_of(pairs, pairs, pairs, pairs, pairs, st.tuples(own), st.tuples(word), st.tuples(odd, word))
+    for part in draw(st.lists(parts, max_size=4)):
+        given += part
+    return [command, *given]
 
 
 @lru_cache
@@ -355,20 +374,24 @@ def workplace() -> Path:
     (place / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS | {"model_name": "./absent-model"}))
     (place / "odd.yaml").write_bytes(b"layers: \xff")
     (place / "facts.csv").write_text("prompt,subject,target_new\n{} is in,Rome,France\n")
-    (place / "run" / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    drawn = {"dataset": "demo", "data": None, "num_edits": 2, "seed": 0, "protocol": "paper",
+             "records": records_fingerprint(load_records("demo", None, 2, 0))}
+    config = CONFIG | {"run": drawn, "hparams": SETTINGS | {"model_name": "./absent-model"}}
+    (place / "run" / "config.yaml").write_text(yaml.safe_dump(config))
     (place / "run" / "metrics.jsonl").write_text("{")
+    (place / "run" / "checkpoints").mkdir()
+    (place / "run" / "checkpoints" / "weights-2.safetensors").write_bytes(b"odd")
     return place
 
 
 @settings(RELAXED, max_examples=80)
-@given(st.tuples(st.sampled_from(COMMANDS), arguments))
-def test_command_line(given_arguments: tuple[str, list[str]]) -> None:
-    command, rest = given_arguments
+@given(command_lines())
+def test_command_line(line: list[str]) -> None:
     before, level = Path.cwd(), logging.getLogger("sphere_easyedit").level
     said, complained = io.StringIO(), io.StringIO()
     with mock.patch.dict(os.environ, {"TQDM_DISABLE": "1", "SPHERE_CACHE": str(folder() / "cache")}), mock.patch(
             "huggingface_hub.constants.HF_HUB_OFFLINE", True), mock.patch.object(
-            sys, "argv", ["sphere-easyedit", command, *rest]), contextlib.redirect_stdout(said), \
+            sys, "argv", ["sphere-easyedit", *line]), contextlib.redirect_stdout(said), \
             contextlib.redirect_stderr(complained):
         os.chdir(workplace())
         try:
