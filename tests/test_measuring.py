@@ -62,7 +62,8 @@ def test_text_is_measured_where_there_are_prompts(tmp_path: Path, tok: PreTraine
         MeasureSettings(references=corpus)
 
 
-def test_text_is_measured_again_as_on_the_way(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+def test_text_is_measured_again_as_on_the_way(tmp_path: Path, tok: PreTrainedTokenizerBase,
+                                              caplog: pytest.LogCaptureFixture) -> None:
     """Fluency and consistency are added to lines that lack them, to the numbers that the run itself would have had."""
     corpus, path = tmp_path / "corpus.txt", facts_file(tmp_path)
     corpus.write_text("Ann was the mayor of the town.\nTom and Eve lived in the town.\n")
@@ -79,6 +80,15 @@ def test_text_is_measured_again_as_on_the_way(tmp_path: Path, tok: PreTrainedTok
     one, other = (lines_of(tmp_path / name / "metrics.jsonl") for name in ("with", "without"))
     assert one[0] | {"seconds": 0} == other[0] | {"seconds": 0}
     assert one[1]["fluency"] == other[1]["fluency"]
+    caplog.clear()
+    EditedRun(tmp_path / "without").measure(tiny_model("llama"), tok, [6], text)  # the texts there are without it
+    consistent = lines_of(tmp_path / "without" / "metrics.jsonl")[-1]
+    assert consistent == added | {"consistency": one[1]["consistency"]}
+    assert "has fluency after 6 edits already, by top-5 seed 0, 8 new tokens" in caplog.text
+    found = EditedRun(tmp_path / "with").measure(tiny_model("llama"), tok, [6], MeasureSettings(
+        protocols=("rome",), cases=2, decoding=Decoding(4)))
+    assert (found[-1]["fluency"]["n"], found[-1]["cases"]) == (2, 2)
+    assert "4 new tokens" in found[-1]["fluency"]["protocol"]
 
 
 def test_easyedits_protocol_in_a_run(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
@@ -183,7 +193,6 @@ def test_other_facts_than_those_measured_are_told(run: Path, tok: PreTrainedToke
     assert "on 2 facts, which are not the 3 asked for: it stays. Remove its line" in measure(sample=3)
     assert "on 2 facts, which are not the 4 asked for" in measure()
     assert [line["cases"] for line in lines_of(run / "metrics.jsonl")] == [6, 6, 2]
-    assert "paper after 4 edits already, without a quality of texts" in measure(sample=2, decoding=Decoding(4))
 
 
 def test_protocol_easyedit_finds_what_it_compares_with(run: Path, tok: PreTrainedTokenizerBase) -> None:
@@ -216,6 +225,15 @@ def test_a_damaged_summary_is_refused(run: Path, content: str) -> None:
     (run / "summary.json").write_text(content)
     with pytest.raises(ValueError, match=r"summary\.json is no summary of a run"):
         EditedRun(run)
+
+
+@pytest.mark.parametrize("line", [{}, {"watched": "x"}, {"abilities": 3}, {"fluency": "high", "num_edits": "6"}])
+def test_damaged_measurements_are_refused(run: Path, tok: PreTrainedTokenizerBase, line: dict[str, Any]) -> None:
+    whole = {"num_edits": 6, "when": "after", "protocol": "rome", "seconds": 1.0}
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps(whole | line if line else {}) + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3"):
+        EditedRun(run).measure(tiny_model("llama"), tok, [6], MeasureSettings(protocols=("rome",)))
 
 
 def test_fingerprints_tell_models_apart() -> None:

@@ -37,7 +37,7 @@ from .metrics import CaseScores, Protocol, evaluate_protocols, summarise
 from .perplexity import held_out_texts, perplexity
 from .references import load_references
 from .run_directory import METRICS, SCORES, TEXTS, RunDirectory, When
-from .text_quality import Decoding, TextQuality, measure_text_quality, summarise_text_quality
+from .text_quality import Decoding, TextQuality, fluency_protocol, measure_text_quality, summarise_text_quality
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +254,7 @@ class Measurer:
         seconds = time.perf_counter() - started
         if lacking:
             for line in lacking:
-                line |= quality
+                line |= {name: one for name, one in quality.items() if name not in line}
                 if watched["perplexity"] is not None:
                     line["watched"] = {**(line.get("watched") or {}), "perplexity": watched["perplexity"]}
             self._run.write_lines(METRICS, lines)
@@ -329,15 +329,19 @@ class Measurer:
             return {}
         name = f"{TEXTS}/{point.when}-{point.num_edits}.jsonl"
         self._run.keep_whole_lines(name)
-        known = [TextQuality.from_dict(line) for line in self._run.lines(name)]
-        for start in range(len(known), len(records), _CHUNK_OF_TEXTS):
-            found = measure_text_quality(self._editable.model, self._tok, records[start: start + _CHUNK_OF_TEXTS],
+        protocols = {"fluency": fluency_protocol(decoding),
+                     "consistency": None if self._references is None else self._references.protocol}
+        # Texts of other facts, by another decoding or with other references may stand there, too.
+        known = {one.case_id: one for one in map(TextQuality.from_dict, self._run.lines(name))
+                 if (one.fluency_protocol, one.consistency_protocol) == tuple(protocols.values())}
+        missing = [record for record in records if record.case_id not in known]
+        for start in range(0, len(missing), _CHUNK_OF_TEXTS):
+            found = measure_text_quality(self._editable.model, self._tok, missing[start: start + _CHUNK_OF_TEXTS],
                                          self._references, decoding)
-            known += found
+            known |= {one.case_id: one for one in found}
             self._run.append_text(name, _lines(found))
-            self._progress(point.when, min(start + _CHUNK_OF_TEXTS, len(records)), len(records))
-        summary = summarise_text_quality(known, self._settings.seed)
-        protocols = {"fluency": known[0].fluency_protocol, "consistency": known[0].consistency_protocol}
+            self._progress(point.when, len(records) - len(missing) + start + len(found), len(records))
+        summary = summarise_text_quality([known[record.case_id] for record in records], self._settings.seed)
         return {name: {**one, "protocol": protocols[name]} for name, one in summary.items() if one["n"]}
 
     def _unedited(self, point: Point) -> Mapping[int, CaseScores] | None:

@@ -31,6 +31,7 @@ from .measuring import (
 )
 from .neurons import NeuronRecord, NeuronWatch
 from .run_directory import METRICS, NEURONS, SCORES, SKIPPED, SPACES, SUMMARY, RunDirectory
+from .run_records import RunRecords
 from .spaces import SpaceTracker, covers, read_spaces_csv
 
 logger = logging.getLogger(__name__)
@@ -89,8 +90,10 @@ class EditedRun:
             the unedited model too, if that was not done.
 
         Raises:
-            ValueError: weights were not kept, or are of another model.
+            ValueError: weights were not kept, or are of another model, or what was measured before is damaged.
         """
+        if self.directory.has(METRICS):
+            RunRecords.read(self.directory.path)  # which names the line that is not of its form
         editable = self.hparams.editable(model)
         EditSession.of(model).bind(editable, self.hparams)  # takes note of the original weights
         measurer = Measurer(editable, tok, self.records, settings, self.directory, progress or (lambda *_: None))
@@ -146,8 +149,10 @@ class EditedRun:
                            f"{len(asked)} asked for")
             if settings.text is not None and perplexity_of(line) is not None:
                 self._warn(f"perplexity after {point.num_edits} edits", "on whatever text it was measured")
-            if settings.decoding is not None and "fluency" not in line:
-                self._warn(f"{protocol} after {point.num_edits} edits", "without a quality of texts")
+            asked_of_texts = {"fluency": settings.decoding, "consistency": settings.references}
+            for quality, how in asked_of_texts.items():
+                if how is not None and quality in line:
+                    self._warn(f"{quality} after {point.num_edits} edits", f"by {line[quality].get('protocol')}")
 
     def _warn_of_abilities(self, num_edits: int, settings: AbilitySettings) -> None:
         for task, score in abilities_at(self.directory.lines(METRICS), num_edits).items():

@@ -105,6 +105,11 @@ class TextQuality:
             raise ValueError(f"this is not what TextQuality.to_dict() gives ({error}): measure again") from error
 
 
+def fluency_protocol(decoding: Decoding) -> str:
+    """How text is generated and split into words, as results name it."""
+    return f"{decoding.described()}; words by {WORDS}"
+
+
 def measure_text_quality(
     model: nn.Module,
     tok: PreTrainedTokenizerBase,
@@ -142,7 +147,7 @@ def measure_text_quality(
             dataset=record.dataset,
             fluency=math.fsum(map(fluency, texts)) / len(texts) if texts else None,
             consistency=references.consistency(record.case_id, " ".join(texts)) if texts and references else None,
-            fluency_protocol=f"{decoding.described()}; words by {WORDS}",
+            fluency_protocol=fluency_protocol(decoding),
             consistency_protocol=None if references is None else references.protocol,
             texts=texts,
         ))
