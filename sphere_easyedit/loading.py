@@ -161,7 +161,7 @@ def _convert_into(gguf: Path, folder: Path) -> None:
     logger.info("converting %s to %s, once", gguf.name, folder)
     temporary = Path(tempfile.mkdtemp(prefix=f".{SMOLLM2_FOLDER}.{_CONVERTING}", dir=folder.parent))
     try:
-        _convert_gguf(gguf, temporary)
+        convert_gguf(gguf, temporary)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -176,7 +176,13 @@ def _smollm2_gguf() -> Path:
     return files[0]
 
 
-def _convert_gguf(gguf: Path, target: Path) -> None:
+def convert_gguf(gguf: Path, target: Path) -> None:
+    """Write a GGUF file's model, in float32, and its tokenizer as a folder that ``load_model`` takes.
+
+    Args:
+        gguf: a file of an architecture whose GGUF transformers reads; quantised weights are dequantised.
+        target: the folder; files in it are overwritten.
+    """
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **_dtype_option(torch.float32))
     config = read.config
     if hasattr(config, "quantization_config"):

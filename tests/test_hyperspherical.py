@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sphere_easyedit import hyperspherical
 from sphere_easyedit.hyperspherical import (
@@ -59,6 +61,8 @@ def test_energy_of_a_square_of_directions_is_known() -> None:
     # Each direction sees two at sqrt(2) and one at 2.
     assert hyperspherical_energy(weight).item() == pytest.approx(4 * (2 / math.sqrt(2) + 0.5), rel=1e-12)
     assert hyperspherical_energy(weight, s=2.0).item() == pytest.approx(4 * (2 / 2 + 1 / 4), rel=1e-12)
+    assert hyperspherical_energy(weight, s=3.0).item() == pytest.approx(4 * (2 / 2**1.5 + 1 / 8), rel=1e-12)
+    assert hyperspherical_energy(weight, s=4.0).item() == pytest.approx(4 * (2 / 4 + 1 / 16), rel=1e-12)
     assert hyperspherical_energy(weight, reduction="mean").item() == pytest.approx(
         (2 / math.sqrt(2) + 0.5) / 3, rel=1e-12
     )
@@ -104,6 +108,40 @@ def test_chunked_equals_unchunked(dtype: torch.dtype, rel: float, chunk_size: in
     gram = weight @ weight.T
     by_gram = energy_from_gram(gram, chunk_size=chunk_size, weight=weight)
     assert by_gram.item() == pytest.approx(whole.item(), rel=max(rel, 1e-9))  # rounded otherwise than W W^T
+
+
+def test_chunk_size_bounds_the_rows_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, sums = [], hyperspherical._pair_sums
+
+    def noted(cosines: Iterator[tuple[slice, slice, Tensor]], *rest: Any) -> Tensor:
+        blocks = list(cosines)
+        seen.append(max(max(cosine.shape) for _, _, cosine in blocks))
+        return sums(iter(blocks), *rest)
+
+    monkeypatch.setattr(hyperspherical, "_pair_sums", noted)
+    weight = gaussian(44, 10, 4)
+    for size in (3, None):
+        hyperspherical_energy(weight, chunk_size=size)
+        energy_from_gram(weight @ weight.T, chunk_size=size)
+        energy_sensitivity(weight, chunk_size=size)
+        energy_change_bound(weight, weight, chunk_size=size)
+        minimal_update_norm(weight, 1.0, chunk_size=size)
+    assert seen == [3] * 5 + [10] * 5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "work"),
+    [
+        (torch.float16, 1.0, torch.float32),
+        (torch.bfloat16, 1.0, torch.float32),
+        (torch.float32, 1.0, torch.float32),
+        (torch.float32, 1e-35, torch.float64),  # norms that a float32 quotient would lose digits by
+        (torch.float64, 1.0, torch.float64),
+    ],
+)
+def test_products_are_as_wide_as_they_need_be(dtype: torch.dtype, scale: float, work: torch.dtype) -> None:
+    rows = hyperspherical._Rows.of((scale * gaussian(46, 5, 4)).to(dtype))
+    assert {cosine.dtype for _, _, cosine in hyperspherical._weight_cosines(rows, 2)} == {work}
 
 
 def test_more_rows_than_a_default_block() -> None:
@@ -227,13 +265,14 @@ def test_mean_says_how_many_directions_it_is_over(caplog: pytest.LogCaptureFixtu
     weight[2] = 0
     with caplog.at_level(logging.DEBUG, logger=hyperspherical.__name__):
         hyperspherical_energy(weight, reduction="mean")
-    assert "energy per pair over 4 directions of 5 rows" in caplog.text
+    assert caplog.messages == ["energy per pair over 4 directions of 5 rows"]
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(0, 4), torch.zeros(3, 0), torch.zeros(3, 4), torch.eye(1, 4)])
 def test_fewer_than_two_directions_have_no_energy(weight: Tensor) -> None:
     assert hyperspherical_energy(weight).item() == 0.0
     assert hyperspherical_energy(weight, reduction="mean").item() == 0.0
+    assert energy_from_gram(weight @ weight.T).item() == 0.0
     assert energy_sensitivity(weight).tolist() == [0.0] * weight.shape[0]
     assert minimal_update_norm(weight, 0.0).item() == 0.0
     assert minimal_update_norm(weight, 1.0).item() == math.inf
@@ -295,6 +334,19 @@ def test_gram_route_equals_direct_route(seed: int, rows: int, width: int, s: flo
         assert found == pytest.approx(expected, rel=1e-6)
         found = energy_from_gram(gram, s, reduction, weight=weight).item()
         assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_gram_of_rows_of_any_norm(scale: float) -> None:
+    weight = scale * gaussian(45, 6, 4)
+    weight[2] = 0
+    assert energy_from_gram(weight @ weight.T).item() == pytest.approx(brute_energy(weight), rel=1e-9)
+
+
+def test_float32_gram_is_worked_on_in_float64() -> None:
+    weight = gaussian(47, 6, 5, torch.float32)
+    gram = weight @ weight.T
+    assert torch.equal(energy_from_gram(gram), energy_from_gram(gram.double()))
 
 
 def test_float32_gram_alone_floors_at_its_own_precision() -> None:
@@ -393,6 +445,29 @@ def test_bound_when_a_zero_row_moves() -> None:
     assert energy_change_bound(weight, step).dtype == torch.float64
     step[1] = 0
     assert 0 < energy_change_bound(weight, step).item() < math.inf
+
+
+# --- devices ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", [False, True])
+def test_all_is_computed_where_the_weight_is(answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: fake tensors have no numbers, but refuse as a GPU does what mixes devices."""
+    for name, known in {"int": 0, "float": 1.0, "bool": answer}.items():  # of what has no numbers
+        monkeypatch.setattr(hyperspherical, name, type(name, (), {"__new__": lambda _, __, known=known: known}),
+                            raising=False)
+    monkeypatch.setattr(hyperspherical, "_exclude", lambda *_: None)  # by masks, whose count has no number either
+    monkeypatch.setattr(hyperspherical, "_MAX_BLOCK_ROWS", 4)
+    device = torch.device("lazy:0")  # the one that torch always knows
+    with FakeTensorMode():
+        weight = torch.ones(5, 3, device=device)
+        results = [hyperspherical_energy(weight), minimal_update_norm(weight, 1.0),
+                   minimal_update_norm(weight, 0.0), energy_sensitivity(weight)]
+        if answer:  # that all is finite
+            results += [energy_from_gram(weight @ weight.T, weight=given_) for given_ in (None, weight)]
+        rows, pairs = hyperspherical._Rows.of(weight), torch.zeros(4, dtype=torch.int64, device=device)
+        results += [hyperspherical._direct_squared(rows, pairs, pairs)]
+        assert all(result.device == device for result in results)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def test_partial_solver_that_finds_too_few_falls_back_and_says_so(
     with caplog.at_level(logging.WARNING):
         space = PrincipalSpace.from_weight(weight, 0.8)
     assert space.rank == expected.rank
-    assert "gave 3 of" in caplog.text
+    assert caplog.messages == ["partial eigenproblem gave 3 of 347 eigenpairs; solving all of it"]
 
 
 def test_failing_partial_solver_falls_back_and_says_so(
@@ -188,7 +188,7 @@ def test_failing_partial_solver_falls_back_and_says_so(
     monkeypatch.setattr(scipy.linalg, "eigh", fail)
     with caplog.at_level(logging.WARNING):
         assert PrincipalSpace.from_weight(weight).rank == expected
-    assert "did not converge" in caplog.text
+    assert caplog.messages == ["partial eigenproblem of side 520 failed (did not converge); solving all of it"]
 
 
 @PROPERTY
@@ -224,6 +224,8 @@ def test_gamma_zero_projects_nothing(shape: tuple[int, int]) -> None:
         assert space.gamma == 0.0
         assert torch.equal(space.suppress(update, 1.0), update)
         assert torch.equal(space.suppress_keys(update.T, 1.0), update.T)
+        assert space.directions.dtype == torch.float32
+    assert PrincipalSpace.from_weight(weight.double(), 0.0).directions.dtype == torch.float64
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -433,10 +435,19 @@ def test_a_weight_changed_behind_a_space_is_noticed(through_data: bool) -> None:
     with torch.no_grad():
         (weight.data if through_data else weight)[3] += 0.01
     assert torch.equal(early.suppress(update, 0.5), expected)  # its directions were formed in time
-    with pytest.raises(RuntimeError, match="weight was changed"):
+    message = "^the weight was changed after its PrincipalSpace .* needs it; build a new space .* is changed$"
+    with pytest.raises(RuntimeError, match=message):
         late.suppress(update, 0.5)
     with pytest.raises(RuntimeError, match="weight was changed"):
         late.suppress_keys(update.T, 0.5)
+
+
+def test_alpha_zero_needs_no_weight() -> None:
+    weight, update = gaussian(56, 20, 50), gaussian(57, 3, 50)
+    space = PrincipalSpace.from_weight(weight, 0.5)
+    weight.zero_()
+    assert torch.equal(space.suppress(update, 0.0), update)
+    assert torch.equal(space.suppress_keys(update.T, 0.0), update.T)
 
 
 def test_a_float64_weight_changed_in_its_last_digits_is_noticed() -> None:
@@ -500,6 +511,57 @@ def test_what_is_not_finite_is_found_in_any_block(monkeypatch: pytest.MonkeyPatc
         PrincipalSpace.from_weight(bad)
 
 
+# --- precisions ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("with_zero_row", [False, True])
+def test_eigenproblems_above_the_limit_are_float32(
+    shape: tuple[int, int], dtype: torch.dtype, gram_dtype: torch.dtype, with_zero_row: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(projection, "FLOAT64_SIDE", 19)
+    monkeypatch.setattr(projection, "_BLOCK_ELEMENTS", 7 * shape[1])
+    solved = []
+    solve = projection._largest_eigenpairs
+
+    def noted(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        solved.append(gram.dtype)
+        return solve(gram, count)
+
+    monkeypatch.setattr(projection, "_largest_eigenpairs", noted)
+    weight, keys = gaussian(52, *shape, dtype), gaussian(53, shape[1], 3, torch.float32)
+    weight[5] *= not with_zero_row
+    expected = projector(weight, 0.5, 0.8) @ keys.double()
+    gram = weight.to(gram_dtype) @ weight.to(gram_dtype).T
+    for space in (PrincipalSpace.from_weight(weight), PrincipalSpace.from_gram(weight, gram)):
+        assert relative(space.suppress_keys(keys, 0.8), expected) < 1e-5
+        assert relative(space.suppress(keys.T, 0.8).T, expected) < 1e-5
+        assert space.directions.dtype == torch.float32
+        assert space.spectrum.dtype == torch.float64
+    assert solved == [torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("other", [torch.float32, torch.float64])
+def test_a_float64_operand_keeps_its_digits(dtype: torch.dtype, other: torch.dtype) -> None:
+    """Of an update or of the weight, whichever is float64."""
+    weight, update = gaussian(54, 20, 50, dtype), gaussian(55, 4, 50, other)
+    space = PrincipalSpace.from_weight(weight, 0.5)
+    early = space.suppress_keys(update.T, 0.8).T  # by the factors
+    basis = space.directions.double()
+    expected = update.double() - 0.8 * update.double() @ basis @ basis.T
+    for found in (space.suppress_keys(update.T, 0.8).T, space.suppress(update, 0.8)):
+        assert found.dtype == other
+        assert relative(found, expected) < (1e-14 if other == torch.float64 else 1e-6)
+        if (dtype, other) == (torch.float64, torch.float32):  # rounded once
+            assert float((found / expected - 1).abs().max()) < 2.0**-24 * (1 + 1e-6)
+    assert early.dtype == other
+    assert relative(early, expected) < (1e-12 if dtype == other == torch.float64 else 1e-6)
+
+
 # --- what decides the size of an eigenproblem, and what counts as rounding -----------------------------------
 
 
@@ -553,7 +615,15 @@ def test_what_was_solved_for_is_logged(caplog: pytest.LogCaptureFixture) -> None
     weight = gaussian(50, 12, 30)
     with caplog.at_level(logging.DEBUG, logger=projection.__name__):
         space = PrincipalSpace.from_weight(weight, 0.25)
-    assert f"principal space: rank {space.rank} of 12, gamma 0.25, 12 eigenvalues found" in caplog.text
+    assert caplog.messages == [f"principal space: rank {space.rank} of 12, gamma 0.25, 12 eigenvalues found"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "side", "expected"),
+    [(torch.float32, 1024, torch.float64), (torch.bfloat16, 1025, torch.float32), (torch.float64, 1025, torch.float64)],
+)
+def test_precision_of_eigenproblems(dtype: torch.dtype, side: int, expected: torch.dtype) -> None:
+    assert projection._work_dtype(torch.zeros(1, 1, dtype=dtype), side) == expected
 
 
 def test_rank_tolerance() -> None:
@@ -565,10 +635,13 @@ def test_rank_tolerance() -> None:
 
 
 @pytest.mark.parametrize("error", [1e-16, 1e-9, 1e-3, 0.9])
-def test_orthonormal_columns_keep_span_and_order(error: float) -> None:
+def test_orthonormal_columns_keep_span_and_order(error: float, caplog: pytest.LogCaptureFixture) -> None:
     clean = torch.linalg.qr(gaussian(44, 30, 6)).Q
     basis = clean @ (torch.eye(6, dtype=torch.float64) + error * gaussian(45, 6, 6).triu(1))
-    found = projection._orthonormal(basis)
+    with caplog.at_level(logging.DEBUG, logger=projection.__name__):
+        found = projection._orthonormal(basis)
+    off = float((basis.T @ basis - torch.eye(6, dtype=torch.float64)).abs().max())
+    assert caplog.messages == ([f"principal directions were {off:.1e} from orthonormal: QR"] if error == 0.9 else [])
     torch.testing.assert_close(found.T @ found, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-12)
     for count in range(1, 7):
         kept = found[:, :count]
@@ -576,6 +649,13 @@ def test_orthonormal_columns_keep_span_and_order(error: float) -> None:
     if error < 0.1:
         torch.testing.assert_close(found, clean, rtol=0, atol=1e-12)  # of the same signs
     assert (found is basis) == (error < 1e-15)
+
+
+def test_many_columns_two_of_them_almost_equal_are_made_orthonormal() -> None:
+    basis = torch.linalg.qr(gaussian(58, 30, 12)).Q
+    basis[:, 1] = basis[:, 0] + 1e-7 * basis[:, 1]  # a Cholesky factor would have half the digits only
+    found = projection._orthonormal(basis)
+    torch.testing.assert_close(found.T @ found, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1e-4), (torch.float64, 1e-7)])
@@ -600,8 +680,9 @@ def test_rounding_in_a_zero_rows_part_of_a_gram_does_not_matter(dtype: torch.dty
     assert torch.equal(space.directions, clean.directions)
 
 
-def test_gram_may_differ_by_a_percent() -> None:
-    weight = gaussian(47, 4, 6)
+@pytest.mark.parametrize("scale", [0.1, 1.0])  # norms on either side of 1
+def test_gram_may_differ_by_a_percent(scale: float) -> None:
+    weight = scale * gaussian(47, 4, 6)
     gram = weight @ weight.T
     for factor in (0.991, 1.009):
         assert PrincipalSpace.from_gram(weight, gram * factor).rank > 0
@@ -620,6 +701,7 @@ def test_space_spanned_by_directions() -> None:
     torch.testing.assert_close(space.suppress_keys(keys, 1.0), keys - directions @ directions.T @ keys)
     assert PrincipalSpace.spanned_by(directions[:, :0], 0.4).rank == 0
     assert PrincipalSpace.spanned_by(directions * (1 + 4e-5), 0.4).rank == 3
+    assert PrincipalSpace.spanned_by(torch.eye(9, 2).half(), 0.4).directions.dtype == torch.float32
     for bad, gamma, message in (
         (directions * (1 + 6e-5), 0.4, "directions are 1.2e-04 from orthonormal"),
         (directions * math.nan, 0.4, "directions are nan from orthonormal"),
@@ -630,7 +712,7 @@ def test_space_spanned_by_directions() -> None:
             PrincipalSpace.spanned_by(bad, gamma)
 
 
-def test_what_is_made_lies_where_the_weight_is() -> None:
+def test_what_is_made_lies_where_the_weight_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: the meta device tells as well whether a tensor was put on the weight's."""
     wide, tall = torch.zeros(3, 5, device="meta"), torch.zeros(5, 3, device="meta")
     norms = torch.ones(5, dtype=torch.float64, device="meta")
@@ -639,6 +721,13 @@ def test_what_is_made_lies_where_the_weight_is() -> None:
     assert projection._fingerprint(wide).is_meta
     assert projection._unit_gram(wide, norms[:3], torch.float32, False).is_meta
     assert projection._unit_gram(tall, norms, torch.float32, True).is_meta
+    for name, known in {"int": 0, "float": 0.0}.items():  # no number can be read there
+        monkeypatch.setattr(projection, name, lambda _, known=known: known, raising=False)
+    assert projection._row_norms(tall).is_meta
+    assert projection._orthonormal(tall).is_meta
+    space = PrincipalSpace.spanned_by(tall, 0.4)
+    assert space.directions.is_meta
+    assert space.spectrum.is_meta
 
 
 # --- refusals -----------------------------------------------------------------------------------------------
@@ -655,7 +744,7 @@ NAN[1, 2] = math.nan
         ((torch.ones(3),), r"weight must be 2-D .*\(3,\)"),
         ((torch.ones(0, 3),), r"not empty, got shape \(0, 3\)"),
         ((torch.ones(3, 4, dtype=torch.int8),), "floating point, got torch.int8"),
-        ((None,), "torch.Tensor, got NoneType"),
+        (([[1.0]],), "torch.Tensor, got list"),
         ((NAN,), "^weight must be finite, but 1 of its 4 rows .*; look for .* tensor$"),
         ((GOOD, -0.1), r"gamma must be a number in \[0, 1\], got -0.1"),
         ((GOOD, 1.5), r"gamma must be a number in \[0, 1\], got 1.5"),
@@ -691,7 +780,7 @@ def test_from_gram_refuses_a_bad_weight_or_gamma(weight: Any, gamma: float, mess
         (GOOD.T @ GOOD, r"gram must be W W\^T, \(4, 4\) .* got \(6, 6\)"),
         (GRAM.half(), "float32 or float64, got torch.float16"),
         (NAN @ NAN.T, "gram must be finite"),
-        (GRAM * 1.1, "4 of its diagonal's 4 entries"),
+        (GRAM * 1.1, "4 of its diagonal's 4 entries are not the weight's squared row norms; recompute .* is now$"),
         (None, "gram must be a torch.Tensor"),
     ],
 )
@@ -703,9 +792,10 @@ def test_a_gram_of_another_weight_is_refused(gram: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("method", "arguments", "message"),
     [
-        ("suppress", (GOOD.T,), r"update must be \(rows, 6\), got shape \(6, 4\)"),
+        ("suppress", (GOOD.T,), r"^update must be \(rows, 6\), got shape \(6, 4\); .* build the space from .* to$"),
         ("suppress", (GOOD[0],), r"update must be \(rows, 6\), got shape \(6,\)"),
         ("suppress", (NAN,), "update must be finite"),
+        ("suppress", (GOOD.to("meta"),), "update must be on cpu, where the space is, got meta; move it there"),
         ("suppress", (GOOD.long(),), "update must be floating point"),
         ("suppress", (GOOD, 1.01), r"alpha must be a number in \[0, 1\], got 1.01"),
         ("suppress", (GOOD, -1.0), r"alpha must be a number in \[0, 1\], got -1.0"),

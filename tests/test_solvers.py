@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from conftest import REQUESTS, edited_weights, relative_error, tiny_hparams, tin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
@@ -241,6 +244,25 @@ def test_extended_factor_equals_one_from_scratch(seed: int, counts: list[int], b
         assert found.nbytes <= (size * (size + 2 * max(block, *counts))) * 8 / 2
 
 
+def test_thin_rows_and_keys_join_the_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many thin ones would be slow; up to the size of a block, and none is lost."""
+    monkeypatch.setattr(solvers, "BLOCK", 5)
+    keys = some_keys(0, WIDTH, False)
+    factor, history = CholeskyFactor(), without_earlier(covariance_metric(some_moment(1), 2.0))
+    matrix = keys.double().T @ keys.double() + torch.eye(WIDTH, dtype=torch.float64)
+    start = 0
+    for end, sizes in ((4, [4]), (6, [4, 2]), (7, [4, 3]), (9, [4, 5]), (12, [4, 5, 3])):
+        factor = factor.extended(matrix[start:end, :end])
+        history = history.extended(keys[:, start:end])
+        start = end
+        assert history.factor is not None
+        assert [len(row) for row in factor.rows] == [len(row) for row in history.factor.rows] == sizes
+        assert [part.shape[1] for part in history._waiting] == sizes
+        right = gaussian(2, end, 2)
+        torch.testing.assert_close(matrix[:end, :end] @ factor.solve(right), right)
+    assert torch.equal(history.keys, keys)
+
+
 def test_factor_of_what_is_not_positive_definite() -> None:
     for matrix in (torch.zeros(WIDTH, WIDTH), -some_moment(0), torch.full((WIDTH, WIDTH), float("nan"))):
         with pytest.raises(torch.linalg.LinAlgError, match="^row 1 leaves it not positive definite"):
@@ -332,6 +354,7 @@ def test_history_without_a_metric_keeps_its_keys() -> None:
     history = KeyHistory.empty(WIDTH, None, torch.device("cpu")).extended(first).extended(second)
     assert history.factor is None
     assert adjusted_keys(history, first) is None
+    assert KeyHistory.empty(WIDTH, None, torch.device("cpu")).inner(gaussian(2, WIDTH, 3)).shape == (0, 3)
     assert torch.equal(history.keys, torch.cat([first, second], dim=1))
 
 
@@ -354,16 +377,24 @@ class _Metric:
 def test_failed_factorisation_gives_none(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert adjusted_keys(without_earlier(_Metric(ridge=-1e6)), some_keys(0, 3, False)) is None
-    assert "Cholesky factorisation of the 3 key system failed" in caplog.text
+    assert caplog.messages == ["Cholesky factorisation of the 3 key system failed"]
+    metric = _Metric(ridge=1.0)
+    history = KeyHistory(some_keys(1, 2, False), metric)
+    metric.ridge = -1e6
+    assert adjusted_keys(history, some_keys(0, 3, False)) is None
+    assert caplog.messages[1:] == ["Cholesky factorisation of the 5 key system failed"]
 
 
-@pytest.mark.parametrize(("metric", "count"), [(_Metric(ridge=-1e6), 3), (_Metric(ridge=1.0, capacity=5), 4)],
-                         ids=["extending", "absorbing"])
-def test_lost_factor_gives_none_from_then_on(metric: _Metric, count: int, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("metric", "count", "message"), [
+    (_Metric(ridge=-1e6), 3, "the factor of 3 earlier keys is lost (row 1 leaves it not positive definite)"),
+    (_Metric(ridge=1.0, capacity=5), 4, "the factor of 6 earlier keys is lost (planted)"),
+], ids=["extending", "absorbing"])
+def test_lost_factor_gives_none_from_then_on(metric: _Metric, count: int, message: str,
+                                             caplog: pytest.LogCaptureFixture) -> None:
     history = KeyHistory(some_keys(0, count, False), metric)
     with caplog.at_level(logging.WARNING):
         history = history.extended(some_keys(1, 2, False))
-    assert "earlier keys is lost" in caplog.text
+    assert caplog.messages == [message]
     assert adjusted_keys(history, some_keys(2, 1, False)) is None
     longer = history.extended(some_keys(3, 2, False))
     assert adjusted_keys(longer, some_keys(2, 1, False)) is None
@@ -388,7 +419,7 @@ def test_wrong_factor_gives_none(scale: float, caplog: pytest.LogCaptureFixture)
     history.factor = CholeskyFactor([1.0001 * row for row in history.factor.rows])
     with caplog.at_level(logging.WARNING):
         assert adjusted_keys(history, scale * some_keys(1, 3, False)) is None
-    assert "relative residual" in caplog.text
+    assert caplog.messages == ["the key system's solution leaves a relative residual of 3.7e-04"]
 
 
 def test_non_finite_keys_give_none(caplog: pytest.LogCaptureFixture) -> None:
@@ -414,6 +445,8 @@ def test_plain_memit_refuses_by_the_ratio_of_eigenvalues(scale: float) -> None:
         with pytest.raises(torch.linalg.LinAlgError, match="^eigenvalues between") as raised:
             plain_memit_keys(moment, 2.0, keys)
         assert f"between {2 * scale * least:.1e} and {2 * scale:.1e}" in str(raised.value)
+    with pytest.raises(torch.linalg.LinAlgError, match="^eigenvalues between 0.0e"):
+        plain_memit_keys(torch.zeros(WIDTH, WIDTH), scale, keys)
 
 
 def test_probes_show_the_norm_of_what_they_multiply() -> None:
@@ -440,6 +473,30 @@ def test_wrong_factor_of_many_keys_gives_none(caplog: pytest.LogCaptureFixture) 
     assert "relative residual" in caplog.text
 
 
+class _Elsewhere:
+    """A tensor as one on another device: computing takes a copy of it, and has to bring that back."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.shape = tensor, tensor.shape
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def to(self, _: object) -> Tensor:
+        return self.tensor.clone()
+
+    def copy_(self, other: Tensor) -> None:
+        self.tensor.copy_(other)
+
+
+def test_sums_on_the_host_are_brought_back() -> None:
+    square, parts = 20 * some_moment(0).double(), [gaussian(i, WIDTH, 3) for i in (1, 2)]
+    rows: Any = [_Elsewhere(square[:8, :8].clone()), _Elsewhere(square[8:].clone())]
+    factor = CholeskyFactor.of_sum(rows, parts, torch.device("cpu"))
+    right = gaussian(3, WIDTH, 2)
+    torch.testing.assert_close((square + sum(part @ part.T for part in parts)) @ factor.solve(right), right)
+
+
 def test_what_is_made_lies_where_it_is_asked_for() -> None:
     """Without a GPU: the meta device tells as well whether a tensor was put on the device that was named."""
     meta = torch.device("meta")
@@ -447,9 +504,115 @@ def test_what_is_made_lies_where_it_is_asked_for() -> None:
     assert NullSpace(torch.eye(WIDTH)[:, :3], True).on(meta).complement
     assert all(row.is_meta for row in CholeskyFactor.of(torch.eye(WIDTH)).on(meta).rows)
     assert KeyHistory.empty(WIDTH, None, meta).device == meta
+    assert KeyHistory(torch.zeros(WIDTH, 2), None, meta).keys.is_meta
+    assert KeyHistory(torch.zeros(WIDTH, 2, device=meta), None).keys.is_meta
     assert all(row.is_meta for row in solvers._scaled_identity(2.0, 300, meta, Shelf()))
     assert solvers._probes(3, meta).is_meta
     assert solvers._probes(30, meta).is_meta
+
+
+class _Noted(Shelf):
+    """Remembers what was put on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    def put(self, tensor: Tensor, device: torch.device | None = None) -> Tensor:
+        kept = super().put(tensor, device).clone()
+        self.kept.append(kept)
+        return kept
+
+    def holds(self, tensors: Iterable[Tensor]) -> bool:
+        return all(any(tensor is kept for kept in self.kept) for tensor in tensors)
+
+
+def test_what_is_derived_is_kept_on_the_shelf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it comes about: a bound on the device's memory would not hold for what is not."""
+    monkeypatch.setattr(solvers, "BLOCK", 5)
+    cpu, shelf, moment = torch.device("cpu"), _Noted(), some_moment(0).double()
+    factor = CholeskyFactor.of(moment, cpu, shelf)
+    merged = CholeskyFactor(shelf=shelf).extended(moment[:2, :2]).extended(moment[2:4, :4])
+    summed = CholeskyFactor.of_sum([moment.clone()], [moment], cpu, shelf)
+    moved = CholeskyFactor.of(moment).on(cpu, shelf)
+    for made in (factor, merged, summed, moved, factor.extended(torch.eye(WIDTH + 1, dtype=torch.float64)[-1:])):
+        assert made.shelf is shelf
+        assert shelf.holds(made.rows)
+    assert shelf.holds(factor.products(cpu))
+    assert shelf.holds(solvers._scaled_identity(2.0, WIDTH, cpu, shelf))
+    space = two_forms(0, 7)[0].on(cpu, shelf)
+    assert shelf.holds([space.columns])
+    for metric in (NullSpaceMetric(space, 0.5, shelf), CovarianceMetric(factor, 2.0)):
+        history = KeyHistory.empty(WIDTH, metric, cpu, shelf)
+        for i in range(9):
+            history = history.extended(some_keys(i, 3, False))
+            assert history.factor is not None
+            assert shelf.holds([*history.factor.rows, *history._waiting])
+        assert history.metric is not metric
+        absorbed = history.metric._absorbed if isinstance(metric, NullSpaceMetric) else history.metric._factor
+        assert shelf.holds([*absorbed.rows, *history._absorbed])
+
+
+def test_history_lets_go_of_the_tensor_that_it_was_made_of() -> None:
+    """Where that is cut into blocks: an empty view of it would keep it whole."""
+    history = KeyHistory(torch.zeros(WIDTH, solvers.BLOCK + 1), None)
+    assert sum(part.untyped_storage().nbytes() for part in (history._none, *history._waiting)) == history.nbytes
+
+
+def test_bare_history_keeps_its_keys_alone() -> None:
+    history = KeyHistory(some_keys(0, 4, False), null_space_metric(1, 7, 0.5))
+    bare = history.bare()
+    assert (bare.metric, bare.factor) == (None, None)
+    assert torch.equal(bare.keys, history.keys)
+    assert bare.nbytes == history.keys.nbytes < history.nbytes
+    longer = bare.extended(some_keys(2, 3, False))
+    assert longer.keys.shape[1] == 7
+    assert adjusted_keys(longer, some_keys(3, 2, False)) is None
+    assert adjusted_keys(history, some_keys(3, 2, False)) is not None
+
+
+@pytest.mark.parametrize(("kind", "room"), [("thin", 0), ("complement", 0), ("MEMIT", 0), ("MEMIT", None)])
+def test_state_on_the_host_comes_to_where_it_is_computed(kind: str, room: int | None,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: fake tensors have no numbers, but refuse as a GPU does what mixes devices."""
+    for name, answer in {"int": 0, "float": 0.0, "bool": True}.items():  # of what has no numbers
+        monkeypatch.setattr(solvers, name, lambda _, answer=answer: answer, raising=False)
+    factorised, factorise = set(), torch.linalg.cholesky_ex
+
+    def noted(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        factorised.add(matrix.device)
+        return factorise(matrix)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", noted)
+    monkeypatch.setattr(solvers, "BLOCK", 8)
+    device, shelf = torch.device("lazy:0"), Shelf(room)  # the one that torch always knows
+    home = device if room is None else torch.device("cpu")
+    with FakeTensorMode():
+        metric: KeyMetric
+        if kind == "MEMIT":
+            factor = CholeskyFactor.of(torch.zeros(WIDTH, WIDTH), device, shelf)
+            assert all(row.device == home for row in factor.rows)
+            metric = CovarianceMetric(factor, 3.0)
+        else:
+            space = NullSpace(torch.zeros(WIDTH, 9), kind == "complement").on(device, shelf)
+            metric = NullSpaceMetric(space, 0.4, shelf)
+        history = KeyHistory.empty(WIDTH, metric, device, shelf)
+        for count in (4, 4, 8, 8):
+            history = history.extended(torch.zeros(WIDTH, count))
+        found = adjusted_keys(history, torch.zeros(WIDTH, 17, device=device))
+        assert found is not None
+        assert found.device == device
+        assert history.metric is not metric
+        assert history.device == device
+        assert history.keys.device == home
+        assert history.factor is not None
+        for part in (*history.factor.rows, *history._absorbed, *history._waiting):
+            assert part.device == home
+        assert factorised == {device}
+        keys = torch.zeros(WIDTH, 2, device=device)
+        dense = (plain_memit_keys(torch.zeros(WIDTH, WIDTH, device=device), 3.0, keys, history) if kind == "MEMIT"
+                 else plain_alphaedit_keys(space, 0.4, keys, history))
+        assert dense.device == device
 
 
 # --- through the executors ----------------------------------------------------------------------------------
