@@ -29,7 +29,8 @@ def ahead_of_stream(editable: EditableModel, layer: int, values: Tensor, wanted:
         The changes, on ``wanted``'s device; ``wanted`` itself where nothing lies between output and stream. Where a
         normalisation does, no output may reach the stream that is wanted: then the one that comes nearest.
     """
-    scaled = wanted / editable.residual_multiplier if editable.residual_multiplier != 1.0 else wanted
+    multiplier = editable.residual_multiplier
+    scaled = wanted if multiplier == 1.0 else wanted / multiplier
     norm = editable.output_norm(layer)
     return scaled if norm is None else _ahead_of_norm(norm, values.to(editable.device(layer)), scaled)
 
@@ -43,7 +44,7 @@ def _ahead_of_norm(norm: nn.Module, values: Tensor, wanted: Tensor) -> Tensor:
     above ``-min g^2``, is found by halving, since ``|u|`` falls with it.
     """
     y, d = values.double(), values.shape[1]
-    gains = norm(torch.full_like(values[0], 1e3)).to(y)  # of rms 1000, beside which its epsilon is nothing
+    gains: Tensor = norm(torch.full_like(values[0], 1e3)).to(y)  # of rms 1000, beside which its epsilon is nothing
     target = norm(values).to(y) + wanted.to(y)
 
     def direction(multiplier: Tensor) -> Tensor:
