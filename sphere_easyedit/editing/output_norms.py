@@ -7,6 +7,8 @@ would drown the output. MEMIT's and AlphaEdit's papers know neither, and EasyEdi
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -45,18 +47,18 @@ def _ahead_of_norm(norm: nn.Module, values: Tensor, wanted: Tensor) -> Tensor:
     """
     y, d = values.double(), values.shape[1]
     gains: Tensor = norm(torch.full_like(values[0], 1e3)).to(y)  # of rms 1000, beside which its epsilon is nothing
-    target = norm(values).to(y) + wanted.to(y)
+    target: Tensor = norm(values).to(y) + wanted.to(y)
 
     def direction(multiplier: Tensor) -> Tensor:
         return gains * target / (gains.square() + multiplier)
 
     low = -gains.square().min().expand(len(y), 1)
-    high = (gains * target).norm(dim=1, keepdim=True) / d**0.5
+    high = (gains * target).norm(dim=1, keepdim=True) / math.sqrt(d)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         too_long = direction(middle).square().sum(dim=1, keepdim=True) > d
         low, high = torch.where(too_long, middle, low), torch.where(too_long, high, middle)
     u = direction(high)
-    u = u * (d**0.5 / u.norm(dim=1, keepdim=True))  # exactly, also where no multiplier gives that length
+    u = u * (math.sqrt(d) / u.norm(dim=1, keepdim=True))  # exactly, also where no multiplier gives that length
     change = y.square().mean(dim=1, keepdim=True).sqrt() * u - y
     return change.to(wanted.device, wanted.dtype)
