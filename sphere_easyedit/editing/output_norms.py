@@ -60,5 +60,5 @@ def _ahead_of_norm(norm: nn.Module, values: Tensor, wanted: Tensor) -> Tensor:
         low, high = torch.where(too_long, middle, low), torch.where(too_long, high, middle)
     u = direction(high)
     u = u * (math.sqrt(d) / u.norm(dim=1, keepdim=True))  # exactly, also where no multiplier gives that length
-    change = y.square().mean(dim=1, keepdim=True).sqrt() * u - y
+    change: Tensor = y.square().mean(dim=1, keepdim=True).sqrt() * u - y
     return change.to(wanted.device, wanted.dtype)
