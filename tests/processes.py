@@ -13,18 +13,29 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 REPOSITORY = Path(__file__).parents[1]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PYTHONPATH": str(REPOSITORY)}
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload([
+_FORKSERVER = multiprocessing.get_context("forkserver")
+_FORKSERVER.set_forkserver_preload([
     "sphere_easyedit.cli", "sphere_easyedit.doctor", "sphere_easyedit.evaluation.case_study",
     "sphere_easyedit.evaluation.sequential", "sphere_easyedit.export", "sphere_easyedit.planning",
     "sphere_easyedit.withdrawal", "transformers.models.auto.modeling_auto",
     "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"])
+
+
+def forked(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A started process. A daemon: one that hangs is ended with the tests, not waited for."""
+    process = _FORKSERVER.Process(target=target, args=arguments, daemon=True)
+    # The first one starts the server, where torch and huggingface_hub read this as they are imported.
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        process.start()
+    return process
 
 
 class Started:
@@ -38,10 +49,7 @@ class Started:
         self._stdout, self._stderr = files
         self.arguments = tuple(map(str, arguments))
         given = {**os.environ, **ENVIRONMENT} if environment is None else dict(environment)
-        # A daemon: one that hangs is ended with the tests, not waited for.
-        self._process = FORKSERVER.Process(target=_work, args=(self.arguments, cwd, given, files), daemon=True)
-        with mock.patch.dict(os.environ, ENVIRONMENT):  # what torch and huggingface_hub read when they are imported
-            self._process.start()
+        self._process = forked(_work, self.arguments, cwd, given, files)
 
     @property
     def stdout(self) -> str:

@@ -21,7 +21,7 @@ import yaml
 from conftest import GOLDEN, relative_error, tiny_hparams, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import ENVIRONMENT, FORKSERVER
+from processes import ENVIRONMENT, forked
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
@@ -78,9 +78,7 @@ class Processes:
             environment = {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(size),
                            "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                            "GLOO_SOCKET_IFNAME": "lo"}
-            one = FORKSERVER.Process(target=_joined, args=(environment, work, folder, given))
-            one.start()
-            self._started.append(one)
+            self._started.append(forked(_joined, environment, work, folder, given))
 
     def wait(self, timeout: float = 120) -> list[int | None]:
         """Exit statuses; None of a process that still runs."""
