@@ -571,7 +571,9 @@ def test_table_without_calibration(workplace: Path) -> None:
     (["--num-edits", "3", "--dataset", "counterfact"], "counterfact"),
     (["--num-edits", "3", "--rate", "solve:3"], "KIND=GFLOPS"),
 ])
-def test_a_mistake_ends_in_one_clear_line(workplace: Path, arguments: list[str], message: str) -> None:
+def test_a_mistake_ends_in_one_clear_line(workplace: Path, arguments: list[str], message: str,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPHERE_DATA", raising=False)  # where counterfact would be found
     done = run_plan("--hparams", "tiny.yaml", *arguments, cwd=workplace)
     assert done.returncode == 2
     assert message in done.stderr
