@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sphere_easyedit.callbacks import EditCallback, EditEvent, StopEditing
 from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.measuring import AbilitySettings, MeasureSettings
+from sphere_easyedit.evaluation.measuring import AbilitySettings, Measurer, MeasureSettings
 from sphere_easyedit.evaluation.metrics import evaluate_records, summarise
 from sphere_easyedit.evaluation.revisiting import EditedRun
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
@@ -179,6 +179,18 @@ def test_perplexity_is_added_where_it_is_missing(run: Path, tmp_path: Path, tok:
     EditedRun(run).measure(tiny_model("llama"), tok, [6], asked)
     assert (run / "metrics.jsonl").read_text() == whole
     assert "has perplexity after 6 edits already, on whatever text it was measured: it stays" in caplog.text
+
+
+def test_a_perplexity_that_is_there_stays_when_a_line_lacks_something_else(
+        run: Path, tmp_path: Path, tok: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [tmp_path / name for name in ("one.txt", "other.txt")]
+    texts[0].write_text("Ann was the mayor of the town, and Tom was old.\n")
+    texts[1].write_text("In the town there is a house by the sea.\n")
+    EditedRun(run).measure(tiny_model("llama"), tok, [6], MeasureSettings(text=texts[0]))
+    before = lines_of(run / "metrics.jsonl")[1]
+    monkeypatch.setattr(Measurer, "_lacking", lambda *_: True)  # as where fluency is missing
+    EditedRun(run).measure(tiny_model("llama"), tok, [6], MeasureSettings(text=texts[1]))
+    assert lines_of(run / "metrics.jsonl")[1] == before
 
 
 def test_other_facts_than_those_measured_are_told(run: Path, tok: PreTrainedTokenizerBase,

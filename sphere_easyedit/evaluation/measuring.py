@@ -255,7 +255,8 @@ class Measurer:
         if lacking:
             for line in lacking:
                 line |= {name: one for name, one in quality.items() if name not in line}
-                if watched["perplexity"] is not None:
+                # One that is there stays, on whatever text it was measured.
+                if watched["perplexity"] is not None and perplexity_of(line) is None:
                     line["watched"] = {**(line.get("watched") or {}), "perplexity": watched["perplexity"]}
             self._run.write_lines(METRICS, lines)
         for protocol in missing:
