@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import typer
 from rich.console import Console
@@ -601,28 +601,27 @@ def main() -> None:
     """Run the command line; a mistake of the user's ends with one clear line and exit status 2, a signal with 128+n,
     a lost process with 1.
     """
-    errors = Console(stderr=True)
     try:
         with interrupts_raised():
             app()
     except Interrupted as interrupted:
-        errors.print(f"ended by {interrupted.name}; a batch under way was undone. `edit --resume` goes on with a run.",
-                     style="yellow", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(interrupted.exit_status)
+        _end(f"ended by {interrupted.name}; a batch under way was undone. `edit --resume` goes on with a run.",
+             interrupted.exit_status, "yellow")
     except ProcessLost as error:
-        errors.print(f"error: {error}; a batch under way was undone. `edit --resume` goes on with a run.",
-                     style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _end(f"error: {error}; a batch under way was undone. `edit --resume` goes on with a run.", 1)
     except (ValueError, ImportError, OSError) as error:  # OSError: a file that is absent, a disk that is full
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _end(f"error: {error}", 2)
     except (RuntimeError, MemoryError) as error:
         from .evaluation.faults import out_of_memory
 
         if not out_of_memory(error):
             raise
-        errors.print(f"error: out of memory ({' '.join(str(error).split())}); a batch under way was undone. `edit "
-                     "--resume --on-error skip` goes on with a run and edits in halves what is too large; "
-                     "token_budget and --batch-size bound what is done at once", style="red", markup=False,
-                     highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _end(f"error: out of memory ({' '.join(str(error).split())}); a batch under way was undone. `edit --resume "
+             "--on-error skip` goes on with a run and edits in halves what is too large; token_budget and --batch-size "
+             "bound what is done at once", 1)
+
+
+def _end(said: str, status: int, style: str = "red") -> NoReturn:
+    """End the process with one line on standard error."""
+    Console(stderr=True).print(said, style=style, markup=False, highlight=False, soft_wrap=True)
+    sys.exit(status)

@@ -110,11 +110,17 @@ def edit_around_faults(
         raise
     except Exception as error:
         _let_go(error)
-        together = _released(failure(items))
+
+        def tried(places: Sequence[int]) -> Exception | None:
+            failed = failure([items[place] for place in places])
+            if failed is not None:
+                _let_go(failed)
+            return failed
+
+        together = tried(range(len(items)))
         if together is None:
             raise
-        at_fault = _at_fault(range(len(items)), together,
-                             lambda places: _released(failure([items[place] for place in places])))
+        at_fault = _at_fault(range(len(items)), together, tried)
         all_are = len(at_fault) == len(items) > 1
         if on_error == "stop":
             if not at_fault:
@@ -149,12 +155,6 @@ def _at_fault(places: Sequence[int], error: Exception, failure: Callable[[Sequen
         if failed is not None:
             found |= _at_fault(half, failed, failure)
     return found
-
-
-def _released(error: Exception | None) -> Exception | None:
-    if error is not None:
-        _let_go(error)
-    return error
 
 
 def _let_go(error: BaseException) -> None:
