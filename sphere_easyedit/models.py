@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from .logit_map import LogitMap
 from .offload import execution_device, lent_again_for_backward, offloaded_weight
 from .quantised import check_editable, dequantise
 
@@ -88,12 +89,6 @@ def module_names(config: PretrainedConfig) -> ModuleNames:
     return known[model_type]
 
 
-def _output_norm_name(config: PretrainedConfig) -> str | None:
-    """What blocks call the normalisation that the feed-forward network's output passes on its way to the stream."""
-    known = ("gemma2", "gemma3_text", "gemma3", "olmo2")
-    return "post_feedforward_layernorm" if config.model_type in known else None
-
-
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The language model's part of a config: itself, or ``text_config`` of a multimodal one."""
     inner = getattr(config, "text_config", None)
@@ -152,9 +147,11 @@ class EditableModel:
         self._modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.final_norm = self._module(names.ln_f_module)
         self.lm_head = self._module(names.lm_head_module)
+        self.logit_map = LogitMap()  # until `logit_map.find_logit_map` has found another
         edited = [names.rewrite_module_tmp.format(layer) for layer in self.layers]
-        for name in edited:
+        for layer, name in zip(self.layers, edited, strict=True):
             self._check_weight(name)
+            self._check_shared(layer)
         self._modules |= dequantise(model, edited)
         self._offloaded = {layer: offloaded for layer in self.layers
                            if (offloaded := offloaded_weight(model, self.parameter_name(layer))) is not None}
@@ -174,6 +171,15 @@ class EditableModel:
             raise ValueError(f"{name}.weight is offloaded (on the meta device), and no hook of accelerate's lends it "
                              f"values: load the model so that the edited layers {self.layers} are in memory, or "
                              "offload it by accelerate (device_map, cpu_offload, disk_offload)")
+
+    def _check_shared(self, layer: int) -> None:
+        """Refuse a weight that other blocks use, too: an edit of one block would change them all."""
+        weight = self._placeholder(layer)
+        others = [other for other in range(self.num_blocks) if other != layer and getattr(
+            self._modules.get(self.names.rewrite_module_tmp.format(other)), "weight", None) is weight]
+        if others:
+            raise ValueError(f"{self.parameter_name(layer)} is shared with blocks {others}, which would change with "
+                             "it: edit a layer that has a weight of its own")
 
     def block(self, layer: int) -> nn.Module:
         """Decoder block number ``layer``."""
@@ -247,16 +253,6 @@ class EditableModel:
                 self.set_weight(layer, weight)
             raise
 
-    def output_norm(self, layer: int) -> nn.Module | None:
-        """The RMS normalisation between the down-projection and the residual stream (Gemma 2 and 3, OLMo 2), if any."""
-        name = _output_norm_name(self.config)
-        return None if name is None else self.block(layer).get_submodule(name)
-
-    @property
-    def residual_multiplier(self) -> float:
-        """What a block's output is multiplied by on its way to the residual stream (Granite)."""
-        return float(getattr(text_config(self.config), "residual_multiplier", None) or 1.0)
-
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
@@ -273,12 +269,7 @@ class EditableModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``(n, vocabulary)`` in float32 of last-block outputs ``hidden`` ``(n, hidden_size)``."""
-        config = text_config(self.config)
-        out: Tensor = self.lm_head(self.final_norm(hidden)).float()
-        scaling = getattr(config, "logits_scaling", None)  # Granite
-        out = out if scaling is None else out / scaling
-        cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-        return out if cap is None else torch.tanh(out / cap) * cap
+        return self.logit_map.logits(hidden, self.final_norm, self.lm_head)
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from sphere_easyedit.editing.target_values import optimise_target_values
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.metrics import evaluate_records
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
+from sphere_easyedit.logit_map import LogitMap
 from sphere_easyedit.models import EditableModel, frozen
 from sphere_easyedit.planning import Plan, PlanSettings, TimePart, calibration, make_plan, sizes
 from sphere_easyedit.planning.batches import expected_layout, micro_batches, total_tokens
@@ -103,7 +104,7 @@ def lay_out(monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:
         pytest.skip(f"transformers {transformers.__version__} has no attention functions to choose from")
     monkeypatch.setattr(steering, "packing_is_exact", lambda *_: layout == "packed")
     monkeypatch.setattr(steering, "prefix_is_exact", lambda *_: layout == "padded")
-    monkeypatch.setattr(target_values, "_check_head", lambda *_: None)
+    monkeypatch.setattr(target_values, "find_logit_map", lambda *_: LogitMap())
 
 
 def counted(work: Callable[[], object]) -> int:

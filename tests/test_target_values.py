@@ -432,13 +432,10 @@ def test_keys_and_residuals_see_the_weights_as_they_stand(
         states = BatchStates(editable, requests, token_budget)
         for layer, following in ((0, 2), (2, 3), (3, None)):
             expected = [_reference_keys(editable, request) for request in requests]
-            keys, values, now = states.read(layer)
+            keys, _, now = states.read(layer)
             assert keys.dtype == now.dtype == torch.float32
             assert relative_error(keys, torch.stack([by_layer[layer] for by_layer, _ in expected])) < 1e-5
             assert relative_error(now, torch.stack([output for _, output in expected])) < 1e-5
-            if not contexts:  # or keys are means
-                with torch.no_grad():
-                    assert relative_error(values, editable.down_projection(layer)(keys)) < 1e-5
             weight = editable.weight(layer)
             noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(layer))
             editable.set_weight(layer, weight + 0.1 * noise)

@@ -14,11 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..hparams import SPHEREHyperParams
+from ..logit_map import find_logit_map
 from ..models import EditableModel, frozen, max_positions
 from .contexts import generate_contexts
 from .covariance import filed_factor, filed_null_space, load_moment, load_null_space, moment_path, statistics_files
-from .output_norms import ahead_of_stream
-from .requests import EditRequest, TokenizedRequest, tokenize_request
+from .output_path import OutputPath, find_output_paths
+from .replay import pad_rows
+from .requests import EditRequest, TokenizedRequest, tokenize_prompt, tokenize_request
 from .session import EditSession
 from .sharing import batch_states, target_values
 from .shelves import Shelf
@@ -36,6 +38,10 @@ from .solvers import (
 from .target_values import TargetValues
 
 logger = logging.getLogger(__name__)
+
+# Ordinary prompts (before the subject, subject, after it) on which a model is tried before it is edited.
+_PROBE_PROMPTS = (("The capital of ", "France", " is the city of"), ("", "John Smith", " plays for the team"),
+                  ("In 1998, ", "Anna", " moved to Berlin, where she worked as a"))
 
 Update = LowRankUpdate | Tensor  # a weight change in factors, or dense (d_out, d_in)
 ShapeUpdate = Callable[[int, Update], Update]
@@ -65,11 +71,14 @@ def is_alphaedit(hparams: SPHEREHyperParams) -> bool:
 
 def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
                     session: EditSession) -> None:
-    """Give the session what its first batch needs: context templates, key metrics, empty histories.
+    """Give the session what its first batch needs: output paths, context templates, key metrics, empty histories.
 
     Raises:
-        ValueError: statistics or null space do not fit or can't be had.
+        ValueError: the model can't be edited by these module names, or statistics or null space do not fit or can't be
+            had.
     """
+    if set(session.paths) != set(editable.layers):
+        session.paths = _proven_paths(editable, tok)
     if session.contexts is None:
         given = hparams.context_templates
         with frozen(editable.model):
@@ -95,6 +104,15 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
         elif history.metric is None:  # just loaded, or moved
             history = KeyHistory(history.keys, metric, device, session.shelf)
         session.history[layer] = history
+
+
+def _proven_paths(editable: EditableModel, tok: PreTrainedTokenizerBase) -> dict[int, OutputPath]:
+    """How the edited weights' outputs reach the residual stream; first of all, so that wrong module names cost nothing.
+    """
+    prompts = [tokenize_prompt(tok, before, subject, after).ids for before, subject, after in _PROBE_PROMPTS]
+    with frozen(editable.model):
+        find_logit_map(editable, pad_rows(prompts[:1], editable.input_device).input_ids)
+        return find_output_paths(editable, prompts)
 
 
 def _shelf(hparams: SPHEREHyperParams) -> Shelf:
@@ -205,11 +223,11 @@ def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], h
         started = time.perf_counter()
         updates: dict[int, Update] = {}
         history = {}
-        with batch_states(editable, requests, hparams.token_budget) as states:
+        with batch_states(editable, requests, hparams.token_budget, session.paths) as states:
             for position, layer in enumerate(editable.layers):
-                keys, values, now = states.read(layer)  # (n, d_in), (n, d_out), (n, hidden)
+                keys, path_states, now = states.read(layer)  # (n, d_in), (n, k), (n, hidden)
                 share = (targets.values.to(now.device) - now) / (len(editable.layers) - position)
-                residuals = ahead_of_stream(editable, layer, values, share)
+                residuals = session.paths[layer].change(path_states.to(now.device), share)
                 update: Update = _solve_layer(editable, layer, keys, residuals, hparams, session)
                 if shape_in_loop is not None:
                     update = shape_in_loop(layer, update)

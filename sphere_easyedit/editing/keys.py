@@ -7,16 +7,17 @@ it), on states cached below the layer being written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from ..batching import padded_batches
 from ..models import EditableModel
-from .replay import BlockReplay, pad_rows
+from .output_path import OutputPath, Scaled
+from .replay import BlockReplay, as_rows, pad_rows
 from .requests import TokenizedPrompt, TokenizedRequest
 
 
@@ -42,10 +43,13 @@ class BatchStates:
         editable: the model; ``editable.layers`` are written in ascending order.
         requests: the tokenised edits.
         token_budget: padded tokens that go through the model at once.
+        paths: how outputs of the edited weights reach the residual stream, by layer (see ``output_path``); straight
+            where there is none.
     """
 
-    def __init__(self, editable: EditableModel, requests: Sequence[TokenizedRequest], token_budget: int) -> None:
-        self._editable, self._count = editable, len(requests)
+    def __init__(self, editable: EditableModel, requests: Sequence[TokenizedRequest], token_budget: int,
+                 paths: Mapping[int, OutputPath] = MappingProxyType({})) -> None:
+        self._editable, self._count, self._paths = editable, len(requests), paths
         self._contexts = len(requests[0].contexts)
         plain = [(edit, request.plain) for edit, request in enumerate(requests)]
         context = [(edit, prompt) for edit, request in enumerate(requests) for prompt in request.contexts]
@@ -62,27 +66,34 @@ class BatchStates:
 
     @torch.no_grad()
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values at ``layer`` and outputs of the last edited block, by the weights as they stand.
+        """Keys and path states at ``layer`` and outputs of the last edited block, by the weights as they stand.
 
         Returns:
             ``keys (edits, d_in)``: mean of the key in the plain prompt and the mean over the contexts;
-            ``values (edits, d_out)``, the down-projection's output, and ``now (edits, hidden_size)``, both from the
-            plain prompt. All float32, at the subject's last token.
+            ``states (edits, k)``, what the layer's ``OutputPath.change`` needs, and ``now (edits, hidden_size)``, both
+            from the plain prompt. All float32, at the subject's last token.
         """
         keys = _KeyMean(self._count, self._contexts)
         plain: list[tuple[Tensor, Tensor]] = []
         owner: list[int] = []
         last = self._editable.layers[-1]
+        path = self._paths.get(layer) or Scaled()
         for chunk in self._chunks:
-            with _tap(self._editable.down_projection(layer)) as seen:
-                output = chunk.replay.run(chunk.hidden, start=layer, stop=layer + 1)
-            keys.add(chunk, chunk.at_lookup(seen.inputs[0]))
-            if chunk.is_plain:
+            def run(chunk: _Chunk = chunk) -> Tensor:
+                return chunk.replay.run(chunk.hidden, start=layer, stop=layer + 1)
+
+            with self._tap(layer) as seen:
+                output, states = path.observe(self._editable, layer, run) if chunk.is_plain else (run(), None)
+            keys.add(chunk, chunk.at_lookup(seen.inputs(chunk.hidden)))
+            if states is not None:
                 final = chunk.replay.run(output, start=layer + 1, stop=last + 1)
-                plain.append((chunk.at_lookup(seen.outputs[0]).float(), chunk.at_lookup(final).float()))
+                plain.append((chunk.at_lookup(states).float(), chunk.at_lookup(final).float()))
                 owner.extend(chunk.owner)
-        values, now = (_in_order(owner, parts) for parts in zip(*plain, strict=True))
-        return keys.result(), values, now
+        states_read, now = (_in_order(owner, parts) for parts in zip(*plain, strict=True))
+        return keys.result(), states_read, now
+
+    def _tap(self, layer: int) -> _InputTap:
+        return _InputTap(self._editable.down_projection(layer), self._editable.names.rewrite_module_tmp.format(layer))
 
     @torch.no_grad()
     def advance(self, layer: int, to: int) -> None:
@@ -98,9 +109,10 @@ class BatchStates:
         for chunk in self._chunks:
             hidden = chunk.replay.hidden
             for layer, following in zip(layers, [*layers[1:], layers[-1] + 1], strict=True):
-                with _tap(self._editable.down_projection(layer)) as seen:
+                entering = hidden
+                with self._tap(layer) as seen:
                     hidden = chunk.replay.run(hidden, start=layer, stop=following)
-                keys[layer].add(chunk, chunk.at_lookup(seen.inputs[0]))
+                keys[layer].add(chunk, chunk.at_lookup(seen.inputs(entering)))
         return {layer: mean.result() for layer, mean in keys.items()}
 
 
@@ -123,24 +135,23 @@ class _KeyMean:
         return self._total
 
 
-class _tap:
-    """Collects a module's inputs and outputs inside the context."""
+class _InputTap:
+    """Notes a module's input inside the context."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self.inputs: list[Tensor] = []
-        self.outputs: list[Tensor] = []
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._module, self._name = module, name
+        self._seen: list[Tensor] = []
 
-    def __enter__(self) -> _tap:
-        def note(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self.inputs.append(args[0])
-            self.outputs.append(output)
-
-        self._handle = self._module.register_forward_hook(note)
+    def __enter__(self) -> _InputTap:
+        self._handle = self._module.register_forward_pre_hook(lambda _module, args: self._seen.append(args[0]))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
+
+    def inputs(self, hidden: Tensor) -> Tensor:
+        """The module's first input as ``(rows, tokens, d_in)``, where the block got ``hidden (rows, tokens, ...)``."""
+        return as_rows(self._seen[0], hidden.shape[0], hidden.shape[1], self._name)
 
 
 def _in_order(owner: list[int], parts: Sequence[Tensor]) -> Tensor:

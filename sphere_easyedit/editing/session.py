@@ -20,6 +20,7 @@ from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, ModuleNames
 from ..projection import PrincipalSpace
 from .grams import GramMatrix
+from .output_path import OutputPath
 from .shelves import Shelf
 from .solvers import KeyHistory, KeyMetric
 
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 _ATTRIBUTE = "_sphere_session"
 _FORMAT = "sphere-easyedit session 1"
 _EXECUTOR = "executor"
-_DERIVED = ("contexts", "metrics", "spaces", "shelf", "executor_caches")
+_DERIVED = ("contexts", "paths", "metrics", "spaces", "shelf", "executor_caches")
 
 
 class EditSession:
@@ -42,6 +43,7 @@ class EditSession:
         original: weights ``(d_out, d_in)`` of the edited layers before the first edit, on the CPU.
         unrestrained: PRUNE's weights that editing goes on from, on the CPU; else empty.
         history: earlier keys by layer.
+        paths: how outputs of the edited weights reach the residual stream, by layer; rebuilt when needed, not saved.
         metrics: how keys are weighed, by layer; rebuilt when needed, not saved.
         shelf: where metrics and histories are kept; None until made.
         spaces: principal spaces of the original weights, by layer and how they were made; rebuilt when needed, not
@@ -66,6 +68,7 @@ class EditSession:
         self.original: dict[int, Tensor] = {}
         self.unrestrained: dict[int, Tensor] = {}
         self.history: dict[int, KeyHistory] = {}
+        self.paths: dict[int, OutputPath] = {}
         self.metrics: dict[int, KeyMetric | None] = {}
         self.shelf: Shelf | None = None
         self.spaces: dict[str, PrincipalSpace] = {}

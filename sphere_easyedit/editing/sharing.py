@@ -7,7 +7,7 @@ process's by rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from ..hparams import SPHEREHyperParams
 from ..models import EditableModel
 from ..replicas import Replicas, put_together, shared_out
 from .keys import BatchStates
+from .output_path import OutputPath
 from .requests import TokenizedRequest
 from .target_values import TargetValues, optimise_target_values
 
@@ -50,27 +51,29 @@ def target_values(editable: EditableModel, requests: Sequence[TokenizedRequest],
 
 
 @contextmanager
-def batch_states(editable: EditableModel, requests: Sequence[TokenizedRequest], token_budget: int) -> Iterator[States]:
+def batch_states(editable: EditableModel, requests: Sequence[TokenizedRequest], token_budget: int,
+                 paths: Mapping[int, OutputPath]) -> Iterator[States]:
     """The batch's ``BatchStates`` within the context, each process holding those of some edits."""
     replicas = Replicas.of(editable.model)
     if replicas is None:
-        yield BatchStates(editable, requests, token_budget)
+        yield BatchStates(editable, requests, token_budget, paths)
     else:
-        yield _SharedStates(replicas, requests, token_budget)
+        yield _SharedStates(replicas, requests, token_budget, paths)
         replicas.run(_close, [()] * replicas.size, hand_over=False)
 
 
 class _SharedStates:
     """``BatchStates`` of which each process holds a part; results are on the CPU."""
 
-    def __init__(self, replicas: Replicas, requests: Sequence[TokenizedRequest], token_budget: int) -> None:
+    def __init__(self, replicas: Replicas, requests: Sequence[TokenizedRequest], token_budget: int,
+                 paths: Mapping[int, OutputPath]) -> None:
         self._replicas, self._parts = replicas, dealt_out(requests, replicas.size)
-        replicas.run(_open, [(_chosen(requests, part), token_budget) for part in self._parts])
+        replicas.run(_open, [(_chosen(requests, part), token_budget, dict(paths)) for part in self._parts])
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         found = self._run(_read, layer)
-        keys, values, now = (self._rows([part and part[number] for part in found]) for number in range(3))
-        return keys, values, now
+        keys, states, now = (self._rows([part and part[number] for part in found]) for number in range(3))
+        return keys, states, now
 
     def advance(self, layer: int, to: int) -> None:
         self._run(_advance, layer, to)
@@ -104,8 +107,9 @@ def _optimise(here: Replicas, requests: Sequence[TokenizedRequest], hparams: SPH
     return optimise_target_values(here.editable, requests, hparams, here.progress)
 
 
-def _open(here: Replicas, requests: Sequence[TokenizedRequest], token_budget: int) -> None:
-    here.store[_STATES] = BatchStates(here.editable, requests, token_budget) if requests else None
+def _open(here: Replicas, requests: Sequence[TokenizedRequest], token_budget: int, paths: Mapping[int, OutputPath]
+          ) -> None:
+    here.store[_STATES] = BatchStates(here.editable, requests, token_budget, paths) if requests else None
 
 
 def _read(here: Replicas, layer: int) -> tuple[Tensor, ...] | None:

@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..hparams import SPHEREHyperParams
-from ..models import EditableModel, logits_at
+from ..logit_map import find_logit_map
+from ..models import EditableModel
 from .packing import attending_packed
-from .replay import BlockReplay, pad_rows
+from .replay import pad_rows
 from .requests import TokenizedPrompt, TokenizedRequest
 from .steering import PackedSteering, PaddedSteering, Steering, layout_of, rows_of
 
@@ -73,7 +74,7 @@ def optimise_target_values(
     values = torch.empty(len(requests), editable.hidden_size)
     losses, steps = [0.0] * len(requests), [0] * len(requests)
     longest = max((prompt for request in requests for prompt in _rewriting_prompts(request)), key=lambda p: p.lookup)
-    _check_head(editable, longest)
+    editable.logit_map = find_logit_map(editable, pad_rows([longest.ids], editable.input_device).input_ids)
     layout = layout_of(editable, requests)
     packed = layout == "packed"
     batches = packed_micro_batches if packed else padded_micro_batches
@@ -144,21 +145,6 @@ def padded_micro_batches(requests: Sequence[TokenizedRequest], token_budget: int
         batches.append(order[start:stop])
         stop = start
     return batches[::-1]
-
-
-@torch.no_grad()
-def _check_head(editable: EditableModel, prompt: TokenizedPrompt) -> None:
-    """Refuse a model whose logits are more than its LM head on its last norm: z would serve another distribution."""
-    rows = pad_rows([prompt.ids], editable.input_device)
-    last = torch.tensor([len(prompt.ids) - 1])
-    own = logits_at(editable.model, rows.input_ids, rows.attention_mask, torch.tensor([0]), last)
-    final = BlockReplay.record(editable, rows, editable.num_blocks, editable.num_blocks).final
-    rebuilt = editable.logits(final[0, last]).to(own.device)
-    difference = float((own - rebuilt).norm() / own.norm())
-    if math.isfinite(difference) and difference > 0.05:
-        raise ValueError(f"the logits of {type(editable.model).__name__} are not what {editable.names.ln_f_module!r} "
-                         f"and {editable.names.lm_head_module!r} make of its last block ({difference:.1%} apart): "
-                         "correct these module names; if they are right, this architecture is not supported")
 
 
 class _MicroBatch:

@@ -1,0 +1,158 @@
+"""What a model does between its final norm and its logits, besides the LM head: found by running it.
+
+Gemma and RecurrentGemma cap logits softly; Granite, Cohere and Falcon-H1 multiply them or what enters the head, each
+under a name of its own. Here the model is run once with a hook on the head, which feeds it the last state at several
+scales, so that scale and cap show whatever they are called.
+
+Shape legend: n states; d the width of the residual stream; V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import scipy.optimize
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .models import EditableModel
+
+# Multiples of the last state that the head is fed: itself, one that shows the slope at 0, one that shows a cap.
+_SCALES = (1.0, 1.0 / 64.0, 64.0)
+_MOST_OF_CAP = 1e4  # a cap is looked for up to this multiple of the largest logit; above it, it does nothing
+# Largest relative error, and how near to 1 a factor is none, in float32 and in half precision.
+_TOLERANCE = {True: 1e-3, False: 5e-2}
+_NO_FACTOR = {True: 1e-5, False: 2e-3}
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """``logits = cap * tanh(scale * head(input_scale * norm(states)) / cap)``; without the tanh where cap is None."""
+
+    input_scale: float = 1.0
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, states: Tensor, final_norm: nn.Module, head: nn.Module) -> Tensor:
+        """Logits ``(n, V)`` in float32 of last-block outputs ``(n, d)``."""
+        entering = final_norm(states)
+        raw: Tensor = head(entering if self.input_scale == 1.0 else entering * self.input_scale).float()
+        return self.of_head(raw)
+
+    def of_head(self, raw: Tensor) -> Tensor:
+        """Logits of what the head puts out."""
+        scaled = raw if self.scale == 1.0 else raw * self.scale
+        return scaled if self.cap is None else torch.tanh(scaled / self.cap) * self.cap
+
+
+@torch.no_grad()
+def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
+    """Find how a model's logits follow from its last block's output, by one run on a prompt.
+
+    Args:
+        editable: the model with its final norm and LM head, frozen.
+        input_ids: ``(1, tokens)``.
+
+    Raises:
+        ValueError: they follow by more than the named final norm, the LM head, constant factors and a soft cap.
+    """
+    names, model = editable.names, type(editable.model).__name__
+    states, entering, raw, own = _run(editable, input_ids)
+    if raw is None or entering is None:
+        raise ValueError(f"{names.lm_head_module!r} is not run in a forward pass of {model}: give the module that puts "
+                         "out the logits as lm_head_module")
+    if raw.shape[-1] != own.shape[-1]:
+        raise ValueError(f"{names.lm_head_module!r} puts out {raw.shape[-1]} numbers a token, but {model} has "
+                         f"{own.shape[-1]} logits: give the module that puts out the logits as lm_head_module")
+    if states.shape[-1] != entering.shape[-1] or states.dim() != 3:
+        raise ValueError(f"{names.lm_head_module!r} takes states of shape {tuple(entering.shape)}, but the last block "
+                         f"puts out {tuple(states.shape)}: {model} does more between the two than "
+                         f"{names.ln_f_module!r}, which is not supported")
+    if not bool(torch.isfinite(own).all() and torch.isfinite(raw).all()):
+        return _without_numbers(own, raw, model)
+    full = own.dtype == torch.float32
+    try:
+        normed = editable.final_norm(states)[0, -1]
+    except RuntimeError as error:
+        raise ValueError(f"{names.ln_f_module!r} does not take the last block's output ({error}): give the norm in "
+                         "front of the LM head as ln_f_module") from error
+    input_scale, off = _multiple(entering, normed)
+    if off > _TOLERANCE[full]:
+        raise ValueError(f"what enters {names.lm_head_module!r} is not what {names.ln_f_module!r} makes of the last "
+                         f"block's output of {model} ({off:.1%} apart): correct these module names; if they are right, "
+                         "this architecture is not supported")
+    scale, off = _multiple(own, raw)
+    cap = None
+    if off > _TOLERANCE[full]:
+        scale, _ = _multiple(own[1], raw[1])
+        cap, off = _soft_cap(own, raw * scale)
+        if off > _TOLERANCE[full]:
+            raise ValueError(f"the logits of {model} are not what {names.lm_head_module!r} puts out, nor a multiple of "
+                             f"it, softly capped or not ({off:.1%} apart): correct lm_head_module; if it is right, "
+                             "what this architecture does to its logits is not supported")
+    input_scale, scale = (1.0 if abs(factor - 1.0) < _NO_FACTOR[full] else factor for factor in (input_scale, scale))
+    return LogitMap(input_scale, scale, cap)
+
+
+def _run(editable: EditableModel, input_ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """The last block's output ``(1, tokens, d)``; what enters the head at the last token ``(d,)``; what the head puts
+    out for its multiples, and the logits for them, each ``(scales, V)``."""
+    states: list[Tensor] = []
+    entering: list[Tensor] = []
+    raw: list[Tensor] = []
+
+    def at_block(_module: nn.Module, _args: Any, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    def feed(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        last = args[0].reshape(-1, args[0].shape[-1])[-1]
+        entering.append(last)
+        scales = torch.tensor(_SCALES, device=last.device, dtype=last.dtype)
+        return (scales[None, :, None] * last, *args[1:])
+
+    handles = [editable.block(editable.num_blocks - 1).register_forward_hook(at_block),
+               editable.lm_head.register_forward_pre_hook(feed),
+               editable.lm_head.register_forward_hook(lambda _module, _args, output: raw.append(output))]
+    try:
+        logits: Tensor = editable.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids),
+                                        use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not raw:
+        return states[0], None, None, logits[0]
+    return states[0], entering[0], raw[0][0], logits[0]
+
+
+def _multiple(found: Tensor, of: Tensor) -> tuple[float, float]:
+    """The factor that makes ``of`` most like ``found``, and how far apart they are with it, relatively."""
+    x, y = of.double().flatten(), found.double().flatten().to(of.device)
+    factor = float((x @ y) / (x @ x))
+    return factor, float((y - factor * x).norm() / y.norm())
+
+
+def _soft_cap(own: Tensor, scaled: Tensor) -> tuple[float, float]:
+    """The cap with which ``cap * tanh(scaled / cap)`` is most like the logits, and the relative difference left."""
+    y, x = own.double().cpu().flatten(), scaled.double().cpu().flatten()
+    largest = float(y.abs().max())
+
+    def apart(log_cap: float) -> float:
+        cap = math.exp(log_cap)
+        return float((torch.tanh(x / cap) * cap - y).norm() / y.norm())
+
+    low, high = math.log(largest), math.log(largest * _MOST_OF_CAP)
+    found = scipy.optimize.minimize_scalar(apart, bounds=(low, high), method="bounded", options={"xatol": 1e-9})
+    cap = min((low, float(found.x)), key=apart)  # a saturated tanh shows the cap itself
+    return math.exp(cap), apart(cap)
+
+
+def _without_numbers(own: Tensor, raw: Tensor, model: str) -> LogitMap:
+    """Of logits that are not all finite: a broken model is told by its losses, a model that masks tokens refused."""
+    if bool(torch.isfinite(raw).all()):
+        masked = int((~torch.isfinite(own)).any(dim=0).sum())
+        raise ValueError(f"{model} overwrites {masked} of its {own.shape[-1]} logits with values that are not finite, "
+                         "which is not supported")
+    return LogitMap()
