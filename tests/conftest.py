@@ -33,7 +33,7 @@ torch.set_num_threads(1)
 # Tests of the mathematics, editing and session rooms, whose coverage run_scripts/test.sh measures. All others are
 # spared the tracing of lines, which takes a quarter as long again.
 TRACED = frozenset(f"test_{name}" for name in (
-    "covariance", "golden_parity", "hyperspherical", "output_norms", "packing", "projection", "replay", "requests",
+    "covariance", "golden_parity", "hyperspherical", "output_path", "packing", "projection", "replay", "requests",
     "restraints", "session", "solvers", "suppression", "wrapper"))
 
 # A minute of processor time each, or more.

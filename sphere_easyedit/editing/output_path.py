@@ -153,8 +153,8 @@ class Normalised:
 
         The norm moves with the direction of ``u`` alone. With ``v`` the normalised ``u``, that is
         ``min |gains * v - target|`` over vectors of the length of ``v`` (and of mean 0 where the norm subtracts it),
-        solved by ``v = (gains * target - nu) / (gains^2 + mu)``. ``mu``, above ``-min gains^2``, is found by halving,
-        since ``|v|`` falls with it.
+        solved by ``v = (gains * target - nu) / (gains^2 + mu)``. ``mu``, above minus the smallest eigenvalue of
+        ``diag(gains^2)`` on these vectors, is found by halving, since ``|v|`` falls with it.
         """
         u = state.double()
         gains, before = self.gains.to(u.device), self.before.to(u.device)
@@ -171,7 +171,7 @@ class Normalised:
                 return free
             return free - weights * (free.sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True))
 
-        low = -gains.square().min().expand(len(u), 1)
+        low = -self._smallest_eigenvalue().to(u.device).expand(len(u), 1)
         high = (gains * target).norm(dim=1, keepdim=True) / length.clamp_min(torch.finfo(u.dtype).tiny)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
@@ -181,6 +181,21 @@ class Normalised:
         found = found * (length / found.norm(dim=1, keepdim=True))  # exactly, also where no mu gives that length
         change: Tensor = scale * (found - v) / before
         return change.to(wanted)
+
+    def _smallest_eigenvalue(self) -> Tensor:
+        """The smallest eigenvalue ``(1,)`` of ``diag(gains^2)`` on the vectors that a normalised input can be.
+
+        With the mean subtracted it is the root of ``sum 1 / (gains^2 - x)`` between the two smallest ``gains^2``.
+        """
+        squares = self.gains.square().sort().values
+        low, high = squares[:1], squares[1:2]
+        if not self.centred:
+            return low
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            below = (1.0 / (squares - middle)).sum() < 0.0
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return low
 
     def effect(self, state: Tensor, change: Tensor) -> Tensor:
         """See ``OutputPath``."""
@@ -302,7 +317,7 @@ def _find_norm(probe: _Probe, first: _Run, steps: Sequence[Tensor], real: Tensor
     traced = probe.run(trace=True)
     full = first.output.dtype == torch.float32
     for name, (u, n) in traced.traced.items():
-        if any(name not in one.traced for one in runs) or u.shape[-1] != first.output.shape[-1]:
+        if any(name not in one.traced for one in runs) or not u.shape == n.shape == first.output.shape:
             continue
         kind = _norm_kind(probe.block.get_submodule(name), u)
         if kind is None:
