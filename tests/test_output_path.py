@@ -146,7 +146,7 @@ def test_a_way_that_is_not_understood_is_refused(name: str, tok: PreTrainedToken
 def test_an_edit_moves_the_block_to_its_target_value(
     name: str, method: str, tok: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    """Exactly where it is not normalised; else as near as a normalised output can come, found by search."""
+    """Through a norm, too, since only values that it can reach are tried."""
     model = _model(WAYS[name])
     editable = _editable(model, [1])
     hparams = tiny_hparams(tmp_path, layers=[1], base_alg=method, alpha=0.0, context_templates=[], v_num_grad_steps=3,
@@ -155,50 +155,23 @@ def test_an_edit_moves_the_block_to_its_target_value(
     ids = torch.tensor([tok("Rome")["input_ids"]])
     tokenized = [tokenize_request(tok, one, [], None) for one in parse_requests([request])]
     with frozen(model):
-        [target] = optimise_target_values(editable, tokenized, hparams).values
+        paths = find_output_paths(editable, PROMPTS)
+        [target] = optimise_target_values(editable, tokenized, hparams, paths=paths).values
     before = _at_last(editable, ids)
-    with frozen(model):
-        left_by_search = _nearest(editable, ids, target)
     sphere.apply_sphere_to_model(model, tok, [request], hparams)
     wanted, left = float((target - before).norm()), float((target - _at_last(editable, ids)).norm())
     assert wanted > 0.05
-    assert left < left_by_search + 1e-2 * wanted
-    if "norm" not in name:
-        assert left < 1e-2 * wanted
+    assert left < 1e-2 * wanted
 
 
-def _at_last(editable: EditableModel, ids: Tensor, added: Tensor | None = None) -> Tensor:
-    """Output of block 1 at the last token, with something added to what its down-projection puts out there."""
+@torch.no_grad()
+def _at_last(editable: EditableModel, ids: Tensor) -> Tensor:
+    """Output of block 1 at the last token."""
     seen: list[Tensor] = []
-
-    def add(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-        step = torch.zeros_like(output)
-        if added is not None:
-            step[0, -1] = 1.0
-            step = step * added
-        return output + step
-
-    handles = [editable.down_projection(1).register_forward_hook(add),
-               editable.block(1).register_forward_hook(lambda _m, _a, output: seen.append(output[0, -1]))]
+    handle = editable.block(1).register_forward_hook(lambda _m, _a, output: seen.append(output[0, -1]))
     editable.model(input_ids=ids)
-    for handle in handles:
-        handle.remove()
+    handle.remove()
     return seen[0]
-
-
-def _nearest(editable: EditableModel, ids: Tensor, target: Tensor) -> float:
-    """How near any change of the down-projection's output brings the block's output to a target."""
-    change = torch.zeros(WIDTH, requires_grad=True)
-    optimiser = torch.optim.LBFGS([change], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimiser.zero_grad()
-        found = (_at_last(editable, ids, change) - target).square().sum()
-        found.backward()
-        return found
-
-    optimiser.step(loss)
-    return float((_at_last(editable, ids, change.detach()) - target).norm())
 
 
 @given(st.integers(0, 10_000), st.floats(0.1, 1000.0), st.booleans())

@@ -213,7 +213,7 @@ def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], h
     seconds = {}
     with frozen(editable.model), restored_after(editable):
         started = time.perf_counter()
-        targets = target_values(editable, requests, hparams, progress)
+        targets = target_values(editable, requests, hparams, progress, session.paths)
         if not bool(torch.isfinite(targets.values).all()):
             bad = [request.request.case_id for request, value in zip(requests, targets.values, strict=True)
                    if not bool(torch.isfinite(value).all())]

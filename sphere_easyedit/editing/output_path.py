@@ -182,6 +182,11 @@ class Normalised:
         change: Tensor = scale * (found - v) / before
         return change.to(wanted)
 
+    def reachable(self, state: Tensor, wanted: Tensor) -> Tensor:
+        """The change ``(n, d)`` of the block's output nearest to ``wanted`` that any change of ``y`` makes."""
+        state = state.to(wanted.device)
+        return self.effect(state, self.change(state, wanted))
+
     def _smallest_eigenvalue(self) -> Tensor:
         """The smallest eigenvalue ``(1,)`` of ``diag(gains^2)`` on the vectors that a normalised input can be.
 

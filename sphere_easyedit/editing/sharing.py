@@ -36,13 +36,13 @@ class States(Protocol):
 
 
 def target_values(editable: EditableModel, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams,
-                  progress: Callable[[int], None] | None = None) -> TargetValues:
+                  progress: Callable[[int], None] | None, paths: Mapping[int, OutputPath]) -> TargetValues:
     """``optimise_target_values`` of a batch; ``progress`` hears of this process's edits as they are done."""
     replicas = Replicas.of(editable.model)
     if replicas is None:
-        return optimise_target_values(editable, requests, hparams, progress)
+        return optimise_target_values(editable, requests, hparams, progress, paths)
     parts = dealt_out(requests, replicas.size)
-    found = replicas.run(_optimise, [(_chosen(requests, part), hparams) for part in parts], progress)
+    found = replicas.run(_optimise, [(_chosen(requests, part), hparams, dict(paths)) for part in parts], progress)
     if progress is not None and (elsewhere := len(requests) - len(parts[0])):
         progress(elsewhere)
     return TargetValues(torch.stack(put_together(parts, [list(one.values) for one in found])),
@@ -101,10 +101,11 @@ def _chosen(requests: Sequence[TokenizedRequest], places: Sequence[int]) -> list
     return [requests[place] for place in places]
 
 
-def _optimise(here: Replicas, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams) -> TargetValues:
+def _optimise(here: Replicas, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams,
+              paths: Mapping[int, OutputPath]) -> TargetValues:
     if not requests:
         return TargetValues(torch.empty(0, here.editable.hidden_size), [], [])
-    return optimise_target_values(here.editable, requests, hparams, here.progress)
+    return optimise_target_values(here.editable, requests, hparams, here.progress, paths)
 
 
 def _open(here: Replicas, requests: Sequence[TokenizedRequest], token_budget: int, paths: Mapping[int, OutputPath]

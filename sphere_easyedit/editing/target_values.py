@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -26,6 +28,8 @@ from torch.nn import functional as F
 from ..hparams import SPHEREHyperParams
 from ..logit_map import find_logit_map
 from ..models import EditableModel
+from .keys import BatchStates
+from .output_path import Normalised, OutputPath
 from .packing import attending_packed
 from .replay import pad_rows
 from .requests import TokenizedPrompt, TokenizedRequest
@@ -59,6 +63,7 @@ def optimise_target_values(
     requests: Sequence[TokenizedRequest],
     hparams: SPHEREHyperParams,
     progress: Callable[[int], None] | None = None,
+    paths: Mapping[int, OutputPath] = MappingProxyType({}),
 ) -> TargetValues:
     """Optimise the target value of every request.
 
@@ -67,6 +72,8 @@ def optimise_target_values(
         requests: tokenised edits.
         hparams: v_num_grad_steps, v_lr, v_weight_decay, kl_factor, clamp_norm_factor, v_loss_layer, token_budget.
         progress: called with the number of edits finished each time some are.
+        paths: output paths by layer. Through a norm, and where one layer is edited, only values that its weight can
+            reach are tried. Several layers reach further than can be told beforehand.
 
     Raises:
         ValueError: a loss is not finite; names the cases.
@@ -75,6 +82,10 @@ def optimise_target_values(
     losses, steps = [0.0] * len(requests), [0] * len(requests)
     longest = max((prompt for request in requests for prompt in _rewriting_prompts(request)), key=lambda p: p.lookup)
     editable.logit_map = find_logit_map(editable, pad_rows([longest.ids], editable.input_device).input_ids)
+    path, norm_inputs = paths.get(editable.layers[0]), None
+    if isinstance(path, Normalised) and len(editable.layers) == 1:
+        plain = [replace(request, contexts=()) for request in requests]
+        _, norm_inputs, _ = BatchStates(editable, plain, hparams.token_budget, paths).read(editable.layers[0])
     layout = layout_of(editable, requests)
     packed = layout == "packed"
     batches = packed_micro_batches if packed else padded_micro_batches
@@ -85,7 +96,10 @@ def optimise_target_values(
             block = editable.layers[-1]
             steering = (PackedSteering.record(editable, rows, block) if packed
                         else PaddedSteering.record(editable, rows, block, use_prefix=layout == "padded"))
-            result = _MicroBatch(editable, group, hparams, steering).optimise()
+            reach = None
+            if isinstance(path, Normalised) and norm_inputs is not None:
+                reach = partial(path.reachable, norm_inputs[batch])
+            result = _MicroBatch(editable, group, hparams, steering, reach).optimise()
             values[batch] = result.values
             for i, loss, count in zip(batch, result.losses, result.steps, strict=True):
                 losses[i], steps[i] = loss, count
@@ -151,8 +165,9 @@ class _MicroBatch:
     """Edits that are optimised together, each as if it were alone."""
 
     def __init__(self, editable: EditableModel, requests: list[TokenizedRequest], hparams: SPHEREHyperParams,
-                 steering: Steering) -> None:
+                 steering: Steering, reach: Callable[[Tensor], Tensor] | None) -> None:
         self._editable, self._hparams, self._requests, self._steering = editable, hparams, requests, steering
+        self._reach = reach  # of a delta, the nearest that the edited weights can make
         self._initial = steering.initial  # (edits, hidden_size)
         with torch.no_grad():
             self._drift_before = F.log_softmax(editable.logits(steering.drift_final), dim=-1)  # (edits, vocabulary)
@@ -181,6 +196,8 @@ class _MicroBatch:
             adam.step()
             with torch.no_grad():
                 delta.mul_((radius / delta.norm(dim=1, keepdim=True)).clamp(max=1.0))
+                if self._reach is not None:
+                    delta.copy_(self._reach(delta))
                 # Adam's momentum would move edits that are done.
                 delta.copy_(torch.where(active.to(delta.device).unsqueeze(1), delta, before))
             steps = [taken + int(flag) for taken, flag in zip(steps, active.tolist(), strict=True)]
