@@ -405,17 +405,12 @@ def hparams_command(
     output: Annotated[Path | None, typer.Option(help="File to write; standard output if not given.")] = None,
 ) -> None:
     """Write a starting YAML for a decoder that has none."""
-    from transformers import AutoConfig
-
     from .files import replacing
-    from .hparams_files import render_hparams, starting_hparams
+    from .hparams_files import starting_file
     from .loading import model_source
+    from .planning.inventory import read_config
 
-    try:
-        config = AutoConfig.from_pretrained(model_source(model), trust_remote_code=False)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"the config of {model!r} can't be read: {error}") from error
-    text = render_hparams(starting_hparams(config, model, base_alg))
+    text = starting_file(read_config(model, model_source(model)), model, base_alg)
     if output is None:
         print(text, end="")
     else:

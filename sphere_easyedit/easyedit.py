@@ -34,7 +34,7 @@ from .evaluation.datasets import EditRecord
 from .hparams import PLAIN_ALGS, SPHEREHyperParams
 from .hparams_files import find_hparams, read_mapping
 from .loading import load_model, model_source, resolve_device
-from .models import module_names, num_blocks
+from .module_discovery import decoder_parts, meta_model, num_blocks
 from .reviewing import change_norms, partway, reviewed
 from .wrapped import WrappedExecutor, hparams_class
 from .wrapper import apply_sphere_to_model
@@ -322,7 +322,8 @@ class _Numbered(EditCallback):
 def _apply_tracked(original: Callable[..., Any], callbacks: Sequence[_Numbered], model: Any, tok: Any,
                    requests: Sequence[Mapping[str, Any]], hparams: Any, *args: Any, **kwargs: Any) -> Any:
     """Any of EasyEdit's executors as it is, with events before and after it."""
-    weights = _tracked_weights(model, hparams)
+    names = _tracked_names(model, hparams)
+    weights = _tracked_weights(model, names)
     first = callbacks[0].num_edits or 0
     case_ids = [request.get("case_id", first + i) for i, request in enumerate(requests)]
     try:
@@ -337,7 +338,7 @@ def _apply_tracked(original: Callable[..., Any], callbacks: Sequence[_Numbered],
     result = original(model, tok, requests, hparams, *args, **kwargs)
     seconds = {"executor": time.perf_counter() - started}
     edited, originals = result if isinstance(result, tuple) and len(result) == 2 else (model, None)
-    weights = _tracked_weights(edited, hparams)
+    weights = _tracked_weights(edited, names)
     event = replace(event, model=_decoder(edited), weights=weights, num_edits=first + len(requests),
                     num_batches=event.num_batches + 1, update_norms=change_norms(weights, before), seconds=seconds)
 
@@ -373,20 +374,34 @@ def _decoder(model: Any) -> PreTrainedModel:
     return model
 
 
-def _tracked_weights(model: Any, hparams: Any) -> dict[int, Tensor]:
+def _tracked_names(model: Any, hparams: Any) -> dict[int, str]:
+    """Names of down-projections by layer: the edited ones, or all where hyperparameters name no layers."""
+    decoder = _decoder(model)
+    layers = list(getattr(hparams, "layers", None) or ())
+    template = getattr(hparams, "rewrite_module_tmp", None)
+    if not template:
+        try:
+            parts = decoder_parts(meta_model(decoder.config))  # the model itself may hold a method's own modules
+        except ValueError:
+            parts = decoder_parts(decoder)
+        template = parts.names(layers).rewrite_module_tmp
+    template = template.removesuffix(".weight")
+    if not layers:
+        places = {name for name, _ in decoder.named_modules(remove_duplicate=False)}
+        layers = [layer for layer in range(num_blocks(decoder.config)) if template.format(layer) in places]
+    return {layer: template.format(layer) for layer in layers}
+
+
+def _tracked_weights(model: Any, names: Mapping[int, str]) -> dict[int, Tensor]:
     """Down-projections ``(d_out, d_in)`` by layer, also where a method has put a module of its own around them."""
     decoder = _decoder(model)
-    config: Any = decoder.config
-    template = getattr(hparams, "rewrite_module_tmp", None) or module_names(config).rewrite_module_tmp
-    template = template.removesuffix(".weight")
-    layers = list(getattr(hparams, "layers", None) or range(num_blocks(config)))
     weights = {}
-    for layer in layers:
-        inner = [module for module in decoder.get_submodule(template.format(layer)).modules()
+    for layer, name in names.items():
+        inner = [module for module in decoder.get_submodule(name).modules()
                  if isinstance(module, (nn.Linear, Conv1D))]
         weight = inner[0].weight.detach()
         if weight.is_meta:
-            raise ValueError(f"{template.format(layer)} is offloaded, where EasyEdit's changes would be lost: load the "
+            raise ValueError(f"{name} is offloaded, where EasyEdit's changes would be lost: load the "
                              "model into memory, or edit with apply_sphere_to_model")
         weights[layer] = weight.T if isinstance(inner[0], Conv1D) else weight
     return weights

@@ -21,7 +21,8 @@ from transformers import PretrainedConfig
 
 from .hparams_files import find_hparams, read_mapping
 from .loading import resolve_device
-from .models import EditableModel, ModuleNames, module_names
+from .models import EditableModel, ModuleNames
+from .module_discovery import model_module_names, module_names
 
 NATIVE_ALGS = ("AlphaEdit", "MEMIT", "RECT", "PRUNE")
 # Methods that EasyEdit lacks and the plugin gives it under their own names, without SPHERE on top.
@@ -210,7 +211,7 @@ class SPHEREHyperParams:
     mom2_max_length: int = 1024  # tokens at which a text is cut
     stats_dir: str = "./data/stats"
 
-    # Where the model keeps its parts; None (all six): known from its architecture.
+    # Where the model keeps its parts; None (all six): found in its module tree.
     rewrite_module_tmp: str | None = None
     layer_module_tmp: str | None = None
     mlp_module_tmp: str | None = None
@@ -301,15 +302,20 @@ class SPHEREHyperParams:
         carried = {name: value for name, value in self.to_dict().items() if name not in _NOT_CARRIED}
         return hashlib.sha256(json.dumps(carried, sort_keys=True, default=repr).encode()).hexdigest()
 
-    def module_names(self, config: PretrainedConfig) -> ModuleNames:
-        """Where a model with this config keeps its parts: as given, else as its architecture is known to.
+    def module_names(self, source: PretrainedConfig | nn.Module) -> ModuleNames:
+        """Where a model keeps its parts: as given, else as found in its module tree for the layers to edit.
+
+        Args:
+            source: the model, or its config, from which one without weights is built.
 
         Raises:
-            ValueError: no names are given and the architecture is unknown.
+            ValueError: no names are given and they can't be found.
         """
         given = {name: getattr(self, name) for name in _MODULE_FIELDS}
         if given["rewrite_module_tmp"] is None:
-            return module_names(config)
+            if isinstance(source, nn.Module):
+                return model_module_names(source, self.layers)
+            return module_names(source, self.layers)
         # EasyEdit's FT files name the weight rather than the module.
         given["rewrite_module_tmp"] = given["rewrite_module_tmp"].removesuffix(".weight")
         return ModuleNames(**given)
@@ -320,8 +326,7 @@ class SPHEREHyperParams:
         Raises:
             ValueError: see ``EditableModel``; or ``v_loss_layer`` is past the last block.
         """
-        config: Any = model.config
-        editable = EditableModel(model, self.module_names(config), self.layers)
+        editable = EditableModel(model, self.module_names(model), self.layers)
         if self.executor == "native" and self.v_loss_layer >= editable.num_blocks:
             raise ValueError(f"v_loss_layer is {self.v_loss_layer}, past the model's last block: give "
                              f"{editable.num_blocks - 1}")
@@ -403,7 +408,7 @@ class SPHEREHyperParams:
         missing = [name for name in _MODULE_FIELDS if getattr(self, name) is None]
         if missing and len(missing) < len(_MODULE_FIELDS):
             raise ValueError(f"module names given without {', '.join(missing)}: give all of "
-                             f"{', '.join(_MODULE_FIELDS)}, or none for an architecture that is known")
+                             f"{', '.join(_MODULE_FIELDS)}, or none to have them found")
         for name in () if missing else _MODULE_TEMPLATES:
             template = getattr(self, name)
             # Any other brace would trip str.format, which puts the number in.

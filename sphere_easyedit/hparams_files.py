@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib import resources
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import PretrainedConfig
 
-from sphere_easyedit.models import ModuleNames, module_names, num_blocks
+from sphere_easyedit.module_discovery import DecoderParts, ModuleNames, decoder_parts, meta_model
 from sphere_easyedit.safe_yaml import read_yaml
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
         from importlib.resources.abc import Traversable
     else:
         from importlib.abc import Traversable
+
+logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -148,6 +152,29 @@ def _at_depth(layer: int, of: int, blocks: int) -> int:
     return min(int(layer * blocks / of + 0.5), blocks - 1)  # not round(), which sends halves to the even side
 
 
+def _nearest_layers(parts: DecoderParts, wanted: Sequence[int]) -> tuple[ModuleNames, list[int], str]:
+    """Layers that keep a down-projection in one place, at or next to the wanted ones; why, where these are others.
+
+    The place that most of the wanted layers have is taken, then the one nearest to them; of its layers those among the
+    wanted ones, and where there are none, as many of the nearest.
+    """
+    def distance(layer: int) -> int:
+        return min(abs(layer - one) for one in wanted)
+
+    def chosen(down: str) -> list[int]:
+        having = sorted(parts.downs[down], key=lambda layer: (distance(layer), layer))
+        inside = [layer for layer in having if layer in wanted]
+        return sorted(inside or having[: len(wanted)])
+
+    parts.names()  # refuses a model without any
+    down = min(parts.options(), key=lambda down: (-len({*chosen(down)} & {*wanted}), sum(map(distance, chosen(down)))))
+    names, layers = parts.names_at(down), chosen(down)
+    if layers == list(wanted):
+        return names, layers, ""
+    return names, layers, (f"layers {layers} in place of {list(wanted)}, the published ones' share of the depth: "
+                           f"{parts.missing([layer for layer in wanted if layer not in layers])}")
+
+
 def starting_hparams(
     config: PretrainedConfig, model_name: str, base_alg: str = "AlphaEdit"
 ) -> dict[str, Any]:
@@ -157,20 +184,50 @@ def starting_hparams(
     Qwen2.5-7B, with the layers moved to the same relative depth. A start: nobody tuned it for this model.
 
     Args:
-        config: the model's config; its architecture must be one that ``models.module_names`` knows.
+        config: the model's config; its modules must be such as ``module_discovery`` finds.
         model_name: hub name or folder, written into the result.
         base_alg: AlphaEdit, MEMIT, RECT, PRUNE, FT or ROME.
 
     Raises:
-        ValueError: unknown architecture or base method.
+        ValueError: unknown base method, or the model has no layer that can be edited.
     """
+    return _starting(config, model_name, base_alg)[0]
+
+
+def starting_file(config: PretrainedConfig, model_name: str, base_alg: str = "AlphaEdit") -> str:
+    """``starting_hparams`` as YAML text, with a header that says where the values come from.
+
+    Raises:
+        ValueError: as there.
+    """
+    mapping, note = _starting(config, model_name, base_alg)
+    return render_hparams(mapping, (
+        f"SPHERE on {base_alg}, {model_name.rstrip('/').rpartition('/')[2]}. Sources of the values:\n"
+        "gamma, alpha: arXiv 2510.01172. The rest: a start, by `sphere-easyedit hparams`, with what is published for\n"
+        "Qwen2.5-7B and layers at the same share of the depth. Not tuned."
+        + "".join(f"\n{line}" for line in textwrap.wrap(note, 110))))
+
+
+def _starting(config: PretrainedConfig, model_name: str, base_alg: str) -> tuple[dict[str, Any], str]:
+    """The starting hyperparameters, and why their layers are not those at the published depth."""
     if base_alg not in _STARTING_BASES:
         raise ValueError(f"base_alg is {base_alg!r}, but a starting file can be written for "
                          f"{', '.join(_STARTING_BASES)}: for another method of EasyEdit's add "
                          "`executor: easyedit` and its own values to one of these by hand")
-    blocks = num_blocks(config)
-    names = asdict(module_names(config))
+    parts = decoder_parts(meta_model(config))
+    blocks = parts.num_blocks
     model_type = str(config.model_type)
+    if base_alg == "FT":
+        wanted = [_at_depth(*_FT_LAYER, blocks)]
+    elif base_alg == "ROME":
+        wanted = [_at_depth(*_ROME_LAYERS.get(model_type, _ROME_LAYER), blocks)]
+    else:
+        first, last, of = _BANDS.get(model_type, _BAND)
+        wanted = list(range(_at_depth(first, of, blocks), _at_depth(last, of, blocks) + 1))
+    found, layers, note = _nearest_layers(parts, wanted)
+    names = asdict(found)
+    if note:
+        logger.info("%s", note)
     wrapped = base_alg in ("FT", "ROME")
     start: dict[str, Any] = {
         "alg_name": "SPHERE", "base_alg": base_alg, "executor": "easyedit" if wrapped else "native",
@@ -181,14 +238,9 @@ def starting_hparams(
     if base_alg == "FT":
         # The suffix keeps EasyEdit's FT, which picks parameters by substring, off the bias beside the weight.
         names["rewrite_module_tmp"] += ".weight"
-        start |= {"layers": [_at_depth(*_FT_LAYER, blocks)], "num_steps": 25, "lr": 5e-4, "weight_decay": 0,
+        start |= {"layers": layers, "num_steps": 25, "lr": 5e-4, "weight_decay": 0,
                   "kl_factor": 0, "norm_constraint": False, "objective_optimization": "prompt_last"}
-        return start | names
-    if base_alg == "ROME":
-        layers = [_at_depth(*_ROME_LAYERS.get(model_type, _ROME_LAYER), blocks)]
-    else:
-        first, last, of = _BANDS.get(model_type, _BAND)
-        layers = list(range(_at_depth(first, of, blocks), _at_depth(last, of, blocks) + 1))
+        return start | names, note
     start |= {
         "layers": layers, "fact_token": "subject_last",
         "v_num_grad_steps": 25, "v_lr": 0.5, "v_loss_layer": blocks - 1, "v_weight_decay": 1e-3,
@@ -197,7 +249,7 @@ def starting_hparams(
         "stats_dir": "./data/stats",
     }
     if base_alg == "ROME":  # its class has no layer_selection
-        return start | {"context_template_length_params": [[5, 10], [10, 10]], "fp16": False} | names
+        return start | {"context_template_length_params": [[5, 10], [10, 10]], "fp16": False} | names, note
     start["layer_selection"] = "all"
     if base_alg == "AlphaEdit":
         start |= {"L2": 10, "P_loc": None, "nullspace_threshold": 2e-2}
@@ -207,7 +259,7 @@ def starting_hparams(
         start["rect_keep"] = 0.4
     if base_alg == "PRUNE":
         start |= {"principal_space": "pretrained", "prune_log_base": None}
-    return start | names
+    return start | names, note
 
 
 def render_hparams(mapping: Mapping[str, Any], header: str = "") -> str:

@@ -11,7 +11,6 @@ import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,84 +19,20 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .logit_map import LogitMap
+
+# Re-exported: the other modules import these names from here.
+from .module_discovery import ModuleNames as ModuleNames
+from .module_discovery import compiled_parent, decoder_parts
+from .module_discovery import hidden_size as hidden_size
+from .module_discovery import module_names as module_names
+from .module_discovery import num_blocks as num_blocks
+from .module_discovery import text_config as text_config
 from .offload import execution_device, lent_again_for_backward, offloaded_weight
 from .quantised import check_editable, dequantise
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ModuleNames:
-    """Where a decoder keeps its parts, in EasyEdit's hyperparameter names; ``{}`` stands for the layer number."""
-
-    rewrite_module_tmp: str
-    layer_module_tmp: str
-    mlp_module_tmp: str
-    attn_module_tmp: str
-    ln_f_module: str
-    lm_head_module: str
-
-
-def _llama_names(root: str = "model") -> ModuleNames:
-    return ModuleNames(
-        rewrite_module_tmp=f"{root}.layers.{{}}.mlp.down_proj",
-        layer_module_tmp=f"{root}.layers.{{}}",
-        mlp_module_tmp=f"{root}.layers.{{}}.mlp",
-        attn_module_tmp=f"{root}.layers.{{}}.self_attn",
-        ln_f_module=f"{root}.norm",
-        lm_head_module="lm_head",
-    )
-
-
-def _gpt_names(down_projection: str) -> ModuleNames:
-    return ModuleNames(
-        rewrite_module_tmp=f"transformer.h.{{}}.mlp.{down_projection}",
-        layer_module_tmp="transformer.h.{}",
-        mlp_module_tmp="transformer.h.{}.mlp",
-        attn_module_tmp="transformer.h.{}.attn",
-        ln_f_module="transformer.ln_f",
-        lm_head_module="lm_head",
-    )
-
-
-def _names_by_model_type() -> dict[str, ModuleNames]:
-    like_llama = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo", "olmo2",
-                  "granite", "stablelm", "smollm3")
-    names = {model_type: _llama_names() for model_type in like_llama}
-    names["gemma3"] = _llama_names("model.language_model")
-    names["gpt2"] = _gpt_names("c_proj")
-    names["gptj"] = _gpt_names("fc_out")
-    return names
-
-
-def module_names(config: PretrainedConfig) -> ModuleNames:
-    """Module names of a decoder whose architecture is known by its config's ``model_type``.
-
-    Raises:
-        ValueError: the model type is not known; the six names must then be given in the hyperparameters.
-    """
-    known = _names_by_model_type()
-    model_type = str(config.model_type)
-    if model_type not in known:
-        near = difflib.get_close_matches(model_type, known, n=1)
-        hint = f" (nearest known: {near[0]})" if near else ""
-        wanted = ", ".join(field.name for field in fields(ModuleNames))
-        raise ValueError(
-            f"architecture {model_type!r} is not known{hint}; known: {', '.join(sorted(known))}. "
-            f"For any other decoder give its module names in the hyperparameters: {wanted}"
-        )
-    return known[model_type]
-
-
-def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The language model's part of a config: itself, or ``text_config`` of a multimodal one."""
-    inner = getattr(config, "text_config", None)
-    return config if inner is None else inner
-
-
-def num_blocks(config: PretrainedConfig) -> int:
-    """Number of decoder blocks by the config."""
-    return int(text_config(config).num_hidden_layers)
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -149,6 +84,9 @@ class EditableModel:
         self.lm_head = self._module(names.lm_head_module)
         self.logit_map = LogitMap()  # until `logit_map.find_logit_map` has found another
         edited = [names.rewrite_module_tmp.format(layer) for layer in self.layers]
+        for name in edited:
+            self._check_not_compiled(name)
+        self._check_layers()
         for layer, name in zip(self.layers, edited, strict=True):
             self._check_weight(name)
             self._check_shared(layer)
@@ -156,8 +94,30 @@ class EditableModel:
         self._offloaded = {layer: offloaded for layer in self.layers
                            if (offloaded := offloaded_weight(model, self.parameter_name(layer))) is not None}
 
+    def _check_layers(self) -> None:
+        """Refuse layers without the module to edit, where other layers have it or these layers have no other."""
+        template = self.names.rewrite_module_tmp
+        missing = [layer for layer in self.layers if template.format(layer) not in self._modules]
+        if not missing:
+            return
+        try:
+            parts = decoder_parts(self.model)
+        except ValueError:  # then no more can be said than that the name is wrong
+            return
+        others = any(template.format(layer) in self._modules for layer in range(self.num_blocks))
+        if others or not any(set(missing) & set(having) for having in parts.downs.values()):
+            raise ValueError(f"{template} is not in layers {missing}: {parts.missing(missing)}")
+
+    def _check_not_compiled(self, name: str) -> None:
+        """Refuse a module that was compiled, alone or with one around it: it has another name then, and type."""
+        compiled = compiled_parent(name, self._modules)
+        if compiled is not None:
+            raise ValueError(f"{compiled or 'the model'} is compiled (torch.compile), which puts {name} out of reach: "
+                             "edit the uncompiled model, and compile it after that")
+
     def _module(self, name: str) -> nn.Module:
         if name not in self._modules:
+            self._check_not_compiled(name)
             near = difflib.get_close_matches(name, self._modules, n=1)
             hint = f"; nearest is {near[0]!r}" if near else ""
             raise ValueError(f"{type(self.model).__name__} has no module {name!r}{hint}. "
@@ -256,7 +216,7 @@ class EditableModel:
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
-        return int(text_config(self.config).hidden_size)
+        return hidden_size(self.config)
 
     def d_in(self, layer: int) -> int:
         """Width of the down-projection's input, the space of keys."""

@@ -485,5 +485,5 @@ def test_starting_layers_lie_at_the_published_depth(config: Any, layers: list[in
 def test_a_starting_file_for_an_unknown_base_or_architecture_is_refused() -> None:
     with pytest.raises(ValueError, match="base_alg is 'WISE'"):
         starting_hparams(LlamaConfig(), "m", "WISE")
-    with pytest.raises(ValueError, match="architecture 'bert' is not known"):
+    with pytest.raises(ValueError, match="'bert' is an encoder"):
         starting_hparams(BertConfig(), "m")

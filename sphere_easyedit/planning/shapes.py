@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from ..models import ModuleNames, num_blocks, text_config
+from ..module_discovery import ModuleNames, hidden_size, meta_model, num_blocks, text_config
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ def model_shape(config: PretrainedConfig, names: ModuleNames, layers: Sequence[i
     Raises:
         ValueError: module names or layers do not fit the architecture.
     """
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model = meta_model(config)
     modules = dict(model.named_modules(remove_duplicate=False))
 
     def module(name: str) -> nn.Module:
@@ -74,11 +73,11 @@ def model_shape(config: PretrainedConfig, names: ModuleNames, layers: Sequence[i
                          f"{blocks - 1}")
     text = text_config(config)
     heads = int(text.num_attention_heads)
-    head_width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    head_width = int(getattr(text, "head_dim", None) or hidden_size(config) // heads)
     key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     entries = sum(_matrix_entries(module(names.layer_module_tmp.format(i))) for i in range(blocks))
     weight = cast(torch.Tensor, module(names.rewrite_module_tmp.format(layers[0])).weight)
-    hidden = int(text.hidden_size)
+    hidden = hidden_size(config)
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),

@@ -1,0 +1,576 @@
+"""Where a decoder keeps its parts, found in its module tree rather than in a table of model types.
+
+Names used throughout: a *block* is one decoder layer; its *mixer* is what moves information between tokens (attention,
+a state-space or a convolution module); its *down-projection* is the last linear map of its MLP, whose weight is edited.
+
+How the down-projection of a block is found: linear modules inside mixers, inside routed experts and beside these in one
+module (routers, projections to the experts' width) do not count. Of the others it is a map from the MLP's inner width
+``m`` to the hidden size ``h``, where another one maps ``h`` to ``m`` or, with gate and value in one weight, to ``2 m``.
+Where several fit (adapters, per-layer inputs, an MLP whose inner width is the hidden size), see ``_PREFERENCES``; what
+then remains is ambiguous and refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
+
+logger = logging.getLogger(__name__)
+
+# Auto classes by the mapping that says which configs they build, in the order in which they are tried.
+_AUTO_CLASSES = (
+    ("MODEL_FOR_CAUSAL_LM_MAPPING", "AutoModelForCausalLM"),
+    ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "AutoModelForImageTextToText"),
+    ("MODEL_FOR_MULTIMODAL_LM_MAPPING", "AutoModelForMultimodalLM"),
+    ("MODEL_FOR_VISION_2_SEQ_MAPPING", "AutoModelForVision2Seq"),
+)
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
+
+COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads", "head_dim")
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class ModuleNames:
+    """Where a decoder keeps its parts, in EasyEdit's hyperparameter names; ``{}`` stands for the layer number."""
+
+    rewrite_module_tmp: str
+    layer_module_tmp: str
+    mlp_module_tmp: str
+    attn_module_tmp: str
+    ln_f_module: str
+    lm_head_module: str
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The language model's part of a config: itself, or the part for text of a multimodal one."""
+    own: Any = getattr(config, "get_text_config", None)
+    found: Any = None
+    if own is not None:
+        try:
+            found = own(decoder=True)
+        except (TypeError, ValueError):  # older than its argument, or several parts to choose from
+            found = None
+    if not isinstance(found, PretrainedConfig):
+        found = getattr(config, "text_config", None) or config
+    if _first(found, _LAYER_COUNTS) is None:  # a wrapper that names its text part otherwise
+        parts = [part for part in vars(found).values() if isinstance(part, PretrainedConfig)]
+        decoders = [part for part in map(text_config, parts)
+                    if _first(part, _LAYER_COUNTS) is not None and getattr(part, "vocab_size", None)]
+        if len(decoders) == 1:
+            found = decoders[0]
+    text: PretrainedConfig = found
+    return text
+
+
+def _first(config: PretrainedConfig, names: Sequence[str]) -> int | None:
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def num_blocks(config: PretrainedConfig) -> int:
+    """Number of decoder blocks by the config.
+
+    Raises:
+        ValueError: it names none.
+    """
+    return _number(config, _LAYER_COUNTS, "number of layers")
+
+
+def hidden_size(config: PretrainedConfig) -> int:
+    """Width of the residual stream by the config.
+
+    Raises:
+        ValueError: it names none.
+    """
+    return _number(config, _WIDTHS, "hidden size")
+
+
+def _number(config: PretrainedConfig, names: Sequence[str], what: str) -> int:
+    found = _first(text_config(config), names)
+    if found is None:
+        raise ValueError(f"{type(config).__name__} names no {what} (looked for {', '.join(names)}): a causal language "
+                         "model of transformers is needed")
+    return found
+
+
+def module_names(config: PretrainedConfig, layers: Sequence[int] = ()) -> ModuleNames:
+    """Module names of a decoder by its config alone, from the module tree of a model without weights.
+
+    Args:
+        config: of any causal language model, or of a wrapper around one, that transformers has a class for.
+        layers: those to be edited, for a model whose layers keep their MLPs in different places.
+
+    Raises:
+        ValueError: it is no decoder, transformers has no class for it, or a part is not found; the six names must
+            then be given in the hyperparameters.
+    """
+    return decoder_parts(meta_model(config)).names(layers)
+
+
+def model_module_names(model: nn.Module, layers: Sequence[int] = ()) -> ModuleNames:
+    """``module_names`` of a model at hand, whose config transformers need not know.
+
+    Raises:
+        ValueError: a part is not found.
+    """
+    return decoder_parts(model).names(layers)
+
+
+def meta_model(config: PretrainedConfig) -> nn.Module:
+    """The model of a config on the meta device, where it takes no memory; remote code is never run.
+
+    Raises:
+        ValueError: it is an encoder, an encoder-decoder or no language model, or can't be built.
+    """
+    _check_decoder(config)
+    name = next((auto for mapping, auto in _AUTO_CLASSES if type(config) in _mapping(mapping)), None)
+    auto = getattr(transformers, name or "", None)
+    if auto is None:
+        raise ValueError(_unknown(config))
+    try:
+        with torch.device("meta"):
+            model: nn.Module = auto.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except Exception as error:  # checks of configs and missing packages: of many kinds
+        raise ValueError(f"no model can be built from this {type(config).__name__}: "
+                         f"{' '.join(str(error).split())[:200]}") from error
+    return model
+
+
+def _mapping(name: str) -> Any:
+    return getattr(modeling_auto, name, None) or {}
+
+
+def _check_decoder(config: PretrainedConfig) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{config.model_type!r} is an encoder-decoder, which can't be edited: give a causal language "
+                         "model (decoder only)")
+    if type(config) in _mapping("MODEL_FOR_MASKED_LM_MAPPING") and not getattr(config, "is_decoder", False):
+        raise ValueError(f"{config.model_type!r} is an encoder, which can't be edited: give a causal language model")
+
+
+def _unknown(config: PretrainedConfig) -> str:
+    model_type = str(config.model_type)
+    if model_type in transformers.CONFIG_MAPPING:
+        return f"{model_type!r} is no causal language model of transformers, which is what can be edited"
+    known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    near = difflib.get_close_matches(model_type, known, n=1)
+    hint = f" (nearest known: {near[0]})" if near else ""
+    return (f"architecture {model_type!r} is not known to transformers {transformers.__version__}{hint}: give the "
+            f"loaded model, or its module names in the hyperparameters: "
+            f"{', '.join(item.name for item in fields(ModuleNames))}")
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """What the module tree of a decoder tells.
+
+    Attributes:
+        model: name of its class.
+        blocks: name of the list of blocks.
+        downs: layers by the down-projection's name inside its block.
+        attentions: the same of attention modules.
+        mixers: the same of all other mixers.
+        routed: layers whose only MLP is routed to experts.
+        shared: layers whose down-projection's weight is another layer's, too.
+        ambiguous: why layers have none, by layer.
+        final_norm, head: names of the norm in front of the LM head, and of that.
+    """
+
+    model: str
+    blocks: str
+    num_blocks: int
+    downs: Mapping[str, tuple[int, ...]]
+    attentions: Mapping[str, tuple[int, ...]]
+    mixers: Mapping[str, tuple[int, ...]]
+    routed: tuple[int, ...]
+    shared: tuple[int, ...]
+    ambiguous: Mapping[int, str]
+    final_norm: str
+    head: str
+
+    def options(self) -> list[str]:
+        """Down-projections' names inside blocks: of most layers first, then the least nested."""
+        return sorted(self.downs, key=lambda down: (-len(self.downs[down]), down.count("."), down))
+
+    def names(self, layers: Sequence[int] = ()) -> ModuleNames:
+        """Names by the down-projection that most of these layers have; with no layers, that most layers have.
+
+        Raises:
+            ValueError: no layer has a down-projection that can be edited.
+        """
+        if not self.downs:
+            raise ValueError(f"{self.model} can't be edited: {self.missing(range(self.num_blocks))}")
+        options = self.options()
+        best = max(options, key=lambda down: len({*layers} & {*self.downs[down]}))  # the first of equals
+        return self.names_at(best)
+
+    def names_at(self, down: str) -> ModuleNames:
+        """Names with this down-projection, one of ``options()``."""
+        block = f"{self.blocks}.{{}}"
+        layers = self.downs[down]
+        # A hybrid's block has one or the other, and where a block is either MLP or mixer, neither.
+        mixer = next((place for among in (layers, range(self.num_blocks)) for places in (self.attentions, self.mixers)
+                      if (place := _most_frequent(places, among)) is not None), None)
+        parent = down.rpartition(".")[0]
+        # Linear maps that hang directly on the block: what the last of them gives out is what their MLP gives out.
+        return ModuleNames(
+            rewrite_module_tmp=f"{block}.{down}", layer_module_tmp=block, mlp_module_tmp=f"{block}.{parent or down}",
+            attn_module_tmp=block if mixer is None else f"{block}.{mixer}", ln_f_module=self.final_norm,
+            lm_head_module=self.head)
+
+    def missing(self, layers: Sequence[int]) -> str:
+        """Why these layers have no down-projection that can be edited, and which have one."""
+        has = {layer: down for down, having in self.downs.items() for layer in having}
+        reasons = [("have routed experts, which can't be edited", [i for i in layers if i in self.routed]),
+                   ("share their MLP's weights with other layers", [i for i in layers if i in self.shared])]
+        reasons += [(f"have several maps that may be their MLP's last ({several})",
+                     [i for i in layers if self.ambiguous.get(i) == several])
+                    for several in dict.fromkeys(self.ambiguous.values())]
+        reasons += [(f"have their MLP's last map at {down}", [i for i in layers if has.get(i) == down])
+                    for down in self.options()]
+        told = {i for _, those in reasons for i in those}
+        reasons.append(("have no MLP", [i for i in layers if i not in told]))
+        parts = [f"layers {_numbers(those)} {why}" for why, those in reasons if those]
+        parts += [f"layers with {down}: {_numbers(self.downs[down], brackets=False)}" for down in self.options()]
+        return "; ".join(parts)
+
+
+def _numbers(layers: Sequence[int], brackets: bool = True) -> str:
+    """Layers in a message: each, or from eight on as ranges."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1 and len(layers) > 7:
+            runs[-1] = [runs[-1][0], layer]
+        else:
+            runs.append([layer])
+    text = ", ".join("-".join(map(str, run)) for run in runs)
+    return f"[{text}]" if brackets else text
+
+
+def _most_frequent(places: Mapping[str, tuple[int, ...]], layers: Sequence[int]) -> str | None:
+    counts = {place: len({*layers} & {*having}) for place, having in places.items()}
+    return max(counts, key=counts.__getitem__) if counts and any(counts.values()) else None
+
+
+def decoder_parts(model: nn.Module) -> DecoderParts:
+    """The parts of a decoder by its module tree.
+
+    Raises:
+        ValueError: the blocks, the final norm or the LM head are not found, or several fit equally well.
+    """
+    config: Any = getattr(model, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        raise ValueError(f"{type(model).__name__} has no config of transformers: give a causal language model")
+    _check_decoder(config)
+    width = hidden_size(config)
+    modules = dict(_named_modules(model))
+    inputs = _input_embeddings(model)
+    name = _block_list(model, modules, num_blocks(config), inputs)
+    found = [_block_parts(block, width) for block in _children(modules[name]).values()]
+    downs, ambiguous = _down_projections(found, _inner_widths(config))
+    shared = _shared_weights(downs)
+    head = _head_name(model, modules, name)
+    return DecoderParts(
+        model=type(model).__name__, blocks=name, num_blocks=len(found),
+        downs=_layers_by({i: down[0] for i, down in downs.items() if i not in shared}),
+        attentions=_layers_by({i: next(iter(parts.attentions), None) for i, parts in enumerate(found)}),
+        mixers=_layers_by({i: next(iter(parts.mixers), None) for i, parts in enumerate(found)}),
+        routed=tuple(i for i, parts in enumerate(found) if parts.routed and i not in downs and i not in ambiguous),
+        shared=tuple(shared), ambiguous=ambiguous,
+        final_norm=_final_norm(model, modules, name, head, width), head=head)
+
+
+def _layers_by(names: Mapping[int, str | None]) -> dict[str, tuple[int, ...]]:
+    layers: dict[str, tuple[int, ...]] = {}
+    for layer, name in names.items():
+        if name is not None:
+            layers[name] = (*layers.get(name, ()), layer)
+    return layers
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    """Child modules by name, with what ``torch.compile`` wraps in the wrapper's place."""
+    children = {}
+    for name, child in module._modules.items():
+        if child is not None:
+            while COMPILED in child._modules:
+                child = child.get_submodule(COMPILED)
+            children[name] = child
+    return children
+
+
+def _named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules by name, as if none was compiled, each under every name that it has."""
+    while COMPILED in module._modules:
+        module = module.get_submodule(COMPILED)
+    yield prefix, module
+    for name, child in _children(module).items():
+        yield from _named_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
+    """Input and output width of a linear module, plain, transposed or quantised; None for any other."""
+    if isinstance(module, Conv1D):
+        rows, columns = module.weight.shape
+        return int(rows), int(columns)
+    widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if not all(isinstance(width, int) for width in widths):
+        return None
+    if any(_linear_widths(child) is not None for child in module.children()):  # an adapter around a linear module
+        return None
+    return widths  # type: ignore[return-value]
+
+
+def compiled_parent(name: str, modules: Collection[str]) -> str | None:
+    """Name of the compiled module that hides another one's name, "" for the whole model, or None."""
+    parts = name.split(".")
+    above = (".".join(parts[:i]) for i in range(len(parts) + 1))
+    return next((parent for parent in above if f"{parent}.{COMPILED}".lstrip(".") in modules), None)
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    try:
+        found: Any = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _block_list(model: nn.Module, modules: Mapping[str, nn.Module], blocks: int, inputs: nn.Module | None) -> str:
+    """Name of the list of decoder blocks: the outermost of that length, and the nearest to the token embeddings.
+
+    A vision tower may have as many blocks of the same width, but it has no token embeddings beside it.
+    """
+    numbers = [str(i) for i in range(blocks)]
+    lists = [name for name, module in modules.items()
+             if name and list(_children(module)) == numbers and _holds_linear(module)]
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    embeddings = [name for name, module in modules.items() if module is inputs]
+    near = {name: max((_common_depth(name, other) for other in embeddings), default=0) for name in outermost}
+    best = [name for name in outermost if near[name] == max(near.values())]
+    if len(best) != 1:
+        lengths = {name: len(module) for name, module in modules.items()
+                   if isinstance(module, nn.ModuleList) and len(module)}
+        others = best or [f"{name} ({length})" for name, length in lengths.items()
+                          if not any(name.startswith(f"{other}.") for other in lengths)]
+        raise ValueError(f"{type(model).__name__} has {'several lists' if best else 'no list'} of {blocks} decoder "
+                         f"blocks ({', '.join(others)}): give its module names in the hyperparameters")
+    return best[0]
+
+
+def _holds_linear(module: nn.Module) -> bool:
+    return any(_linear_widths(inner) is not None for inner in module.modules())
+
+
+def _common_depth(one: str, other: str) -> int:
+    depth = 0
+    for a, b in zip(one.split("."), other.split("."), strict=False):
+        if a != b:
+            break
+        depth += 1
+    return depth
+
+
+_Linear = tuple[str, nn.Module, int, int]
+
+
+@dataclass
+class _BlockParts:
+    """What one block has: linear maps ``(name, module, d_in, d_out)`` outside of mixers and experts, and those."""
+
+    width: int
+    linears: list[_Linear] = field(default_factory=list)
+    attentions: list[str] = field(default_factory=list)
+    mixers: list[str] = field(default_factory=list)
+    routed: bool = False
+
+
+def _block_parts(block: nn.Module, width: int) -> _BlockParts:
+    parts = _BlockParts(width)
+    _visit(block, "", parts)
+    return parts
+
+
+def _visit(module: nn.Module, prefix: str, parts: _BlockParts) -> None:
+    own: list[_Linear] = []
+    routed = False
+    for name, child in _children(module).items():
+        path, widths = f"{prefix}{name}", _linear_widths(child)
+        if widths is not None:
+            own.append((path, child, *widths))
+        elif _is_mixer(name, child, parts.width):
+            (parts.attentions if _is_attention(name, child) else parts.mixers).append(path)
+        elif _is_routed(name, child, module, parts.width):
+            routed = True
+        else:
+            _visit(child, f"{path}.", parts)
+    if routed:
+        parts.routed = True
+    else:
+        parts.linears.extend(own)
+
+
+def _is_mixer(name: str, module: nn.Module, width: int) -> bool:
+    """Whether a module in a block mixes tokens: attention, heads or a convolution, or maps as many as q, k, v and o."""
+    if not _holds_linear(module):  # a norm called after attention
+        return False
+    children = _children(module).values()
+    if _is_attention(name, module) or any(isinstance(child, _CONVOLUTIONS) for child in children):
+        return True
+    if any(isinstance(getattr(module, count, None), int) for count in _HEAD_COUNTS):
+        return True
+    maps = [widths for child in children if (widths := _linear_widths(child)) is not None]
+    return len(maps) > 3 and sum(d_in == width for d_in, _ in maps) >= 3  # an MLP has gate, value and output
+
+
+def _is_attention(name: str, module: nn.Module) -> bool:
+    """Whether a mixer is attention, by its name or its class; those with convolutions are of other kinds."""
+    kind = type(module).__name__
+    named = _ATTENTION.search(name) or (
+        _ATTENTION.search(kind) and not re.search("layer|block", kind, re.IGNORECASE))
+    return bool(named) and not any(isinstance(child, _CONVOLUTIONS) for child in _children(module).values())
+
+
+def _is_routed(name: str, module: nn.Module, parent: nn.Module, width: int) -> bool:
+    """Whether a module holds experts that a router chooses from: by name, or as many parts as its router has rows."""
+    if "shared" not in name.lower() and "expert" in f"{name} {type(module).__name__}".lower():
+        return True
+    rows = {parameter.shape[0] for sibling in _children(parent).values() if sibling is not module
+            for parameter in sibling.parameters() if parameter.dim() == 2 and parameter.shape[1] == width}
+    rows |= {parameter.shape[0] for parameter in parent.parameters(recurse=False)
+             if parameter.dim() == 2 and parameter.shape[1] == width}
+    rows -= {1}  # a gate of one expert is no choice
+    if isinstance(module, nn.ModuleList):
+        return len(module) in rows and all(_holds_linear(part) for part in module)
+    return any(parameter.dim() == 3 and parameter.shape[0] in rows and width in parameter.shape[1:]
+               for parameter in module.parameters(recurse=False))
+
+
+_Down = tuple[str, nn.Module]
+# Which of several candidates, each as (name, inner width), is the MLP's: those that pass, unless none does.
+_PREFERENCES: tuple[tuple[str, Callable[[str, int, Collection[int], int], bool]], ...] = (
+    ("has the inner width that the config names", lambda _name, d_in, named, _widest: d_in in named),
+    ("is in a module of its own", lambda name, _d_in, _named, _widest: "." in name),
+    ("has the widest input", lambda _name, d_in, _named, widest: d_in == widest),
+)
+_INNER_WIDTH = re.compile(r"intermediate|inner|ffn|feed_?forward|mlp", re.IGNORECASE)
+
+
+def _inner_widths(config: PretrainedConfig) -> set[int]:
+    """Every number by which a config may name the inner width of an MLP."""
+    found: set[int] = set()
+    for name, value in vars(text_config(config)).items():
+        if _INNER_WIDTH.search(name):
+            found.update(item for item in (value if isinstance(value, (list, tuple)) else [value])
+                         if type(item) is int and item > 1)
+    return found
+
+
+def _down_projections(blocks: Sequence[_BlockParts], named: Collection[int]) -> tuple[dict[int, _Down], dict[int, str]]:
+    """The down-projection of each block that has one, and of each that has several the names of these."""
+    downs: dict[int, _Down] = {}
+    ambiguous: dict[int, str] = {}
+    told: set[str] = set()
+    for layer, parts in enumerate(blocks):
+        inner = {name: d_in for name, _, d_in, d_out in parts.linears if d_out == parts.width and any(
+            other != name and (start, end) in ((parts.width, d_in), (parts.width, 2 * d_in))
+            for other, _, start, end in parts.linears)}
+        if not inner:
+            continue
+        left, why = _preferred(inner, named)
+        if len(left) > 1:
+            ambiguous[layer] = ", ".join(left)
+            continue
+        downs[layer] = left[0], next(module for name, module, *_ in parts.linears if name == left[0])
+        line = f"of {', '.join(inner)}, linear maps to the hidden size, {left[0]} is edited, since it {why}"
+        if why and line not in told:
+            told.add(line)
+            logger.info("%s", line)
+    return downs, ambiguous
+
+
+def _preferred(inner: Mapping[str, int], named: Collection[int]) -> tuple[list[str], str]:
+    """The candidates that remain, given with their inner widths, and what the last choice was made by."""
+    left, why = list(inner), ""
+    for reason, holds in _PREFERENCES:
+        widest = max(inner[name] for name in left)
+        passing = [name for name in left if holds(name, inner[name], named, widest)]
+        if passing and len(passing) < len(left):
+            left, why = passing, reason
+    if len(left) > 1 and len({name.rpartition(".")[0] for name in left}) == 1:
+        left, why = left[-1:], "is registered last"  # of an MLP whose inner width is the hidden size
+    return left, why
+
+
+def _shared_weights(downs: Mapping[int, _Down]) -> list[int]:
+    """Layers whose down-projection's weight is that of another layer, too."""
+    layers = defaultdict(list)
+    for layer, (_, module) in downs.items():
+        weight: Any = getattr(module, "weight", None)
+        layers[id(weight) if isinstance(weight, Tensor) else id(module)].append(layer)
+    return sorted(layer for several in layers.values() if len(several) > 1 for layer in several)
+
+
+def _head_name(model: nn.Module, modules: Mapping[str, nn.Module], blocks: str) -> str:
+    """Name of the LM head: what the model calls its output embeddings."""
+    try:
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        head = None
+    while head is not None and COMPILED in head._modules:
+        head = head.get_submodule(COMPILED)
+    found = next((name for name, module in modules.items() if module is head), None)
+    if found is None or found.startswith(f"{blocks}."):
+        raise ValueError(f"{type(model).__name__} has no LM head (get_output_embeddings): give a causal language model")
+    return found
+
+
+def _final_norm(model: nn.Module, modules: Mapping[str, nn.Module], blocks: str, head: str, width: int) -> str:
+    """Name of the norm between the last block and the LM head.
+
+    It is a norm of the hidden size beside the list of blocks, or beside what holds that list. What is registered after
+    the blocks goes before what is registered in front of them; of several, the last.
+    """
+    parent = blocks.rpartition(".")[0]
+    while True:
+        siblings = _children(modules[parent])
+        names = list(siblings)
+        own = blocks[len(parent) + 1 if parent else 0:].split(".")[0]
+        norms = [name for name in names if _is_norm(siblings[name], width)]
+        after = [name for name in norms if names.index(name) > names.index(own)]
+        chosen = after[-1:] or (norms if len(norms) == 1 else [])
+        if chosen:
+            if len(after) > 1:
+                logger.info("of the norms %s behind the blocks, %s is taken for the one in front of the LM head: it is "
+                            "registered last", ", ".join(after), chosen[0])
+            return f"{parent}.{chosen[0]}" if parent else chosen[0]
+        if norms or not parent:
+            raise ValueError(f"{type(model).__name__} has no norm between its last block and its LM head"
+                             f"{' (candidates: ' + ', '.join(norms) + ')' if norms else ''}: give its module names in "
+                             "the hyperparameters")
+        parent = parent.rpartition(".")[0]
+
+
+def _is_norm(module: nn.Module, width: int) -> bool:
+    """Whether a module is a norm of vectors of this width."""
+    if not re.search("norm", type(module).__name__, re.IGNORECASE) or _children(module):
+        return False
+    weight: Any = getattr(module, "weight", None)
+    return not isinstance(weight, Tensor) or tuple(weight.shape) == (width,)
