@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conftest import relative_error, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sphere_easyedit.editing.replay import prefix_key_values
+from sphere_easyedit.editing.replay import as_rows, prefix_key_values
 from sphere_easyedit.models import EditableModel, module_names
 
 STEMS = {0: [5, 6, 7, 8, 9, 10], 1: [11, 12, 13, 14], 2: [15, 16]}
@@ -52,3 +53,18 @@ def test_any_grouping(rows: list[tuple[int, list[int]]]) -> None:
     for block in range(4):
         for one, other in zip(alone[block], shared[block], strict=True):
             assert relative_error(other, one) < 1e-5
+
+
+def test_flattened_states_are_viewed_by_row_and_token() -> None:
+    states = torch.randn(3, 4, 5)
+    for given_states in (states, states.reshape(12, 5), states.reshape(1, 12, 5)):
+        viewed = as_rows(given_states, 3, 4, "block.0.fc2")
+        assert torch.equal(viewed, states) and viewed.data_ptr() == states.data_ptr()
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (4, 3, 5), (13, 5), (2, 12, 5), (5,)])
+def test_states_of_some_of_the_tokens_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^block\.0\.experts\.1\.w2 saw states of shape .* 3 rows of 4 tokens.*dense"
+                       ) as error:
+        as_rows(torch.zeros(shape), 3, 4, "block.0.experts.1.w2")
+    assert "\n" not in str(error.value)

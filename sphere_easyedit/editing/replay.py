@@ -86,6 +86,27 @@ def first_output(output: Any) -> Tensor:
     return hidden
 
 
+def as_rows(states: Tensor, rows: int, tokens: int, what: str) -> Tensor:
+    """View a module's input or output as ``(rows, tokens, width)``.
+
+    Some feed-forward networks flatten rows and tokens before they compute (OPT's, shared experts of several
+    mixture-of-experts models).
+
+    Args:
+        states: ``(rows, tokens, width)``, ``(rows * tokens, width)`` or ``(1, rows * tokens, width)``, row after row.
+        rows, tokens: of the batch that the model was called with.
+        what: the module's name, for the error.
+
+    Raises:
+        ValueError: the tensor does not have one vector for every token of the batch.
+    """
+    if tuple(states.shape[:-1]) in ((rows, tokens), (rows * tokens,), (1, rows * tokens)):
+        return states.reshape(rows, tokens, states.shape[-1])
+    raise ValueError(f"{what} saw states of shape {tuple(states.shape)} in a batch of {rows} rows of {tokens} tokens, "
+                     "not one vector for each token (so do the routed experts of a mixture): edit a layer whose "
+                     "feed-forward network is dense, or its shared expert")
+
+
 class BlockReplay:
     """Blocks ``start .. stop - 1`` of a decoder, ready to be run on rows recorded from it.
 
