@@ -91,6 +91,15 @@ def distinct_names(model: nn.Module) -> list[str]:
     return [name for name in names if name not in tied or offloaded_weight(model, name) is None]
 
 
+def stored_names(model: nn.Module) -> list[str]:
+    """Names of all parameters and of the buffers that a checkpoint keeps; tied ones under each of their names."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        names += [f"{prefix}.{leaf}".lstrip(".") for leaf, buffer in module._buffers.items()
+                  if buffer is not None and leaf not in module._non_persistent_buffers_set]
+    return names
+
+
 def offloaded_names(model: nn.Module) -> list[str]:
     """Names of all parameters that are offloaded."""
     return [name for name, _ in model.named_parameters() if offloaded_weight(model, name) is not None]
@@ -112,11 +121,15 @@ def live_parameter(model: nn.Module, name: str) -> Tensor:
 
 
 def parameter_values(model: nn.Module, name: str) -> Tensor:
-    """The parameter called ``name``, detached, to be read only; an offloaded one as it is lent.
+    """The parameter or buffer called ``name``, detached, to be read only; an offloaded one as it is lent.
 
     Raises:
         ValueError: see ``live_parameter``.
     """
+    owner, _, leaf = name.rpartition(".")
+    buffer = model.get_submodule(owner)._buffers.get(leaf)
+    if buffer is not None and not buffer.is_meta:  # hooks may lend a module's parameters and leave its buffers
+        return buffer.detach()
     offloaded = offloaded_weight(model, name)
     return live_parameter(model, name) if offloaded is None else offloaded.read().detach()
 
