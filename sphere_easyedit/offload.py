@@ -91,13 +91,11 @@ def distinct_names(model: nn.Module) -> list[str]:
     return [name for name in names if name not in tied or offloaded_weight(model, name) is None]
 
 
-def stored_names(model: nn.Module) -> list[str]:
-    """Names of all parameters and of the buffers that a checkpoint keeps; tied ones under each of their names."""
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        names += [f"{prefix}.{leaf}".lstrip(".") for leaf, buffer in module._buffers.items()
-                  if buffer is not None and leaf not in module._non_persistent_buffers_set]
-    return names
+def kept_buffers(model: nn.Module) -> list[str]:
+    """Names of the buffers that a checkpoint keeps, such as those that hold weights of some quantised layers."""
+    return [f"{prefix}.{leaf}".lstrip(".") for prefix, module in model.named_modules()
+            for leaf, buffer in module._buffers.items()
+            if buffer is not None and leaf not in module._non_persistent_buffers_set]
 
 
 def offloaded_names(model: nn.Module) -> list[str]:

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from .editing.corpus import corpus_name
 from .editing.covariance import load_moment, load_projections, model_folder, null_space_basis, statistics_files
 from .editing.executors import restored_after
-from .editing.origins import StatisticsFile
+from .editing.origins import unchanged
 from .editing.requests import parse_requests, tokenize_request
 from .editing.session import EditSession
 from .editing.target_values import optimise_target_values
@@ -98,7 +98,7 @@ class WrappedExecutor:
             stack.enter_context(_untied(editable))
             stack.enter_context(_gradients_restored(model))
             stack.enter_context(self._globals(hparams, own))
-            looked_at = self._prepare_statistics(editable, tok, hparams, own)
+            self._prepare_statistics(editable, tok, hparams, own, stack)
             if kwargs.get("cache_template") is None and self._batches_target_values(hparams):
                 folder = hparams.target_values_dir or stack.enter_context(tempfile.TemporaryDirectory())
                 kwargs["cache_template"] = str(Path(folder) / _CACHE_FILE)
@@ -106,8 +106,6 @@ class WrappedExecutor:
             # Some methods return the original weights only when told to keep them.
             edited, originals = self._function(model, tok, numbered, own, **{
                 **kwargs, "copy": copy, "return_orig_weights": return_orig_weights, "keep_original_weight": True})
-            for file in looked_at:
-                file.check()  # the method has read it by now
         if not isinstance(originals, Mapping):
             raise ValueError(f"{self._name} returned no original weights by name, so its change can't be taken over")
         return edited, originals
@@ -191,31 +189,28 @@ class WrappedExecutor:
         return ["{}", *contexts] if self._is_rome_like else [["{}"], list(contexts)]
 
     def _prepare_statistics(self, editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
-                            own: Any) -> list[StatisticsFile]:
+                            own: Any, stack: ExitStack) -> None:
         """Have the keys' second moments on file, where EasyEdit finds them, and the null-space projection in place.
 
-        Returns:
-            The files, if the session looked at them in this call: from then on the method goes by what it has read.
+        Until ``stack`` ends, files that the session looks at for the first time must stay: the method reads them.
         """
         optional = self._is_rome_like and not hparams.mom2_adjustment  # all others read them whatever it says
         if "stats_dir" not in self._fields or optional:
-            return []
+            return
         projects = "P_loc" in self._fields
         if projects and hparams.P_loc is not None and Path(hparams.P_loc).exists():
             if "P" not in vars(self._module):
                 width = editable.d_in(editable.layers[0])
                 self._put_projection(load_projections(Path(hparams.P_loc), editable.layers, width))
-            return []
+            return
         with restored_after(editable):
             # The statistics are filed as the unedited model's, so it is the unedited model they must come from.
             for layer, weight in self._session.original.items():
                 editable.set_weight(layer, weight)
             known = self._session.statistics
-            if known and all(file.path.exists() for file in known.values()):
-                looked_at = []
-            else:
+            if not known or not all(file.path.exists() for file in known.values()):
                 known = self._session.statistics = statistics_files(editable, tok, hparams)
-                looked_at = list(known.values())
+                stack.enter_context(unchanged(known.values()))
             if projects and "P" not in vars(self._module):
                 share = hparams.nullspace_share
                 if share is None:
@@ -225,7 +220,6 @@ class WrappedExecutor:
                     bases = [null_space_basis(moment, share=share).float() for moment in moments]
                     layers = [basis @ basis.T for basis in bases]
                 self._put_projection(torch.stack([layer.float().cpu() for layer in layers]))
-        return looked_at
 
     def _put_projection(self, stacked: Tensor) -> None:
         _put(self._module, "P", stacked)

@@ -32,7 +32,7 @@ from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, frozen, max_positions
 from ..replicas import Replicas, shared_out
 from .corpus import corpus_name, token_sequences
-from .origins import Finding, Origins, StatisticsFile, contents_of, write_origin
+from .origins import Finding, Origins, StatisticsFile, contents_of, unchanged, write_origin
 from .remaining import RemainingTime
 from .replay import BlockReplay, as_rows, pad_rows
 from .shelves import Shelf
@@ -113,10 +113,8 @@ def second_moments(editable: EditableModel, tok: PreTrainedTokenizerBase, hparam
         ValueError: a file does not fit, or there is no text to collect from.
     """
     files = statistics_files(editable, tok, hparams)
-    moments = {layer: load_moment(file.path, editable.d_in(layer)) for layer, file in files.items()}
-    for file in files.values():
-        file.check()
-    return moments
+    with unchanged(files.values()):
+        return {layer: load_moment(file.path, editable.d_in(layer)) for layer, file in files.items()}
 
 
 def statistics_files(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams
@@ -174,9 +172,8 @@ def moment_on_file(editable: EditableModel, hparams: SPHEREHyperParams, layer: i
         logger.warning("%s is left out: it was collected from %s", path, " and ".join(found.differences))
     if found.file is None or not found.fits:
         return None
-    moment = load_moment(path, editable.d_in(layer))
-    found.file.check()
-    return moment
+    with unchanged([found.file]):
+        return load_moment(path, editable.d_in(layer))
 
 
 def _say_what_is_replaced(folder: Path, found: Mapping[int, Finding]) -> None:

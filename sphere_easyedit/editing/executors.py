@@ -17,6 +17,7 @@ from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, frozen, max_positions
 from .contexts import generate_contexts
 from .covariance import filed_factor, filed_null_space, load_moment, load_null_space, statistics_files
+from .origins import unchanged
 from .output_norms import ahead_of_stream
 from .requests import EditRequest, TokenizedRequest, tokenize_request
 from .session import EditSession
@@ -87,9 +88,8 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
                 editable.set_weight(layer, weight)
             if _needs_statistics(hparams):
                 session.statistics = statistics_files(editable, tok, hparams)
-            session.metrics = _key_metrics(editable, hparams, session)
-            for file in session.statistics.values():
-                file.check()
+            with unchanged(session.statistics.values()):
+                session.metrics = _key_metrics(editable, hparams, session)
     for layer in editable.layers:
         history = session.history.get(layer)
         metric = session.metrics[layer]
@@ -118,9 +118,8 @@ def moment_of(editable: EditableModel, session: EditSession, layer: int) -> Tens
         ValueError: the file does not fit, or was replaced since the session's first batch.
     """
     file = session.statistics[layer]
-    moment = load_moment(file.path, editable.d_in(layer))
-    file.check()
-    return moment
+    with unchanged([file]):
+        return load_moment(file.path, editable.d_in(layer))
 
 
 def _key_metrics(editable: EditableModel, hparams: SPHEREHyperParams, session: EditSession
