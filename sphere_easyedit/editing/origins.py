@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 _FORMAT = "sphere-easyedit statistics 1"
 # Fields of a config that keys do not depend on, besides names of token ids and what begins with an underscore. What
 # the weights are stored in is told by their digests.
-_NOT_OF_KEYS = frozenset({"architectures", "attn_implementation", "dtype", "quantization_config", "torch_dtype",
-                          "transformers_version", "use_cache"})
+_NOT_OF_KEYS = frozenset({"architectures", "attn_implementation", "dtype", "quantization_config",
+                          "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache"})
 _PROBE = ("The quick brown fox jumps over 13 lazy dogs. ", "  Don't STOP\tnow,\n\nit's 2,048.5% done: (x_1 != y) {z}",
           "Über façade naïve — “Ελλάδα” Москва 東京 서울 عربى हिन्दी 🙂")
 _TOKENS_PROBED = 2000  # of the vocabulary, besides
