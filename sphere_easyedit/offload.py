@@ -91,6 +91,13 @@ def distinct_names(model: nn.Module) -> list[str]:
     return [name for name in names if name not in tied or offloaded_weight(model, name) is None]
 
 
+def kept_buffers(model: nn.Module) -> list[str]:
+    """Names of the buffers that a checkpoint keeps, such as those that hold weights of some quantised layers."""
+    return [f"{prefix}.{leaf}".lstrip(".") for prefix, module in model.named_modules()
+            for leaf, buffer in module._buffers.items()
+            if buffer is not None and leaf not in module._non_persistent_buffers_set]
+
+
 def offloaded_names(model: nn.Module) -> list[str]:
     """Names of all parameters that are offloaded."""
     return [name for name, _ in model.named_parameters() if offloaded_weight(model, name) is not None]
@@ -112,11 +119,15 @@ def live_parameter(model: nn.Module, name: str) -> Tensor:
 
 
 def parameter_values(model: nn.Module, name: str) -> Tensor:
-    """The parameter called ``name``, detached, to be read only; an offloaded one as it is lent.
+    """The parameter or buffer called ``name``, detached, to be read only; an offloaded one as it is lent.
 
     Raises:
         ValueError: see ``live_parameter``.
     """
+    owner, _, leaf = name.rpartition(".")
+    buffer = model.get_submodule(owner)._buffers.get(leaf)
+    if buffer is not None and not buffer.is_meta:  # hooks may lend a module's parameters and leave its buffers
+        return buffer.detach()
     offloaded = offloaded_weight(model, name)
     return live_parameter(model, name) if offloaded is None else offloaded.read().detach()
 

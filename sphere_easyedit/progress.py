@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from .callbacks import EnergyRecord
+from .editing.remaining import rough_duration
 from .evaluation.measuring import METRIC_NAMES
 from .evaluation.tail import RunTail
 
@@ -131,7 +131,7 @@ class LiveLine:
             each = self._seconds / self._edits
             parts.append(f"{each:.2f} s an edit")
             if done < self._total:
-                parts.append(f"{_rough(each * (self._total - done))} left")
+                parts.append(f"{rough_duration(each * (self._total - done))} left")
         if energy is not None and energy.num_edits:
             changes = energy.relative_change.values()
             parts.append(f"HE {sum(changes) / len(changes):+.1e}")
@@ -163,11 +163,3 @@ def point_text(point: Mapping[str, Any]) -> str:
     numbers["perplexity"] = (point.get("watched") or {}).get("perplexity")
     shown = ", ".join(f"{name} {value:.1f}" for name, value in numbers.items() if value is not None)
     return f"{point['num_edits']} edits, {point['when']}, {point['protocol']}: {shown or 'nothing measured'}"
-
-
-def _rough(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -79,8 +79,7 @@ def dequantise(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     quantised = {name: module for name, module in modules.items() if type(module.weight).__name__ in _BITSANDBYTES}
     if not quantised:
         return {}
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    dtype = embeddings.weight.dtype
+    dtype = _states_dtype(model)
     plain = {name: _plain_linear(module, dtype) for name, module in quantised.items()}
     before = sum(_bytes(module.weight) for module in quantised.values())
     after = sum(_bytes(module.weight) for module in plain.values())
@@ -89,9 +88,31 @@ def dequantise(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
                    bits, ", ".join(plain), "is" if len(plain) == 1 else "are", str(dtype).removeprefix("torch."),
                    after / 1e6, before / 1e6)
     for name, module in plain.items():
+        hook = getattr(quantised[name], "_hf_hook", None)
+        if hook is not None:  # spread over several devices
+            from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped,unused-ignore]
+
+            add_hook_to_module(module, hook)
         model.set_submodule(name, module)
     _keep_from_quantisation(model)
     return dict(plain)
+
+
+@torch.no_grad()
+def dequantised(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Weight and bias, under their names in the model, that ``dequantise`` would give a module; none if it is plain."""
+    module = model.get_submodule(name)
+    if type(getattr(module, "weight", None)).__name__ not in _BITSANDBYTES:
+        return {}
+    plain = _plain_linear(module, _states_dtype(model))
+    return {f"{name}.{part}": values.detach() for part, values in plain.named_parameters()}
+
+
+def _states_dtype(model: nn.Module) -> torch.dtype:
+    """Of the model's hidden states."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    dtype: torch.dtype = embeddings.weight.dtype
+    return dtype
 
 
 def _bytes(weight: Any) -> int:
@@ -117,11 +138,6 @@ def _plain_linear(module: Any, dtype: torch.dtype) -> nn.Module:
     plain.bias = None if module.bias is None else nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
     plain.train(module.training)
     made: nn.Module = plain
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None:  # spread over several devices
-        from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped,unused-ignore]
-
-        add_hook_to_module(made, hook)
     return made
 
 

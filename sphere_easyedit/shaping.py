@@ -9,8 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .editing.covariance import load_moment, moment_path
-from .editing.executors import Update, add_update, dense
+from .editing.executors import Update, add_update, dense, moment_of
 from .editing.grams import GramMatrices
 from .editing.restraints import prune, rect
 from .editing.session import EditSession
@@ -173,8 +172,7 @@ class Shaping:
     def _made_from(self, layer: int, weight: Tensor) -> PrincipalSpace:
         hparams = self._hparams
         if hparams.space_source != "weight":
-            width = self._editable.d_in(layer)
-            moment = load_moment(moment_path(self._editable, hparams, layer), width).to(weight.device)
+            moment = moment_of(self._editable, self._session, layer).to(weight.device)
             return joint_space(weight if hparams.space_source == "both" else None, moment, hparams.gamma)
         return knee_space(weight) if hparams.gamma_rule == "knee" else PrincipalSpace.from_weight(weight, hparams.gamma)
 

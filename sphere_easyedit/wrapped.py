@@ -26,8 +26,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from .editing.corpus import corpus_name
-from .editing.covariance import load_projections, model_folder, moment_path, null_space_basis, second_moments
+from .editing.covariance import load_moment, load_projections, model_folder, null_space_basis, statistics_files
 from .editing.executors import restored_after
+from .editing.origins import unchanged
 from .editing.requests import parse_requests, tokenize_request
 from .editing.session import EditSession
 from .editing.target_values import optimise_target_values
@@ -97,7 +98,7 @@ class WrappedExecutor:
             stack.enter_context(_untied(editable))
             stack.enter_context(_gradients_restored(model))
             stack.enter_context(self._globals(hparams, own))
-            self._prepare_statistics(editable, tok, hparams, own)
+            self._prepare_statistics(editable, tok, hparams, own, stack)
             if kwargs.get("cache_template") is None and self._batches_target_values(hparams):
                 folder = hparams.target_values_dir or stack.enter_context(tempfile.TemporaryDirectory())
                 kwargs["cache_template"] = str(Path(folder) / _CACHE_FILE)
@@ -188,8 +189,11 @@ class WrappedExecutor:
         return ["{}", *contexts] if self._is_rome_like else [["{}"], list(contexts)]
 
     def _prepare_statistics(self, editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
-                            own: Any) -> None:
-        """Have the keys' second moments on file, where EasyEdit finds them, and the null-space projection in place."""
+                            own: Any, stack: ExitStack) -> None:
+        """Have the keys' second moments on file, where EasyEdit finds them, and the null-space projection in place.
+
+        Until ``stack`` ends, files that the session looks at for the first time must stay: the method reads them.
+        """
         optional = self._is_rome_like and not hparams.mom2_adjustment  # all others read them whatever it says
         if "stats_dir" not in self._fields or optional:
             return
@@ -203,15 +207,17 @@ class WrappedExecutor:
             # The statistics are filed as the unedited model's, so it is the unedited model they must come from.
             for layer, weight in self._session.original.items():
                 editable.set_weight(layer, weight)
-            share = hparams.nullspace_share if projects else None
-            if share is not None or any(not moment_path(editable, hparams, layer).exists()
-                                        for layer in editable.layers):
-                moments = second_moments(editable, tok, hparams)
+            known = self._session.statistics
+            if not known or not all(file.path.exists() for file in known.values()):
+                known = self._session.statistics = statistics_files(editable, tok, hparams)
+                stack.enter_context(unchanged(known.values()))
             if projects and "P" not in vars(self._module):
+                share = hparams.nullspace_share
                 if share is None:
                     layers = [self._module.get_project(editable.model, tok, layer, own) for layer in editable.layers]
                 else:
-                    bases = [null_space_basis(moments[layer], share=share).float() for layer in editable.layers]
+                    moments = [load_moment(known[layer].path, editable.d_in(layer)) for layer in editable.layers]
+                    bases = [null_space_basis(moment, share=share).float() for moment in moments]
                     layers = [basis @ basis.T for basis in bases]
                 self._put_projection(torch.stack([layer.float().cpu() for layer in layers]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import os
 import types
@@ -14,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import REQUESTS, edited_weights, load_golden, relative_error, tiny_hparams, tiny_model
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
 from sphere_easyedit.editing import covariance
@@ -33,8 +35,9 @@ from sphere_easyedit.editing.covariance import (
     second_moments,
 )
 from sphere_easyedit.editing.executors import prepare_session
-from sphere_easyedit.editing.solvers import CholeskyFactor, NullSpace
-from sphere_easyedit.models import EditableModel
+from sphere_easyedit.editing.origins import origin_path
+from sphere_easyedit.editing.solvers import CholeskyFactor, KeyHistory, NullSpace
+from sphere_easyedit.models import EditableModel, ModuleNames
 
 TEXTS = ["The capital of France is Paris.", "Rome",
          " ".join(["John Smith plays for the team of the United States of America."] * 3),
@@ -115,8 +118,8 @@ def test_written_file_has_easyedits_layout(family: str, tok: PreTrainedTokenizer
         assert int(ours["sample_size"]) == len(TEXTS)
         mean = torch.from_numpy(ours["mom2.mom2"]) / int(ours["mom2.count"])
     assert relative_error(mean, found[1]) < 1e-6
-    assert sorted(file.name for file in path.parent.iterdir()) == sorted(
-        moment_path(editable, hparams, layer).name for layer in hparams.layers)  # and no temporary file
+    paths = [moment_path(editable, hparams, layer) for layer in hparams.layers]
+    assert sorted(path.parent.iterdir()) == sorted([*paths, *map(origin_path, paths)])  # and no temporary file
 
 
 def test_files_are_read_and_not_collected_again(tok: PreTrainedTokenizerBase, tmp_path: Path,
@@ -124,13 +127,11 @@ def test_files_are_read_and_not_collected_again(tok: PreTrainedTokenizerBase, tm
     hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS))
     editable = editable_of(tiny_model("llama"), hparams)
     first = second_moments(editable, tok, hparams)
-    text_file(tmp_path, ["Something else entirely."])
     kept = moment_path(editable, hparams, 2).stat().st_mtime_ns
     moment_path(editable, hparams, 1).unlink()
     second = second_moments(editable, tok, hparams)  # collects what is missing, and only that
     assert moment_path(editable, hparams, 2).stat().st_mtime_ns == kept
-    assert torch.equal(first[2], second[2])
-    assert relative_error(second[1], first[1]) > 0.1
+    assert all(torch.equal(first[layer], second[layer]) for layer in hparams.layers)
     monkeypatch.setattr(covariance, "_collect", pytest.fail)
     assert torch.equal(second_moments(editable, tok, hparams)[1], second[1])
 
@@ -182,6 +183,141 @@ def test_collecting_leaves_the_model_as_it_was(tok: PreTrainedTokenizerBase, tmp
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def opt() -> tuple[nn.Module, ModuleNames]:
+    config = AutoConfig.for_model("opt", vocab_size=1500, hidden_size=48, ffn_dim=80, num_hidden_layers=3,
+                                  num_attention_heads=4, word_embed_proj_dim=48, max_position_embeddings=128)
+    decoder = "model.decoder"
+    return _model(config), ModuleNames(f"{decoder}.layers.{{}}.fc2", f"{decoder}.layers.{{}}", f"{decoder}.layers.{{}}",
+                                       f"{decoder}.layers.{{}}.self_attn", f"{decoder}.final_layer_norm", "lm_head")
+
+
+def mixture(model_type: str, down_projection: str = "mlp.shared_expert.down_proj", **changes: Any
+            ) -> tuple[nn.Module, ModuleNames]:
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    config = AutoConfig.for_model(model_type, **{
+        "vocab_size": 1500, "hidden_size": 48, "intermediate_size": 80, "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "max_position_embeddings": 128, **changes})
+    block = "model.layers.{}"
+    return _model(config), ModuleNames(f"{block}.{down_projection}", block, f"{block}.mlp", f"{block}.self_attn",
+                                       "model.norm", "lm_head")
+
+
+def llama4() -> tuple[nn.Module, ModuleNames]:
+    return mixture("llama4_text", "feed_forward.shared_expert.down_proj", intermediate_size_mlp=80, head_dim=12,
+                   num_local_experts=4, num_experts_per_tok=1, interleave_moe_layer_step=1, attention_chunk_size=64,
+                   pad_token_id=0)
+
+
+def qwen3_next() -> tuple[nn.Module, ModuleNames]:
+    return mixture("qwen3_next", head_dim=12, linear_num_value_heads=4, linear_num_key_heads=2,
+                   linear_key_head_dim=12, linear_value_head_dim=12,
+                   layer_types=["linear_attention", "full_attention", "linear_attention"])
+
+
+def _model(config: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("make", [opt, lambda: mixture("qwen2_moe"), llama4, qwen3_next],
+                         ids=["OPT", "Qwen2-MoE", "Llama 4", "Qwen3-Next"])
+def test_networks_that_flatten_their_tokens(make: Callable[[], tuple[nn.Module, ModuleNames]], tmp_path: Path,
+                                            tok: PreTrainedTokenizerBase) -> None:
+    model, names = make()
+    hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS))
+    editable = EditableModel(model, names, [1, 2])
+    found = second_moments(editable, tok, hparams)
+    flat: dict[int, list[Tensor]] = {1: [], 2: []}
+    handles = [editable.down_projection(layer).register_forward_pre_hook(
+        lambda _module, args, layer=layer: flat[layer].append(args[0].reshape(-1, args[0].shape[-1]).double()))
+        for layer in flat]
+    with torch.no_grad():
+        for text in TEXTS:  # each alone, so without padding
+            model(input_ids=torch.tensor([tok(text)["input_ids"]]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    for layer, parts in flat.items():
+        keys = torch.cat(parts)
+        assert len(keys) == sum(len(tok(text)["input_ids"]) for text in TEXTS)
+        assert relative_error(found[layer], keys.T @ keys / len(keys)) < 1e-5
+
+
+class _Routed(nn.Module):
+    """A network of which one expert sees every other token."""
+
+    def __init__(self, mlp: nn.Module, how: str) -> None:
+        super().__init__()
+        self.down_proj, self._mlp, self._how = mlp.down_proj, [mlp], how
+
+    def forward(self, states: Tensor) -> Tensor:
+        mlp = self._mlp[0]
+        hidden = mlp.act_fn(mlp.gate_proj(states)) * mlp.up_proj(states)
+        if self._how == "some tokens":
+            out = torch.zeros_like(states)
+            out.flatten(0, 1)[::2] = self.down_proj(hidden.flatten(0, 1)[::2])
+            return out
+        if self._how == "twice":
+            return (self.down_proj(hidden) + self.down_proj(hidden)) / 2
+        return nn.functional.linear(hidden, self.down_proj.weight)
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ("some tokens", r"saw states of shape .* rows of .* tokens, not one vector for each token.*shared expert"),
+    ("twice", r"ran 2 times in a forward pass, not once"), ("never", r"ran 0 times in a forward pass, not once")])
+def test_keys_that_can_not_be_told_by_token(how: str, message: str, tok: PreTrainedTokenizerBase, tmp_path: Path,
+                                            caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is filed, nor said to be."""
+    hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS))
+    model = tiny_model("llama")
+    model.model.layers[2].mlp = _Routed(model.model.layers[2].mlp, how)
+    caplog.set_level(logging.INFO, "sphere_easyedit")
+    with pytest.raises(ValueError, match=rf"^model\.layers\.2\.mlp\.down_proj {message}") as error:
+        second_moments(editable_of(model, hparams), tok, hparams)
+    assert "\n" not in str(error.value)
+    assert "kept" not in caplog.text and not list((tmp_path / "stats").rglob("*.npz"))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_log_says_where_statistics_are_kept(tok: PreTrainedTokenizerBase, tmp_path: Path,
+                                                caplog: pytest.LogCaptureFixture) -> None:
+    hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS))
+    editable = editable_of(tiny_model("llama"), hparams)
+    caplog.set_level(logging.INFO, "sphere_easyedit")
+    second_moments(editable, tok, hparams)
+    folder = moment_path(editable, hparams, 1).parent
+    assert f"second moments of layers [1, 2] are kept in {folder}" in caplog.messages
+    assert "operations" not in caplog.text
+
+
+@pytest.mark.parametrize("dataset", ["texts.txt", "generated"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype, dataset: str, tok: PreTrainedTokenizerBase,
+                                           tmp_path: Path) -> None:
+    text_file(tmp_path)
+    source = dataset if dataset == "generated" else str(tmp_path / dataset)
+    model, before = tiny_model("llama"), torch.get_default_dtype()
+    wanted, other = (tiny_hparams(tmp_path / name, mom2_dataset=source, mom2_n_samples=5) for name in ("one", "two"))
+    expected = second_moments(editable_of(model, wanted), tok, wanted)
+    space = null_space(expected[1], None, 0.6)
+    torch.set_default_dtype(dtype)
+    try:
+        found = second_moments(editable_of(model, other), tok, other)
+        assert all(torch.equal(found[layer], moment) for layer, moment in expected.items())
+        assert torch.equal(null_space(found[1], None, 0.6).columns, space.columns)
+        assert KeyHistory.empty(5, None, torch.device("cpu")).keys.dtype == torch.float32
+        projection = space.columns @ space.columns.T if not space.complement else \
+            torch.eye(80, dtype=torch.float32) - space.columns @ space.columns.T
+        torch.save(projection[None], tmp_path / "P.pt")
+        loaded = load_null_space(tmp_path / "P.pt", [1], 80)[1]
+        assert loaded.columns.dtype == torch.float32 and loaded.dimensions == space.dimensions
+    finally:
+        torch.set_default_dtype(before)
 
 
 # --- damaged and foreign files ------------------------------------------------------------------------------

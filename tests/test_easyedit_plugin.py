@@ -626,6 +626,43 @@ def test_second_run_is_as_the_first(method: str, home: Home, host: Any, tmp_path
     assert equal(first, run_alone(home, method, batches_for(method), P_loc="nowhere"))
 
 
+@STATEFUL
+def test_statistics_of_another_model_are_not_handed_to_the_host(method: str, home: Home, host: Any, tmp_path: Path,
+                                                                caplog: pytest.LogCaptureFixture) -> None:
+    """The host reads them by their path, which two models of one name share."""
+    batches, tok = batches_for(method), home.load()[1]
+
+    def edit(model: nn.Module, folder: str) -> dict[int, Tensor]:
+        return run(model, tok, home.wrapped(method, alpha=0.0, nullspace_share=None, stats_dir=str(tmp_path / folder)),
+                   batches)
+
+    wanted = edit(other_model(home), "alone")
+    edit(home.load()[0], "shared")
+    assert "replaced" not in caplog.text
+    assert equal(edit(other_model(home), "shared"), wanted)
+    assert caplog.text.count("were collected from other weights of the model and another text") == 1
+
+
+@pytest.mark.parametrize("method", ["MEMIT", "AlphaEdit"])
+def test_statistics_replaced_while_the_host_edits(method: str, home: Home, host: Any, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    hparams = home.wrapped(method, nullspace_share=None, stats_dir=str(tmp_path / "stats"))
+    (model, tok), name = home.load(), "get_context_templates" if method == "MEMIT" else "get_project"
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    module = sys.modules[host.ALG_DICT[method].__module__]
+    own = getattr(module, name)
+
+    def replaced(*given: Any, **named: Any) -> Any:
+        second_moments(hparams.editable(other_model(home)), tok, hparams)
+        return own(*given, **named)
+
+    monkeypatch.setattr(module, name, replaced)
+    with pytest.raises(ValueError, match="was replaced or removed by another process"):
+        run(model, tok, hparams, batches_for(method))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert sphere.EditSession.of(model).num_edits == 0
+
+
 def use_host(package: Any, home: Home, method: str) -> None:
     """Leave traces in a module of the host's, as someone who uses it by itself does."""
     call_host(package, *home.load(), home.alone(package, method), FACTS[3:])

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 import sphere_easyedit as sphere
 from sphere_easyedit.editing import covariance
 from sphere_easyedit.editing.covariance import second_moments, statistics_files
+from sphere_easyedit.editing.origins import origin_path
 from sphere_easyedit.evaluation import checkpoints
 from sphere_easyedit.evaluation.checkpoints import (
     put_weights,
@@ -466,11 +467,13 @@ def test_statistics_of_a_killed_process_are_finished_by_the_next(tmp_path: Path,
     given = (hparams, tok, tmp_path / "log", tmp_path / "result.pt")
     assert _in_a_child(_collect_in_child, *given, True) == -signal.SIGKILL
     folder = next((tmp_path / "stats").rglob("*_stats"))
-    assert len(names(folder)) == 3  # the first layer's, half of the second's, and the lock that nobody holds
+    # The first layer's with its fingerprint, half of the second's, and the lock that nobody holds.
+    assert len(names(folder)) == 4
     editable = hparams.editable(tiny_model("llama"))
     expected = second_moments(whole.editable(tiny_model("llama")), tok, whole)
     assert all(torch.equal(moment, expected[layer]) for layer, moment in second_moments(editable, tok, hparams).items())
-    assert names(folder) == sorted(path.name for path in statistics_files(editable, tok, hparams).values())
+    paths = [file.path for file in statistics_files(editable, tok, hparams).values()]
+    assert names(folder) == sorted(path.name for path in [*paths, *map(origin_path, paths)])
 
 
 # --- the clock -----------------------------------------------------------------------------------------------

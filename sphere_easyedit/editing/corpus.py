@@ -7,15 +7,17 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel
 from .contexts import seeded
+from .remaining import RemainingTime
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +38,17 @@ def corpus_name(hparams: SPHEREHyperParams) -> str:
     dataset = hparams.mom2_dataset
     if dataset == GENERATED:
         return f"{GENERATED}-seed{hparams.seed}-t{min(hparams.mom2_max_length, GENERATED_LENGTH)}"
+    source = text_source(hparams)
+    return source.stem if isinstance(source, Path) else dataset.replace("/", "_")
+
+
+def text_source(hparams: SPHEREHyperParams) -> Path | list[str | None] | None:
+    """Where text comes from: a local file, a data set of the hub with its configuration, or None: the model."""
+    dataset = hparams.mom2_dataset
+    if dataset == GENERATED:
+        return None
     path = Path(dataset)
-    return path.stem if path.suffix in {".txt", ".jsonl"} else dataset.replace("/", "_")
+    return path if path.suffix in {".txt", ".jsonl"} else list(_HUB_NAMES.get(dataset, (dataset, None)))
 
 
 def token_sequences(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams, max_length: int
@@ -50,19 +61,19 @@ def token_sequences(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
     samples = hparams.mom2_n_samples
     if hparams.mom2_dataset == GENERATED:
         return _generate(editable, tok, samples, min(max_length, GENERATED_LENGTH), hparams.seed)
-    texts = _read_texts(hparams.mom2_dataset, samples, hparams.seed)
+    texts = _read_texts(hparams, samples)
     if len(texts) < samples:
         logger.warning("%s holds %d texts, fewer than mom2_n_samples %d", hparams.mom2_dataset, len(texts), samples)
     encoded = tok(texts, truncation=True, max_length=max_length)["input_ids"]
     return [list(ids) for ids in encoded if ids]
 
 
-def _read_texts(dataset: str, samples: int, seed: int) -> list[str]:
-    path = Path(dataset)
-    if path.suffix in {".txt", ".jsonl"}:
-        if not path.is_file():
+def _read_texts(hparams: SPHEREHyperParams, samples: int) -> list[str]:
+    dataset, seed, source = hparams.mom2_dataset, hparams.seed, text_source(hparams)
+    if isinstance(source, Path):
+        if not source.is_file():
             raise ValueError(f"mom2_dataset {dataset!r} is no file; {_REMEDY}")
-        texts = list(_file_texts(path))
+        texts = list(_file_texts(source))
         _refuse_none(texts, dataset)
         order = np.random.default_rng(seed).permutation(len(texts))[:samples]
         return [texts[i] for i in order]
@@ -133,16 +144,29 @@ def _generate(editable: EditableModel, tok: PreTrainedTokenizerBase, samples: in
     device = editable.input_device
     logger.info("the model writes %d texts of %d tokens for its statistics", samples, length)
     sequences: list[list[int]] = []
-    with seeded(seed), tqdm(total=samples, desc="generating text", unit="text", leave=False) as bar:
+    batches = -(-samples // GENERATED_AT_ONCE)
+    with seeded(seed), RemainingTime("generating text", batches * (length - 1), "step") as remaining:
+        steps = StoppingCriteriaList([_Steps(remaining)])
         while len(sequences) < samples:
             count = min(GENERATED_AT_ONCE, samples - len(sequences))
-            prompt = torch.full((count, 1), start, device=device)
+            prompt = torch.full((count, 1), start, dtype=torch.long, device=device)
             out = editable.model.generate(  # type: ignore[operator]
                 prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=length - 1, pad_token_id=start)
+                max_new_tokens=length - 1, pad_token_id=start, stopping_criteria=steps)
             sequences.extend(_until_end(row, tok.eos_token_id) for row in out.tolist())
-            bar.update(count)
     return sequences
+
+
+class _Steps(StoppingCriteria):
+    """Takes note of every step of generation, and stops none."""
+
+    def __init__(self, remaining: RemainingTime) -> None:
+        self._remaining = remaining
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """False for every row."""
+        self._remaining.update(1)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _until_end(ids: list[int], eos: int | None) -> list[int]:

@@ -2,7 +2,7 @@
 
 ``C`` is the uncentered second moment ``E[k k^T]`` of the down-projection's input over the tokens of a text sample.
 Files have EasyEdit's layout (``{stats_dir}/{model}/{dataset}_stats/{module}_{dtype}_mom2_{samples}.npz``) and are
-read and written as they are.
+read and written as they are; what those that we write were collected from lies beside them (see ``origins``).
 
 What takes long to derive from C lies beside its file: the null space, ``..._null_space_{rule}.safetensors``, and for
 wide layers MEMIT's Cholesky factor of C, ``..._cholesky.safetensors``. Each names the digest of the statistics it came
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..files import locked, remove_leftovers, replacing, sha256_of
@@ -32,7 +32,9 @@ from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, frozen, max_positions
 from ..replicas import Replicas, shared_out
 from .corpus import corpus_name, token_sequences
-from .replay import BlockReplay, pad_rows
+from .origins import Finding, Origins, StatisticsFile, contents_of, unchanged, write_origin
+from .remaining import RemainingTime
+from .replay import BlockReplay, as_rows, pad_rows
 from .shelves import Shelf
 from .solvers import CholeskyFactor, NullSpace
 
@@ -84,15 +86,23 @@ def load_moment(path: Path, d_in: int) -> Tensor:
     return (torch.from_numpy(total) / count).float()
 
 
-def save_moment(path: Path, total: Tensor, count: int, samples: int) -> None:
-    """Write a sum of ``k k^T`` over ``count`` tokens so that EasyEdit reads it as its own."""
-    with replacing(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **{  # type: ignore[arg-type]
-            "mom2.constructor": np.array(_EASYEDIT_CLASS),
-            "mom2.count": np.array(count),
-            "mom2.mom2": total.cpu().numpy(),
-            "sample_size": np.array(samples),
-        })
+def save_moment(path: Path, total: Tensor, count: int, samples: int, origin: Mapping[str, Any] | None = None) -> None:
+    """Write a sum of ``k k^T`` over ``count`` tokens so that EasyEdit reads it as its own.
+
+    Args:
+        origin: what it was collected from, to be written beside it.
+    """
+    with replacing(path) as temporary:
+        with temporary.open("wb") as stream:
+            np.savez(stream, **{  # type: ignore[arg-type]
+                "mom2.constructor": np.array(_EASYEDIT_CLASS),
+                "mom2.count": np.array(count),
+                "mom2.mom2": total.cpu().numpy(),
+                "sample_size": np.array(samples),
+            })
+        if origin is not None:
+            path.unlink(missing_ok=True)  # at no time is it there beside the new one's fingerprint
+            write_origin(path, contents_of(temporary), origin)
 
 
 def second_moments(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams
@@ -102,46 +112,87 @@ def second_moments(editable: EditableModel, tok: PreTrainedTokenizerBase, hparam
     Raises:
         ValueError: a file does not fit, or there is no text to collect from.
     """
-    return {layer: load_moment(path, editable.d_in(layer))
-            for layer, path in statistics_files(editable, tok, hparams).items()}
+    files = statistics_files(editable, tok, hparams)
+    with unchanged(files.values()):
+        return {layer: load_moment(file.path, editable.d_in(layer)) for layer, file in files.items()}
 
 
 def statistics_files(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams
-                     ) -> dict[int, Path]:
-    """Files with the second moments of every edited layer; missing ones are collected.
+                     ) -> dict[int, StatisticsFile]:
+    """Files with the second moments of every edited layer.
+
+    Those that are missing, or that were collected from something else than they would be now, are collected: the edited
+    weights must be the unedited ones. Files without a fingerprint are taken as they are.
 
     Of processes that miss the same ones at once, the first collects them and the others wait for it (see
-    ``files.locked``, also about NFS). Where all are there, nothing is locked or written: their folder may be read-only.
+    ``files.locked``, also about NFS). Where all are there and fit, nothing is locked or written: their folder may be
+    read-only.
 
     Raises:
-        ValueError: there is no text to collect from, or missing files can't be written where they belong.
+        ValueError: there is no text to collect from, a layer's keys can't be told by token, or files can't be written
+            where they belong.
     """
     paths = {layer: moment_path(editable, hparams, layer) for layer in editable.layers}
-    if all(path.exists() for path in paths.values()):
-        return paths
+    origins = Origins(editable, hparams, tok)
     folder = paths[editable.layers[0]].parent
-    try:
-        with locked(folder / _LOCK, f"collecting statistics in {folder}"):
-            remove_leftovers(folder)  # of a process killed while it wrote
-            missing = {layer: path for layer, path in paths.items() if not path.exists()}
-            if missing:
-                _collect(editable, tok, hparams, missing)
-    except OSError as error:
-        raise ValueError(f"statistics of the model's keys are missing and can't be filed in {folder} ({error}): set "
-                         "stats_dir to a folder that can be written, or make room") from error
-    return paths
+    found = {layer: origins.examine(path, layer) for layer, path in paths.items()}
+    if not all(finding.fits and finding.settled for finding in found.values()):
+        try:
+            with locked(folder / _LOCK, f"collecting statistics in {folder}"):
+                remove_leftovers(folder)  # of a process killed while it wrote
+                found = {layer: origins.examine(path, layer) for layer, path in paths.items()}
+                unfit = {layer: path for layer, path in paths.items() if not found[layer].fits}
+                _say_what_is_replaced(folder, found)
+                if unfit:
+                    _collect(editable, tok, hparams, unfit, origins)
+                    found |= {layer: origins.examine(path, layer) for layer, path in unfit.items()}
+        except OSError as error:
+            raise ValueError(f"statistics of the model's keys are missing, or of another model or text, and can't be "
+                             f"filed in {folder} ({error}): set stats_dir to a folder that can be written, or make room"
+                             ) from error
+    for reason in dict.fromkeys(reason for finding in found.values() for reason in finding.unknown):
+        of = [layer for layer, finding in found.items() if reason in finding.unknown]
+        logger.info("the statistics of layers %s in %s are taken as they are: what is there %s", of, folder, reason)
+    files = {layer: finding.file for layer, finding in found.items() if finding.file is not None}
+    if len(files) < len(paths):
+        raise ValueError(f"statistics in {folder} were removed by another process as soon as they were filed: give "
+                         "each model and each text a stats_dir of its own")
+    return files
+
+
+def moment_on_file(editable: EditableModel, hparams: SPHEREHyperParams, layer: int) -> Tensor | None:
+    """``C`` of one layer ``(d_in, d_in)`` float32 on the CPU; None where there is no file of this model's statistics.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = moment_path(editable, hparams, layer)
+    found = Origins(editable, hparams).examine(path, layer)
+    if found.differences:
+        logger.warning("%s is left out: it was collected from %s", path, " and ".join(found.differences))
+    if found.file is None or not found.fits:
+        return None
+    with unchanged([found.file]):
+        return load_moment(path, editable.d_in(layer))
+
+
+def _say_what_is_replaced(folder: Path, found: Mapping[int, Finding]) -> None:
+    for differences in dict.fromkeys(finding.differences for finding in found.values() if finding.differences):
+        layers = [layer for layer, finding in found.items() if finding.differences == differences]
+        logger.warning("the statistics of layers %s in %s were collected from %s: they are collected anew and "
+                       "replaced. To keep both, give each a stats_dir of its own", layers, folder,
+                       " and ".join(differences))
 
 
 def _collect(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
-             paths: dict[int, Path]) -> None:
+             paths: dict[int, Path], origins: Origins) -> None:
     limit = min(hparams.mom2_max_length, max_positions(editable.config) or hparams.mom2_max_length)
     with frozen(editable.model):
-        logger.info("second moments of layers %s are missing: collecting them from up to %d texts of %s, at most %.1e "
-                    "operations", sorted(paths), hparams.mom2_n_samples, hparams.mom2_dataset,
-                    2.0 * hparams.mom2_n_samples * limit * _parameters_below(editable, max(paths)))
+        logger.info("collecting the second moments of keys in layers %s from up to %d texts of %s", sorted(paths),
+                    hparams.mom2_n_samples, hparams.mom2_dataset)
         sequences = token_sequences(editable, tok, hparams, limit)
         tokens = sum(len(sequence) for sequence in sequences)
-        logger.info("%d texts, %d tokens; kept in %s", len(sequences), tokens, next(iter(paths.values())).parent)
+        logger.info("%d texts, %d tokens", len(sequences), tokens)
         thin = [layer for layer in paths if tokens < 2 * editable.d_in(layer)]
         if thin:
             logger.warning("%d tokens are few for keys of width %d: take more text (mom2_n_samples)", tokens,
@@ -154,11 +205,8 @@ def _collect(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPH
         raise ValueError(f"the second moments of layers {too_large} do not fit mom2_dtype {hparams.mom2_dtype} (or the "
                          "model's states are not finite): set mom2_dtype to float32")
     for layer, path in paths.items():
-        save_moment(path, filed[layer], tokens, hparams.mom2_n_samples)
-
-
-def _parameters_below(editable: EditableModel, layer: int) -> int:
-    return sum(parameter.numel() for i in range(layer + 1) for parameter in editable.block(i).parameters())
+        save_moment(path, filed[layer], tokens, hparams.mom2_n_samples, origins.of(layer))
+    logger.info("second moments of layers %s are kept in %s", sorted(paths), next(iter(paths.values())).parent)
 
 
 @torch.no_grad()
@@ -191,23 +239,35 @@ def _add_up(here: Replicas) -> None:
 def _sum_here(editable: EditableModel, sequences: Sequence[Sequence[int]], layers: list[int]) -> dict[int, Tensor]:
     totals = {layer: torch.zeros(editable.d_in(layer), editable.d_in(layer), dtype=torch.float64,
                                  device=editable.device(layer)) for layer in layers}
-    mask = torch.zeros(0)
+    mask = torch.zeros(0, 0, dtype=torch.long)
+    runs: Counter[int] = Counter()
 
     def add(layer: int) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            keys = args[0][mask.to(args[0].device).bool()].float()  # (tokens, d_in)
-            totals[layer] += (keys.T @ keys).double()
+        name = editable.names.rewrite_module_tmp.format(layer)
 
-        return editable.down_projection(layer).register_forward_pre_hook(hook)
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states = args[0] if args else next(iter(kwargs.values()))
+            by_token = as_rows(states, len(mask), mask.shape[1], name)
+            keys = by_token[mask.to(by_token.device).bool()].float()  # (tokens, d_in)
+            totals[layer] += (keys.T @ keys).double()
+            runs[layer] += 1
+
+        return editable.down_projection(layer).register_forward_pre_hook(hook, with_kwargs=True)
 
     handles = [add(layer) for layer in layers]
     try:
-        with tqdm(total=len(sequences), desc="statistics", unit="text", leave=False) as bar:
-            for batch in _batches(sequences):
+        with RemainingTime("statistics", sum(map(len, sequences)), "token") as remaining:
+            for count, batch in enumerate(_batches(sequences), start=1):
                 rows = pad_rows(batch, editable.input_device)
                 mask = rows.attention_mask
                 BlockReplay.record(editable, rows, layers[-1] + 1, layers[-1] + 1)  # runs up to the last layer
-                bar.update(len(batch))
+                for layer in layers:
+                    if runs[layer] != count:
+                        raise ValueError(f"{editable.names.rewrite_module_tmp.format(layer)} ran "
+                                         f"{runs[layer] - count + 1} times in a forward pass, not once: its keys can't "
+                                         "be told by token. Edit a layer whose feed-forward network calls it once")
+                totals[layers[-1]][0, 0].item()  # waits for the device, so that the time is the work's
+                remaining.update(sum(map(len, batch)))
     finally:
         for handle in handles:
             handle.remove()

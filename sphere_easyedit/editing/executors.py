@@ -17,7 +17,8 @@ from ..hparams import SPHEREHyperParams
 from ..logit_map import find_logit_map
 from ..models import EditableModel, frozen, max_positions
 from .contexts import generate_contexts
-from .covariance import filed_factor, filed_null_space, load_moment, load_null_space, moment_path, statistics_files
+from .covariance import filed_factor, filed_null_space, load_moment, load_null_space, statistics_files
+from .origins import unchanged
 from .output_path import OutputPath, find_output_paths
 from .replay import pad_rows
 from .requests import EditRequest, TokenizedRequest, tokenize_prompt, tokenize_request
@@ -94,7 +95,10 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
             # The statistics are filed as the unedited model's, so it is the unedited model they must come from.
             for layer, weight in session.original.items():
                 editable.set_weight(layer, weight)
-            session.metrics = _key_metrics(editable, tok, hparams, session.shelf)
+            if _needs_statistics(hparams):
+                session.statistics = statistics_files(editable, tok, hparams)
+            with unchanged(session.statistics.values()):
+                session.metrics = _key_metrics(editable, hparams, session)
     for layer in editable.layers:
         history = session.history.get(layer)
         metric = session.metrics[layer]
@@ -120,15 +124,33 @@ def _shelf(hparams: SPHEREHyperParams) -> Shelf:
     return Shelf(room, None if hparams.state_folder is None else Path(hparams.state_folder))
 
 
-def _key_metrics(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams, shelf: Shelf
+def _needs_statistics(hparams: SPHEREHyperParams) -> bool:
+    null_space_is_given = is_alphaedit(hparams) and hparams.P_loc is not None and Path(hparams.P_loc).exists()
+    return not null_space_is_given or hparams.space_source != "weight"
+
+
+def moment_of(editable: EditableModel, session: EditSession, layer: int) -> Tensor:
+    """The second moment of a layer's keys ``(d_in, d_in)`` float32 on the CPU, from the session's statistics.
+
+    Raises:
+        ValueError: the file does not fit, or was replaced since the session's first batch.
+    """
+    file = session.statistics[layer]
+    with unchanged([file]):
+        return load_moment(file.path, editable.d_in(layer))
+
+
+def _key_metrics(editable: EditableModel, hparams: SPHEREHyperParams, session: EditSession
                  ) -> dict[int, KeyMetric | None]:
+    shelf = session.shelf
+    assert shelf is not None  # made before
     if is_alphaedit(hparams):
         return {layer: NullSpaceMetric(space, hparams.L2, shelf)
-                for layer, space in _null_spaces(editable, tok, hparams, shelf).items()}
+                for layer, space in _null_spaces(editable, hparams, session).items()}
     metrics: dict[int, KeyMetric | None] = {}
-    for layer, path in statistics_files(editable, tok, hparams).items():
+    for layer, file in session.statistics.items():
         try:
-            factor = filed_factor(path, editable.d_in(layer), editable.device(layer), shelf)
+            factor = filed_factor(file.path, editable.d_in(layer), editable.device(layer), shelf)
             metrics[layer] = CovarianceMetric(factor, hparams.mom2_update_weight)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             logger.warning("layer %d: the second moment of keys is not positive definite; each batch solves densely. "
@@ -137,18 +159,17 @@ def _key_metrics(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams:
     return metrics
 
 
-def _null_spaces(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams, shelf: Shelf
-                 ) -> dict[int, NullSpace]:
+def _null_spaces(editable: EditableModel, hparams: SPHEREHyperParams, session: EditSession) -> dict[int, NullSpace]:
     if hparams.P_loc is not None:
         path = Path(hparams.P_loc)
         if path.exists():
             spaces = load_null_space(path, editable.layers, editable.d_in(editable.layers[0]))
-            return {layer: space.on(editable.device(layer), shelf) for layer, space in spaces.items()}
+            return {layer: space.on(editable.device(layer), session.shelf) for layer, space in spaces.items()}
         logger.info("P_loc %s does not exist: the null space is computed from the keys' second moment", path)
     share = hparams.nullspace_share
     threshold = None if share is not None else hparams.nullspace_threshold
-    return {layer: filed_null_space(path, editable.d_in(layer), threshold, share, editable.device(layer), shelf)
-            for layer, path in statistics_files(editable, tok, hparams).items()}
+    return {layer: filed_null_space(file.path, editable.d_in(layer), threshold, share, editable.device(layer),
+                                    session.shelf) for layer, file in session.statistics.items()}
 
 
 def tokenize_batch(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest],
@@ -246,20 +267,21 @@ def _solve_layer(editable: EditableModel, layer: int, keys: Tensor, residuals: T
                  session: EditSession) -> LowRankUpdate:
     device = editable.device(layer)
     keys = keys.T.to(device)  # K (d_in, n)
-    history, metric = session.history[layer], session.metrics[layer]
+    history = session.history[layer]
     adjusted = adjusted_keys(history, keys)
     if adjusted is None:
         logger.warning("layer %d: solving densely in the space of %d inputs", layer, len(keys))
-        adjusted = _plain_solve(editable, layer, keys, history, hparams, metric)
+        adjusted = _plain_solve(editable, layer, keys, history, hparams, session)
     return LowRankUpdate(residuals.T.to(device), adjusted.float(), keys)
 
 
 def _plain_solve(editable: EditableModel, layer: int, keys: Tensor, history: KeyHistory, hparams: SPHEREHyperParams,
-                 metric: KeyMetric | None) -> Tensor:
+                 session: EditSession) -> Tensor:
+    metric = session.metrics[layer]
     try:
         if isinstance(metric, NullSpaceMetric):
             return plain_alphaedit_keys(metric.space, metric.ridge, keys, history)
-        moment = load_moment(moment_path(editable, hparams, layer), len(keys)).to(keys.device)
+        moment = moment_of(editable, session, layer).to(keys.device)
         return plain_memit_keys(moment, hparams.mom2_update_weight, keys, history)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError(f"layer {layer}: the system of keys is singular ({error}); collect statistics from more text "

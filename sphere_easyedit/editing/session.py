@@ -20,6 +20,7 @@ from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, ModuleNames
 from ..projection import PrincipalSpace
 from .grams import GramMatrix
+from .origins import StatisticsFile
 from .output_path import OutputPath
 from .shelves import Shelf
 from .solvers import KeyHistory, KeyMetric
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 _ATTRIBUTE = "_sphere_session"
 _FORMAT = "sphere-easyedit session 1"
 _EXECUTOR = "executor"
-_DERIVED = ("contexts", "paths", "metrics", "spaces", "shelf", "executor_caches")
+_DERIVED = ("contexts", "paths", "metrics", "statistics", "spaces", "shelf", "executor_caches")
 
 
 class EditSession:
@@ -45,6 +46,8 @@ class EditSession:
         history: earlier keys by layer.
         paths: how outputs of the edited weights reach the residual stream, by layer; rebuilt when needed, not saved.
         metrics: how keys are weighed, by layer; rebuilt when needed, not saved.
+        statistics: the files of the keys' second moments as they were found to fit, by layer; looked at again when
+            needed, not saved.
         shelf: where metrics and histories are kept; None until made.
         spaces: principal spaces of the original weights, by layer and how they were made; rebuilt when needed, not
             saved.
@@ -70,6 +73,7 @@ class EditSession:
         self.history: dict[int, KeyHistory] = {}
         self.paths: dict[int, OutputPath] = {}
         self.metrics: dict[int, KeyMetric | None] = {}
+        self.statistics: dict[int, StatisticsFile] = {}
         self.shelf: Shelf | None = None
         self.spaces: dict[str, PrincipalSpace] = {}
         self.ranks: dict[int, int] = {}

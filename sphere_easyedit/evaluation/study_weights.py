@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..editing.covariance import load_moment, moment_path
+from ..editing.covariance import moment_on_file
 from ..editing.keys import BatchStates
 from ..editing.requests import parse_requests, tokenize_request
 from ..hparams import SPHEREHyperParams
@@ -173,9 +173,8 @@ def _shares_of_keys(editable: EditableModel, hparams: SPHEREHyperParams, layer: 
                     keys: Tensor | None) -> tuple[Cell, Cell, Cell]:
     """Shares in the weight's principal space: of the second moment, where its file is, and of keys; and by chance."""
     space = PrincipalSpace.from_weight(weight, hparams.gamma)
-    path = moment_path(editable, hparams, layer)
-    of_moment = (moment_share(load_moment(path, editable.d_in(layer)).to(weight.device), space).share
-                 if path.is_file() else None)
+    moment = moment_on_file(editable, hparams, layer)
+    of_moment = None if moment is None else moment_share(moment.to(weight.device), space).share
     return of_moment, None if keys is None else principal_share(keys, space).share, space.rank / space.d_in
 
 
