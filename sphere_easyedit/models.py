@@ -285,7 +285,8 @@ class EditableModel:
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without parameter gradients inside the context; both as before after it.
 
-    Graphs that are made inside do not hold offloaded weights (see ``offload.lent_again_for_backward``).
+    Graphs that are made inside do not hold offloaded weights (see ``offload.lent_again_for_backward``). No call depends
+    on the lengths of earlier ones (see ``_frequencies_by_call``).
     """
     modes = {module: module.training for module in model.modules()}
     # By place: each forward pass puts other placeholders in an offloaded weight's.
@@ -295,7 +296,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     for module, name, _ in flags:
         module.get_parameter(name).requires_grad_(False)
     try:
-        with lent_again_for_backward(model):
+        with lent_again_for_backward(model), _frequencies_by_call(model):
             yield
     finally:
         for module, mode in modes.items():
@@ -304,6 +305,30 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter = getattr(module, name, None)
             if parameter is not None:
                 parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _frequencies_by_call(model: nn.Module) -> Iterator[None]:
+    """Let every call have the rotary frequencies that it has in a fresh model.
+
+    Rotary embeddings of the type ``dynamic`` keep the frequencies of the longest call so far.
+    """
+    growing = [module for module in model.modules() if "dynamic" in str(getattr(module, "rope_type", ""))]
+    handles = [module.register_forward_pre_hook(_forget_lengths) for module in growing]
+    try:
+        yield
+    finally:
+        for handle, module in zip(handles, growing, strict=True):
+            handle.remove()
+            _forget_lengths(module)
+
+
+def _forget_lengths(module: Any, *_: Any) -> None:
+    for name in {*vars(module), *dict(module.named_buffers(recurse=False))}:
+        if name.endswith("original_inv_freq"):  # with the type of layer in front, where there are several
+            start, original = name.removesuffix("original_inv_freq"), getattr(module, name)
+            setattr(module, f"{start}inv_freq", original.to(getattr(module, f"{start}inv_freq").device))
+            setattr(module, f"{start}max_seq_len_cached", module.original_max_seq_len)
 
 
 @torch.no_grad()

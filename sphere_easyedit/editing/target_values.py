@@ -28,7 +28,7 @@ from ..models import EditableModel, logits_at
 from .packing import attending_packed
 from .replay import BlockReplay, pad_rows
 from .requests import TokenizedPrompt, TokenizedRequest
-from .steering import PackedSteering, PaddedSteering, Steering, layout_of, rows_of
+from .steering import Steering, layout_of, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,7 @@ def optimise_target_values(
             group = [requests[i] for i in batch]
             rows = [row for edit, request in enumerate(group) for row in rows_of(edit, request)]
             block = editable.layers[-1]
-            steering = (PackedSteering.record(editable, rows, block) if packed
-                        else PaddedSteering.record(editable, rows, block, use_prefix=layout == "padded"))
+            steering = Steering.record(editable, rows, block, layout)
             result = _MicroBatch(editable, group, hparams, steering).optimise()
             values[batch] = result.values
             for i, loss, count in zip(batch, result.losses, result.steps, strict=True):

@@ -214,7 +214,8 @@ def _with_cache(model: Any, rows: _Rows, check: bool) -> list[list[int]] | None:
         None where the model can't generate with a cache, or says something else with it.
     """
     first = rows.first.to(input_device(model))
-    settings = GenerationConfig(max_new_tokens=rows.places - first.shape[1], do_sample=False, use_cache=True)
+    settings = GenerationConfig(max_new_tokens=rows.places - first.shape[1], do_sample=False,  # type: ignore[no-untyped-call]
+                                use_cache=True)
     try:
         with _default_generation(model), _last_place_alone(model):
             model.generate(input_ids=first, attention_mask=torch.ones_like(first), generation_config=settings,
@@ -252,7 +253,7 @@ def _default_generation(model: nn.Module) -> Iterator[None]:
     before = [module.generation_config for module in holders]
     try:
         for module in holders:
-            module.generation_config = GenerationConfig()  # type: ignore[assignment]
+            module.generation_config = GenerationConfig()  # type: ignore[assignment,no-untyped-call]
         yield
     finally:
         for module, settings in zip(holders, before, strict=True):
