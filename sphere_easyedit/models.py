@@ -105,10 +105,19 @@ def num_blocks(config: PretrainedConfig) -> int:
     return int(text_config(config).num_hidden_layers)
 
 
+# What configs call the longest context. Where a release of transformers maps one of these names to another, both work.
+_CONTEXT_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length",
+                   "max_target_positions", "n_ctx", "context_length")
+
+
 def max_positions(config: PretrainedConfig) -> int | None:
     """Longest context in tokens by the config, or None where it names no limit."""
-    limit = getattr(text_config(config), "max_position_embeddings", None)
-    return None if limit is None else int(limit)
+    config = text_config(config)
+    for name in _CONTEXT_LIMITS:
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit > 0:  # XLNet has -1, for no limit
+            return limit
+    return None
 
 
 def input_device(model: nn.Module) -> torch.device:

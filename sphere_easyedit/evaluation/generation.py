@@ -19,6 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from ..batching import kind_by_length
 from ..editing.packing import same_states
 from ..models import frozen, input_device, logits_at, max_positions
 from ..replicas import Replicas, shared_out
@@ -47,7 +48,9 @@ def generate_continuations(
     Greedy, or drawn from the ``top_k`` likeliest tokens in proportion to their probabilities, as ROME generates. To the
     letter: the model's own generation settings (penalties, temperature) don't count, its end tokens do. Prompts run
     together from the first token on, so nothing is padded, and a prompt's continuation does not depend on the others;
-    model and tokenizer stay as they are.
+    model and tokenizer stay as they are. A continuation is what plain forward passes over the prompt alone and each new
+    token give. The model's cache is used only where it gives the same; so it isn't where a row grows past a limit from
+    which its earlier tokens get other rotary frequencies (see ``batching.kind_by_length``).
 
     Args:
         top_k: None for greedy.
@@ -100,12 +103,19 @@ def _generate_all(model: nn.Module, wanted: Sequence[_Wanted], max_new_tokens: i
     """New token ids of what is wanted, once each."""
     new: dict[_Wanted, list[int]] = {}
     cached: bool | None = None  # whether the model's cache can be trusted; None where it has not been tried
+    kind = kind_by_length(model.config)  # type: ignore[arg-type]
+
+    def kinds(one: _Wanted) -> tuple[int, int]:
+        return kind(len(one[0])), kind(len(one[0]) + max_new_tokens - 1)  # the last new token is not read any more
+
     with frozen(model), torch.no_grad():
-        for chunk in _chunks(wanted, max_new_tokens):
+        for chunk in _chunks(wanted, max_new_tokens, kinds):
+            # Keys in a cache are of the kind that the row had then. A plain forward pass has all of them anew.
+            changes = len(set(kinds(chunk[0]))) > 1
             choose = _likeliest if top_k is None else _Drawing(top_k, [seed for _, seed in chunk], max_new_tokens)
             rows = partial(_Rows, [ids for ids, _ in chunk], max_new_tokens, ends, choose)
             found = None
-            if cached is not False:
+            if cached is not False and not changes:
                 found = _with_cache(model, rows(), check=cached is None)
                 cached = found is not None
             if found is None:
@@ -116,13 +126,14 @@ def _generate_all(model: nn.Module, wanted: Sequence[_Wanted], max_new_tokens: i
     return new
 
 
-def _chunks(wanted: Sequence[_Wanted], max_new_tokens: int) -> Iterator[list[_Wanted]]:
-    """What is wanted in batches of like length; the longest first."""
+def _chunks(wanted: Sequence[_Wanted], max_new_tokens: int, kinds: Callable[[_Wanted], tuple[int, int]]
+            ) -> Iterator[list[_Wanted]]:
+    """What is wanted in batches of like length and equal ``kinds``; the longest first."""
     chunk: list[_Wanted] = []
     for one in sorted(wanted, key=lambda one: -len(one[0])):
         longest = len(chunk[0][0]) if chunk else 0
         # A batch takes as many steps more as its lengths differ; one of its own would take max_new_tokens.
-        if chunk and (longest - len(one[0]) > max_new_tokens // 4
+        if chunk and (longest - len(one[0]) > max_new_tokens // 4 or kinds(one) != kinds(chunk[0])
                       or len(chunk) == max(1, min(_MOST_ROWS, _BATCH_TOKENS // longest))):
             yield chunk
             chunk = []
