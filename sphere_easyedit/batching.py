@@ -2,12 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from transformers import PretrainedConfig
+
+from .models import text_config
 
 # A batch costs about as much as so many tokens besides its own, as a share of the most that are run at once.
 _OVERHEAD = 16
+
+
+def kind_by_length(config: PretrainedConfig) -> Callable[[int], int]:
+    """What a model's rows must have in common to run together, as a function of how many tokens a row has.
+
+    Rotary embeddings choose their frequencies by the longest row of a batch where they are of the type ``longrope``
+    (one set up to a limit, another beyond it) or ``dynamic`` (one set for each length beyond a limit). Rows of one
+    kind, run together, are what each of them is alone. A longer row's kind is never less. For any other model the kind
+    is always 0.
+    """
+    config = text_config(config)
+    limits: set[int] = set()
+    grows = False
+    for rope in _rope_settings(config):
+        name = str(rope.get("rope_type", rope.get("type")))
+        if name in {"longrope", "su"} or "dynamic" in name:
+            grows |= "dynamic" in name
+            # Releases of transformers differ in which of these is the limit. One too many only makes batches smaller.
+            found = (rope.get("original_max_position_embeddings"), config.max_position_embeddings,
+                     getattr(config, "original_max_position_embeddings", None))
+            limits |= {int(limit) for limit in found if limit}
+
+    def kind(length: int) -> int:
+        passed = sum(length > limit for limit in limits)
+        return length if passed and grows else passed
+
+    return kind
+
+
+def _rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """A config's settings of rotary embeddings, of which there may be some for each type of layer."""
+    found = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]  # of transformers 5 and 4
+    settings = [rope for rope in found if isinstance(rope, dict)]
+    return settings + [inner for rope in settings for inner in rope.values() if isinstance(inner, dict)]
+
+
+def of_one_kind(lengths: Sequence[int], kind: Callable[[int], int]) -> list[list[int]]:
+    """Indices of rows in groups whose rows may run together (see ``kind_by_length``), each in ascending order."""
+    groups: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        groups.setdefault(kind(length), []).append(index)
+    return list(groups.values())
 
 
 def padded_batches(

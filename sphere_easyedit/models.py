@@ -35,10 +35,19 @@ logger = logging.getLogger(__name__)
 
 
 
+# What configs call the longest context. Where a release of transformers maps one of these names to another, both work.
+_CONTEXT_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length",
+                   "max_target_positions", "n_ctx", "context_length")
+
+
 def max_positions(config: PretrainedConfig) -> int | None:
     """Longest context in tokens by the config, or None where it names no limit."""
-    limit = getattr(text_config(config), "max_position_embeddings", None)
-    return None if limit is None else int(limit)
+    config = text_config(config)
+    for name in _CONTEXT_LIMITS:
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit > 0:  # XLNet has -1, for no limit
+            return limit
+    return None
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -236,7 +245,8 @@ class EditableModel:
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without parameter gradients inside the context; both as before after it.
 
-    Graphs that are made inside do not hold offloaded weights (see ``offload.lent_again_for_backward``).
+    Graphs that are made inside do not hold offloaded weights (see ``offload.lent_again_for_backward``). No call depends
+    on the lengths of earlier ones (see ``_frequencies_by_call``).
     """
     modes = {module: module.training for module in model.modules()}
     # By place: each forward pass puts other placeholders in an offloaded weight's.
@@ -246,7 +256,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     for module, name, _ in flags:
         module.get_parameter(name).requires_grad_(False)
     try:
-        with lent_again_for_backward(model):
+        with lent_again_for_backward(model), _frequencies_by_call(model):
             yield
     finally:
         for module, mode in modes.items():
@@ -255,6 +265,30 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter = getattr(module, name, None)
             if parameter is not None:
                 parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _frequencies_by_call(model: nn.Module) -> Iterator[None]:
+    """Let every call have the rotary frequencies that it has in a fresh model.
+
+    Rotary embeddings of the type ``dynamic`` keep the frequencies of the longest call so far.
+    """
+    growing = [module for module in model.modules() if "dynamic" in str(getattr(module, "rope_type", ""))]
+    handles = [module.register_forward_pre_hook(_forget_lengths) for module in growing]
+    try:
+        yield
+    finally:
+        for handle, module in zip(handles, growing, strict=True):
+            handle.remove()
+            _forget_lengths(module)
+
+
+def _forget_lengths(module: Any, *_: Any) -> None:
+    for name in {*vars(module), *dict(module.named_buffers(recurse=False))}:
+        if name.endswith("original_inv_freq"):  # with the type of layer in front, where there are several
+            start, original = name.removesuffix("original_inv_freq"), getattr(module, name)
+            setattr(module, f"{start}inv_freq", original.to(getattr(module, f"{start}inv_freq").device))
+            setattr(module, f"{start}max_seq_len_cached", module.original_max_seq_len)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,8 @@ from conftest import relative_error, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 from sphere_easyedit.editing.packing import (
     PackedRows,
@@ -213,6 +215,55 @@ def test_model_attends_as_before_afterwards(family: str) -> None:
     assert {module: module.config._attn_implementation for module in names} == names
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def attention_by_config(config: PretrainedConfig, name: str = "") -> dict[str, str]:
+    """What a config and all those inside it say, also those that no module has."""
+    inner = {key: getattr(config, key, None) for key in config.sub_configs}
+    return {name: config._attn_implementation} | {
+        path: said for key, found in inner.items() if found is not None
+        for path, said in attention_by_config(found, f"{name}.{key}").items()}
+
+
+def wrapped(family: str, attention: dict[str, str]) -> nn.Module:
+    """A tiny vision-language model of PaliGemma or Gemma 3, whose parts attend in different ways."""
+    text = {"vocab_size": 200, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 80, "max_position_embeddings": 128}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1,
+              "num_attention_heads": 4, "image_size": 16, "patch_size": 8, "projection_dim": 48}
+    own = {"paligemma": {"text_config": {**text, "model_type": "gemma2"}, "projection_dim": 48,
+                         "image_token_index": 199},
+           "gemma3": {"text_config": {**text, "model_type": "gemma3_text"}, "mm_tokens_per_image": 4}}
+    config = AutoConfig.for_model(family, vision_config=vision, **own[family])
+    config._attn_implementation = attention
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForImageTextToText.from_config(config).eval()
+
+
+@needs_interface
+@pytest.mark.parametrize(("family", "attention"), [
+    ("paligemma", {"": "sdpa", "text_config": "eager", "vision_config": "sdpa"}),
+    ("gemma3", {"": "sdpa", "text_config": "sdpa", "vision_config": "eager"}),
+    ("gemma3", {"": "eager", "text_config": "sdpa", "vision_config": "eager"}),
+])
+@pytest.mark.parametrize("fails", [False, True])
+def test_parts_that_attend_in_different_ways_do_so_afterwards(family: str, attention: dict[str, str], fails: bool
+                                                              ) -> None:
+    model = wrapped(family, attention)
+    before = attention_by_config(model.config)
+    assert before == {f".{key}" if key else "": said for key, said in attention.items()}
+    ids = torch.arange(5, 15).unsqueeze(0)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    ends = pytest.raises(RuntimeError, match="broken") if fails else nullcontext()
+    with ends, attending_packed(model):
+        assert model.config.text_config._attn_implementation == "sphere_packed"
+        if fails:
+            raise RuntimeError("broken")
+    assert attention_by_config(model.config) == before
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, logits)
 
 
 @needs_interface

@@ -15,7 +15,7 @@ import hashlib
 import logging
 import pickle
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..batching import kind_by_length
 from ..files import locked, remove_leftovers, replacing, sha256_of
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, frozen, max_positions
@@ -257,7 +258,7 @@ def _sum_here(editable: EditableModel, sequences: Sequence[Sequence[int]], layer
     handles = [add(layer) for layer in layers]
     try:
         with RemainingTime("statistics", sum(map(len, sequences)), "token") as remaining:
-            for count, batch in enumerate(_batches(sequences), start=1):
+            for count, batch in enumerate(_batches(sequences, kind_by_length(editable.config)), start=1):
                 rows = pad_rows(batch, editable.input_device)
                 mask = rows.attention_mask
                 BlockReplay.record(editable, rows, layers[-1] + 1, layers[-1] + 1)  # runs up to the last layer
@@ -274,10 +275,11 @@ def _sum_here(editable: EditableModel, sequences: Sequence[Sequence[int]], layer
     return totals
 
 
-def _batches(sequences: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
+def _batches(sequences: Sequence[Sequence[int]], kind: Callable[[int], int]) -> list[list[Sequence[int]]]:
     batches: list[list[Sequence[int]]] = []
     for sequence in sorted(sequences, key=len):
-        if not batches or (len(batches[-1]) + 1) * len(sequence) > TOKENS_AT_ONCE:
+        if (not batches or (len(batches[-1]) + 1) * len(sequence) > TOKENS_AT_ONCE
+                or kind(len(batches[-1][0])) != kind(len(sequence))):
             batches.append([])
         batches[-1].append(sequence)
     return batches

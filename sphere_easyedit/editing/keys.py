@@ -7,14 +7,14 @@ it), on states cached below the layer being written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from ..batching import padded_batches
+from ..batching import kind_by_length, of_one_kind, padded_batches
 from ..models import EditableModel
 from .output_path import OutputPath, Scaled
 from .replay import BlockReplay, as_rows, pad_rows
@@ -50,16 +50,29 @@ class BatchStates:
     def __init__(self, editable: EditableModel, requests: Sequence[TokenizedRequest], token_budget: int,
                  paths: Mapping[int, OutputPath] = MappingProxyType({})) -> None:
         self._editable, self._count, self._paths = editable, len(requests), paths
+        self._kind = kind_by_length(editable.config)
         self._contexts = len(requests[0].contexts)
         plain = [(edit, request.plain) for edit, request in enumerate(requests)]
         context = [(edit, prompt) for edit, request in enumerate(requests) for prompt in request.contexts]
         self._chunks = [self._record(rows, is_plain)
                         for rows_of_kind, is_plain in ((plain, True), (context, False))
-                        for rows in _batches(rows_of_kind, token_budget)]
+                        for rows in self._batches(rows_of_kind, token_budget)]
+
+    def _batches(self, rows: list[tuple[int, TokenizedPrompt]], token_budget: int
+                 ) -> Iterator[list[tuple[int, TokenizedPrompt]]]:
+        lengths = [self._tokens_of(prompt) for _, prompt in rows]
+        for alike in of_one_kind(lengths, self._kind):
+            for batch in padded_batches([lengths[index] for index in alike], token_budget):
+                yield [rows[alike[number]] for number in batch]
+
+    def _tokens_of(self, prompt: TokenizedPrompt) -> int:
+        """How many tokens of a prompt are run: up to the lookup, unless all of them are a row of another kind."""
+        whole, cut = len(prompt.ids), prompt.lookup + 1
+        return cut if self._kind(cut) == self._kind(whole) else whole
 
     def _record(self, rows: list[tuple[int, TokenizedPrompt]], is_plain: bool) -> _Chunk:
         editable = self._editable
-        padded = pad_rows([prompt.ids[: prompt.lookup + 1] for _, prompt in rows], editable.input_device)
+        padded = pad_rows([prompt.ids[: self._tokens_of(prompt)] for _, prompt in rows], editable.input_device)
         replay = BlockReplay.record(editable, padded, editable.layers[0], editable.layers[-1] + 1)
         lookup = torch.tensor([prompt.lookup for _, prompt in rows])
         return _Chunk([edit for edit, _ in rows], is_plain, lookup, replay, replay.hidden)
@@ -160,8 +173,3 @@ def _in_order(owner: list[int], parts: Sequence[Tensor]) -> Tensor:
     ordered = torch.empty_like(rows)
     ordered[owner] = rows
     return ordered
-
-
-def _batches(rows: list[tuple[int, TokenizedPrompt]], token_budget: int) -> list[list[tuple[int, TokenizedPrompt]]]:
-    lengths = [prompt.lookup + 1 for _, prompt in rows]
-    return [[rows[index] for index in batch] for batch in padded_batches(lengths, token_budget)]

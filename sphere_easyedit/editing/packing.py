@@ -26,6 +26,7 @@ from .replay import BlockReplay, KeyValues, Replaced, Rows, pad_rows
 logger = logging.getLogger(__name__)
 
 _NAME = "sphere_packed"  # of our function among transformers' attention implementations
+_SETTING = "_attn_implementation_internal"  # where a config keeps the name of its attention implementation
 
 
 @dataclass(frozen=True)
@@ -204,15 +205,16 @@ def attending_packed(model: nn.Module) -> Iterator[None]:
 
     ALL_ATTENTION_FUNCTIONS.register(_NAME, packed_attention)
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
+    # What the property `_attn_implementation` reads. Setting the property would set the configs inside one too.
+    settings = {id(config): vars(config) for config in found if hasattr(config, "_attn_implementation")}
+    before = {key: values.get(_SETTING) for key, values in settings.items()}
     try:
-        for config, _ in before:
-            config._attn_implementation = _NAME
+        for values in settings.values():
+            values[_SETTING] = _NAME
         yield
     finally:
-        for config, name in reversed(before):  # a config may hand its own on to those inside it
-            config._attn_implementation = name
+        for key, values in settings.items():
+            values[_SETTING] = before[key]
 
 
 def packs_exactly(model: nn.Module, expected: Tensor, run: Callable[[], Tensor]) -> bool:

@@ -8,20 +8,25 @@ packed end to end where the model takes an attention function of ours (see ``pac
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..batching import kind_by_length, of_one_kind
 from ..models import EditableModel
 from .packing import PackedRows, pack_behind, packs_exactly, same_states, select_packed
 from .replay import BlockReplay, KeyValues, common_beginnings, pad_rows, prefix_key_values
 from .requests import TokenizedPrompt, TokenizedRequest
 
 logger = logging.getLogger(__name__)
+
+
+# Rows end to end; padded behind keys and values of the tokens in front; padded, with all tokens in every step.
+Layout = Literal["packed", "padded", "whole"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Row:
         lookup: which of them is the subject's last.
         first: from which of them onward ``targets`` are predicted.
         targets: tokens to be predicted; none for the drift prompt, of which the lookup's prediction counts.
+        weight: of each of these predictions in the edit's mean.
     """
 
     edit: int
@@ -43,12 +49,15 @@ class Row:
     lookup: int
     first: int = 0
     targets: tuple[int, ...] = ()
+    weight: float = 1.0
 
 
 def rows_of(edit: int, request: TokenizedRequest) -> list[Row]:
     """An edit's rows: the plain prompt, the prompt in each context, the drift prompt."""
+    prompts = [request.plain, *request.contexts]
+    weight = 1.0 / (len(request.target_ids) * len(prompts))
     rewriting = [Row(edit, context, prompt.ids + request.target_ids[:-1], prompt.lookup, len(prompt.ids) - 1,
-                     request.target_ids) for context, prompt in enumerate([request.plain, *request.contexts])]
+                     request.target_ids, weight) for context, prompt in enumerate(prompts)]
     return [*rewriting, Row(edit, -1, request.drift.ids, request.drift.lookup)]
 
 
@@ -66,63 +75,59 @@ class Predictions:
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Predictions:
         """Of rows among which there may be drift prompts."""
-        contexts = Counter(row.edit for row in rows if row.targets)
-        found = [(i, row.first - row.lookup + j, token, row.edit, 1.0 / (len(row.targets) * contexts[row.edit]))
+        found = [(i, row.first - row.lookup + j, token, row.edit)
                  for i, row in enumerate(rows) for j, token in enumerate(row.targets)]
-        return cls(*(torch.tensor(column) for column in zip(*found, strict=True)))
+        weights = [row.weight for row in rows for _ in row.targets]
+        row, behind, token, edit = _integers(found).view(-1, 4).unbind(dim=1)
+        return cls(row, behind, token, edit, torch.tensor(weights, dtype=torch.float32))
 
 
-class Steering(Protocol):
-    """Rows ready to be run again with other deltas.
+def _integers(values: Sequence[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.long)
 
-    Attributes:
-        edits: those it still has rows of, in the order in which ``run`` gives their drift prompts.
-        predictions: where ``run``'s other states are.
-        initial: ``(edits, hidden_size)``, the edited block's output at the lookup of the plain prompt.
-        drift_final: ``(edits, hidden_size)``, the last block's at the lookup of the drift prompt, without a delta.
-    """
 
-    edits: Tensor
-    predictions: Predictions
-    initial: Tensor
-    drift_final: Tensor
+class _Recorded(ABC):
+    """Rows that are run together, recorded in the blocks above the edited one."""
 
-    def run(self, delta: Tensor, loss_block: int) -> tuple[Tensor, Tensor]:
-        """Outputs of ``loss_block`` at the predictions, and of the last block at the drift prompts' lookups.
+    def __init__(self, rows: list[Row], replay: BlockReplay) -> None:
+        self.rows, self.replay = rows, replay
+        self.predictions = Predictions.of(rows)
+        self.owners = _integers([row.edit for row in rows])
+        self.plain, self.drift = (_integers([i for i, row in enumerate(rows) if row.context == context])
+                                  for context in (0, -1))
 
-        Args:
-            delta: ``(all edits, hidden_size)``.
-            loss_block: number of a block from the edited one on.
-        """
+    @abstractmethod
+    def at(self, hidden: Tensor, rows: Tensor, behind: Tensor | int = 0) -> Tensor:
+        """States ``(n, hidden_size)`` of rows at their lookups, or so many tokens behind."""
 
-    def keep(self, edits: set[int]) -> Steering:
+    @abstractmethod
+    def steered(self, delta: Tensor) -> Tensor:
+        """The edited block's output with each edit's ``delta`` at its rows' lookups."""
+
+    @abstractmethod
+    def keep(self, edits: set[int]) -> _Recorded:
         """The rows of some edits only."""
 
+    def run(self, delta: Tensor, loss_block: int) -> tuple[Tensor, Tensor]:
+        """As ``Steering.run``, of these rows; drift prompts in their order."""
+        seen = self.replay.run(self.steered(delta), stop=loss_block + 1)
+        final = seen
+        if len(self.drift) and loss_block + 1 < self.replay.stop:
+            final = self.replay.run(seen, start=loss_block + 1)
+        return self.at(seen, self.predictions.rows, self.predictions.behind), self.at(final, self.drift)
 
-class PackedSteering:
+
+class _Packed(_Recorded):
     """Tokens from the lookup on, end to end; needs ``attending_packed`` to be recorded and to be run."""
 
     def __init__(self, rows: list[Row], layout: PackedRows, replay: BlockReplay) -> None:
-        self._rows, self._layout, self._replay = rows, layout, replay
-        self.predictions = Predictions.of(rows)
+        super().__init__(rows, replay)
+        self._layout = layout
         self._starts = layout.starts  # the lookups
-        self._owners = torch.tensor([row.edit for row in rows])
-        self._drift = torch.tensor([i for i, row in enumerate(rows) if not row.targets])
-        plain = torch.tensor([i for i, row in enumerate(rows) if row.context == 0])
-        self._drift = self._drift[self._owners[self._drift].argsort()]
-        plain = plain[self._owners[plain].argsort()]
-        self.edits = self._owners[self._drift]
-        self.initial = _at(replay.hidden, self._starts[plain]).float()
-        self.drift_final = _at(replay.final, self._starts[self._drift])
 
     @classmethod
-    @torch.no_grad()
-    def record(cls, editable: EditableModel, rows: Sequence[Row], block: int) -> PackedSteering:
-        """Run everything once, what rows of one context begin with in common only once for all of them.
-
-        Args:
-            block: the edited one.
-        """
+    def record(cls, editable: EditableModel, rows: list[Row], block: int) -> _Packed:
+        """Run everything once, what rows of one context begin with in common only once for all of them."""
         fronts = common_beginnings([row.ids[: row.lookup] for row in rows], [row.context for row in rows])
         packed = pack_behind([row.ids for row in rows], fronts, editable.input_device, recording=True)
         replay = BlockReplay.record(editable, packed.tokens, block + 1, editable.num_blocks, packed_rows=packed.layout)
@@ -138,37 +143,31 @@ class PackedSteering:
         tokens = [lookup + i for lookup, width in zip(lookups, widths, strict=True) for i in range(width)]
         return cls(rows, kept, select_packed(replay, kept, torch.tensor(tokens)))
 
-    def run(self, delta: Tensor, loss_block: int) -> tuple[Tensor, Tensor]:
-        hidden = self._replay.hidden
-        steps = delta[self._owners.to(delta.device)].to(hidden)
-        steered = hidden[0].index_add(0, self._starts.to(hidden.device), steps).unsqueeze(0)
-        seen = self._replay.run(steered, stop=loss_block + 1)
-        last = self._replay.stop - 1
-        final = seen if loss_block == last else self._replay.run(seen, start=loss_block + 1)
-        places = self._starts[self.predictions.rows] + self.predictions.behind
-        return _at(seen, places), _at(final, self._starts[self._drift])
+    def at(self, hidden: Tensor, rows: Tensor, behind: Tensor | int = 0) -> Tensor:
+        return hidden[0].index_select(0, (self._starts[rows] + behind).to(hidden.device))
 
-    def keep(self, edits: set[int]) -> PackedSteering:
-        index = torch.tensor([i for i, row in enumerate(self._rows) if row.edit in edits])
+    def steered(self, delta: Tensor) -> Tensor:
+        hidden = self.replay.hidden
+        steps = delta[self.owners.to(delta.device)].to(hidden)
+        return hidden[0].index_add(0, self._starts.to(hidden.device), steps).unsqueeze(0)
+
+    def keep(self, edits: set[int]) -> _Packed:
+        index = _integers([i for i, row in enumerate(self.rows) if row.edit in edits])
         layout, tokens = self._layout.select(index)
-        return PackedSteering([self._rows[i] for i in index.tolist()], layout,
-                              select_packed(self._replay, layout, tokens))
+        return _Packed([self.rows[i] for i in index.tolist()], layout, select_packed(self.replay, layout, tokens))
 
 
-def _at(packed: Tensor, places: Tensor) -> Tensor:
-    return packed[0].index_select(0, places.to(packed.device))
-
-
-class _PaddedRows:
-    """Rows padded to one length, recorded together."""
+class _Padded(_Recorded):
+    """Rows padded to one length."""
 
     def __init__(self, rows: list[Row], cuts: list[int], replay: BlockReplay) -> None:
-        self.rows, self.replay, self._cuts = rows, replay, cuts
-        self.owners = torch.tensor([row.edit for row in rows])
-        self.lookups = torch.tensor([row.lookup - cut for row, cut in zip(rows, cuts, strict=True)])
+        super().__init__(rows, replay)
+        self._cuts = cuts
+        self._lookups = _integers([row.lookup - cut for row, cut in zip(rows, cuts, strict=True)])
 
     @classmethod
-    def record(cls, editable: EditableModel, rows: list[Row], block: int, use_prefix: bool) -> _PaddedRows:
+    def record(cls, editable: EditableModel, rows: list[Row], block: int, use_prefix: bool) -> _Padded:
+        """Run everything once; without ``use_prefix`` every step runs all tokens."""
         stop = editable.num_blocks
         cuts = [row.lookup if use_prefix else 0 for row in rows]
         width = max(cuts)
@@ -180,70 +179,106 @@ class _PaddedRows:
                           width)
         return cls(rows, cuts, BlockReplay.record(editable, padded, block + 1, stop, prefix))
 
+    def at(self, hidden: Tensor, rows: Tensor, behind: Tensor | int = 0) -> Tensor:
+        columns = self._lookups[rows] + behind
+        return hidden[rows.to(hidden.device), columns.to(hidden.device)]
+
     def steered(self, delta: Tensor) -> Tensor:
         hidden = self.replay.hidden
-        index = torch.arange(len(self.rows), device=hidden.device), self.lookups.to(hidden.device)
+        index = torch.arange(len(self.rows), device=hidden.device), self._lookups.to(hidden.device)
         steps = delta[self.owners.to(delta.device)].to(hidden)
         return hidden.index_put(index, steps, accumulate=True)
 
-    def at(self, hidden: Tensor, rows: Tensor, behind: Tensor | int = 0) -> Tensor:
-        columns = self.lookups[rows] + behind
-        return hidden[rows.to(hidden.device), columns.to(hidden.device)]
-
-    def keep(self, edits: set[int]) -> _PaddedRows:
+    def keep(self, edits: set[int]) -> _Padded:
         index = [i for i, row in enumerate(self.rows) if row.edit in edits]
-        return _PaddedRows([self.rows[i] for i in index], [self._cuts[i] for i in index],
-                           self.replay.select(torch.tensor(index)))
+        return _Padded([self.rows[i] for i in index], [self._cuts[i] for i in index],
+                       self.replay.select(torch.tensor(index)))
 
 
-class PaddedSteering:
-    """Rows padded, for any decoder; prompts that rewrite and drift prompts each by themselves."""
+class Steering:
+    """Rows of some edits, ready to be run again with other deltas.
 
-    def __init__(self, rewriting: _PaddedRows, drift: _PaddedRows) -> None:
-        self._rewriting, self._drift = rewriting, drift
-        self.predictions = Predictions.of(rewriting.rows)
-        self.edits = drift.owners
-        plain = torch.tensor([i for i, row in enumerate(rewriting.rows) if row.context == 0])
-        self.initial = rewriting.at(rewriting.replay.hidden, plain).float()
-        self.drift_final = self._at_drift(drift.replay.final)
+    Attributes:
+        edits: those it still has rows of, ascending, as ``run`` gives their drift prompts.
+        predictions: where ``run``'s other states are; of rows that are run together, rows are numbered from 0.
+        initial: ``(edits, hidden_size)``, the edited block's output at the lookup of the plain prompt.
+        drift_final: ``(edits, hidden_size)``, the last block's at the lookup of the drift prompt, without a delta.
+    """
+
+    def __init__(self, parts: Sequence[_Recorded]) -> None:
+        self._parts = parts
+        found = [part.predictions for part in parts]
+        self.predictions = Predictions(*(torch.cat([getattr(one, column.name) for one in found])
+                                         for column in fields(Predictions)))
+        edits = torch.cat([part.owners[part.drift] for part in parts])
+        self.edits, self._order = edits.sort()
+        plain = torch.cat([part.owners[part.plain] for part in parts]).argsort()
+        self.initial = _joined([part.at(part.replay.hidden, part.plain) for part in parts], plain).float()
+        self.drift_final = _joined([part.at(part.replay.final, part.drift) for part in parts], self._order)
 
     @classmethod
     @torch.no_grad()
-    def record(cls, editable: EditableModel, rows: Sequence[Row], block: int, use_prefix: bool) -> PaddedSteering:
-        """Run everything once; without ``use_prefix`` every step runs all tokens.
+    def record(cls, editable: EditableModel, rows: Sequence[Row], block: int, layout: Layout) -> Steering:
+        """Run everything once. Padded prompts that rewrite and drift prompts are run apart, and so are rows that a
+        model takes for different kinds (see ``batching.kind_by_length``).
 
         Args:
             rows: of the edits in order.
             block: the edited one.
         """
-        return cls(*(_PaddedRows.record(editable, [row for row in rows if bool(row.targets) == rewrites], block,
-                                        use_prefix) for rewrites in (True, False)))
-
-    def _at_drift(self, hidden: Tensor) -> Tensor:
-        return self._drift.at(hidden, torch.arange(len(self._drift.rows)))
+        kind = kind_by_length(editable.config)
+        parts: list[_Recorded] = []
+        for index in of_one_kind([len(row.ids) for row in rows], kind):
+            alike = [rows[i] for i in index]
+            if layout == "packed":
+                parts.append(_Packed.record(editable, alike, block))
+                continue
+            # A prefix that is run by itself is a row of the least kind.
+            use_prefix = layout == "padded" and kind(len(alike[0].ids)) == kind(1)
+            for rewrites in (True, False):
+                some = [row for row in alike if bool(row.targets) == rewrites]
+                if some:
+                    parts.append(_Padded.record(editable, some, block, use_prefix))
+        return cls(parts)
 
     def run(self, delta: Tensor, loss_block: int) -> tuple[Tensor, Tensor]:
-        seen = self._rewriting.replay.run(self._rewriting.steered(delta), stop=loss_block + 1)
-        final = self._drift.replay.run(self._drift.steered(delta))
-        return self._rewriting.at(seen, self.predictions.rows, self.predictions.behind), self._at_drift(final)
+        """Outputs of ``loss_block`` at the predictions, and of the last block at the drift prompts' lookups.
 
-    def keep(self, edits: set[int]) -> PaddedSteering:
-        return PaddedSteering(self._rewriting.keep(edits), self._drift.keep(edits))
+        Args:
+            delta: ``(all edits, hidden_size)``.
+            loss_block: number of a block from the edited one on.
+        """
+        seen, final = zip(*(part.run(delta, loss_block) for part in self._parts), strict=True)
+        return torch.cat(seen), _joined(final, self._order)
+
+    def keep(self, edits: set[int]) -> Steering:
+        """The rows of some edits only."""
+        return Steering([part.keep(edits) for part in self._parts if not edits.isdisjoint(part.owners.tolist())])
+
+
+def _joined(parts: Sequence[Tensor], order: Tensor) -> Tensor:
+    # Parts without drift prompts end at the loss's block, which may be on another device than the last.
+    joined = torch.cat([part.to(parts[-1].device) for part in parts])
+    return joined.index_select(0, order.to(joined.device))
 
 
 # --- which of them a model allows ---------------------------------------------------------------------------
 
-# Rows end to end; padded behind keys and values of the tokens in front; padded, with all tokens in every step.
-Layout = Literal["packed", "padded", "whole"]
-
-
 def layout_of(editable: EditableModel, requests: Sequence[TokenizedRequest]) -> Layout:
     """How these edits' rows can be laid out on this model, which must be frozen: the cheapest way that is exact."""
     prompts = [prompt for request in requests for prompt in (request.plain, *request.contexts)]
-    longest, shortest = (chosen(prompts, key=lambda prompt: prompt.lookup) for chosen in (max, min))
-    if packing_is_exact(editable, [longest, shortest]):
+    kind = kind_by_length(editable.config)
+    alike = of_one_kind([len(prompt.ids) for prompt in prompts], kind)
+
+    def chosen(choose: Callable[..., int], among: list[int]) -> TokenizedPrompt:
+        return prompts[choose(among, key=lambda i: prompts[i].lookup)]
+
+    most = max(alike, key=len)
+    if packing_is_exact(editable, [chosen(max, most), chosen(min, most)]):
         return "packed"
-    return "padded" if prefix_is_exact(editable, longest) else "whole"
+    least = [index for index in alike if kind(len(prompts[index[0]].ids)) == kind(1)]
+    return "padded" if least and prefix_is_exact(editable, chosen(max, least[0])) else "whole"
+
 
 @torch.no_grad()
 def packing_is_exact(editable: EditableModel, prompts: Sequence[TokenizedPrompt]) -> bool:
@@ -257,7 +292,7 @@ def packing_is_exact(editable: EditableModel, prompts: Sequence[TokenizedPrompt]
                             for at in (len(prompt.ids) - 1, prompt.lookup)])
 
     def run() -> Tensor:
-        steering = PackedSteering.record(editable, rows, stop - 2)
+        steering = Steering([_Packed.record(editable, rows, stop - 2)])
         last, lookup = steering.run(torch.zeros_like(steering.initial), stop - 1)
         return torch.stack([last[steering.predictions.edits.argsort()], lookup], dim=1).flatten(0, 1)
 

@@ -33,7 +33,7 @@ from .output_path import Normalised, OutputPath
 from .packing import attending_packed
 from .replay import pad_rows
 from .requests import TokenizedPrompt, TokenizedRequest
-from .steering import PackedSteering, PaddedSteering, Steering, layout_of, rows_of
+from .steering import Steering, layout_of, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +94,7 @@ def optimise_target_values(
             group = [requests[i] for i in batch]
             rows = [row for edit, request in enumerate(group) for row in rows_of(edit, request)]
             block = editable.layers[-1]
-            steering = (PackedSteering.record(editable, rows, block) if packed
-                        else PaddedSteering.record(editable, rows, block, use_prefix=layout == "padded"))
+            steering = Steering.record(editable, rows, block, layout)
             reach = None
             if isinstance(path, Normalised) and norm_inputs is not None:
                 reach = partial(path.reachable, norm_inputs[batch])

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
-from ..models import frozen, input_device, max_positions
+from ..batching import kind_by_length
+from ..editing.packing import same_states
+from ..models import frozen, input_device, logits_at, max_positions
 from ..replicas import Replicas, shared_out
 from ..tokenization import continuation_ids_batch
 from .teacher_forcing import Progress
+
+logger = logging.getLogger(__name__)
 
 _BATCH_TOKENS = 1024  # of the prompts in a batch
 _MOST_ROWS = 64  # of a batch: each keeps its keys and values, 13 MB for 100 tokens of Llama 3
@@ -35,7 +48,9 @@ def generate_continuations(
     Greedy, or drawn from the ``top_k`` likeliest tokens in proportion to their probabilities, as ROME generates. To the
     letter: the model's own generation settings (penalties, temperature) don't count, its end tokens do. Prompts run
     together from the first token on, so nothing is padded, and a prompt's continuation does not depend on the others;
-    model and tokenizer stay as they are.
+    model and tokenizer stay as they are. A continuation is what plain forward passes over the prompt alone and each new
+    token give. The model's cache is used only where it gives the same; so it isn't where a row grows past a limit from
+    which its earlier tokens get other rotary frequencies (see ``batching.kind_by_length``).
 
     Args:
         top_k: None for greedy.
@@ -87,23 +102,38 @@ def _generate_all(model: nn.Module, wanted: Sequence[_Wanted], max_new_tokens: i
                   progress: Progress | None) -> dict[_Wanted, list[int]]:
     """New token ids of what is wanted, once each."""
     new: dict[_Wanted, list[int]] = {}
-    with frozen(model), torch.no_grad(), _last_place_alone(model):
-        for chunk in _chunks(wanted, max_new_tokens):
+    cached: bool | None = None  # whether the model's cache can be trusted; None where it has not been tried
+    kind = kind_by_length(model.config)  # type: ignore[arg-type]
+
+    def kinds(one: _Wanted) -> tuple[int, int]:
+        return kind(len(one[0])), kind(len(one[0]) + max_new_tokens - 1)  # the last new token is not read any more
+
+    with frozen(model), torch.no_grad():
+        for chunk in _chunks(wanted, max_new_tokens, kinds):
+            # Keys in a cache are of the kind that the row had then. A plain forward pass has all of them anew.
+            changes = len(set(kinds(chunk[0]))) > 1
             choose = _likeliest if top_k is None else _Drawing(top_k, [seed for _, seed in chunk], max_new_tokens)
-            found = _generate(model, [ids for ids, _ in chunk], max_new_tokens, ends, choose)
+            rows = partial(_Rows, [ids for ids, _ in chunk], max_new_tokens, ends, choose)
+            found = None
+            if cached is not False and not changes:
+                found = _with_cache(model, rows(), check=cached is None)
+                cached = found is not None
+            if found is None:
+                found = _without_cache(model, rows())
             new |= dict(zip(chunk, found, strict=True))
             if progress is not None:
                 progress(len(new), len(wanted))
     return new
 
 
-def _chunks(wanted: Sequence[_Wanted], max_new_tokens: int) -> Iterator[list[_Wanted]]:
-    """What is wanted in batches of like length; the longest first."""
+def _chunks(wanted: Sequence[_Wanted], max_new_tokens: int, kinds: Callable[[_Wanted], tuple[int, int]]
+            ) -> Iterator[list[_Wanted]]:
+    """What is wanted in batches of like length and equal ``kinds``; the longest first."""
     chunk: list[_Wanted] = []
     for one in sorted(wanted, key=lambda one: -len(one[0])):
         longest = len(chunk[0][0]) if chunk else 0
         # A batch takes as many steps more as its lengths differ; one of its own would take max_new_tokens.
-        if chunk and (longest - len(one[0]) > max_new_tokens // 4
+        if chunk and (longest - len(one[0]) > max_new_tokens // 4 or kinds(one) != kinds(chunk[0])
                       or len(chunk) == max(1, min(_MOST_ROWS, _BATCH_TOKENS // longest))):
             yield chunk
             chunk = []
@@ -130,39 +160,115 @@ def _end_ids(model: nn.Module, tok: PreTrainedTokenizerBase) -> set[int]:
     return {int(end) for end in ends if end is not None}
 
 
-def _generate(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: set[int],
-              choose: Callable[[Tensor, Tensor], Tensor]) -> list[list[int]]:
-    """New token ids of each row of prompt ids, up to its first end token.
+class _Rows(LogitsProcessor):
+    """Rows of prompt ids that go on together, a token at a time, from the shortest prompt on.
 
-    All rows are at the same place: where the shorter go on, the longer still read their prompts.
+    All rows are at the same place: where the shorter go on, the longer still read their prompts. As a processor of
+    logits it makes ``generate`` take the tokens that are wanted here.
 
     Args:
         choose: of float32 logits ``(rows, vocabulary)`` and how many new tokens each row has ``(rows,)``, the next
             token of each ``(rows,)``.
+
+    Attributes:
+        first: ``(rows, shortest)``, the tokens to begin with.
+        places: how many tokens a row has at most.
+        new: new tokens of each row, up to its first end token.
+        read, said: what the first row consists of, and the logits behind it at each place.
     """
-    device = input_device(model)
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    shortest = int(lengths.min())
-    new: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(new)
-    feed, past = torch.tensor([prompt[:shortest] for prompt in prompts], device=device), None
-    mask = torch.ones_like(feed)
-    for place in range(shortest, int(lengths.max()) + max_new_tokens):
-        out = model(input_ids=feed, attention_mask=mask, past_key_values=past, use_cache=True)
-        past = out.past_key_values
-        tokens = choose(out.logits[:, -1].float(), place - lengths).tolist()
-        for number, prompt in enumerate(prompts):
+
+    def __init__(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: set[int],
+                 choose: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._prompts, self._max_new_tokens, self._ends, self._choose = prompts, max_new_tokens, ends, choose
+        self._lengths = torch.tensor([len(prompt) for prompt in prompts])
+        self.first = torch.tensor([prompt[: int(self._lengths.min())] for prompt in prompts])
+        self.places = int(self._lengths.max()) + max_new_tokens
+        self.new: list[list[int]] = [[] for _ in prompts]
+        self._ended = [False] * len(prompts)
+        self.read, self.said = self.first[0], list[Tensor]()
+
+    def next(self, place: int, logits: Tensor) -> list[int]:
+        """Each row's token at a place, by the logits ``(rows, vocabulary)`` in front of it."""
+        tokens: list[int] = self._choose(logits, place - self._lengths).tolist()
+        for number, prompt in enumerate(self._prompts):
             if place < len(prompt):
                 tokens[number] = prompt[place]
-            elif not ended[number]:
-                ended[number] = tokens[number] in ends
-                new[number] += [] if ended[number] else [tokens[number]]
-                ended[number] |= len(new[number]) == max_new_tokens
-        if all(ended):
-            break
-        feed = torch.tensor(tokens, device=device).unsqueeze(1)
-        mask = torch.cat([mask, torch.ones_like(feed)], dim=1)
-    return new
+            elif not self._ended[number]:
+                self._ended[number] = tokens[number] in self._ends
+                self.new[number] += [] if self._ended[number] else [tokens[number]]
+                self._ended[number] |= len(self.new[number]) == self._max_new_tokens
+        return tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.read = input_ids[0]
+        self.said.append(scores[0])
+        tokens = torch.tensor(self.next(input_ids.shape[1], scores), device=scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+    def ended(self, input_ids: Tensor, _scores: Any, **_others: Any) -> Tensor:
+        """Whether ``generate`` may stop, for each row."""
+        return torch.full((len(input_ids),), self.all_ended, device=input_ids.device)
+
+    @property
+    def all_ended(self) -> bool:
+        """Whether every row has its new tokens."""
+        return all(self._ended)
+
+
+def _with_cache(model: Any, rows: _Rows, check: bool) -> list[list[int]] | None:
+    """New token ids of each row, by transformers' own ``generate``, which knows every model's kind of cache.
+
+    Args:
+        check: compare the first row's logits with those of a plain forward pass over all its tokens.
+
+    Returns:
+        None where the model can't generate with a cache, or says something else with it.
+    """
+    first = rows.first.to(input_device(model))
+    settings = GenerationConfig(max_new_tokens=rows.places - first.shape[1], do_sample=False,  # type: ignore[no-untyped-call]
+                                use_cache=True)
+    try:
+        with _default_generation(model), _last_place_alone(model):
+            model.generate(input_ids=first, attention_mask=torch.ones_like(first), generation_config=settings,
+                           logits_processor=LogitsProcessorList([rows]),
+                           stopping_criteria=StoppingCriteriaList([rows.ended]))
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
+        if not check:
+            raise
+        logger.info("%s does not generate with a cache (%s: %s): every token is made without one",
+                    type(model).__name__, type(error).__name__, error)
+        return None
+    if check:
+        whole, places = rows.read[None], torch.arange(first.shape[1] - 1, len(rows.read))
+        expected = logits_at(model, whole, torch.ones_like(whole), torch.zeros_like(places), places)
+        if not same_states(model, "a cache", torch.stack(rows.said), expected):
+            return None
+    return rows.new
+
+
+def _without_cache(model: nn.Module, rows: _Rows) -> list[list[int]]:
+    """New token ids of each row, each from a plain forward pass over all tokens in front of it."""
+    ids = rows.first.to(input_device(model))
+    with _last_place_alone(model):
+        while not rows.all_ended:
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1].float()
+            ids = torch.cat([ids, torch.tensor(rows.next(ids.shape[1], logits)).to(ids)[:, None]], dim=1)
+    return rows.new
+
+
+@contextmanager
+def _default_generation(model: nn.Module) -> Iterator[None]:
+    """The model's own generation settings (penalties, beams) do not count inside the context."""
+    holders = [module for module in model.modules() if isinstance(vars(module).get("generation_config"),
+                                                                  GenerationConfig)]
+    before = [module.generation_config for module in holders]
+    try:
+        for module in holders:
+            module.generation_config = GenerationConfig()  # type: ignore[assignment,no-untyped-call]
+        yield
+    finally:
+        for module, settings in zip(holders, before, strict=True):
+            module.generation_config = settings
 
 
 def _likeliest(logits: Tensor, _steps: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from itertools import pairwise, takewhile
 import torch
 from torch import Tensor, nn
 
-from ..batching import padded_batches
+from ..batching import kind_by_length, of_one_kind, padded_batches
 from ..editing.packing import attending_packed, pack_behind, packs_exactly
 from ..editing.replay import pad_rows
 from ..models import frozen, input_device, logits_at
@@ -120,15 +120,16 @@ def _score_share(here: Replicas, rows: Sequence[Row], token_budget: int, weighed
 def _score_here(model: nn.Module, rows: Sequence[Row], token_budget: int, progress: Progress | None,
                 weighed: set[int]) -> list[RowScore]:
     scores: dict[int, RowScore] = {}
-    sequences = _sequences(rows)
     with frozen(model):
-        packed = bool(sequences) and _packing_is_exact(model, sequences)
-        make_batches, run = (_packed_batches, _packed_logits) if packed else (_padded_batches, _padded_logits)
-        with attending_packed(model) if packed else nullcontext():
-            for batch in make_batches(sequences, token_budget):
-                scores.update(_scores(rows, batch, run(model, batch), weighed))
-                if progress is not None:
-                    progress(len(scores), len(rows))
+        for alike in of_one_kind([len(row.fed) for row in rows], kind_by_length(model.config)):  # type: ignore[arg-type]
+            sequences = _sequences(rows, alike)
+            packed = _packing_is_exact(model, sequences)
+            make_batches, run = (_packed_batches, _packed_logits) if packed else (_padded_batches, _padded_logits)
+            with attending_packed(model) if packed else nullcontext():
+                for batch in make_batches(sequences, token_budget):
+                    scores.update(_scores(rows, batch, run(model, batch), weighed))
+                    if progress is not None:
+                        progress(len(scores), len(rows))
     return [scores[index] for index in range(len(rows))]
 
 
@@ -168,11 +169,11 @@ def fast_token_budget(device_type: str) -> int:
     return _CPU_TOKENS if device_type == "cpu" else _GPU_TOKENS
 
 
-def _sequences(rows: Sequence[Row]) -> list[_Sequence]:
-    """What has to be run, in an order that puts together what begins alike."""
+def _sequences(rows: Sequence[Row], chosen: Sequence[int]) -> list[_Sequence]:
+    """What has to be run for the chosen rows, in an order that puts together what begins alike."""
     sequences: list[_Sequence] = []
     # In this order a row comes right after those that it is the beginning of.
-    for index in sorted(range(len(rows)), key=lambda index: rows[index].fed, reverse=True):
+    for index in sorted(chosen, key=lambda index: rows[index].fed, reverse=True):
         fed = rows[index].fed
         if not sequences or sequences[-1].tokens[: len(fed)] != fed:
             sequences.append(_Sequence(fed, [], []))
