@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel
-from .contexts import seeded
+from .contexts import generator_on, sample_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -133,13 +133,13 @@ def _generate(editable: EditableModel, tok: PreTrainedTokenizerBase, samples: in
     device = editable.input_device
     logger.info("the model writes %d texts of %d tokens for its statistics", samples, length)
     sequences: list[list[int]] = []
-    with seeded(seed), tqdm(total=samples, desc="generating text", unit="text", leave=False) as bar:
+    generator = generator_on(device, seed)
+    with tqdm(total=samples, desc="generating text", unit="text", leave=False) as bar:
         while len(sequences) < samples:
             count = min(GENERATED_AT_ONCE, samples - len(sequences))
             prompt = torch.full((count, 1), start, device=device)
-            out = editable.model.generate(  # type: ignore[operator]
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=length - 1, pad_token_id=start)
+            out = sample_tokens(editable.model, prompt, torch.ones_like(prompt), generator, temperature=1.0, top_k=0,
+                                top_p=1.0, max_new_tokens=length - 1, pad_token_id=start)
             sequences.extend(_until_end(row, tok.eos_token_id) for row in out.tolist())
             bar.update(count)
     return sequences
