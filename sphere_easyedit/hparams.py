@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from numbers import Real
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .hparams_files import find_hparams, read_mapping
+from .inputs import check_model
 from .loading import resolve_device
 from .models import EditableModel, ModuleNames
 from .module_discovery import model_module_names, module_names
@@ -324,8 +325,10 @@ class SPHEREHyperParams:
         """The model with its parts and the layers to edit at hand.
 
         Raises:
+            TypeError: it is no model of transformers (see ``inputs.check_model``).
             ValueError: see ``EditableModel``; or ``v_loss_layer`` is past the last block.
         """
+        check_model(model)
         editable = EditableModel(model, self.module_names(model), self.layers)
         if self.executor == "native" and self.v_loss_layer >= editable.num_blocks:
             raise ValueError(f"v_loss_layer is {self.v_loss_layer}, past the model's last block: give "
@@ -515,3 +518,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
+
+
+def check_hparams(hparams: object) -> None:
+    """Refuse what is not a ``SPHEREHyperParams`` (TypeError that says how to make one)."""
+    if isinstance(hparams, SPHEREHyperParams):
+        return
+    if isinstance(hparams, Mapping):
+        remedy = "make them with SPHEREHyperParams.from_dict"
+    elif isinstance(hparams, str | os.PathLike):
+        remedy = "read the file with SPHEREHyperParams.from_hparams"
+    elif is_dataclass(hparams) and not isinstance(hparams, type):  # EasyEdit's own classes
+        remedy = "make them with SPHEREHyperParams.from_dict(dataclasses.asdict(hparams))"
+    else:
+        remedy = "make them with SPHEREHyperParams.from_dict or read them with SPHEREHyperParams.from_hparams"
+    raise TypeError(f"hyperparameters must be a SPHEREHyperParams, not {type(hparams).__name__}: {remedy}")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from .exclusive import exclusive
 from .logit_map import LogitMap
 
 # Re-exported: the other modules import these names from here.
@@ -245,26 +246,67 @@ class EditableModel:
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without parameter gradients inside the context; both as before after it.
 
-    Graphs that are made inside do not hold offloaded weights (see ``offload.lent_again_for_backward``). No call depends
-    on the lengths of earlier ones (see ``_frequencies_by_call``).
+    Other threads that want the same model wait until the context ends (see ``exclusive``). Graphs that are made inside
+    do not hold offloaded weights (see ``offload.lent_again_for_backward``). No call depends on the lengths of earlier
+    ones (see ``_frequencies_by_call``).
+
+    Raises:
+        ValueError: inside the context, where the model is given a token id that its embedding does not have.
     """
-    modes = {module: module.training for module in model.modules()}
-    # By place: each forward pass puts other placeholders in an offloaded weight's.
-    flags = [(module, name, parameter.requires_grad) for module in modes
-             for name, parameter in module.named_parameters(recurse=False)]
-    model.eval()
-    for module, name, _ in flags:
-        module.get_parameter(name).requires_grad_(False)
+    with exclusive(model):
+        modes = {module: module.training for module in model.modules()}
+        # By place: each forward pass puts other placeholders in an offloaded weight's.
+        flags = [(module, name, parameter.requires_grad) for module in modes
+                 for name, parameter in module.named_parameters(recurse=False)]
+        try:
+            model.eval()
+            for module, name, _ in flags:
+                module.get_parameter(name).requires_grad_(False)
+            with lent_again_for_backward(model), _frequencies_by_call(model), _token_ids_checked(model):
+                yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for module, name, flag in flags:
+                parameter = getattr(module, name, None)
+                if parameter is not None:
+                    parameter.requires_grad_(flag)
+
+
+def _embeddings(model: nn.Module) -> nn.Embedding | None:
     try:
-        with lent_again_for_backward(model), _frequencies_by_call(model):
-            yield
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # a part of a model
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+@contextmanager
+def _token_ids_checked(model: nn.Module) -> Iterator[None]:
+    """Refuse token ids beyond the model's embedding, which raise an IndexError on CPUs and end a process on GPUs."""
+    embeddings = _embeddings(model)
+    if embeddings is None:
+        yield
+        return
+
+    def check(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and not args[0].is_meta and args[0].numel():
+            check_token_ids(model, int(args[0].max()))
+
+    handle = embeddings.register_forward_pre_hook(check)
+    try:
+        yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for module, name, flag in flags:
-            parameter = getattr(module, name, None)
-            if parameter is not None:
-                parameter.requires_grad_(flag)
+        handle.remove()
+
+
+def check_token_ids(model: nn.Module, largest: int) -> None:
+    """Refuse token ids, of which this is the largest, that a model's embedding does not have (ValueError)."""
+    embeddings = _embeddings(model)
+    size = largest + 1 if embeddings is None else max(embeddings.num_embeddings, len(embeddings.weight))
+    if largest >= size:
+        raise ValueError(f"token id {largest} is beyond the {size} tokens of {type(model).__name__}'s embedding: give "
+                         "the tokenizer that belongs to this model")
 
 
 @contextmanager

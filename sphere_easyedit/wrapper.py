@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy as copying
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .callbacks import EditCallback, EditEvent
+from .editing.contradictions import warn_of_contradictions
 from .editing.executors import prepare_session, restored_after, solve_batch, tokenize_batch
 from .editing.grams import GramMatrices, carries_grams
-from .editing.requests import TokenizedRequest, parse_requests
+from .editing.requests import EditRequest, TokenizedRequest, parse_requests, request_dicts
 from .editing.session import EditSession
 from .editing.solvers import KeyHistory
-from .hparams import SPHEREHyperParams
-from .models import EditableModel
+from .exclusive import exclusive
+from .hparams import SPHEREHyperParams, check_hparams
+from .inputs import check_model, check_parameters, check_tokenizer, ordinary_torch
+from .models import EditableModel, check_token_ids
 from .reviewing import change_norms, reviewed
 from .shaping import Shaping, check_finite
 from .wrapped import WrappedExecutor
@@ -35,7 +38,7 @@ Executor = Callable[..., tuple[nn.Module, Mapping[str, Tensor]]]
 def apply_sphere_to_model(
     model: nn.Module,
     tok: PreTrainedTokenizerBase,
-    requests: Sequence[Mapping[str, Any]],
+    requests: Iterable[Any],
     hparams: SPHEREHyperParams,
     copy: bool = False,
     return_orig_weights: bool = False,
@@ -47,10 +50,13 @@ def apply_sphere_to_model(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Edit one batch of facts into a model by a base method with SPHERE (Eq. 12, 13).
 
+    Other threads that edit or evaluate the same model meanwhile wait until the batch is done.
+
     Args:
         model: a causal language model of transformers, changed in place unless ``copy``.
         tok: its tokenizer.
-        requests: EasyEdit's dicts: prompt (holding the subject, or ``{}``), subject, target_new, optionally case_id.
+        requests: EasyEdit's dicts, or dataclass instances with their fields: prompt (holding the subject, or ``{}``),
+            subject, target_new, optionally case_id (a text or a whole number of any type). Any iterable of them.
         hparams: base method, gamma, alpha and the rest. ``alpha: 0`` gives the base method untouched.
         copy: edit and return a copy, whose history starts empty.
         return_orig_weights: return the edited weights as they were before this call, by parameter name.
@@ -66,12 +72,32 @@ def apply_sphere_to_model(
         The edited model and the original weights (empty unless asked for).
 
     Raises:
+        TypeError: model, tokenizer, hyperparameters or session are of a wrong kind.
         ValueError: a request, hyperparameter, statistics file or result is unusable. Whatever is raised, the model and
             the session are as before the call.
         ImportError: ``executor: easyedit``, and EasyEdit can't be imported.
     """
-    if copy:
-        model = copying.deepcopy(model)
+    check_hparams(hparams)
+    check_tokenizer(tok)
+    check_model(model)
+    check_parameters(model)
+    dicts = request_dicts(requests)
+    if session is not None and not isinstance(session, EditSession):
+        raise TypeError(f"session is a {type(session).__name__}: give an EditSession, or None for the model's own")
+    with ordinary_torch():
+        if copy:
+            with exclusive(model):
+                model = copying.deepcopy(model)
+        with exclusive(model):
+            return _edit_batch(model, tok, dicts, hparams, return_orig_weights, session, callbacks, executor, progress,
+                               kwargs)
+
+
+def _edit_batch(
+    model: nn.Module, tok: PreTrainedTokenizerBase, requests: Sequence[Mapping[str, Any]], hparams: SPHEREHyperParams,
+    return_orig_weights: bool, session: EditSession | None, callbacks: Sequence[EditCallback],
+    executor: Executor | None, progress: Callable[[int], None] | None, kwargs: Mapping[str, Any],
+) -> tuple[nn.Module, dict[str, Tensor]]:
     editable = hparams.editable(model)
     session = EditSession.of(model) if session is None else session
     if executor is None and hparams.executor == "easyedit":
@@ -92,7 +118,8 @@ def apply_sphere_to_model(
             parsed = [request.request for request in tokenized]
         else:
             session.bind(editable, hparams)
-            parsed = parse_requests(requests, first_id=session.num_edits)
+            parsed = read_requests(editable, tok, requests, session)
+        warn_of_contradictions(parsed)
         seconds = {"preparation": time.perf_counter() - started}
         weights = editable.weights()
         carried = editable.layers if carries_grams(hparams, executor is None) else []
@@ -127,26 +154,47 @@ def apply_sphere_to_model(
     return model, originals
 
 
-def prepare(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Sequence[Mapping[str, Any]],
-            hparams: SPHEREHyperParams, session: EditSession, batch_size: int = 1) -> list[TokenizedRequest]:
+def prepare(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Iterable[Any],
+            hparams: SPHEREHyperParams, session: EditSession) -> list[TokenizedRequest]:
     """Check and tokenise requests, and give the session what native editing needs (statistics, templates).
 
-    Args:
-        batch_size: how many will be edited at once, which not every executor of EasyEdit's can.
-
-    Returns:
-        The tokenised requests; none with ``executor: easyedit``, whose executor does that itself.
-
     Raises:
-        ValueError, ImportError: what ``apply_sphere_to_model`` would refuse before it changes anything.
+        ValueError: what ``apply_sphere_to_model`` would refuse before it changes anything.
     """
     session.bind(editable, hparams)
-    parsed = parse_requests(requests, first_id=session.num_edits)
-    if hparams.executor == "easyedit":
-        _easyedits_executor(hparams, session).check(hparams, editable, batch_size)
-        return []
+    parsed = read_requests(editable, tok, requests, session)
     prepare_session(editable, tok, hparams, session)
     return tokenize_batch(editable, tok, parsed, session)
+
+
+def prepare_method(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
+                   session: EditSession, batch_size: int) -> None:
+    """Check and collect what editing needs whatever the facts are (statistics, templates).
+
+    Args:
+        session: bound to the model (see ``EditSession.bind``).
+        batch_size: how many will be edited at once, which not every executor of EasyEdit's can.
+
+    Raises:
+        ValueError, ImportError: what ``apply_sphere_to_model`` would refuse for any requests.
+    """
+    if hparams.executor == "easyedit":
+        _easyedits_executor(hparams, session).check(hparams, editable, batch_size)
+    else:
+        prepare_session(editable, tok, hparams, session)
+
+
+def read_requests(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Iterable[Any], session: EditSession
+                  ) -> list[EditRequest]:
+    """Check requests, also that the tokenizer's ids are the model's: before its tokens get into any statistics.
+
+    Raises:
+        ValueError: see ``parse_requests`` and ``check_token_ids``.
+    """
+    parsed = parse_requests(requests, first_id=session.num_edits)
+    for ids in tok([request.prompt + request.target for request in parsed], verbose=False)["input_ids"]:
+        check_token_ids(editable.model, max(ids, default=0))
+    return parsed
 
 
 def _easyedits_executor(hparams: SPHEREHyperParams, session: EditSession) -> WrappedExecutor:

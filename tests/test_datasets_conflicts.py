@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sphere_easyedit.evaluation.conflicts import Conflict, ConflictReport, find_conflicts, normalised
+from sphere_easyedit.editing.contradictions import normalised
+from sphere_easyedit.evaluation.conflicts import Conflict, ConflictReport, find_conflicts
 from sphere_easyedit.evaluation.datasets import EditRecord, load_counterfact, load_zsre
 
 DATA = Path(os.environ.get("SPHERE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

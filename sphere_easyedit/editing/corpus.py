@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel
-from .contexts import seeded
+from .contexts import generator_on, sample_tokens
 from .remaining import RemainingTime
 
 logger = logging.getLogger(__name__)
@@ -145,14 +145,14 @@ def _generate(editable: EditableModel, tok: PreTrainedTokenizerBase, samples: in
     logger.info("the model writes %d texts of %d tokens for its statistics", samples, length)
     sequences: list[list[int]] = []
     batches = -(-samples // GENERATED_AT_ONCE)
-    with seeded(seed), RemainingTime("generating text", batches * (length - 1), "step") as remaining:
+    generator = generator_on(device, seed)
+    with RemainingTime("generating text", batches * (length - 1), "step") as remaining:
         steps = StoppingCriteriaList([_Steps(remaining)])
         while len(sequences) < samples:
             count = min(GENERATED_AT_ONCE, samples - len(sequences))
             prompt = torch.full((count, 1), start, dtype=torch.long, device=device)
-            out = editable.model.generate(  # type: ignore[operator]
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=length - 1, pad_token_id=start, stopping_criteria=steps)
+            out = sample_tokens(editable.model, prompt, torch.ones_like(prompt), generator, temperature=1.0, top_k=0,
+                                top_p=1.0, max_new_tokens=length - 1, pad_token_id=start, stopping_criteria=steps)
             sequences.extend(_until_end(row, tok.eos_token_id) for row in out.tolist())
     return sequences
 

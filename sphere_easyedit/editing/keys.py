@@ -139,7 +139,7 @@ class _KeyMean:
     def add(self, chunk: _Chunk, keys: Tensor) -> None:
         share = 1.0 if not self._contexts else 0.5 if chunk.is_plain else 0.5 / self._contexts
         if self._total is None:
-            self._total = torch.zeros(self._count, keys.shape[1], device=keys.device)
+            self._total = torch.zeros(self._count, keys.shape[1], dtype=torch.float32, device=keys.device)
         owner = torch.tensor(chunk.owner, device=keys.device)
         self._total.index_add_(0, owner, keys.float() * share)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, is_dataclass
+from numbers import Number
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..tokenization import continuation_ids, is_unicode
 
+_WANTED = "dicts (or dataclass instances) with prompt, subject and target_new"
 _ESSENCE_SUFFIX = " is a"  # the drift prompt "{subject} is a" of ROME, whose next-token distribution is kept
 
 
@@ -60,29 +64,77 @@ class TokenizedRequest:
     target_ids: tuple[int, ...]
 
 
-def parse_requests(requests: Sequence[Mapping[str, Any]], first_id: int = 0) -> list[EditRequest]:
+def request_dicts(requests: object) -> list[dict[str, Any]]:
+    """Edit requests as EasyEdit's dicts.
+
+    Args:
+        requests: any iterable, read once, of mappings or dataclass instances.
+
+    Returns:
+        A dict for each request, with all of its fields. A ``case_id`` is an int, a str or None.
+
+    Raises:
+        ValueError: it is no such iterable, holds nothing or something else, or a case_id is neither a whole number nor
+            a text.
+    """
+    if isinstance(requests, Mapping) or _is_record(requests):
+        raise ValueError(f"requests is a single {type(requests).__name__}: wrap it in a list")
+    if isinstance(requests, str | bytes) or not isinstance(requests, Iterable):
+        raise ValueError(f"requests must be a list of {_WANTED}, not {type(requests).__name__}")
+    found = [_request_dict(raw, position) for position, raw in enumerate(requests)]
+    if not found:
+        raise ValueError(f"no requests given: pass a list of {_WANTED}, one at least")
+    return found
+
+
+def _is_record(raw: object) -> bool:
+    return is_dataclass(raw) and not isinstance(raw, type)
+
+
+def _request_dict(raw: object, position: int) -> dict[str, Any]:
+    if isinstance(raw, Mapping):
+        found = dict(raw)
+    elif _is_record(raw):
+        found = {field.name: getattr(raw, field.name) for field in fields(raw)}  # type: ignore[arg-type]
+    else:
+        raise ValueError(f"requests must be a list of {_WANTED}, but request {position} is "
+                         f"{textwrap.shorten(repr(raw), 80)} of type {type(raw).__name__}")
+    if found.get("case_id") is not None:
+        found["case_id"] = _case_id(found["case_id"], position)
+    return found
+
+
+def _case_id(given: object, position: int) -> int | str:
+    """A case_id as an int or a str: of NumPy's and torch's scalars, of whole numbers of any type, and of texts."""
+    value = given.item() if hasattr(given, "item") and getattr(given, "ndim", None) == 0 else given
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Number) and not isinstance(value, bool | complex):
+        with suppress(ValueError, OverflowError, TypeError):  # of nan, infinity, and what has no whole part
+            if (whole := int(value)) == value:  # type: ignore[call-overload]
+                return whole
+    raise ValueError(f"request {position}: case_id {given!r} of type {type(given).__name__} is neither a whole number "
+                     "nor a text")
+
+
+def parse_requests(requests: Iterable[Any], first_id: int = 0) -> list[EditRequest]:
     """Check EasyEdit's request dicts.
 
     Args:
-        requests: dicts with ``prompt`` (holding the subject, or ``{}`` in its place), ``subject``,
-            ``target_new`` and optionally ``case_id``.
+        requests: mappings or dataclass instances with ``prompt`` (holding the subject, or ``{}`` in its place),
+            ``subject``, ``target_new`` and optionally ``case_id``.
         first_id: requests without a ``case_id`` are numbered from here.
 
     Raises:
-        ValueError: a field is missing or empty, the subject is not in the prompt, or a case_id occurs twice.
+        ValueError: a field is missing or empty, the subject is not in the prompt, or a case_id occurs twice; see
+            ``request_dicts``, too.
     """
-    if not isinstance(requests, Sequence) or not all(isinstance(raw, Mapping) for raw in requests):
-        raise ValueError("requests must be a list of dicts with prompt, subject and target_new, not "
-                         f"{type(requests).__name__}")
-    if not requests:
-        raise ValueError("no requests given: pass at least one dict with prompt, subject and target_new")
-    given = [raw.get("case_id") for raw in requests]
-    odd = [case_id for case_id in given if isinstance(case_id, bool) or not isinstance(case_id, int | str | None)]
-    if odd:
-        raise ValueError(f"case_id {odd[0]!r} is neither a number nor a text")
-    free = (number for number in itertools.count(first_id) if number not in given)
+    dicts = request_dicts(requests)
+    given = [raw.get("case_id") for raw in dicts]
+    taken = set(given)
+    free = (number for number in itertools.count(first_id) if number not in taken)
     parsed = [_parse_request(raw, position, next(free) if case_id is None else case_id)
-              for position, (raw, case_id) in enumerate(zip(requests, given, strict=True))]
+              for position, (raw, case_id) in enumerate(zip(dicts, given, strict=True))]
     seen: set[int | str] = set()
     for request in parsed:
         if request.case_id in seen:
@@ -103,7 +155,7 @@ def _parse_request(raw: Mapping[str, Any], position: int, case_id: int | str) ->
         if not is_unicode(value):
             raise ValueError(f"{where}: {field} is {value!r}, which holds half a surrogate pair and so is no text: "
                              "write the whole character")
-        texts[field] = value
+        texts[field] = str(value)
     before, after = _split_at_subject(texts["prompt"], texts["subject"], where)
     target = texts["target_new"]
     return EditRequest(case_id, before, texts["subject"], after, target if target[0] == " " else f" {target}")

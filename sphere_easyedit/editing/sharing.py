@@ -104,7 +104,7 @@ def _chosen(requests: Sequence[TokenizedRequest], places: Sequence[int]) -> list
 def _optimise(here: Replicas, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams,
               paths: Mapping[int, OutputPath]) -> TargetValues:
     if not requests:
-        return TargetValues(torch.empty(0, here.editable.hidden_size), [], [])
+        return TargetValues(torch.empty(0, here.editable.hidden_size, dtype=torch.float32), [], [])
     return optimise_target_values(here.editable, requests, hparams, here.progress, paths)
 
 

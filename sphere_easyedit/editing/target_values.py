@@ -78,7 +78,7 @@ def optimise_target_values(
     Raises:
         ValueError: a loss is not finite; names the cases.
     """
-    values = torch.empty(len(requests), editable.hidden_size)
+    values = torch.empty(len(requests), editable.hidden_size, dtype=torch.float32)
     losses, steps = [0.0] * len(requests), [0] * len(requests)
     longest = max((prompt for request in requests for prompt in _rewriting_prompts(request)), key=lambda p: p.lookup)
     editable.logit_map = find_logit_map(editable, pad_rows([longest.ids], editable.input_device).input_ids)
@@ -179,7 +179,7 @@ class _MicroBatch:
         radius = hparams.clamp_norm_factor * initial.norm(dim=1, keepdim=True)  # (edits, 1)
         count = len(self._requests)
         active = torch.ones(count, dtype=torch.bool)
-        losses, steps = torch.zeros(count), [0] * count
+        losses, steps = torch.zeros(count, dtype=torch.float32), [0] * count
         steering = self._steering
         for step in range(hparams.v_num_grad_steps):
             last = step == hparams.v_num_grad_steps - 1  # its loss is only reported, as in EasyEdit
@@ -231,7 +231,7 @@ class _MicroBatch:
                 part.sum().backward()  # type: ignore[no-untyped-call]
             parts.append(part.detach())
         owners = torch.cat([found.edits, steering.edits]).to(final.device)
-        loss = torch.zeros(len(delta), device=final.device).index_add(0, owners, torch.cat(parts))
+        loss = torch.zeros(len(delta), dtype=torch.float32, device=final.device).index_add(0, owners, torch.cat(parts))
         penalty = hparams.v_weight_decay * delta.norm(dim=1) / self._initial.norm(dim=1) ** 2
         if taking_grad:
             states.backward(leaf.grad)  # type: ignore[no-untyped-call]

@@ -5,18 +5,12 @@ They are reported and stay in the data: which to leave out is for whoever set th
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..editing.contradictions import contradictions, groups_of_equals, normalised
 from .records import EditRecord
-
-
-def normalised(text: str) -> str:
-    """Text as it is compared here: without case, in Unicode's NFC, one space for any whitespace and none around it."""
-    folded = unicodedata.normalize("NFD", text).casefold()  # canonical caseless matching, Unicode's D145
-    return " ".join(unicodedata.normalize("NFC", folded).split())
 
 
 @dataclass(frozen=True)
@@ -76,23 +70,15 @@ def find_conflicts(records: Sequence[EditRecord]) -> ConflictReport:
     """
     prompts = [normalised(record.edit_prompt) for record in records]
     targets = [normalised(record.target_new) for record in records]
-    facts = _groups(zip(prompts, targets, strict=True))
-    asked = [group for group in _groups(prompts) if len({targets[position] for position in group}) > 1]
-    subjects = _groups(normalised(record.subject) for record in records)
+    facts = groups_of_equals(zip(prompts, targets, strict=True))
+    asked = contradictions(prompts, targets)
+    subjects = groups_of_equals(normalised(record.subject) for record in records)
     return ConflictReport(
         records=len(records),
         duplicates=tuple(_conflict(records, group, records[group[0]].edit_prompt) for group in facts),
         contradictions=tuple(_conflict(records, group, records[group[0]].edit_prompt) for group in asked),
         repeated_subjects=tuple(_conflict(records, group, records[group[0]].subject) for group in subjects),
     )
-
-
-def _groups(keys: Iterable[object]) -> list[list[int]]:
-    """Positions of equal keys, where there are two or more."""
-    found: dict[object, list[int]] = {}
-    for position, key in enumerate(keys):
-        found.setdefault(key, []).append(position)
-    return [group for group in found.values() if len(group) > 1]
 
 
 def _conflict(records: Sequence[EditRecord], positions: list[int], text: str) -> Conflict:

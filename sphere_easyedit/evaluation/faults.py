@@ -83,7 +83,9 @@ def edit_around_faults(
 ) -> list[tuple[T, Exception]]:
     """Edit a batch, and find by bisection the edits that make it fail.
 
-    Each level of the bisection costs as much again as the batch, at most.
+    Each level of the bisection costs as much again as the batch, at most. An error that all edits share is not looked
+    for edit by edit: a few are tried alone (see ``enough_tries``), and if all of them fail with the error of the whole
+    batch, it is raised.
 
     Args:
         items: the batch.
@@ -98,8 +100,8 @@ def edit_around_faults(
 
     Raises:
         Exception: what ``edit`` raised, if no edit is at fault by itself; ``StopEditing`` in any case.
-        ValueError: names the edits at fault with ``stop``; with ``skip``, each of several edits fails by itself, which
-            is no fault of single ones.
+        ValueError: names the edits at fault with ``stop``; in either case, several edits fail with the same error by
+            themselves, or with ``skip`` each of them fails, which is no fault of single ones.
     """
     if not items:
         return []
@@ -120,7 +122,7 @@ def edit_around_faults(
         together = tried(range(len(items)))
         if together is None:
             raise
-        at_fault = _at_fault(range(len(items)), together, tried)
+        at_fault = _at_fault(range(len(items)), together, tried, few=True)
         all_are = len(at_fault) == len(items) > 1
         if on_error == "stop":
             if not at_fault:
@@ -143,18 +145,32 @@ def edit_around_faults(
             + edit_around_faults(rest[middle:], edit, failure, on_error))
 
 
-def _at_fault(places: Sequence[int], error: Exception, failure: Callable[[Sequence[int]], Exception | None]
-              ) -> dict[int, Exception]:
-    """Which of the places, which fail together with ``error``, fail alone."""
+def _at_fault(places: Sequence[int], error: Exception, failure: Callable[[Sequence[int]], Exception | None],
+              few: bool = False) -> dict[int, Exception]:
+    """Which of the places, which fail together with ``error``, fail alone.
+
+    Raises:
+        ValueError: with ``few``, some of them, spread over all, fail alone with this very error.
+    """
     if len(places) == 1:
         return {places[0]: error}
-    found: dict[int, Exception] = {}
     middle = len(places) // 2
-    for half in (places[:middle], places[middle:]):
-        failed = failure(half)
-        if failed is not None:
-            found |= _at_fault(half, failed, failure)
+    halves = [(half, failed) for half in (places[:middle], places[middle:]) if (failed := failure(half)) is not None]
+    if few and len(places) > 2 and [one_line(failed) for _, failed in halves] == [one_line(error)] * 2:
+        count = enough_tries(len(places))
+        alone = (failure([places[number * (len(places) - 1) // (count - 1)]]) for number in range(count))
+        if all(failed is not None and one_line(failed) == one_line(error) for failed in alone):
+            raise ValueError(f"{one_line(error)} (so do {count} of the batch's {len(places)} edits by themselves: it "
+                             "is hardly their fault, and the batch was undone)") from error
+    found: dict[int, Exception] = {}
+    for half, failed in halves:
+        found |= _at_fault(half, failed, failure)
     return found
+
+
+def enough_tries(count: int) -> int:
+    """How many of so many edits must fail alone with one error for it to count as the error of all: 2 + log2."""
+    return min(count, 1 + count.bit_length())
 
 
 def _let_go(error: BaseException) -> None:

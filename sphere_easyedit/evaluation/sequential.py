@@ -24,15 +24,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..callbacks import EditCallback, EditEvent, HETracker, StopEditing, read_energy_csv
+from ..editing.executors import tokenize_batch
+from ..editing.requests import EditRequest
 from ..editing.session import EditSession
 from ..fingerprints import weights_checksum
-from ..hparams import SPHEREHyperParams
+from ..hparams import SPHEREHyperParams, check_hparams
+from ..inputs import check_parameters, check_tokenizer, ordinary_torch
 from ..models import EditableModel
-from ..wrapper import Executor, apply_sphere_to_model, prepare
+from ..wrapper import Executor, apply_sphere_to_model, prepare_method, read_requests
 from .checkpoints import resumable, resume_from, save_checkpoint, save_weights, thin_out
 from .conflicts import find_conflicts
 from .datasets import EditRecord, records_fingerprint
-from .faults import OnError, Skipped, Skips, edit_around_faults, one_line
+from .faults import OnError, Skipped, Skips, edit_around_faults, enough_tries, one_line
 from .following import FollowedWeights
 from .generation import generate_continuations
 from .measuring import (
@@ -128,6 +131,7 @@ class RunResult:
     generations: list[tuple[str, str, str]]  # prompt, before, after
 
 
+@ordinary_torch()
 def run_sequential(
     model: nn.Module,
     tok: PreTrainedTokenizerBase,
@@ -154,6 +158,8 @@ def run_sequential(
             then in the run directory. ``StopEditing`` of a callback is no failure: the run ends there and is summed
             up, on the facts edited so far.
     """
+    check_hparams(hparams)
+    check_tokenizer(tok)
     if not records:
         raise ValueError("there are no records to edit")
     run = RunDirectory(settings.output)
@@ -163,6 +169,7 @@ def run_sequential(
         raise ValueError(f"{settings.output} is not empty: give a new directory for the run"
                          + (", this one holds no run to resume" if settings.resume else ", or resume it"))
     editable = hparams.editable(model)
+    check_parameters(model)
     session = EditSession.of(model)
     if session.num_edits:
         raise ValueError(f"the model holds {session.num_edits} edits already: start a run from a model just loaded")
@@ -199,25 +206,36 @@ def run_sequential(
 
 def _prepare(editable: EditableModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord],
              hparams: SPHEREHyperParams, session: EditSession, settings: RunSettings) -> list[Skipped]:
-    """Prepare the session, and find what can't be edited because of what it says: refused, or left out."""
-    def check(some: Sequence[EditRecord]) -> None:
-        prepare(editable, tok, [record.request() for record in some], hparams, session, settings.batch_size)
+    """Prepare the session, and find what can't be edited because of what it says: refused, or left out.
 
-    try:
-        check(records)
-        return []
-    except ValueError:
-        if settings.on_error == "stop":
-            raise
-        refused = []
-        for place, record in enumerate(records):
-            try:
-                check([record])
-            except ValueError as error:
-                refused.append(Skipped(place, record.case_id, 0, one_line(error)))
-        if len(refused) == len(records):
-            raise
-        return refused
+    What fails whatever the facts say is raised as it is.
+    """
+    session.bind(editable, hparams)
+    refused: dict[int, Skipped] = {}
+
+    def refuse(check: Callable[[Sequence[EditRecord]], object]) -> None:
+        places = [place for place in range(len(records)) if place not in refused]
+        try:
+            check([records[place] for place in places])
+        except ValueError:
+            if settings.on_error == "stop":
+                raise
+            for place in places:
+                try:
+                    check([records[place]])
+                except ValueError as error:
+                    refused[place] = Skipped(place, records[place].case_id, 0, one_line(error))
+            if len(refused) == len(records):
+                raise
+
+    def read(some: Sequence[EditRecord]) -> list[EditRequest]:
+        return read_requests(editable, tok, [record.request() for record in some], session)
+
+    refuse(read)  # before statistics are collected, which takes long
+    prepare_method(editable, tok, hparams, session, settings.batch_size)
+    if hparams.executor == "native":
+        refuse(lambda some: tokenize_batch(editable, tok, read(some), session))
+    return [refused[place] for place in sorted(refused)]
 
 
 def _go_back_to_checkpoint(run: RunDirectory, editable: EditableModel, same_versions: bool) -> None:
@@ -352,6 +370,19 @@ class _Run:
             logger.warning("case_id %s was left out: %s", one.case_id, one.error)
             self._run.append(SKIPPED, one.to_dict())
         self._skips.add(skipped)
+        self._check_edited(first + size)
+
+    def _check_edited(self, tried: int) -> None:
+        """End a run that has left out every fact so far: all there are, or several with one error.
+
+        Batches of one edit have no others to compare with, so what their facts share shows here.
+        """
+        errors = [one.error for one in self._skips.in_order() if one.place not in self._refused]
+        if not errors or EditSession.of(self._editable.model).num_edits:
+            return
+        total = len(self._records)
+        if tried == total or (len(set(errors)) == 1 and len(errors) >= enough_tries(total)):
+            raise ValueError(f"{errors[0]} (none of the first {tried} of {total} facts could be edited, so the run ends)")
 
     def _edit_batch(self, places: Sequence[_Place], first: int) -> None:
         done = itertools.count(first + 1)

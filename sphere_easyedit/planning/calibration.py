@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..editing.contexts import seeded
+from ..editing.contexts import generator_on, sample_tokens
 from ..editing.corpus import GENERATED, GENERATED_AT_ONCE
 from ..editing.covariance import null_space
 from ..editing.executors import is_alphaedit
@@ -267,7 +267,5 @@ def _evaluation_rates(editable: EditableModel, tok: PreTrainedTokenizerBase, sha
 @torch.no_grad()
 def _generate(editable: EditableModel, rows: int, tokens: int) -> None:
     prompt = torch.zeros(rows, 1, dtype=torch.long, device=editable.input_device)
-    with seeded(0):
-        editable.model.generate(  # type: ignore[operator]
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, min_new_tokens=tokens,
-            max_new_tokens=tokens, pad_token_id=0)
+    sample_tokens(editable.model, prompt, torch.ones_like(prompt), generator_on(prompt.device, 0), top_k=0,
+                  min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0)

@@ -1,0 +1,85 @@
+"""What the public functions refuse before they do anything: objects of a wrong kind, in one line with the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_LOAD = "load a causal language model with transformers' AutoModelForCausalLM.from_pretrained"
+
+
+def check_model(model: object) -> None:
+    """Refuse what is not a decoder of transformers as it was loaded.
+
+    Raises:
+        TypeError: it is no such model, or a wrapper around one (``DataParallel``, ``torch.compile``, a pipeline).
+        ValueError: it is an encoder-decoder, has no LM head, or a part of it is compiled.
+    """
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        # Wrappers of torch and its kin, under the names by which they keep the model; they may hand on its config.
+        for name in ("module", "_orig_mod"):
+            if isinstance(getattr(model, name, None), nn.Module):
+                raise TypeError(f"the model is wrapped in a {kind}: give the model itself, model.{name}")
+        if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), PretrainedConfig):
+            inner = "; give its model, .model" if isinstance(getattr(model, "model", None), PreTrainedModel) else ""
+            raise TypeError(f"the model is a {kind}, which is no model of transformers{inner or f': {_LOAD}'}")
+    config: Any = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} is an encoder-decoder, and only decoders can be edited and evaluated: {_LOAD}")
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is not None and not can_generate() and _head(model) is None:
+        raise ValueError(f"{kind} has no LM head: {_LOAD}")
+    for name, module in model.named_modules():
+        # Compiled code runs no hooks that were added later: the model would be read and edited wrongly.
+        if "_orig_mod" in vars(module).get("_modules", {}) or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(f"{name or 'the model'} is compiled, so hooks on its modules don't run: edit and evaluate "
+                             "the model as it was loaded, and compile it afterwards")
+
+
+def _head(model: nn.Module) -> object | None:
+    try:
+        found: object | None = model.get_output_embeddings()  # type: ignore[operator]
+        return found
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Refuse a model whose parameters can't be changed (ValueError)."""
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError("the model's parameters were made under torch.inference_mode, where they can never be changed "
+                         "outside of it: load the model outside of torch.inference_mode")
+
+
+def check_tokenizer(tok: object) -> None:
+    """Refuse what is not a tokenizer of transformers (TypeError)."""
+    if isinstance(tok, PreTrainedTokenizerBase):
+        return
+    found = "None" if tok is None else f"a {type(tok).__name__}"
+    inner = isinstance(getattr(tok, "tokenizer", None), PreTrainedTokenizerBase)
+    remedy = "give its tokenizer, .tokenizer" if inner else \
+        "give the model's own, as AutoTokenizer.from_pretrained loads it"
+    raise TypeError(f"the tokenizer is {found}, which is no tokenizer of transformers: {remedy}")
+
+
+@contextmanager
+def ordinary_torch() -> Iterator[None]:
+    """Inside, PyTorch computes as it does unless told otherwise, whatever the caller has told it for this thread.
+
+    That is with gradients, without inference mode and autocast, and with new tensors on the CPU.
+    """
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
