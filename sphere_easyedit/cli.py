@@ -405,16 +405,12 @@ def hparams_command(
     output: Annotated[Path | None, typer.Option(help="File to write; standard output if not given.")] = None,
 ) -> None:
     """Write a starting YAML for a decoder that has none."""
-    from transformers import AutoConfig
-
+    from .configs import planning_config
     from .files import replacing
     from .hparams_files import render_hparams, starting_hparams
     from .loading import model_source
 
-    try:
-        config = AutoConfig.from_pretrained(model_source(model), trust_remote_code=False)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"the config of {model!r} can't be read: {error}") from error
+    config = planning_config(model, model_source(model))
     text = render_hparams(starting_hparams(config, model, base_alg))
     if output is None:
         print(text, end="")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 import huggingface_hub
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..editing.corpus import GENERATED, GENERATED_LENGTH
 from ..editing.covariance import FACTOR_FILED_FROM, moment_path
@@ -22,19 +22,6 @@ from .facts import CHARACTERS_PER_TOKEN
 from .shapes import ModelShape
 
 logger = logging.getLogger(__name__)
-
-
-def read_config(model_name: str, source: str) -> PretrainedConfig:
-    """A model's config, from its folder, the cache or the hub.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"the config of {model_name!r} can't be read: {' '.join(str(error).split())}") from error
-    return config
 
 
 def find_weights(source: str, shape: ModelShape) -> tuple[bool, int | None]:

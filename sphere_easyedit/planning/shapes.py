@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
+from ..loading import empty_model
 from ..models import ModuleNames, num_blocks, text_config
 
 
@@ -57,8 +58,7 @@ def model_shape(config: PretrainedConfig, names: ModuleNames, layers: Sequence[i
     Raises:
         ValueError: module names or layers do not fit the architecture.
     """
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model = empty_model(config)
     modules = dict(model.named_modules(remove_duplicate=False))
 
     def module(name: str) -> nn.Module:
