@@ -534,12 +534,25 @@ def _set_up(verbose: bool = False, quiet: bool = False) -> _Consoles:
     consoles = _Consoles(Console(), Console(stderr=True))
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, so this comes before that
-    logging.basicConfig(level=logging.WARNING, format="%(message)s",
-                        handlers=[RichHandler(console=consoles.err, show_path=False, show_time=False)])
+    handler = RichHandler(console=consoles.err, show_path=False, show_time=False)
+    handler.addFilter(_unwritten)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     # What takes time says so before it starts.
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     logging.getLogger("sphere_easyedit").setLevel(level)
     return consoles
+
+
+def _unwritten(record: logging.LogRecord) -> bool:
+    """Whether no handler below the root's has written a record to the terminal, as huggingface_hub's own has."""
+    logger: logging.Logger | None = logging.getLogger(record.name)
+    while logger is not None and logger.parent is not None:
+        if any(isinstance(handler, logging.StreamHandler) and handler.stream in (
+                sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+               for handler in logger.handlers):
+            return False
+        logger = logger.parent
+    return True
 
 
 def _load(hparams: SPHEREHyperParams, dtype: str | None) -> Any:

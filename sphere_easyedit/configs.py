@@ -31,7 +31,7 @@ def hub_options(source: str) -> dict[str, Any]:
     """
     if Path(source).is_dir():
         return {}
-    cached = _is_cached(source)
+    cached = is_here(source)
     why = _unreachable()
     if why is None:
         return {}
@@ -42,10 +42,15 @@ def hub_options(source: str) -> dict[str, Any]:
     return {"local_files_only": True}
 
 
-def _is_cached(source: str) -> bool:
+def is_here(source: str) -> bool:
+    """Whether a model is a folder, or its config in the hub's cache.
+
+    Raises:
+        ValueError: it is no folder, and no name that the hub could have.
+    """
     try:
-        return any(isinstance(huggingface_hub.try_to_load_from_cache(source, name), str)
-                   for name in ("config.json", "adapter_config.json"))
+        return Path(source).is_dir() or any(isinstance(huggingface_hub.try_to_load_from_cache(source, name), str)
+                                            for name in ("config.json", "adapter_config.json"))
     except ValueError as error:
         raise ValueError("there is no such folder, and a hub name looks like owner/name") from error
 
@@ -92,7 +97,7 @@ def planning_config(model_name: str, source: str) -> PretrainedConfig:
         ValueError: there is none, or it can't be read.
     """
     try:
-        shipped = None if Path(source).is_dir() or _is_cached(source) else shipped_config(source)
+        shipped = None if is_here(source) else shipped_config(source)
         if shipped is not None:
             logger.info("%s is not on this machine: its sizes are those that the package ships", model_name)
             return shipped
@@ -102,7 +107,7 @@ def planning_config(model_name: str, source: str) -> PretrainedConfig:
 
 
 def shipped_models() -> dict[str, dict[str, Any]]:
-    """The part of ``config.json`` that sizes follow from, by hub name, for models with a shipped hyperparameter file."""
+    """By hub name, what sizes follow from in ``config.json``, for models with a shipped hyperparameter file."""
     text = (resources.files("sphere_easyedit") / _SHIPPED).read_text(encoding="utf-8")
     return {name: entry["config"] for entry in json.loads(text) for name in entry["models"]}
 

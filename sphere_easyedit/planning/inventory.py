@@ -13,6 +13,7 @@ from typing import cast
 import huggingface_hub
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from ..configs import is_here
 from ..editing.corpus import GENERATED, GENERATED_LENGTH
 from ..editing.covariance import FACTOR_FILED_FROM, moment_path
 from ..editing.executors import is_alphaedit
@@ -55,6 +56,8 @@ def _shards(source: str, index: Path, shape: ModelShape) -> tuple[bool, int | No
 
 def find_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     """A model's tokenizer, if it is here."""
+    if not is_here(source):  # transformers would ask the hub for the config, in spite of local_files_only
+        return None
     try:
         tok: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source, local_files_only=True, trust_remote_code=False)
