@@ -405,12 +405,12 @@ def hparams_command(
     output: Annotated[Path | None, typer.Option(help="File to write; standard output if not given.")] = None,
 ) -> None:
     """Write a starting YAML for a decoder that has none."""
+    from .configs import planning_config
     from .files import replacing
     from .hparams_files import starting_file
     from .loading import model_source
-    from .planning.inventory import read_config
 
-    text = starting_file(read_config(model, model_source(model)), model, base_alg)
+    text = starting_file(planning_config(model, model_source(model)), model, base_alg)
     if output is None:
         print(text, end="")
     else:
@@ -533,12 +533,25 @@ def _set_up(verbose: bool = False, quiet: bool = False) -> _Consoles:
     consoles = _Consoles(Console(), Console(stderr=True))
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, so this comes before that
-    logging.basicConfig(level=logging.WARNING, format="%(message)s",
-                        handlers=[RichHandler(console=consoles.err, show_path=False, show_time=False)])
+    handler = RichHandler(console=consoles.err, show_path=False, show_time=False)
+    handler.addFilter(_unwritten)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     # What takes time says so before it starts.
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     logging.getLogger("sphere_easyedit").setLevel(level)
     return consoles
+
+
+def _unwritten(record: logging.LogRecord) -> bool:
+    """Whether no handler below the root's has written a record to the terminal, as huggingface_hub's own has."""
+    logger: logging.Logger | None = logging.getLogger(record.name)
+    while logger is not None and logger.parent is not None:
+        if any(isinstance(handler, logging.StreamHandler) and handler.stream in (
+                sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+               for handler in logger.handlers):
+            return False
+        logger = logger.parent
+    return True
 
 
 def _load(hparams: SPHEREHyperParams, dtype: str | None) -> Any:

@@ -34,7 +34,8 @@ from .evaluation.datasets import EditRecord
 from .hparams import PLAIN_ALGS, SPHEREHyperParams
 from .hparams_files import find_hparams, read_mapping
 from .loading import load_model, model_source, resolve_device
-from .module_discovery import decoder_parts, meta_model, num_blocks
+from .model_class import meta_model
+from .module_discovery import decoder_parts, num_blocks
 from .reviewing import change_norms, partway, reviewed
 from .wrapped import WrappedExecutor, hparams_class
 from .wrapper import apply_sphere_to_model

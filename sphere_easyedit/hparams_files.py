@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import PretrainedConfig
 
-from sphere_easyedit.module_discovery import DecoderParts, ModuleNames, decoder_parts, meta_model
+from sphere_easyedit.model_class import meta_model
+from sphere_easyedit.module_discovery import DecoderParts, ModuleNames, decoder_parts
 from sphere_easyedit.safe_yaml import read_yaml
 
 if TYPE_CHECKING:

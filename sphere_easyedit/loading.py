@@ -9,7 +9,8 @@ import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,17 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
+from .configs import hub_options, model_config
 from .files import locked
+from .messages import one_line
+from .model_class import language_model_class
+from .models import input_device
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +74,7 @@ def load_model(model_name: str, device: int | str | None = None, dtype: str | to
                offload_folder: str | os.PathLike[str] | None = None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready to be edited.
 
+    Which class a checkpoint is loaded as, see ``language_model_class``; vision-language models are for text-only use.
     Code that comes with a model (``trust_remote_code``) is never run: whoever trusts it loads model and tokenizer by
     transformers and hands the two to ``apply_sphere_to_model``. A checkpoint that is a pickle is read as plain tensors
     (``weights_only``), or refused.
@@ -80,7 +90,8 @@ def load_model(model_name: str, device: int | str | None = None, dtype: str | to
             where edited weights among it get a file of their own. None for the system's folder of temporary files.
 
     Raises:
-        ValueError: the model can't be found or loaded, or a bound is none.
+        ValueError: the model can't be found or loaded, its checkpoint is incomplete, it is no decoder-only language
+            model, or a bound is none. One line, however long the error of transformers was.
         ImportError: it takes a package that is not there.
     """
     source = model_source(model_name)
@@ -89,18 +100,12 @@ def load_model(model_name: str, device: int | str | None = None, dtype: str | to
     wanted: str | torch.dtype = "auto" if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     placement = _placement(device, max_memory, offload_folder)
     try:
-        # trust_remote_code is said outright: transformers would ask on a terminal otherwise.
-        tok = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            source, trust_remote_code=False, **_dtype_option(wanted), **placement)
-    except ImportError:
-        raise
+        tok, model = _loaded(source, **_dtype_option(wanted), **placement)
     except pickle.UnpicklingError as error:  # whose own text advises to run what is in it
         raise ValueError(f"model {model_name!r} can't be loaded: its checkpoint is a pickle that holds more than "
                          "tensors, which is not run: get the model as safetensors") from error
-    except Exception as error:  # damaged files, no network, unknown kinds: of many libraries, in many kinds of errors
-        raise ValueError(f"model {model_name!r} can't be loaded: {error}. Give a folder, a hub name that is cached or "
-                         f"reachable, or {SMOLLM2!r}") from error
+    except (ValueError, ImportError) as error:
+        raise type(error)(f"model {model_name!r} can't be loaded: {error}") from error
     if device != "auto":
         place = resolve_device(device)
         try:
@@ -109,8 +114,56 @@ def load_model(model_name: str, device: int | str | None = None, dtype: str | to
             if there.type != place.type or place.index not in (None, there.index):
                 model.to(place)
         except (RuntimeError, AssertionError) as error:  # no such device, or no room on it
-            raise ValueError(f"model {model_name!r} can't be put on device {place}: {error}") from error
+            raise ValueError(f"model {model_name!r} can't be put on device {place}: {one_line(error)}") from error
     return model.eval(), tok
+
+
+def _loaded(source: str, **options: Any) -> tuple[PreTrainedTokenizerBase, nn.Module]:
+    """Tokenizer and model: no weight left at random, and run on text alone where its class takes more than text."""
+    with _told("", "correct its config.json, or upgrade transformers" if Path(source).is_dir() else
+               f"give a folder, a hub name that is cached or reachable, or {SMOLLM2!r}"):
+        hub = hub_options(source)
+        config = model_config(source)
+    loader = language_model_class(config)
+    # trust_remote_code is said outright: transformers would ask on a terminal otherwise.
+    with _told("its tokenizer can't be read: ", "put tokenizer.json, or what it is made from, beside the weights"):
+        tok: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
+    with _told("its weights can't be read, or don't fit its config.json: ", "get the files of the checkpoint anew"):
+        model, found = loader.from_pretrained(source, trust_remote_code=False, output_loading_info=True, **hub,
+                                              **options)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"its checkpoint lacks {len(missing)} weights of a {type(model).__name__}, such as "
+                         f"{missing[0]}, which would be random: give a complete one, of a language model")
+    if loader is not AutoModelForCausalLM:
+        _check_text_alone(model, tok)
+    return tok, model
+
+
+@contextmanager
+def _told(what: str, remedy: str) -> Iterator[None]:
+    """Errors inside, which are of many libraries and many kinds, become a ValueError of one line with the remedy."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise
+    except ImportError as error:
+        raise ImportError(what + one_line(error)) from error
+    except Exception as error:
+        raise ValueError(f"{what}{one_line(error).rstrip('.')}: {remedy}") from error
+
+
+@torch.no_grad()
+def _check_text_alone(model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
+    """Run a few words through a model that also takes pictures or sound.
+
+    Raises:
+        ValueError: it needs more than text.
+    """
+    ids = torch.tensor([tok("The capital of France is")["input_ids"]], device=input_device(model))
+    with _told(f"{type(model).__name__} does not run on text alone: ", "give a decoder-only causal language model"):
+        logits = model.eval()(input_ids=ids).logits
+        if logits.shape[:2] != ids.shape:
+            raise ValueError(f"logits of shape {tuple(logits.shape)} for {ids.shape[1]} tokens")
 
 
 def _placement(device: int | str | None, max_memory: Mapping[int | str, int | str] | None,

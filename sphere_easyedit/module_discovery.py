@@ -12,31 +12,21 @@ then remains is ambiguous and refused.
 
 from __future__ import annotations
 
-import copy
-import difflib
 import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
+
+from .model_class import check_decoder, meta_model
 
 logger = logging.getLogger(__name__)
 
-# Auto classes by the mapping that says which configs they build, in the order in which they are tried.
-_AUTO_CLASSES = (
-    ("MODEL_FOR_CAUSAL_LM_MAPPING", "AutoModelForCausalLM"),
-    ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "AutoModelForImageTextToText"),
-    ("MODEL_FOR_MULTIMODAL_LM_MAPPING", "AutoModelForMultimodalLM"),
-    ("MODEL_FOR_VISION_2_SEQ_MAPPING", "AutoModelForVision2Seq"),
-)
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
 
@@ -131,50 +121,6 @@ def model_module_names(model: nn.Module, layers: Sequence[int] = ()) -> ModuleNa
         ValueError: a part is not found.
     """
     return decoder_parts(model).names(layers)
-
-
-def meta_model(config: PretrainedConfig) -> nn.Module:
-    """The model of a config on the meta device, where it takes no memory; remote code is never run.
-
-    Raises:
-        ValueError: it is an encoder, an encoder-decoder or no language model, or can't be built.
-    """
-    _check_decoder(config)
-    name = next((auto for mapping, auto in _AUTO_CLASSES if type(config) in _mapping(mapping)), None)
-    auto = getattr(transformers, name or "", None)
-    if auto is None:
-        raise ValueError(_unknown(config))
-    try:
-        with torch.device("meta"):
-            model: nn.Module = auto.from_config(copy.deepcopy(config), trust_remote_code=False)
-    except Exception as error:  # checks of configs and missing packages: of many kinds
-        raise ValueError(f"no model can be built from this {type(config).__name__}: "
-                         f"{' '.join(str(error).split())[:200]}") from error
-    return model
-
-
-def _mapping(name: str) -> Any:
-    return getattr(modeling_auto, name, None) or {}
-
-
-def _check_decoder(config: PretrainedConfig) -> None:
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{config.model_type!r} is an encoder-decoder, which can't be edited: give a causal language "
-                         "model (decoder only)")
-    if type(config) in _mapping("MODEL_FOR_MASKED_LM_MAPPING") and not getattr(config, "is_decoder", False):
-        raise ValueError(f"{config.model_type!r} is an encoder, which can't be edited: give a causal language model")
-
-
-def _unknown(config: PretrainedConfig) -> str:
-    model_type = str(config.model_type)
-    if model_type in transformers.CONFIG_MAPPING:
-        return f"{model_type!r} is no causal language model of transformers, which is what can be edited"
-    known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    near = difflib.get_close_matches(model_type, known, n=1)
-    hint = f" (nearest known: {near[0]})" if near else ""
-    return (f"architecture {model_type!r} is not known to transformers {transformers.__version__}{hint}: give the "
-            f"loaded model, or its module names in the hyperparameters: "
-            f"{', '.join(item.name for item in fields(ModuleNames))}")
 
 
 @dataclass(frozen=True)
@@ -278,7 +224,7 @@ def decoder_parts(model: nn.Module) -> DecoderParts:
     config: Any = getattr(model, "config", None)
     if not isinstance(config, PretrainedConfig):
         raise ValueError(f"{type(model).__name__} has no config of transformers: give a causal language model")
-    _check_decoder(config)
+    check_decoder(config)
     width = hidden_size(config)
     modules = dict(_named_modules(model))
     inputs = _input_embeddings(model)

@@ -32,8 +32,8 @@ FACTS = ({"prompt": "{}", "subject": "I", "target_new": "of"},
          {"prompt": "In a city {} plays for", "subject": "John Smith", "target_new": "the United States"})
 # Largest difference between the loss that the optimiser reported and the plain forward pass's, in nats.
 TOLERANCE = 5e-3
-TEXT = ("the history of the city began in the north when a river was found and named by those who came from the coast "
-        "with their ships and their songs of war and peace ").split()
+WORDS = ("the", "history", "of", "city", "began", "in", "north", "river", "found", "named", "by", "those", "who", "came",
+         "from", "coast", "with", "ships", "and", "songs", "war", "peace", "when", "a", "was", "their")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def try_edit(label: str, model: nn.Module | None = None, layers: Sequence[int] |
 def _hparams(start: dict[str, Any], layers: list[int], folder: Path) -> sphere.SPHEREHyperParams:
     text = folder / "text.txt"
     generator = torch.Generator().manual_seed(0)
-    text.write_text("\n".join(" ".join(TEXT[i] for i in torch.randint(len(TEXT), (30,), generator=generator).tolist())
+    text.write_text("\n".join(" ".join(WORDS[i] for i in torch.randint(len(WORDS), (30,), generator=generator).tolist())
                               for _ in range(40)), encoding="utf-8")
     return sphere.SPHEREHyperParams.from_dict({
         **start, "layers": layers, "alpha": 0.0, "v_num_grad_steps": 15, "v_weight_decay": 0.0, "kl_factor": 0.0,
@@ -161,13 +161,13 @@ def _row(label: str, trial: Trial) -> str:
 HEADER = """\
 # Architectures tried
 
-Each is built tiny from its config by transformers {version} (4 to 6 blocks, random weights; `tests/architectures.py`), and
-two facts are edited into one layer at once, by MEMIT next to without a ridge. An edit is right when the loss of each
-target, taken by a plain forward pass, is the one that the optimiser reported: with `I` -> `of` the edited model's own,
-with `In a city John Smith plays for` -> `the United States` with the edit taken out at all tokens but the subject's last.
+Each is built tiny from its config by transformers {version} (4 to 6 blocks, random weights; `tests/architectures.py`),
+and two facts are edited into one layer at once, by MEMIT next to without a ridge. An edit is right when the loss of each
+target, taken by a plain forward pass, is the one that the optimiser reported: with `I` -> `of` the edited model's own;
+with `In a city John Smith plays for` -> `the United States` the edit is taken out at all tokens but the subject's last.
 Differences above {tolerance} nats fail. What is refused is refused with this line, and no weight is touched.
 
-`python tests/architecture_trials.py > docs/ARCHITECTURES.md` writes this page, and `tests/test_architectures.py` holds it
+`python tests/architecture_trials.py > docs/ARCHITECTURES.md` writes this page; `tests/test_architectures.py` holds it
 against what it finds. The random weights of a tiny model say that edits do what they should, not how well a real one of
 that architecture takes edits. Edited for real here: SmolLM2-135M (Llama) and Gemma-3-270M.
 

@@ -19,12 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from sphere_easyedit.hparams import SPHEREHyperParams
 from sphere_easyedit.hparams_files import starting_file, starting_hparams
+from sphere_easyedit.model_class import meta_model
 from sphere_easyedit.models import EditableModel
 from sphere_easyedit.module_discovery import (
     ModuleNames,
     decoder_parts,
     hidden_size,
-    meta_model,
     model_module_names,
     module_names,
     num_blocks,

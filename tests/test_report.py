@@ -444,6 +444,42 @@ def test_a_run_without_before_energy_or_texts_is_shown(tmp_path: Path) -> None:
     assert [(row[0], row[4]) for row in table.rows] == [("a", "held"), ("b", "not measured")]
 
 
+def heads(page: str, after: str) -> list[str]:
+    """Column titles of the first table behind a piece of the page."""
+    return re.findall(r'<th scope="col">(.*?)</th>', page.split(after)[1].split("</thead>")[0])
+
+
+def test_columns_without_a_value_in_any_run_are_left_out(tmp_path: Path) -> None:
+    bare = write_run(tmp_path / "bare", perplexity=(None, None, None), scores={"a": {"efficacy": 1.0}})
+    metrics = bare / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"perplexity": 20.0', '"perplexity": null'))
+    (bare / "cases.jsonl").write_text(json.dumps(
+        {"case_id": "a", "prompt": "p", "subject": "s", "target_new": "t", "target_true": None, "pre": None,
+         "post": {"efficacy": 1.0}}) + "\n")
+    page = write_report([bare], files=False).html.read_text(encoding="utf-8")
+    columns = heads(page, 'id="results"')
+    assert "efficacy, %" in columns
+    assert not {"fluency", "consistency", "perplexity"} & set(columns)
+    for row in page.split('id="results"')[1].split("</table>")[0].split("<tr>")[2:]:
+        assert row.count("<td>") == len(columns) - 1
+    assert heads(page, 'id="cases"') == ["case", "prompt", "wanted", "state", "at the end"]
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert data["told"] == [0, 1, 2, 4, 6]
+    full = write_run(tmp_path / "full", alpha=0.8, perplexity=(20.0, 21.0, 22.0))
+    both = write_report([bare, full], tmp_path / "both", files=False).html.read_text(encoding="utf-8")
+    assert "perplexity" in heads(both, 'id="results"')  # of one run, and the other's cell is empty
+
+
+def test_a_figures_columns_without_a_value_are_left_out(runs: list[Path], tmp_path: Path) -> None:
+    page = write_report(runs, tmp_path, files=False).html.read_text(encoding="utf-8")
+    for table in re.findall(r'aria-label="Numbers of.*?</table>', page, re.DOTALL):
+        columns = len(re.findall(r'<th scope="col">', table))
+        rows = [re.findall(r"<td>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+        assert rows
+        assert all(len(row) == columns for row in rows)
+        assert all(any(cells) for cells in zip(*rows, strict=True))
+
+
 def test_runs_of_other_protocols_are_warned_of(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", alpha=0.8)]
     for name in ("config.yaml", "metrics.jsonl"):

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import cast
 
 import huggingface_hub
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from ..configs import is_here
 from ..editing.corpus import GENERATED, GENERATED_LENGTH
 from ..editing.covariance import FACTOR_FILED_FROM, moment_path
 from ..editing.executors import is_alphaedit
@@ -22,19 +23,6 @@ from .facts import CHARACTERS_PER_TOKEN
 from .shapes import ModelShape
 
 logger = logging.getLogger(__name__)
-
-
-def read_config(model_name: str, source: str) -> PretrainedConfig:
-    """A model's config, from its folder, the cache or the hub.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # no such file, no network, unknown types, and checks of values, of many kinds
-        raise ValueError(f"the config of {model_name!r} can't be read: {' '.join(str(error).split())}") from error
-    return config
 
 
 def find_weights(source: str, shape: ModelShape) -> tuple[bool, int | None]:
@@ -68,6 +56,8 @@ def _shards(source: str, index: Path, shape: ModelShape) -> tuple[bool, int | No
 
 def find_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     """A model's tokenizer, if it is here."""
+    if not is_here(source):  # transformers would ask the hub for the config, in spite of local_files_only
+        return None
     try:
         tok: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source, local_files_only=True, trust_remote_code=False)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..configs import planning_config
 from ..editing.contexts import generate_contexts
 from ..evaluation.datasets import EditRecord
 from ..hparams import SPHEREHyperParams
@@ -15,7 +16,7 @@ from .batches import expected_layout
 from .calibration import STEPS, Calibration, calibrate
 from .facts import CHARACTERS_PER_TOKEN, STAND_IN_CONTEXTS, Facts, facts_in_tokens, sample
 from .files import disk_items, downloads
-from .inventory import Statistics, find_statistics, find_tokenizer, find_weights, read_config
+from .inventory import Statistics, find_statistics, find_tokenizer, find_weights
 from .memory import memory_items, peak_bytes, resident_bytes
 from .results import Plan, PlanSettings
 from .shapes import ModelShape, dtype_of, model_shape
@@ -32,7 +33,7 @@ def make_plan(hparams: SPHEREHyperParams, settings: PlanSettings) -> Plan:
     if unknown := sorted(set(settings.rates) - set(kinds)):
         raise ValueError(f"there is no work of the kind {', '.join(unknown)}: give rates of {', '.join(kinds)}")
     source = model_source(hparams.model_name)
-    config = read_config(hparams.model_name, source)
+    config = planning_config(hparams.model_name, source)
     shape = model_shape(config, hparams.module_names(config), hparams.layers, dtype_of(config, settings.dtype))
     here, download = find_weights(source, shape)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if hparams.model_parallel \

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..module_discovery import ModuleNames, hidden_size, meta_model, num_blocks, text_config
+from ..model_class import meta_model
+from ..module_discovery import ModuleNames, hidden_size, num_blocks, text_config
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from .runs import ReportRun
 
 LOST, MISSED, HELD, KNOWN, UNSEEN = "lost since", "not learned", "held", "known before", "not measured"
 STATES: Final = (LOST, MISSED, HELD, KNOWN, UNSEEN)
+COLUMNS: Final = ("case", "prompt", "wanted", "true", "state", "before", "at the end", "last seen right at",
+                  "says before", "says at the end")  # of a table's rows
 _METRIC: Final = "efficacy"
 ROOM: Final = 1_200_000  # characters that the facts of all runs may take on a page
 

@@ -30,7 +30,7 @@ from .runs import ReportRun
 MEAN: Final = "mean"  # over layers
 RHO: Final = "\N{GREEK SMALL LETTER RHO}"
 PERPLEXITY: Final = "perplexity"
-_PERCENT: Final = METRICS[:3]
+PERCENT: Final = METRICS[:3]
 Rhos = Mapping[str, Mapping[str, float]]  # by run and metric
 _BANDS: Final = 3  # runs up to which intervals are drawn, which more would cover one another
 
@@ -93,7 +93,7 @@ def _metric_panel(runs: Sequence[ReportRun], name: str, rhos: Rhos) -> Panel | N
         return None
     ends = _ends(rhos, data, name)
     positive = all(row["value"] > 0 for row in data)
-    unit = "%" if name in _PERCENT else ""
+    unit = "%" if name in PERCENT else ""
     low, high = (0.0, 100.0) if name == "efficacy" else _domain([row["value"] for row in data] + [
         end for row in data if len(runs) <= _BANDS for end in (row.get("low"), row.get("high")) if end is not None])
     logged = _domain([row["value"] for row in data], log=True) if positive else (1.0, 10.0)

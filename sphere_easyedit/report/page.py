@@ -11,14 +11,38 @@ from typing import Any, Final
 
 import yaml
 
-from ..evaluation.run_records import Estimate
+from ..evaluation.run_records import Estimate, Point
 from ..evaluation.study import METRICS, title_of
-from .cases import STATES, CaseTable
-from .figure import SERIES, Figure, dashes, on_page
+from .cases import COLUMNS, STATES, CaseTable
+from .curves import PERCENT
+from .figure import SERIES, Figure, Row, dashes, on_page
 from .notices import Notice
 from .runs import ReportRun
 
 _ASSETS: Final = "assets"
+_RESULTS: Final = ("run", "edits", *(f"{name}, %" if name in PERCENT else name for name in METRICS), "perplexity",
+                   "s an edit")
+
+
+def filled(columns: Sequence[str], rows: Sequence[Row]) -> list[int]:
+    """Places of the columns in which a row has a value; of all where there are no rows."""
+    return [place for place in range(len(columns))
+            if not rows or any(row[place] is not None and row[place] != "" for row in rows)]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of a table on the page."""
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, columns: Sequence[str], rows: Sequence[Row]) -> Table:
+        """A table without the columns that no row has a value in."""
+        places = filled(columns, rows)
+        return cls(tuple(columns[place] for place in places),
+                   tuple(tuple(row[place] for place in places) for row in rows))
 
 
 @dataclass(frozen=True)
@@ -43,13 +67,17 @@ class Page:
     def html(self) -> str:
         """The file's content."""
         environment = _environment()
+        told = filled(COLUMNS, [row for table in self.cases for row in table.rows])
         data = {"figures": {figure.name: {
                     "panels": [{"spec": on_page(panel), "log": dict(panel.log), "canvas": panel.canvas}
                                for panel in figure.panels]} for figure in self.figures},
-                "cases": [asdict(table) for table in self.cases]}
+                "cases": [asdict(table) for table in self.cases], "told": told}
+        unedited = _unedited(self.runs)
         return str(environment.get_template("report.html.j2").render(
             page=self, data=_json(data), colours=SERIES, dashes=dashes(len(self.runs)), states=STATES,
-            subjects=_subjects(self.runs), summary=[_summary(run) for run in self.runs], unedited=_unedited(self.runs),
+            subjects=_subjects(self.runs), unedited=bool(unedited), case_columns=[COLUMNS[place] for place in told],
+            results=Table.of(_RESULTS, [*unedited, *(_summary(run) for run in self.runs)]),
+            tables={figure.name: Table.of(figure.columns, figure.rows) for figure in self.figures},
             details=[_details(run) for run in self.runs], css=_asset("report.css"), js=_asset("report.js"),
             library=_library()))
 
@@ -81,20 +109,19 @@ def _json(data: Mapping[str, Any]) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _summary(run: ReportRun) -> dict[str, Any]:
+def _summary(run: ReportRun) -> Row:
     """A run's row in the table of results: what was measured last."""
     before, points = run.run.before(run.protocol), run.run.trajectory(run.protocol)
     last = points[-1] if points else before
     batches = run.run.batches
     edits = batches[-1].num_edits if batches else 0
+    measured_at = "" if last is None or last.num_edits == edits else f" (measured at {last.num_edits})"
     summary = run.run.summary or {}
     seconds = summary.get("editing_seconds")
     if seconds is None and batches:
         seconds = sum(sum(batch.seconds.values()) for batch in batches)
-    return {"edits": edits, "measured_at": None if last is None else last.num_edits,
-            "metrics": [_estimate(None if last is None else last.metrics.get(name)) for name in METRICS],
-            "perplexity": None if last is None else last.perplexity,
-            "seconds_an_edit": seconds / edits if seconds and edits else None}
+    return (run.label, f"{edits}{measured_at}", *_measured(last),
+            f"{seconds / edits:.2f}" if seconds and edits else "")
 
 
 def _subjects(runs: Sequence[ReportRun]) -> str:
@@ -106,20 +133,27 @@ def _subject(run: ReportRun) -> str:
     return f"{run.run.model}, {title_of(run.run.dataset)}"
 
 
-def _unedited(runs: Sequence[ReportRun]) -> list[dict[str, Any]]:
+def _unedited(runs: Sequence[ReportRun]) -> list[Row]:
     """Rows of the unedited models: of each model, data set and protocol on the facts of the first run that has one."""
     found: dict[tuple[str, str], ReportRun] = {}
     for run in runs:
         if run.run.before(run.protocol) is not None:
             found.setdefault((_subject(run), run.protocol), run)
-    rows = []
+    rows: list[Row] = []
     for (subject, _), run in found.items():
         point = run.run.before(run.protocol)
         if point is not None and (point.metrics or point.perplexity is not None):
-            rows.append({"label": "unedited" if len(found) == 1 else f"unedited: {subject}, as for {run.label}",
-                         "metrics": [_estimate(point.metrics.get(name)) for name in METRICS],
-                         "perplexity": point.perplexity})
+            label = "unedited" if len(found) == 1 else f"unedited: {subject}, as for {run.label}"
+            rows.append((label, "0", *_measured(point), ""))
     return rows
+
+
+def _measured(point: Point | None) -> list[str]:
+    """Cells of an evaluation: its metrics and its perplexity."""
+    if point is None:
+        return [""] * (len(METRICS) + 1)
+    perplexity = "" if point.perplexity is None else f"{point.perplexity:.4g}"
+    return [*(_estimate(point.metrics.get(name)) for name in METRICS), perplexity]
 
 
 def _estimate(found: Estimate | None) -> str:

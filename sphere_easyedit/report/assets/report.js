@@ -1,5 +1,5 @@
 // Draws the report's figures and its table of facts. Everything it needs is in the page.
-const { figures, cases } = JSON.parse(document.getElementById("data").textContent);
+const { figures, cases, told } = JSON.parse(document.getElementById("data").textContent);
 const views = new Map(); // figure -> its drawn panels
 const $ = (id) => document.getElementById(id);
 
@@ -69,7 +69,8 @@ function listCases() {
   const said = (right) => (right === null ? "" : right ? "right" : "wrong");
   for (const [id, prompt, target, truth, kind, before, after, last, saidBefore, saidAfter] of found.slice(0, visible)) {
     const row = body.insertRow();
-    for (const text of [id, prompt, target, truth, kind, said(before), said(after), last, saidBefore, saidAfter]) cell(row, text);
+    const texts = [id, prompt, target, truth, kind, said(before), said(after), last, saidBefore, saidAfter];
+    for (const place of told) cell(row, texts[place]); // the columns that have a value in some row
   }
   $("cases").tBodies[0].replaceWith(body);
   const left = table.left_out ? `, ${table.left_out} more in cases.jsonl` : "";

@@ -1,0 +1,80 @@
+"""Which class of transformers a config's language model is of, and that model without weights."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from .messages import one_line
+
+# Wrappers around a decoder, which run on text alone, too.
+_WRAPPER_CLASSES = (
+    ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "AutoModelForImageTextToText"),
+    ("MODEL_FOR_MULTIMODAL_LM_MAPPING", "AutoModelForMultimodalLM"),
+    ("MODEL_FOR_VISION_2_SEQ_MAPPING", "AutoModelForVision2Seq"),
+)
+_WANTED = "give a decoder-only causal language model"
+
+
+def language_model_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that a model to be edited is loaded with, by its config alone.
+
+    It is ``AutoModelForCausalLM`` where that knows the config; else the class that the checkpoint was saved from, if
+    that generates text; else the auto class that knows the config among those of models that read more than text.
+
+    Raises:
+        ValueError: encoders, encoder-decoders, and models that generate no text.
+    """
+    check_decoder(config)
+    kind = str(config.model_type)
+    if type(config) in _mapping("MODEL_FOR_CAUSAL_LM_MAPPING"):
+        return transformers.AutoModelForCausalLM
+    saved_from = getattr(transformers, (config.architectures or [""])[0], None)
+    if isinstance(saved_from, type) and issubclass(saved_from, PreTrainedModel) and saved_from.can_generate():
+        return saved_from
+    for mapping, auto in _WRAPPER_CLASSES:
+        if type(config) in _mapping(mapping):
+            return getattr(transformers, auto)
+    if kind in transformers.CONFIG_MAPPING:
+        raise ValueError(f"{kind!r} is no causal language model of transformers: {_WANTED}")
+    near = difflib.get_close_matches(kind, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1)
+    hint = f" (nearest known: {near[0]})" if near else ""
+    raise ValueError(f"architecture {kind!r} is not known to transformers {transformers.__version__}{hint}: upgrade "
+                     "transformers, give the loaded model, or its module names in the hyperparameters")
+
+
+def check_decoder(config: PretrainedConfig) -> None:
+    """Refuse encoders and encoder-decoders (ValueError)."""
+    kind = str(config.model_type)
+    if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
+        raise ValueError(f"{kind!r} is an encoder-decoder, which can't be edited: {_WANTED}")
+    if type(config) in _mapping("MODEL_FOR_MASKED_LM_MAPPING") and not getattr(config, "is_decoder", False):
+        raise ValueError(f"{kind!r} is an encoder, which sees the tokens after a word, too: {_WANTED}")
+
+
+def meta_model(config: PretrainedConfig) -> nn.Module:
+    """The model of a config on the meta device, where it takes no memory; remote code is never run.
+
+    Raises:
+        ValueError: see ``language_model_class``; or the config's values do not fit together.
+    """
+    loader = language_model_class(config)
+    make = getattr(loader, "from_config", None) or loader._from_config
+    try:
+        with torch.device("meta"):
+            model: nn.Module = make(copy.deepcopy(config))
+    except Exception as error:  # checks of configs and missing packages: of many kinds
+        raise ValueError(f"no model can be built from this {type(config).__name__}: {one_line(error).rstrip('.')}: "
+                         "correct config.json") from error
+    return model
+
+
+def _mapping(name: str) -> Any:
+    return getattr(modeling_auto, name, None) or {}
