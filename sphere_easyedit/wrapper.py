@@ -152,7 +152,7 @@ def prepare(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Seq
 def _easyedits_executor(hparams: SPHEREHyperParams, session: EditSession) -> WrappedExecutor:
     from .easyedit import wrapped_executor  # which imports this file, to register it
 
-    return wrapped_executor(hparams.base_alg, session)
+    return wrapped_executor(hparams, session)
 
 
 def _edit_natively(
