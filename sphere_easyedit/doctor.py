@@ -48,6 +48,12 @@ _OPTIONAL = MappingProxyType({
 })
 _CLONE = (f"git clone https://github.com/zjunlp/EasyEdit && export {_HOME}=\"$PWD/EasyEdit\" && "
           "pip install -e '.[easyedit]'  # in a checkout of sphere-easyedit")
+# With which all of EasyEdit's main at 14cea82 could be imported.
+_TRIED = MappingProxyType({"transformers": "5.23.0"})
+_RERUN = "then run sphere-easyedit doctor again"
+# Distributions of the extra `easyedit` whose modules bear other names.
+_DISTRIBUTIONS = MappingProxyType({"cv2": "opencv-python-headless", "hydra": "hydra-core", "jwt": "pyjwt",
+                                   "sklearn": "scikit-learn"})
 # {module}_{dtype}_mom2[_t{tokens at once}][_{samples}].npz; names that begin with a dot are being written.
 _MOMENT_FILE = re.compile(r"(?P<module>[^.].*)_[a-z0-9]+_mom2(_.*)?\.npz")
 _DECODER_ENDINGS = ("ForCausalLM", "LMHeadModel")
@@ -91,7 +97,7 @@ def examine(stats_dir: Path) -> Report:
     probes: list[tuple[str, Callable[[], list[Item]]]] = [
         ("Packages", package_items),
         ("Devices", device_items),
-        ("EasyEdit", lambda: [easyedit_item()]),
+        ("EasyEdit", lambda: [easyedit_item(), *method_items()]),
         ("Statistics", lambda: statistics_items(stats_dir)),
         ("Models", lambda: [smollm2_item(), *checkpoint_items()]),
     ]
@@ -101,7 +107,7 @@ def examine(stats_dir: Path) -> Report:
             items += probe()
         except Exception as error:  # the rest of the report is worth having whatever is wrong here
             items.append(Item(section, section, "broken", _described(error),
-                              "mend what the error names, then run sphere-easyedit doctor again",
+                              f"mend what the error names, {_RERUN}",
                               required=section in ("Packages", "Devices")))
     return Report(items)
 
@@ -143,12 +149,14 @@ def required_ranges(distribution: str = _DISTRIBUTION) -> dict[str, SpecifierSet
         described = metadata.metadata(distribution)
     except metadata.PackageNotFoundError:
         return {}
-    ranges = {"python": SpecifierSet(described["Requires-Python"] or "")}
-    for text in metadata.requires(distribution) or []:
-        requirement = Requirement(text)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            ranges[canonicalize_name(requirement.name)] = requirement.specifier
-    return ranges
+    return {"python": SpecifierSet(described["Requires-Python"] or ""), **_ranges(distribution, "")}
+
+
+def _ranges(distribution: str, extra: str) -> dict[str, SpecifierSet]:
+    """Version ranges of what an installed distribution requires with an extra ("" for none), by canonical name."""
+    requirements = [Requirement(text) for text in metadata.requires(distribution) or []]
+    return {canonicalize_name(requirement.name): requirement.specifier for requirement in requirements
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra})}
 
 
 def _versioned(name: str, version: str | None, wanted: SpecifierSet, remedy: str, where: str = "") -> Item:
@@ -162,7 +170,10 @@ def _versioned(name: str, version: str | None, wanted: SpecifierSet, remedy: str
 
 
 def _is_present(module: str) -> bool:
-    spec = importlib.util.find_spec(module)
+    try:
+        spec = importlib.util.find_spec(module)
+    except ValueError:  # imported without one
+        return module in sys.modules
     return spec is not None and spec.origin is not None  # any folder of that name has a spec, without an origin
 
 
@@ -240,10 +251,59 @@ def _not_imported(error: BaseException) -> Item:
     if isinstance(cause, ModuleNotFoundError) and cause.name == _PACKAGE:
         where = f"no {_PACKAGE} in {_HOME}={home}" if home else f"not in this Python, and {_HOME} is not set"
         return Item("EasyEdit", "EasyEdit", "missing", where, _CLONE, facts={"error": str(cause)})
-    remedy = _CLONE if no_easyedit or not home else _CLONE.rpartition(" && ")[2]
     described = _described(cause)
-    return Item("EasyEdit", "EasyEdit", "broken", f"can't be imported: {described}", remedy,
-                facts={"error": described, "path": home})
+    return Item("EasyEdit", "EasyEdit", "broken", f"can't be imported: {described}",
+                _CLONE if no_easyedit or not home else import_remedy(cause), facts={"error": described, "path": home})
+
+
+def method_items() -> list[Item]:
+    """Modules of EasyEdit's methods that can't be imported while the rest works, one item for each reason."""
+    from .partial_imports import one_line, unimportable_modules
+
+    by_reason: dict[str, dict[str, Exception]] = {}
+    for module, error in unimportable_modules(_PACKAGE).items():
+        by_reason.setdefault(one_line(error), {})[module] = error
+    items = []
+    for reason, errors in by_reason.items():
+        error = next(iter(errors.values()))
+        items.append(Item("EasyEdit", ", ".join(errors), "broken",
+                          f"can't be imported, all else of EasyEdit can: {_described(error)}", import_remedy(error),
+                          facts={"modules": list(errors), "error": reason}))
+    return items
+
+
+def import_remedy(error: BaseException) -> str:
+    """What mends an import that raised ``error``: a package to install, an older one, or where to look."""
+    module = _module_at_fault(error)
+    top = module.partition(".")[0]
+    if top == _PACKAGE:
+        return f"git -C \"${_HOME}\" pull, {_RERUN}: a part of EasyEdit lacks what another part asks for"
+    providers = metadata.packages_distributions().get(top) or []
+    if providers and _is_present(top):  # and lacks something that another version has
+        name = canonicalize_name(providers[0])
+        version, tried = metadata.version(name), _TRIED.get(name)
+        if tried is not None and version != tried:
+            return f"pip install {name}=={tried}"
+        wanted = required_ranges().get(name, SpecifierSet()) & SpecifierSet(f"<{version}")
+        return f"pip install {shlex.quote(f'{name}{wanted}')}"
+    name = canonicalize_name(_DISTRIBUTIONS.get(top, top))
+    if top and required_ranges() and name in _ranges(_DISTRIBUTION, "easyedit"):
+        return _CLONE.rpartition(" && ")[2]
+    return f"install what provides the module {top!r}, {_RERUN}" if top else f"mend what the error names, {_RERUN}"
+
+
+def _module_at_fault(error: BaseException) -> str:
+    """The module that is absent, or that lacks a name, by an error or its causes; "" where none of them says."""
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause)
+        if isinstance(cause, ImportError) and cause.name and (
+                isinstance(cause, ModuleNotFoundError) or text.startswith("cannot import name")):
+            return cause.name
+        if isinstance(cause, AttributeError) and isinstance(cause.obj, ModuleType):
+            return cause.obj.__name__
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 @contextmanager

@@ -36,8 +36,9 @@ from .hparams_files import find_hparams, read_mapping
 from .loading import load_model, model_source, resolve_device
 from .model_class import meta_model
 from .module_discovery import decoder_parts, num_blocks
+from .partial_imports import import_failure, one_line, tolerant_imports, unimportable_modules
 from .reviewing import change_norms, partway, reviewed
-from .wrapped import WrappedExecutor, hparams_class
+from .wrapped import BASE_METHODS, WrappedExecutor, WrappedSimIE, hparams_class, runs_another
 from .wrapper import apply_sphere_to_model
 
 logger = logging.getLogger(__name__)
@@ -45,33 +46,66 @@ logger = logging.getLogger(__name__)
 SPHERE = "SPHERE"
 _CHOOSES_LAYERS = ("DINM",)  # edits the layer that it finds toxic, whatever its hyperparameters say
 HOME = "EASYEDIT_HOME"
+_PACKAGE = "easyeditor"
+_METHODS = (f"{_PACKAGE}.models", f"{_PACKAGE}.trainer")  # where methods and their training are
 
 
 def load_easyedit() -> ModuleType:
     """EasyEdit's package: the one already imported, else from ``EASYEDIT_HOME``, else as installed.
 
+    A method of EasyEdit's that can't be imported leaves all others usable; a warning says which and why.
+
     Raises:
         ImportError: there is none, it does not import, or it is a release without ``sequential_edit``.
     """
-    loaded = sys.modules.get("easyeditor")
+    loaded = sys.modules.get(_PACKAGE)
     if loaded is not None and hasattr(loaded, "ALG_DICT") and has_sequential_edit(loaded):
         return loaded
     home = os.environ.get(HOME)
     if home:
         sys.path.insert(0, home)
+    before = set(sys.modules)
     try:
-        package = importlib.import_module("easyeditor")
+        with tolerant_imports(_METHODS):
+            package = importlib.import_module(_PACKAGE)
     except ImportError as error:
+        _forget(before)
         where = f"{HOME}={home}" if home else f"this Python, and {HOME} is not set"
         raise ImportError(f"EasyEdit can't be imported from {where} ({error}). Set {HOME} to a checkout of its main "
                           "branch, and install what it imports (this package's extra `easyedit`)") from error
+    except BaseException:
+        _forget(before)
+        raise
     finally:
         if home:
             sys.path.remove(home)
+    failed = unimportable_modules(_PACKAGE)
+    if failed:
+        logger.warning("EasyEdit works without %s, which can't be imported (%s); `sphere-easyedit doctor` says what "
+                       "mends it", ", ".join(failed), "; ".join(dict.fromkeys(map(one_line, failed.values()))))
     if not has_sequential_edit(package):
         raise ImportError(f"EasyEdit at {package.__file__} has no BaseEditor.edit(..., sequential_edit=): set {HOME} "
                           "to a checkout of its main branch")
     return package
+
+
+def _forget(before: set[str]) -> None:
+    """Have the next attempt import all of EasyEdit anew: modules that were imported may hold stand-ins by now."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == _PACKAGE and name not in before]:
+        del sys.modules[name]
+
+
+def _check_imported(name: str, function: Any) -> None:
+    """Raise ImportError if part of a method, the package that its function is in, can't be imported."""
+    for module, error in _unimportable_parts(function).items():
+        raise ImportError(f"EasyEdit's {name} can't be used: {import_failure(module, error)}; `sphere-easyedit doctor` "
+                          "says what mends it", name=module) from error
+
+
+def _unimportable_parts(function: Any) -> dict[str, Exception]:
+    module = str(getattr(function, "__module__", ""))
+    in_methods = any(module.startswith(f"{package}.") for package in _METHODS)
+    return unimportable_modules(".".join(module.split(".")[:3])) if in_methods else {}
 
 
 def has_sequential_edit(package: ModuleType) -> bool:
@@ -167,27 +201,41 @@ def _is_easyedits(entry: Any, package: ModuleType) -> bool:
     return str(getattr(entry, "__module__", "")).startswith(f"{package.__name__}.models.")
 
 
-def wrapped_executor(base_alg: str, session: EditSession) -> WrappedExecutor:
-    """EasyEdit's executor of a method, ready to be wrapped.
+def wrapped_executor(hparams: SPHEREHyperParams, session: EditSession) -> WrappedExecutor:
+    """EasyEdit's executor of ``base_alg``, ready to be wrapped.
 
     Raises:
-        ImportError: there is no EasyEdit, or an old one.
+        ImportError: there is no EasyEdit, an old one, or one whose part for this method can't be imported.
         ValueError: EasyEdit has no such method, or it can't be wrapped.
     """
+    function, batchable = _method("base_alg", hparams.base_alg)
+    if not runs_another(function):
+        return WrappedExecutor(hparams.base_alg, function, session, batchable)
+    base_method = hparams.executor_hparams.get("base_method")
+    if base_method not in BASE_METHODS:
+        raise ValueError(f"base_method is {base_method!r}: {hparams.base_alg} can be wrapped on "
+                         f"{', '.join(BASE_METHODS)}; give one of them")
+    base = WrappedExecutor(base_method, *_method("base_method", base_method)[:1], session, batchable=False)
+    return WrappedSimIE(hparams.base_alg, function, session, base)
+
+
+def _method(field: str, name: str) -> tuple[Callable[..., Any], bool]:
+    """EasyEdit's function of a method, and whether EasyEdit lists it as editing several requests in one call."""
     package = load_easyedit()
     algorithms = package.ALG_DICT
-    if base_alg not in algorithms:
-        near = difflib.get_close_matches(base_alg, algorithms, n=1)
+    if name not in algorithms:
+        near = difflib.get_close_matches(name, algorithms, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(algorithms))}"
-        raise ValueError(f"base_alg is {base_alg!r}, which EasyEdit does not have: {hint}")
-    return WrappedExecutor(base_alg, algorithms[base_alg], session,
-                           _batch_editor(package).is_batchable_method(base_alg))
+        raise ValueError(f"{field} is {name!r}, which EasyEdit does not have: {hint}")
+    _check_imported(name, algorithms[name])
+    return algorithms[name], bool(_batch_editor(package).is_batchable_method(name))
 
 
 def wrappable(package: ModuleType) -> list[str]:
     """Methods of EasyEdit that ``executor: easyedit`` takes, sorted."""
     return sorted(name for name, function in package.ALG_DICT.items()
-                  if name not in (SPHERE, *_CHOOSES_LAYERS) and hparams_class(function) is not None)
+                  if name not in (SPHERE, *_CHOOSES_LAYERS) and hparams_class(function) is not None
+                  and not _unimportable_parts(function))
 
 
 def make_editor(hparams: Any, dtype: str | torch.dtype | None = torch.float32) -> Any:
@@ -201,12 +249,13 @@ def make_editor(hparams: Any, dtype: str | torch.dtype | None = torch.float32) -
         dtype: of the weights; EasyEdit's own is float32. None for the checkpoint's.
 
     Raises:
-        ImportError: there is no EasyEdit, or an old one.
+        ImportError: there is no EasyEdit, an old one, or one whose part for this method can't be imported.
         ValueError: the model can't be loaded, or registering is refused.
     """
     package = load_easyedit()
     if isinstance(hparams, SPHEREHyperParams):
         register()
+    _check_imported(hparams.alg_name, package.ALG_DICT.get(hparams.alg_name))
     model, tok = load_model(hparams.model_name, "auto" if hparams.model_parallel else hparams.device, dtype)
     if tok.pad_token is None:
         tok.pad_token = tok.eos_token
@@ -243,14 +292,18 @@ def read_hparams(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImportError: there is no EasyEdit, or an old one.
-        ValueError: EasyEdit has no such method, or a value is wrong.
+        ImportError: there is no EasyEdit, an old one, or one whose part for this method can't be imported.
+        ValueError: EasyEdit has no such method, its own class for it reads a second file, or a value is wrong.
     """
     mapping = {**read_mapping(find_hparams(name)), **(overrides or {})}
     alg_name = str(mapping.get("alg_name", SPHERE))
     if alg_name in (SPHERE, *PLAIN_ALGS):
         return SPHEREHyperParams.from_dict(mapping)
     function = load_easyedit().ALG_DICT.get(alg_name)
+    _check_imported(alg_name, function)
+    if function is not None and runs_another(function):
+        raise ValueError(f"{name} is for alg_name {alg_name!r}, whose class takes the values of base_method from a "
+                         "second file: read it with the class's own from_hparams")
     method_class = None if function is None else hparams_class(function)
     if method_class is None:
         raise ValueError(f"{name} is for alg_name {alg_name!r}: give a file of {SPHERE}, {', '.join(PLAIN_ALGS)}, "

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Methods whose target values our optimiser computes as they do, and that read them from cache files.
 BATCHED_TARGET_VALUES = ("MEMIT", "AlphaEdit")
+# Methods that SimIE runs, of those that can be wrapped.
+BASE_METHODS = ("ROME", "MEMIT", "FT")
 
 _ABSENT = object()
 _CONTEXTS = "CONTEXT_TEMPLATES_CACHE"
@@ -48,6 +50,14 @@ _KEY_SUMS = "cache_c"  # AlphaEdit's sums of earlier keys, (layers, d_in, d_in),
 _PRISTINE: Mapping[str, Callable[[], Any]] = MappingProxyType({
     _CONTEXTS: lambda: None, "COV_CACHE": dict, "KZ_CACHE": dict, "inv_mom2_cache": dict,
     "P": lambda: _ABSENT, "P_loaded": bool, _KEY_SUMS: lambda: _ABSENT, "cache_c_new": bool,
+})
+_KEY_MOMENTS = "matrix_P."  # SimIE's, (d_in, d_in) by parameter name, added to with every request
+# Fields of ULTRAEDIT's class alone: how many requests share a forward pass, how many rows are normalised at once.
+_PORTIONS = ("batch_size_once", "editor_batch_size")
+# What classes ask for and their functions never read.
+_UNREAD: Mapping[str, Any] = MappingProxyType({
+    "model_class": "AutoModelForCausalLM", "tokenizer_class": "AutoTokenizer", "tokenizer_name": "", "dropout": 0.0,
+    "no_grad_layers": None, "silent": False, "results_dir": ".", "fp16": False,
 })
 _CACHE_FILE = "layer_{}_clamp_{}_case_{}.npz"  # the three slots that EasyEdit fills
 
@@ -72,9 +82,12 @@ class WrappedExecutor:
             raise ValueError(f"base_alg {name!r} can't be wrapped: EasyEdit's function for it takes no layers with one "
                              "weight each and returns no original weights")
         self._class = method_class
-        self._fields = {field.name for field in dataclasses.fields(method_class)}
+        self._fields = {field.name for field in dataclasses.fields(method_class) if field.init}
+        self._known = self._fields  # names that may be given
         self._is_rome_like = "context_template_length_params" in self._fields
         self._reads_prompt = "fact_token" not in self._fields  # fine-tuning: no place in the prompt to look up
+        # EasyEdit's editor goes by a list of names that lacks PMET and MEMIT-FE, which then compute nonsense.
+        self._padding_side = "left" if self._reads_prompt else "right"
         # Its list lacks EAMET; ROME and its kin, which take the first request only, call their argument `request`.
         takes_all = "requests" in inspect.signature(function).parameters and not self._reads_prompt
         self._batchable = batchable or takes_all
@@ -93,11 +106,11 @@ class WrappedExecutor:
         numbered = [_request(raw, self._session.num_edits + i, self._reads_prompt) for i, raw in enumerate(requests)]
         with ExitStack() as stack:
             stack.enter_context(_named(editable))
-            # EasyEdit's editor goes by a list of names that lacks PMET and MEMIT-FE, which then compute nonsense.
-            stack.enter_context(_padded(tok, "left" if self._reads_prompt else "right"))
+            stack.enter_context(_padded(tok, self._padding_side))
             stack.enter_context(_untied(editable))
             stack.enter_context(_gradients_restored(model))
-            stack.enter_context(self._globals(hparams, own))
+            stack.enter_context(_attributes_restored(getattr(self._function, "__self__", None)))
+            stack.enter_context(self._state(editable, hparams, own))
             self._prepare_statistics(editable, tok, hparams, own, stack)
             if kwargs.get("cache_template") is None and self._batches_target_values(hparams):
                 folder = hparams.target_values_dir or stack.enter_context(tempfile.TemporaryDirectory())
@@ -111,23 +124,36 @@ class WrappedExecutor:
         return edited, originals
 
     def check(self, hparams: SPHEREHyperParams, editable: EditableModel, batch_size: int) -> Any:
-        """Hyperparameters of the method's own class: its own values before ours, what the model tells before both.
+        """Hyperparameters of the method's own class for a batch of this size.
 
         Raises:
             ValueError: values are missing, unknown or do not fit, or the method takes one request a call.
         """
         if batch_size > 1 and not self._batchable:
             raise ValueError(f"{self._name} edits one request a call and got {batch_size}: set batch_size to 1")
-        modules = hparams.executor_hparams.get("rewrite_module_tmps")
-        if modules is not None and list(modules) != [hparams.rewrite_module_tmp]:
+        given, template = hparams.executor_hparams, editable.names.rewrite_module_tmp
+        modules = given.get("rewrite_module_tmps")
+        if modules is not None and list(modules) != [template]:
             raise ValueError(f"rewrite_module_tmps is {modules!r}: SPHERE projects one weight a layer; give it the one "
-                             f"that rewrite_module_tmp names, {hparams.rewrite_module_tmp!r}")
-        unknown = [key for key in hparams.executor_hparams if key not in self._fields]
+                             f"that rewrite_module_tmp names, {template!r}")
+        weights = given.get("inner_params")
+        ours = [template.format(layer) for layer in editable.layers]
+        if weights is not None and [str(name).removesuffix(".weight") for name in weights] != ours:
+            raise ValueError(f"inner_params is {weights!r}: SPHERE projects one weight a layer, those that layers and "
+                             f"rewrite_module_tmp name ({', '.join(ours)}); leave inner_params out, or give these")
+        if given.get("half") and "half" in self._known:
+            raise ValueError("half is true, which would turn the whole model into float16: set it to false, and load "
+                             "the model in the dtype that you want")
+        unknown = [key for key in given if key not in self._known]
         if unknown:
-            near = difflib.get_close_matches(unknown[0], self._fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(self._fields))}"
-            raise ValueError(f"{unknown[0]!r} (value {hparams.executor_hparams[unknown[0]]!r}) is no hyperparameter of "
-                             f"{self._name}: {hint}")
+            near = difflib.get_close_matches(unknown[0], self._known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(self._known))}"
+            raise ValueError(f"{unknown[0]!r} (value {given[unknown[0]]!r}) is no hyperparameter of {self._name}: "
+                             f"{hint}")
+        return self._own_hparams(hparams, editable, batch_size)
+
+    def _own_hparams(self, hparams: SPHEREHyperParams, editable: EditableModel, batch_size: int) -> Any:
+        """The method's own class: its own values before ours, what the model tells before both."""
         ours = dataclasses.asdict(editable.names) | {
             name: value for name, value in hparams.to_dict().items() if value is not None}
         if hparams.rewrite_module_tmp is None and self._reads_prompt:
@@ -138,12 +164,15 @@ class WrappedExecutor:
             # Which way round a weight is stored is told by the model's name.
             "model_name": "gpt2-xl" if transposed else "llama",
             "P_loc": os.devnull,  # any file that exists: P is put in place beforehand
+            "inner_params": [editable.names.rewrite_module_tmp.format(layer) for layer in editable.layers],
         }
         if "P_loc" in self._fields:  # AlphaEdit's class asks for both, and reads neither once P is in place
             ours.setdefault("mom2_update_weight", 0.0)
             if hparams.nullspace_share is not None:
                 ours.setdefault("nullspace_threshold", 0.0)
-        values = {**ours, **hparams.executor_hparams, **known}
+        values = {**_UNREAD, **ours, **hparams.executor_hparams, **known}
+        if set(_PORTIONS) <= self._fields and set(_PORTIONS) <= values.keys():
+            values |= {"batch_size": batch_size, "batch_size_once": _portion(values, batch_size)}
         required = [field.name for field in dataclasses.fields(self._class)
                     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]
         missing = [name for name in required if name not in values]
@@ -153,7 +182,7 @@ class WrappedExecutor:
         return self._class(**{name: value for name, value in values.items() if name in self._fields})
 
     @contextmanager
-    def _globals(self, hparams: SPHEREHyperParams, own: Any) -> Iterator[None]:
+    def _state(self, editable: EditableModel, hparams: SPHEREHyperParams, own: Any) -> Iterator[None]:
         """The session's state in the method's module globals; kept when all went well, gone from them in any case."""
         package = self._module.__name__.rpartition(".")[0]
         modules = [module for name, module in list(sys.modules.items())
@@ -251,6 +280,58 @@ class WrappedExecutor:
                 np.savez(stream, v_star=value.float().cpu().numpy())
 
 
+class WrappedSimIE(WrappedExecutor):
+    """SimIE: for each request in turn another method edits the original weights, and part of its change is kept.
+
+    Its function keeps its state on the hyperparameter object. Here second moments of keys are in the session, original
+    weights too, and the weights to go on from are the model's, which SPHERE may have changed.
+
+    Args:
+        name, function, session: as for ``WrappedExecutor``.
+        base: the other method, wrapped for the same session.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], session: EditSession, base: WrappedExecutor) -> None:
+        super().__init__(name, function, session)
+        self._base = base
+        self._batchable = True  # its function goes through the requests itself
+        self._known = self._fields | base._known
+        self._padding_side = base._padding_side
+
+    def _own_hparams(self, hparams: SPHEREHyperParams, editable: EditableModel, batch_size: int) -> Any:
+        own = super()._own_hparams(hparams, editable, batch_size)
+        own._base_hparams = self._base._own_hparams(hparams, editable, 1)
+        return own
+
+    @contextmanager
+    def _state(self, editable: EditableModel, hparams: SPHEREHyperParams, own: Any) -> Iterator[None]:
+        with self._base._state(editable, hparams, own._base_hparams):
+            moments = {name.removeprefix(_KEY_MOMENTS): moment for name, moment
+                       in self._session.executor_history.items() if name.startswith(_KEY_MOMENTS)}
+            if moments:
+                own._simie_instance = self._resumed(editable, own, moments)
+                own._simie_call_count = own._simie_total_edits = self._session.num_edits
+            yield
+        self._session.executor_history = {f"{_KEY_MOMENTS}{name}": moment.cpu() for name, moment
+                                          in own._simie_instance.matrix_P.items()}
+
+    def _resumed(self, editable: EditableModel, own: Any, moments: Mapping[str, Tensor]) -> Any:
+        simie: Any = vars(self._module)["SimIE"](lamHyper=own.lamHyper, init=own.init_model, solver=own.solver)
+        originals = {editable.parameter_name(layer): editable.orient(layer, weight)
+                     for layer, weight in self._session.original.items()}
+        simie.initialization(own.model_name, originals, own.device, own.fast)
+        # Copies, since the method adds to them in place, and a failed batch must leave the session's own.
+        simie.matrix_P = {name: moments[name].to(held.device, copy=True) for name, held in simie.matrix_P.items()}
+        simie.weights_copy = {editable.parameter_name(layer): editable.orient(layer, weight).to(
+            simie.weights_copy[editable.parameter_name(layer)].device, copy=True)
+            for layer, weight in editable.weights().items()}
+        return simie
+
+    def _prepare_statistics(self, editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
+                            own: Any) -> None:
+        self._base._prepare_statistics(editable, tok, hparams, own._base_hparams)
+
+
 def hparams_class(function: Callable[..., Any]) -> type | None:
     """The hyperparameter class of an executor that can be wrapped, by its signature; None for any other."""
     try:
@@ -264,8 +345,29 @@ def hparams_class(function: Callable[..., Any]) -> type | None:
     if not (isinstance(annotation, type) and dataclasses.is_dataclass(annotation)):
         return None
     names = {field.name for field in dataclasses.fields(annotation)}
-    fits = {"layers", "rewrite_module_tmp"} <= names and "return_orig_weights" in signature.parameters
-    return annotation if fits else None
+    fits = any(wanted <= names for wanted in ({"layers", "rewrite_module_tmp"}, {"inner_params", *_PORTIONS},
+                                              {"base_method"}))
+    return annotation if fits and "return_orig_weights" in signature.parameters else None
+
+
+def runs_another(function: Callable[..., Any]) -> bool:
+    """Whether an executor runs another method of EasyEdit's, which its hyperparameters name (SimIE)."""
+    method_class = hparams_class(function)
+    return method_class is not None and "base_method" in {field.name for field in dataclasses.fields(method_class)}
+
+
+def _portion(values: Mapping[str, Any], batch_size: int) -> int:
+    """Largest portion, at most the one that was asked for, of which a batch holds a whole number: a rest would be
+    dropped."""
+    for name in _PORTIONS:
+        if not isinstance(values[name], int) or values[name] < 1:
+            raise ValueError(f"{name} is {values[name]!r}: give a whole number from 1 up")
+    wanted = min(values["batch_size_once"], batch_size)
+    portion = next(size for size in range(wanted, 0, -1) if batch_size % size == 0)
+    if portion != wanted:
+        logger.info("batch_size_once is %d, of which %d requests hold no whole number: taking %d at once",
+                    values["batch_size_once"], batch_size, portion)
+    return portion
 
 
 def _request(raw: Mapping[str, Any], number: int, fill: bool) -> dict[str, Any]:
@@ -333,6 +435,18 @@ def _untied(editable: EditableModel) -> Iterator[None]:
         yield
     finally:
         head.weight = tied
+
+
+@contextmanager
+def _attributes_restored(instance: Any) -> Iterator[None]:
+    """An object's attributes as before, None for no object: EasyEdit's executors of a class keep the last model."""
+    kept = {} if instance is None else dict(vars(instance))
+    try:
+        yield
+    finally:
+        if instance is not None:
+            vars(instance).clear()
+            vars(instance).update(kept)
 
 
 @contextmanager

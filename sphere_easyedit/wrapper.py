@@ -200,7 +200,7 @@ def read_requests(editable: EditableModel, tok: PreTrainedTokenizerBase, request
 def _easyedits_executor(hparams: SPHEREHyperParams, session: EditSession) -> WrappedExecutor:
     from .easyedit import wrapped_executor  # which imports this file, to register it
 
-    return wrapped_executor(hparams.base_alg, session)
+    return wrapped_executor(hparams, session)
 
 
 def _edit_natively(

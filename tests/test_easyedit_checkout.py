@@ -41,7 +41,12 @@ OWN: dict[str, dict[str, Any]] = {
     "EMMET": {"update_norm_lambda": 0, "emmet_lambda": 0.1},
     "PMET": {"rewrite_module_tmps": [DOWN], "nll_loss_factor": 1},
     "CORE": {},
+    "ULTRAEDIT": {"lr": 0.1, "token": "mask", "batch_size_once": 3, "editor_batch_size": 32},
+    **{f"SimIE on {base}": {"lamHyper": 2.0, "init_model": base != "FT", "solver": "LU", "fast": base == "MEMIT"}
+       for base in ("ROME", "MEMIT", "FT")},
 }
+for _base in ("ROME", "MEMIT", "FT"):
+    OWN[f"SimIE on {_base}"] |= {"base_method": _base, **OWN[_base]}
 ONE_BY_ONE = ("ROME", "R-ROME")
 
 
@@ -58,9 +63,9 @@ def golden(golden_llama: Golden) -> Golden:
     return golden_llama
 
 
-def hparams_for(golden: Golden, base_alg: str, executor: str = "easyedit", **changes: Any) -> sphere.SPHEREHyperParams:
-    own = OWN[base_alg] if executor == "easyedit" else {}
-    return golden.hparams(**{"base_alg": base_alg, "executor": executor, "projection_stage": "update",
+def hparams_for(golden: Golden, name: str, executor: str = "easyedit", **changes: Any) -> sphere.SPHEREHyperParams:
+    own = OWN[name] if executor == "easyedit" else {}
+    return golden.hparams(**{"base_alg": name.partition(" on ")[0], "executor": executor, "projection_stage": "update",
                              "model_name": str(golden.folder / "tiny-llama"), **own, **changes})
 
 
@@ -98,17 +103,29 @@ def equal(a: dict[int, Tensor], b: dict[int, Tensor]) -> bool:
 
 
 def function_of(package: Any, name: str) -> Callable[..., Any]:
-    return package.ALG_DICT[name]  # type: ignore[no-any-return]
+    return package.ALG_DICT[name.partition(" on ")[0]]  # type: ignore[no-any-return]
 
 
 def easyedits_own(package: Any, golden: Golden, name: str) -> Any:
     """Hyperparameters of EasyEdit's own class for a method, made by hand."""
     hparams_class = function_of(package, name).__annotations__["hparams"]
-    values = {**golden.meta["hparams"], "stats_dir": str(golden.folder / "stats"), "alg_name": name,
+    method, _, base = name.partition(" on ")
+    values = {**golden.meta["hparams"], "stats_dir": str(golden.folder / "stats"), "alg_name": method,
               "model_name": str(golden.folder / "tiny-llama"), "device": "cpu", "L2": golden.meta["alphaedit"]["L2"],
-              "P_loc": str(golden.folder / "null_space_project.pt"), "nullspace_threshold": 0.02, **OWN[name]}
-    known = {field.name for field in dataclasses.fields(hparams_class)}
-    return hparams_class(**{key: value for key, value in values.items() if key in known})
+              "P_loc": str(golden.folder / "null_space_project.pt"), "nullspace_threshold": 0.02,
+              "max_length": 40, "model_parallel": False, **OWN[name]}
+    if method == "SimIE":
+        values |= {"fp16": False}
+    if method == "ULTRAEDIT":
+        values |= {"model_class": "AutoModelForCausalLM", "tokenizer_class": "AutoTokenizer", "tokenizer_name": "",
+                   "dropout": 0.0, "no_grad_layers": None, "silent": False, "results_dir": ".",
+                   "batch_size": batch_size(golden),
+                   "inner_params": [f"{DOWN.format(layer)}.weight" for layer in values["layers"]]}
+    known = {field.name for field in dataclasses.fields(hparams_class) if field.init}
+    made = hparams_class(**{key: value for key, value in values.items() if key in known})
+    if base:
+        made._base_hparams = easyedits_own(package, golden, base)
+    return made
 
 
 def fresh_globals(package: Any, golden: Golden, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +133,8 @@ def fresh_globals(package: Any, golden: Golden, name: str, monkeypatch: pytest.M
     main = importlib.import_module(function_of(package, name).__module__)
     templates = golden.meta["context_templates"]
     flat = [template for group in templates for template in group]
+    if " on " in name:
+        fresh_globals(package, golden, name.partition(" on ")[2], monkeypatch)
     fresh = {"CONTEXT_TEMPLATES_CACHE": flat if name in ONE_BY_ONE else templates, "COV_CACHE": {}, "P_loaded": False,
              "cache_c_new": False}
     for key, value in fresh.items():
@@ -139,7 +158,7 @@ def test_register_and_back(package: Any) -> None:
 
 
 def test_easyedits_methods_can_be_wrapped(package: Any) -> None:
-    assert set(OWN) <= set(wrappable(package))
+    assert {name.partition(" on ")[0] for name in OWN} <= set(wrappable(package))
     assert not {"IKE", "GRACE", "LoRA", "KN", "SPHERE", "RECT"} & set(wrappable(package))
 
 
@@ -161,7 +180,7 @@ def test_alpha_zero_leaves_easyedits_bits(package: Any, golden: Golden, name: st
     fresh_globals(package, golden, name, monkeypatch)
     own = easyedits_own(package, golden, name)
     alone, tok = golden.load()
-    tok.padding_side = "left" if name == "FT" else "right"
+    tok.padding_side = "left" if name in ("FT", "SimIE on FT", "ULTRAEDIT") else "right"
     wrapped, _ = golden.load()
     hparams = hparams_for(golden, name, alpha=0.0, batch_size=getattr(own, "batch_size", 1))
     for number in range(2):
@@ -172,14 +191,15 @@ def test_alpha_zero_leaves_easyedits_bits(package: Any, golden: Golden, name: st
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             sphere.apply_sphere_to_model(wrapped, tok, requests, hparams)
-    assert not equal(weights_of(alone, own), weights_of(golden.load()[0], own))
-    assert equal(weights_of(wrapped, own), weights_of(alone, own))
+    assert not equal(weights_of(alone, hparams), weights_of(golden.load()[0], hparams))
+    assert equal(weights_of(wrapped, hparams), weights_of(alone, hparams))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.8])
-@pytest.mark.parametrize("base_alg", ["FT", "ROME", "MEMIT", "RECT", "PRUNE", "AlphaEdit"])
-def test_figure_2_methods_with_energy(package: Any, golden: Golden, base_alg: str, alpha: float) -> None:
-    """Each of the six with HE tracked; SPHERE changes the weights, tracking does not."""
+@pytest.mark.parametrize("base_alg", ["FT", "ROME", "MEMIT", "RECT", "PRUNE", "AlphaEdit", "ULTRAEDIT",
+                                      "SimIE on ROME"])
+def test_methods_with_energy(package: Any, golden: Golden, base_alg: str, alpha: float) -> None:
+    """The paper's six and two more, with HE tracked; SPHERE changes the weights, tracking does not."""
     size = 1 if base_alg in ONE_BY_ONE else batch_size(golden)
     executor = "native" if base_alg in ("RECT", "PRUNE") else "easyedit"
     hparams = hparams_for(golden, base_alg, executor, alpha=alpha, batch_size=size)
@@ -230,7 +250,8 @@ def test_tracking_methods_that_leave_the_weights(package: Any, golden: Golden) -
 
 
 @pytest.mark.parametrize(("base_alg", "executor"), [("AlphaEdit", "native"), ("PRUNE", "native"),
-                                                    ("AlphaEdit", "easyedit"), ("FT", "easyedit")])
+                                                    ("AlphaEdit", "easyedit"), ("FT", "easyedit"),
+                                                    ("ULTRAEDIT", "easyedit"), ("SimIE on ROME", "easyedit")])
 def test_single_edits_restore_and_leave_nothing(package: Any, golden: Golden, base_alg: str, executor: str) -> None:
     """``edit`` without sequential_edit: after several edits the weights are the original ones, and the last edit did
     what it does to a fresh model."""
@@ -359,9 +380,10 @@ def test_smollm2_by_its_folder(package: Any, tmp_path: Path) -> None:
     assert tracker.records[1].energy != tracker.records[0].energy
 
 
-def test_wrapped_session_goes_on_from_file(package: Any, golden: Golden, tmp_path: Path) -> None:
+@pytest.mark.parametrize("base_alg", ["AlphaEdit", "SimIE on ROME"])
+def test_wrapped_session_goes_on_from_file(package: Any, golden: Golden, base_alg: str, tmp_path: Path) -> None:
     """EasyEdit's key sums are in the saved session: a run that goes on from it ends like one that never stopped."""
-    hparams = hparams_for(golden, "AlphaEdit")
+    hparams = hparams_for(golden, base_alg)
     whole, tok = golden.load()
     for number in range(2):
         sphere.apply_sphere_to_model(whole, tok, golden.batch(number), hparams)

@@ -46,11 +46,14 @@ MODULES = {
              "mlp_module_tmp": "transformer.h.{}.mlp", "attn_module_tmp": "transformer.h.{}.attn",
              "ln_f_module": "transformer.ln_f", "lm_head_module": "transformer.wte"},
 }
-METHODS = ["MEMIT", "AlphaEdit", "ROME", "EMMET", "FT"]
+METHODS = ["MEMIT", "AlphaEdit", "ROME", "EMMET", "FT", "ULTRAEDIT", "SimIE"]
+LEFT = ("FT", "ULTRAEDIT")  # padded on the left
 EXTRAS: dict[str, dict[str, Any]] = {
     "FT": {"num_steps": 3, "lr": 0.01},
     "ROME": {"context_template_length_params": [[5, 2]]},
     "EMMET": {"emmet_lambda": 0.2},
+    "ULTRAEDIT": {"lr": 0.05, "batch_size_once": 2, "editor_batch_size": 8},
+    "SimIE": {"base_method": "MEMIT", "lamHyper": 0.5, "init_model": True, "solver": "LU", "fast": False},
 }
 STATE = ("CONTEXT_TEMPLATES_CACHE", "COV_CACHE", "inv_mom2_cache", "P", "P_loaded", "cache_c", "cache_c_new")
 SETTINGS = {"v_num_grad_steps": 2, "v_lr": 0.5, "v_loss_layer": 3, "clamp_norm_factor": 4.0, "mom2_adjustment": True,
@@ -110,7 +113,15 @@ class Home:
                   **EXTRAS.get(method, {}), **changes}
         if method == "FT":
             values["rewrite_module_tmp"] += ".weight"  # as EasyEdit's files for it, else it tunes biases too
-        return own(**{field.name: values[field.name] for field in fields(own) if field.name in values})
+        if method == "ULTRAEDIT":
+            values |= {"model_class": "", "inner_params": [values["rewrite_module_tmp"].format(i) for i in (1, 2)]}
+        if method == "SimIE":
+            values |= {"fp16": False, "model_parallel": False,
+                       "model_name": "gpt2-xl" if family == "gpt2" else "llama"}  # which way round weights are stored
+        made = own(**{field.name: values[field.name] for field in fields(own) if field.name in values and field.init})
+        if method == "SimIE":
+            made._base_hparams = self.alone(package, made.base_method, family, **changes)
+        return made
 
 
 def load(path: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -175,7 +186,9 @@ def run(model: nn.Module, tok: PreTrainedTokenizerBase, hparams: sphere.SPHEREHy
 
 def call_host(package: Any, model: nn.Module, tok: PreTrainedTokenizerBase, own: Any, batch: Sequence[Request]) -> None:
     """The host's executor by itself, with the padding that it needs."""
-    tok.padding_side = "left" if own.alg_name == "FT" else "right"
+    tok.padding_side = "left" if own.alg_name in LEFT else "right"
+    if hasattr(own, "batch_size_once"):
+        own.batch_size, own.batch_size_once = len(batch), min(own.batch_size_once, len(batch))
     package.ALG_DICT[own.alg_name](model, tok, list(batch), own, return_orig_weights=True)
 
 
@@ -344,6 +357,96 @@ def test_old_release_is_refused(host: Any, tmp_path: Path, monkeypatch: pytest.M
 def test_imported_package_wins(host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path / "nowhere"))
     assert easyedit.load_easyedit() is host
+
+
+# --- methods of the host's that can't be imported -------------------------------------------------------------
+
+
+@pytest.fixture
+def partly_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the stand-in with a method more, which asks transformers for a module that is gone."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(STAND_IN, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    gone = folder / "easyeditor" / "models" / "unke"
+    gone.mkdir()
+    (gone / "__init__.py").write_text("from .unke_main import UnkeExecutor, apply_unke_to_model\n")
+    (gone / "unke_main.py").write_text(
+        "from transformers.modeling_that_is_gone import mask\n\n\ndef apply_unke_to_model(): ...\n\n\n"
+        "class UnkeExecutor: ...\n")
+    methods = folder / "easyeditor" / "util" / "alg_dict.py"
+    methods.write_text("from ..models.unke import UnkeExecutor, apply_unke_to_model\n" + methods.read_text()
+                       + "\nALG_DICT |= {'UNKE': apply_unke_to_model, 'UNKE-2': UnkeExecutor().apply_to_model}\n")
+    monkeypatch.setenv("EASYEDIT_HOME", str(folder))
+    monkeypatch.chdir(tmp_path)
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "easyeditor"}
+    yield folder
+    sphere.unregister()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "easyeditor"]:
+        del sys.modules[name]
+    sys.modules.update(kept)
+
+
+REASON = (r"easyeditor\.models\.unke\.unke_main can't be imported \(ModuleNotFoundError: No module named "
+          r"'transformers\.modeling_that_is_gone'\)")
+
+
+def test_register_gets_past_a_method_that_can_not_be_imported(partly_broken: Path, home: Home,
+                                                              caplog: pytest.LogCaptureFixture) -> None:
+    finders = list(sys.meta_path)
+    sphere.register()
+    sphere.register()
+    assert sys.meta_path == finders
+    (warning,) = [record.getMessage() for record in caplog.records if "imported" in record.getMessage()]
+    assert "easyeditor.models.unke.unke_main" in warning and "modeling_that_is_gone" in warning
+    assert "\n" not in warning
+    editor = sys.modules["easyeditor"].BaseEditor.from_hparams(home.wrapped("MEMIT", batch_size=2))
+    edit_through(editor, 2, FACTS, sequential_edit=True)
+    expected = edited_weights(editor.model, home.hparams())
+    with fresh_host():  # the same copy, registered by nobody
+        assert equal(run(*home.load(), home.wrapped("MEMIT", batch_size=2), batches_for("MEMIT")), expected)
+
+
+@pytest.mark.parametrize("name", ["UNKE", "UNKE-2"])
+def test_method_that_can_not_be_imported_says_why_when_used(name: str, partly_broken: Path, home: Home) -> None:
+    package = easyedit.load_easyedit()
+    assert not {"UNKE", "UNKE-2"} & set(easyedit.wrappable(package))
+    model, tok = home.load()
+    before = state_of(model)
+    for use in (lambda: package.ALG_DICT[name](model, tok, FACTS[:1], None), lambda: package.ALG_DICT[name].attribute,
+                lambda: run(model, tok, home.wrapped(name), [FACTS[:1]]),
+                lambda: easyedit.make_editor(SimpleNamespace(alg_name=name))):
+        with pytest.raises(ImportError, match=REASON) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+    assert equal(state_of(model), before)
+
+
+def test_hosts_own_sphere_that_can_not_be_imported(partly_broken: Path, home: Home) -> None:
+    main = partly_broken / "easyeditor" / "models" / "SPHERE" / "SPHERE_main.py"
+    main.write_text("import no_such_module\n" + main.read_text())
+    sphere.register()
+    package = sys.modules["easyeditor"]
+    editor = package.BaseEditor.from_hparams(home.hparams())
+    editor.edit(**arguments(FACTS[:1]), sequential_edit=True)
+    assert equal(edited_weights(editor.model, home.hparams()), run(*home.load(), home.hparams(), [FACTS[:1]]))
+    sphere.unregister()
+    with pytest.raises(ImportError, match="no_such_module"):
+        package.ALG_DICT["SPHERE"]()
+
+
+def test_what_every_edit_needs_must_be_imported(partly_broken: Path) -> None:
+    common = partly_broken / "easyeditor" / "util" / "common.py"
+    source = common.read_text()
+    common.write_text("import no_such_module\n" + source)
+    finders = list(sys.meta_path)
+    # Methods import this file too; it is the editor that can't do without.
+    with pytest.raises(ImportError, match="EasyEdit can't be imported from EASYEDIT_HOME.*no_such_module"):
+        sphere.register()
+    assert sys.meta_path == finders
+    assert not [name for name in sys.modules if name.partition(".")[0] == "easyeditor"]
+    common.write_text(source)
+    sphere.register()  # with what was missing
+    assert sorted(easyedit.wrappable(sys.modules["easyeditor"])) == sorted(METHODS)
 
 
 # --- native methods through the host's editor ---------------------------------------------------------------
@@ -545,6 +648,63 @@ def test_rome_takes_one_request_a_call(home: Home, host: Any) -> None:
     assert len(called) == 1
 
 
+def test_batch_that_portions_do_not_fit(home: Home, host: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The host drops what is left over: portions are made smaller, so that every fact is edited."""
+    called: list[Any] = []
+    spy(host, "ULTRAEDIT", lambda _model, _tok, requests, own, **kwargs: called.append(
+        (len(requests), own.batch_size, own.batch_size_once)))
+    with caplog.at_level(logging.INFO):
+        weights = [run(*home.load(), home.wrapped("ULTRAEDIT", batch_size_once=once), [FACTS[:3]]) for once in (2, 1)]
+    assert called == [(3, 3, 1), (3, 3, 1)]
+    assert equal(*weights)
+    assert len([record for record in caplog.records if "batch_size_once is 2" in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize(("method", "changes", "message"), [
+    ("ULTRAEDIT", {"batch_size_once": 0}, "batch_size_once is 0: give a whole number"),
+    ("ULTRAEDIT", {"editor_batch_size": "many"}, "editor_batch_size is 'many': give a whole number"),
+    ("ULTRAEDIT", {"half": True}, "half is true.*float16"),
+    ("ULTRAEDIT", {"inner_params": ["model.layers.1.mlp.up_proj"]}, "inner_params is .*up_proj.*leave inner_params"),
+    ("SimIE", {"base_method": None}, "base_method is None: SimIE can be wrapped on ROME, MEMIT, FT"),
+    ("SimIE", {"base_method": "SimIE"}, "base_method is 'SimIE'"),
+    ("SimIE", {"lamHyperr": 2.0}, "'lamHyperr' .*'lamHyper'"),
+    ("SimIE", {"base_method": "ROME"}, "ROME needs context_template_length_params"),
+    ("SimIE", {"mom2_update_weight": None}, "MEMIT needs mom2_update_weight"),
+])
+def test_values_that_do_not_fit_are_named(method: str, changes: dict[str, Any], message: str, home: Home, host: Any
+                                          ) -> None:
+    model, tok = home.load()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message) as caught:
+        run(model, tok, home.wrapped(method, **changes), [FACTS[:1]])
+    assert "\n" not in str(caught.value)
+    assert equal(state_of(model), before)
+
+
+@pytest.mark.parametrize("base", ["ROME", "MEMIT", "FT"])
+def test_one_method_on_another(base: str, home: Home, host: Any) -> None:
+    """SimIE's own bits on each method that it runs, in batches, from weights that are projected or not."""
+    changes = {"base_method": base, **EXTRAS.get(base, {}), "init_model": base == "FT"}
+    hparams = home.wrapped("SimIE", **changes, alpha=0.0, context_templates=None)
+    batches, (model, tok) = batches_for("SimIE"), home.load()
+    assert equal(run(model, tok, hparams, batches), run_alone(home, "SimIE", batches, **changes))
+    history = sphere.EditSession.of(model).executor_history
+    assert list(history) == [f"matrix_P.model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)]
+    # With SPHERE the second batch goes on from projected weights: its change is added to those that the model has.
+    model, _ = home.load()
+    projected = home.wrapped("SimIE", **changes, alpha=0.5)
+    first, second = (run(model, tok, projected, [batch]) for batch in batches)
+    assert not equal(first, second)
+    assert all(torch.isfinite(weight).all() for weight in second.values())
+
+
+def test_nothing_keeps_the_edited_model(home: Home, host: Any) -> None:
+    kept = host.ALG_DICT["ULTRAEDIT"].__self__
+    before = dict(vars(kept))
+    run(*home.load(), home.wrapped("ULTRAEDIT"), [FACTS[:2]])
+    assert vars(kept) == before == {"is_init": False}
+
+
 def test_method_that_can_not_be_wrapped(home: Home, host: Any) -> None:
     with pytest.raises(ValueError, match="IKE.*can't be wrapped"):
         run(*home.load(), home.wrapped("IKE"), [FACTS[:1]])
@@ -681,7 +841,7 @@ def test_globals_are_as_before(method: str, used: bool, home: Home, host: Any) -
         assert equal(globals_of(), before)
     assert equal(edited_weights(model, hparams), run_alone(home, method, batches_for(method)))
     pristine = all(value is None or not value for value in before.values())
-    assert pristine == (not used or method == "FT")  # which keeps nothing
+    assert pristine == (not used or method in LEFT)  # which keep nothing
 
 
 @contextmanager
@@ -736,7 +896,7 @@ def test_failure_midway_leaves_no_trace(method: str, alpha: float, failure: type
     assert equal(run(model, tok, hparams, [second]), expected)
 
 
-@pytest.mark.parametrize("method", ["MEMIT", "AlphaEdit"])
+@pytest.mark.parametrize("method", ["MEMIT", "AlphaEdit", "SimIE"])
 def test_saved_session_goes_on(method: str, home: Home, host: Any, tmp_path: Path) -> None:
     hparams = home.wrapped(method, context_templates=None, stats_dir=str(tmp_path / "stats"))
     first, second = batches_for(method)
@@ -969,14 +1129,14 @@ def test_number_of_a_gpu_that_is_not_there(home: Home, registered: Any, caplog: 
 
 @methods
 def test_padding(method: str, home: Home, host: Any) -> None:
-    side = "right" if method == "FT" else "left"  # the wrong one
+    side = "right" if method in LEFT else "left"  # the wrong one
     hparams, (model, tok) = home.wrapped(method), home.load()
     expected = run(*home.load(), hparams, batches_for(method))
     seen: list[tuple[str, Any]] = []
     spy(host, method, lambda _model, tok, *args, **kwargs: seen.append((tok.padding_side, tok.pad_token)))
     tok.padding_side, tok.pad_token = side, None
     assert equal(run(model, tok, hparams, batches_for(method)), expected)
-    assert seen == [("left" if method == "FT" else "right", tok.eos_token)] * 2
+    assert seen == [("left" if method in LEFT else "right", tok.eos_token)] * 2
     assert (tok.padding_side, tok.pad_token) == (side, None)
 
 

@@ -8,6 +8,7 @@ class BatchEditor(Enum):
     FT = "FT"
     EMMET = "EMMET"
     ALPHAEDIT = "AlphaEdit"
+    ULTRAEDIT = "ULTRAEDIT"
 
     @staticmethod
     def is_batchable_method(alg_name: str):
