@@ -102,7 +102,7 @@ def _generate_all(model: nn.Module, wanted: Sequence[_Wanted], max_new_tokens: i
                   progress: Progress | None) -> dict[_Wanted, list[int]]:
     """New token ids of what is wanted, once each."""
     new: dict[_Wanted, list[int]] = {}
-    cached: bool | None = None  # whether the model's cache can be trusted; None where it has not been tried
+    cached, checked = True, set[bool]()  # whether the model's cache can be trusted, and tried with several rows or one
     kind = kind_by_length(model.config)  # type: ignore[arg-type]
 
     def kinds(one: _Wanted) -> tuple[int, int]:
@@ -115,8 +115,10 @@ def _generate_all(model: nn.Module, wanted: Sequence[_Wanted], max_new_tokens: i
             choose = _likeliest if top_k is None else _Drawing(top_k, [seed for _, seed in chunk], max_new_tokens)
             rows = partial(_Rows, [ids for ids, _ in chunk], max_new_tokens, ends, choose)
             found = None
-            if cached is not False and not changes:
-                found = _with_cache(model, rows(), check=cached is None)
+            if cached and not changes:
+                several = len(chunk) > 1
+                found = _with_cache(model, rows(), check=several not in checked)
+                checked.add(several)
                 cached = found is not None
             if found is None:
                 found = _without_cache(model, rows())
@@ -174,7 +176,7 @@ class _Rows(LogitsProcessor):
         first: ``(rows, shortest)``, the tokens to begin with.
         places: how many tokens a row has at most.
         new: new tokens of each row, up to its first end token.
-        read, said: what the first row consists of, and the logits behind it at each place.
+        read, said: what the first row and the last consist of, and the logits behind them at each place.
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: set[int],
@@ -185,7 +187,7 @@ class _Rows(LogitsProcessor):
         self.places = int(self._lengths.max()) + max_new_tokens
         self.new: list[list[int]] = [[] for _ in prompts]
         self._ended = [False] * len(prompts)
-        self.read, self.said = self.first[0], list[Tensor]()
+        self.read, self.said = self.first[[0, -1]], list[Tensor]()
 
     def next(self, place: int, logits: Tensor) -> list[int]:
         """Each row's token at a place, by the logits ``(rows, vocabulary)`` in front of it."""
@@ -200,8 +202,8 @@ class _Rows(LogitsProcessor):
         return tokens
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.read = input_ids[0]
-        self.said.append(scores[0])
+        self.read = input_ids[[0, -1]]
+        self.said.append(scores[[0, -1]])
         tokens = torch.tensor(self.next(input_ids.shape[1], scores), device=scores.device)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
@@ -219,7 +221,7 @@ def _with_cache(model: Any, rows: _Rows, check: bool) -> list[list[int]] | None:
     """New token ids of each row, by transformers' own ``generate``, which knows every model's kind of cache.
 
     Args:
-        check: compare the first row's logits with those of a plain forward pass over all its tokens.
+        check: compare logits of the first row and the last with those of a plain forward pass over all their tokens.
 
     Returns:
         None where the model can't generate with a cache, or says something else with it.
@@ -239,9 +241,11 @@ def _with_cache(model: Any, rows: _Rows, check: bool) -> list[list[int]] | None:
                     type(model).__name__, type(error).__name__, error)
         return None
     if check:
-        whole, places = rows.read[None], torch.arange(first.shape[1] - 1, len(rows.read))
-        expected = logits_at(model, whole, torch.ones_like(whole), torch.zeros_like(places), places)
-        if not same_states(model, "a cache", torch.stack(rows.said), expected):
+        read = rows.read
+        places = torch.arange(first.shape[1] - 1, read.shape[1]).repeat(2)
+        expected = logits_at(model, read, torch.ones_like(read), torch.tensor([0, 1]).repeat_interleave(len(rows.said)),
+                             places)
+        if not same_states(model, "a cache", torch.stack(rows.said, dim=1).flatten(0, 1), expected):
             return None
     return rows.new
 

@@ -1,0 +1,211 @@
+"""Continuations against a plain forward pass for every token, on models with every kind of cache."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import tiny_model
+from test_metrics import tokenizer
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from sphere_easyedit.evaluation import generation
+from sphere_easyedit.evaluation.generation import generate_continuations
+from sphere_easyedit.evaluation.perplexity import perplexity
+from sphere_easyedit.evaluation.teacher_forcing import Row, score_rows
+from sphere_easyedit.models import max_positions
+
+IDS = {"vocab_size": 1500, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+LIKE_LLAMA = {**IDS, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "intermediate_size": 80, "max_position_embeddings": 128}
+LIKE_GPT = {**IDS, "n_embd": 48, "n_layer": 4, "n_head": 4, "n_positions": 128}
+LIKE_MAMBA = {**IDS, "hidden_size": 48, "num_hidden_layers": 4, "state_size": 8}
+HEADS = {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_d_state": 8, "mamba_n_groups": 1}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": LIKE_LLAMA,
+    "gpt2": LIKE_GPT,
+    "gpt_bigcode": {**LIKE_GPT, "multi_query": True},
+    "bloom": {**IDS, "hidden_size": 48, "n_layer": 4, "n_head": 4},
+    "mpt": {**IDS, "d_model": 48, "n_layers": 4, "n_heads": 4, "max_seq_len": 128},
+    "falcon": {**IDS, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "alibi": True},
+    # Tables of positions, which begin at 2.
+    "opt": {**IDS, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "ffn_dim": 80,
+            "max_position_embeddings": 128, "word_embed_proj_dim": 48},
+    "xglm": {**IDS, "d_model": 48, "num_layers": 4, "attention_heads": 4, "ffn_dim": 80,
+             "max_position_embeddings": 128},
+    "ctrl": {**LIKE_GPT, "dff": 80},
+    "openai-gpt": LIKE_GPT,  # without a cache
+    # Windows that are shorter than the texts.
+    "gemma3_text": {**LIKE_LLAMA, "head_dim": 12, "sliding_window": 16,
+                    "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "recurrent_gemma": {**LIKE_LLAMA, "num_key_value_heads": 1, "lru_width": 48, "attention_window_size": 16,
+                        "head_dim": 12},
+    # States of recurrences and convolutions, alone and by turns with attention.
+    "mamba": LIKE_MAMBA,
+    "mamba2": {**LIKE_MAMBA, "num_heads": 8, "head_dim": 12, "n_groups": 1},
+    "falcon_mamba": LIKE_MAMBA,
+    "rwkv": {**IDS, "hidden_size": 48, "num_hidden_layers": 4, "attention_hidden_size": 48, "intermediate_size": 80,
+             "context_length": 128},
+    "bamba": {**LIKE_LLAMA, **HEADS, "attn_layer_indices": [1, 3]},
+    "jamba": {**LIKE_LLAMA, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "num_experts": 2,
+              "mamba_d_state": 8, "mamba_dt_rank": 4},
+    "zamba2": {**LIKE_LLAMA, "num_key_value_heads": 4, "mamba_d_state": 8, "mamba_headdim": 12, "mamba_ngroups": 1,
+               "n_mamba_heads": 8, "layers_block_type": ["mamba", "hybrid"] * 2, "use_mem_rope": True,
+               "num_mem_blocks": 1},
+    "falcon_h1": {**LIKE_LLAMA, **HEADS, "mamba_d_ssm": 96},
+    "granitemoehybrid": {**LIKE_LLAMA, **HEADS, "layer_types": ["mamba", "attention"] * 2, "num_local_experts": 0,
+                         "shared_intermediate_size": 80},
+    "lfm2": {**LIKE_LLAMA, "full_attn_idxs": [1, 3]},
+    "qwen3_next": {**LIKE_LLAMA, "head_dim": 12, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+                   "linear_key_head_dim": 12, "linear_value_head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2,
+                   "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+}
+PROMPTS = ["The capital of France is", "A", "Who is here today, my friend, and why does nobody ever tell me about it?",
+           "The mother tongue of that man"]
+STEPS = 12
+
+
+def model_of(model_type: str) -> nn.Module:
+    """A tiny model with random weights, large enough for its attention and its recurrences to count."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(model_type, **MODELS[model_type])
+        model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+    return model
+
+
+@torch.no_grad()
+def slow_tokens(model: Any, ids: list[int], steps: int, end: int | None) -> list[int]:
+    """Greedy, by a plain forward pass over all tokens for every new one."""
+    new: list[int] = []
+    while len(new) < steps:
+        new.append(int(model(torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax()))
+        if new[-1] == end:
+            return new[:-1]
+    return new
+
+
+def slow_texts(model: Any, tok: Any, prompts: list[str], steps: int) -> list[str]:
+    ids = [tok(prompt).input_ids for prompt in prompts]
+    return [generation._new_text(tok, one, slow_tokens(model, one, steps, tok.eos_token_id)) for one in ids]
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_is_what_plain_forward_passes_give(model_type: str, caplog: pytest.LogCaptureFixture) -> None:
+    """By the model's own cache, but for RWKV's, which mixes up the rows of a batch in transformers 5.23."""
+    model, tok = model_of(model_type), tokenizer("plain")
+    expected = slow_texts(model, tok, PROMPTS, STEPS)
+    assert len(set(expected)) > 1
+    with caplog.at_level(logging.INFO, logger="sphere_easyedit"):
+        assert generate_continuations(model, tok, PROMPTS, STEPS) == expected
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("sphere_easyedit")]
+    if model_type == "rwkv":
+        assert all("gives other states with a cache" in message for message in messages) and len(messages) <= 1
+    else:
+        assert not messages
+    assert generate_continuations(model, tok, PROMPTS, STEPS) == expected  # nothing is left behind
+
+
+def test_a_cache_that_gives_something_else_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    """Here the positions of what is read behind a cache are wrong."""
+    model, tok = tiny_model("llama", initializer_range=0.2), tokenizer("plain")
+    expected = slow_texts(model, tok, PROMPTS, STEPS)
+
+    def shifted(_module: Any, _args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if kwargs["position_ids"].shape[1] == 1:
+            kwargs["position_ids"] = torch.zeros_like(kwargs["position_ids"])
+        return _args, kwargs
+
+    model.model.rotary_emb.register_forward_pre_hook(
+        lambda _module, args, kwargs: shifted(_module, args, kwargs), with_kwargs=True)
+    with caplog.at_level(logging.INFO, logger="sphere_easyedit"):
+        assert generate_continuations(model, tok, PROMPTS, STEPS) == expected
+    assert len(caplog.records) == 1
+    assert "LlamaForCausalLM gives other states with a cache" in caplog.text
+
+
+def test_a_model_that_cannot_generate(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    model, tok = tiny_model("llama", initializer_range=0.2), tokenizer("plain")
+    expected = slow_texts(model, tok, PROMPTS, STEPS)
+
+    def broken(*_args: Any, **_kwargs: Any) -> None:
+        raise ValueError("get_seq_length")
+
+    monkeypatch.setattr(model, "generate", broken)
+    with caplog.at_level(logging.INFO, logger="sphere_easyedit"):
+        assert generate_continuations(model, tok, PROMPTS, STEPS) == expected
+    assert [record.getMessage() for record in caplog.records] == [
+        "LlamaForCausalLM does not generate with a cache (ValueError: get_seq_length): every token is made without one"]
+
+
+def test_the_model_s_own_settings_do_not_count() -> None:
+    """But stay as they are; and a prompt may hold end tokens."""
+    model, tok = tiny_model("gpt2", initializer_range=0.2), tokenizer("plain")
+    prompts = [*PROMPTS, f"The capital{tok.eos_token} of France is{tok.eos_token} the"]
+    assert tok(prompts[-1]).input_ids.count(tok.eos_token_id) == 2
+    expected = slow_texts(model, tok, prompts, 12)
+    own = GenerationConfig(num_beams=3, repetition_penalty=5.0, do_sample=True, max_length=5, min_new_tokens=20,
+                           suppress_tokens=[int(tok(" the").input_ids[-1])], eos_token_id=tok.eos_token_id)
+    model.generation_config = own
+    before = own.to_dict()
+    assert generate_continuations(model, tok, prompts, 12) == expected
+    assert model.generation_config is own
+    assert own.to_dict() == before
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mamba"])
+def test_within_an_outer_inference_mode(model_type: str) -> None:
+    """The same values, and a model that can be trained afterwards."""
+    model, tok = model_of(model_type), tokenizer("plain")
+    rows = [Row([5, 6, 7], [8, 9]), Row([5, 6], [9]), Row([20, 21, 22, 23], [24])]
+
+    def all_values() -> tuple[Any, ...]:
+        return (score_rows(model, rows, weighed=range(3)), generate_continuations(model, tok, PROMPTS, 4),
+                perplexity(model, tok, PROMPTS, window=8))
+
+    expected = all_values()
+    with torch.inference_mode():
+        assert all_values() == expected
+    with torch.no_grad():
+        assert all_values() == expected
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model(torch.tensor([[5, 6, 7]])).logits.sum().backward()
+    assert all_values() == expected
+
+
+# --- the context's limit --------------------------------------------------------------------------------------
+
+LIMITED = ("gpt2", "gpt_bigcode", "openai-gpt", "ctrl", "mpt", "opt", "rwkv", "llama")
+
+
+@pytest.mark.parametrize("model_type", LIMITED)
+def test_prompts_past_the_context_are_refused(model_type: str) -> None:
+    """Whatever the config calls its limit; just within it, everything runs."""
+    model, tok = model_of(model_type), tokenizer("plain")
+    assert max_positions(model.config) == 128
+    text = "X" + " a" * 125
+    assert len(tok(text).input_ids) == 126
+    assert len(generate_continuations(model, tok, [text], 3)) == 1
+    with pytest.raises(ValueError, match=r"has 126 tokens: with max_new_tokens 4 it passes the model's context of 128"):
+        generate_continuations(model, tok, [text], 4)
+    long = "X" + " a" * 400
+    assert perplexity(model, tok, [long], window=512).window == 128
+
+
+def test_names_of_the_limit() -> None:
+    for model_type, changes, expected in (
+        ("bloom", {"seq_length": 64}, 64), ("bloom", {}, None), ("mamba", {}, None),
+        ("xlnet", {}, None),  # whose config says -1
+        ("whisper", {"max_target_positions": 32}, 32), ("codegen", {"n_positions": 64, "n_ctx": 96}, 64),
+        ("mpt", {"max_seq_len": 32}, 32)):
+        assert max_positions(AutoConfig.for_model(model_type, **changes)) == expected, model_type
