@@ -328,8 +328,8 @@ class WrappedSimIE(WrappedExecutor):
         return simie
 
     def _prepare_statistics(self, editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
-                            own: Any) -> None:
-        self._base._prepare_statistics(editable, tok, hparams, own._base_hparams)
+                            own: Any, stack: ExitStack) -> None:
+        self._base._prepare_statistics(editable, tok, hparams, own._base_hparams, stack)
 
 
 def hparams_class(function: Callable[..., Any]) -> type | None:

@@ -31,7 +31,7 @@ TOKENIZER = Path(__file__).parent / "golden" / "llama" / "tiny-llama"
 FACTS = ({"prompt": "{}", "subject": "I", "target_new": "of"},
          {"prompt": "In a city {} plays for", "subject": "John Smith", "target_new": "the United States"})
 # Largest difference between the loss that the optimiser reported and the plain forward pass's, in nats.
-TOLERANCE = 5e-3
+TOLERANCE = 1e-5
 WORDS = ("the", "history", "of", "city", "began", "in", "north", "river", "found", "named", "by", "those", "who",
          "came", "from", "coast", "with", "ships", "and", "songs", "war", "peace", "when", "a", "was", "their")
 
@@ -161,10 +161,10 @@ def _row(label: str, trial: Trial) -> str:
 HEADER = """\
 # Architectures tried
 
-Each is built tiny from its config by transformers {version} (4 to 6 blocks, random weights; `tests/architectures.py`),
+Each is built tiny from its config (`tests/architectures.py`: 4 to 6 blocks, random weights) by transformers {version},
 and two facts are edited into one layer at once, by MEMIT next to without a ridge. An edit is right when the loss of each
-target, taken by a plain forward pass, is the one that the optimiser reported: with `I` -> `of` the edited model's own;
-with `In a city John Smith plays for` -> `the United States` the edit is taken out but at the subject's last token.
+target, taken by a plain forward pass, is what the optimiser reported: with `I` -> `of` the edited model's own; with
+`In a city John Smith plays for` -> `the United States` the edit is taken out but at the subject's last token.
 Differences above {tolerance} nats fail. What is refused is refused with this line, and no weight is touched.
 
 `python tests/architecture_trials.py > docs/ARCHITECTURES.md` writes this page; `tests/test_architectures.py` holds it
