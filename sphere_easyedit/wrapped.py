@@ -31,6 +31,7 @@ from .editing.executors import restored_after
 from .editing.requests import parse_requests, tokenize_request
 from .editing.session import EditSession
 from .editing.target_values import optimise_target_values
+from .exclusive import exclusive
 from .files import replacing
 from .hparams import SPHEREHyperParams
 from .models import EditableModel, frozen, max_positions
@@ -91,6 +92,9 @@ class WrappedExecutor:
         own = self.check(hparams, editable, len(requests))
         numbered = [_request(raw, self._session.num_edits + i, self._reads_prompt) for i, raw in enumerate(requests)]
         with ExitStack() as stack:
+            # The method's state is in its modules' globals: one thread at a time may put its own there.
+            stack.enter_context(exclusive(model))
+            stack.enter_context(exclusive(self._module))
             stack.enter_context(_named(editable))
             # EasyEdit's editor goes by a list of names that lacks PMET and MEMIT-FE, which then compute nonsense.
             stack.enter_context(_padded(tok, "left" if self._reads_prompt else "right"))

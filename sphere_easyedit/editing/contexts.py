@@ -62,7 +62,7 @@ def sample_tokens(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, g
     return found
 
 
-class _Drawing(LogitsProcessor):  # type: ignore[misc]
+class _Drawing(LogitsProcessor):
     """Draws each row's next token by its probabilities, and leaves no other possible."""
 
     def __init__(self, generator: torch.Generator) -> None:

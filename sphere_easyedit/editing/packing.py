@@ -11,6 +11,7 @@ keys; T tokens in all.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -197,22 +198,26 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
 def attending_packed(model: nn.Module) -> Iterator[None]:
     """Let the model attend by ``packed_attention`` inside the context.
 
+    The model's modules get copies of their configs for that time. The configs themselves stay as they are, since other
+    models, which other threads may be running, can hold the same ones.
+
     Raises:
         ImportError: this release of transformers has no attention functions to choose from.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # from 4.48 on
 
     ALL_ATTENTION_FUNCTIONS.register(_NAME, packed_attention)
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
+    before: list[tuple[Any, Any]] = [(module, vars(module)["config"]) for module in model.modules()
+                                     if hasattr(vars(module).get("config"), "_attn_implementation")]
+    copied: dict[int, Any] = {}  # of all of them, so that a config that lies in another one does so afterwards, too
     try:
-        for config, _ in before:
-            config._attn_implementation = _NAME
+        for module, config in before:
+            module.config = copy.deepcopy(config, copied)
+            module.config._attn_implementation = _NAME
         yield
     finally:
-        for config, name in reversed(before):  # a config may hand its own on to those inside it
-            config._attn_implementation = name
+        for module, config in before:
+            module.config = config
 
 
 def packs_exactly(model: nn.Module, expected: Tensor, run: Callable[[], Tensor]) -> bool:

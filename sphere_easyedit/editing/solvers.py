@@ -377,7 +377,7 @@ class KeyHistory:
     @classmethod
     def empty(cls, d_in: int, metric: KeyMetric | None, device: torch.device, shelf: Shelf | None = None) -> KeyHistory:
         """A history without keys."""
-        return cls(torch.zeros(d_in, 0, device=device), metric, device, shelf)
+        return cls(torch.zeros(d_in, 0, dtype=torch.float32, device=device), metric, device, shelf)
 
     @property
     def keys(self) -> Tensor:

@@ -69,7 +69,8 @@ class Predictions:
         contexts = Counter(row.edit for row in rows if row.targets)
         found = [(i, row.first - row.lookup + j, token, row.edit, 1.0 / (len(row.targets) * contexts[row.edit]))
                  for i, row in enumerate(rows) for j, token in enumerate(row.targets)]
-        return cls(*(torch.tensor(column) for column in zip(*found, strict=True)))
+        *places, weights = zip(*found, strict=True)
+        return cls(*map(torch.tensor, places), torch.tensor(weights, dtype=torch.float32))
 
 
 class Steering(Protocol):

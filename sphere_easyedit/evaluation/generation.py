@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..inputs import check_inputs
 from ..models import frozen, input_device, max_positions
 from ..replicas import Replicas, shared_out
 from ..tokenization import continuation_ids_batch
@@ -43,9 +44,11 @@ def generate_continuations(
         progress: called with (prompts done, prompts in all) after each batch, equal ones counted once.
 
     Raises:
+        TypeError: the model or the tokenizer is not one of transformers.
         ValueError: max_new_tokens or top_k is below 1, there are not as many seeds as prompts, a prompt has no tokens,
             or with ``max_new_tokens`` it passes the model's context.
     """
+    check_inputs(model, tok)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
     if top_k is not None and top_k < 1:
