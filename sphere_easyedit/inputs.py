@@ -50,6 +50,12 @@ def _head(model: nn.Module) -> object | None:
         return None
 
 
+def check_inputs(model: object, tok: object) -> None:
+    """``check_model`` and ``check_tokenizer``."""
+    check_model(model)
+    check_tokenizer(tok)
+
+
 def check_parameters(model: nn.Module) -> None:
     """Refuse a model whose parameters can't be changed (ValueError)."""
     if any(parameter.is_inference() for parameter in model.parameters()):

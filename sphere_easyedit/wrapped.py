@@ -32,6 +32,7 @@ from .editing.origins import unchanged
 from .editing.requests import parse_requests, tokenize_request
 from .editing.session import EditSession
 from .editing.target_values import optimise_target_values
+from .exclusive import exclusive
 from .files import replacing
 from .hparams import SPHEREHyperParams
 from .models import EditableModel, frozen, max_positions
@@ -105,6 +106,9 @@ class WrappedExecutor:
         own = self.check(hparams, editable, len(requests))
         numbered = [_request(raw, self._session.num_edits + i, self._reads_prompt) for i, raw in enumerate(requests)]
         with ExitStack() as stack:
+            # The method's state is in its modules' globals: one thread at a time may put its own there.
+            stack.enter_context(exclusive(model))
+            stack.enter_context(exclusive(self._module))
             stack.enter_context(_named(editable))
             stack.enter_context(_padded(tok, self._padding_side))
             stack.enter_context(_untied(editable))

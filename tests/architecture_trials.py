@@ -162,8 +162,8 @@ HEADER = """\
 # Architectures tried
 
 Each is built tiny from its config (`tests/architectures.py`: 4 to 6 blocks, random weights, transformers {version}),
-and two facts are edited into one layer at once, by MEMIT next to without a ridge. An edit is right when the loss of each
-target, taken by a plain forward pass, is what the optimiser reported: with `I` -> `of` the edited model's own; with
+and two facts are edited into one layer at once, by MEMIT next to without a ridge. An edit is right when each target's
+loss, taken by a plain forward pass, is what the optimiser reported: with `I` -> `of` the edited model's own; with
 `In a city John Smith plays for` -> `the United States` the edit is taken out but at the subject's last token.
 Differences above {tolerance} nats fail. What is refused is refused with this line, and no weight is touched.
 

@@ -11,6 +11,7 @@ keys; T tokens in all.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,6 @@ from .replay import BlockReplay, KeyValues, Replaced, Rows, pad_rows
 logger = logging.getLogger(__name__)
 
 _NAME = "sphere_packed"  # of our function among transformers' attention implementations
-_SETTING = "_attn_implementation_internal"  # where a config keeps the name of its attention implementation
 
 
 @dataclass(frozen=True)
@@ -198,23 +198,26 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
 def attending_packed(model: nn.Module) -> Iterator[None]:
     """Let the model attend by ``packed_attention`` inside the context.
 
+    The model's modules get copies of their configs for that time. The configs themselves stay as they are, since other
+    models, which other threads may be running, can hold the same ones.
+
     Raises:
         ImportError: this release of transformers has no attention functions to choose from.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # from 4.48 on
 
     ALL_ATTENTION_FUNCTIONS.register(_NAME, packed_attention)
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    # What the property `_attn_implementation` reads. Setting the property would set the configs inside one too.
-    settings = {id(config): vars(config) for config in found if hasattr(config, "_attn_implementation")}
-    before = {key: values.get(_SETTING) for key, values in settings.items()}
+    before: list[tuple[Any, Any]] = [(module, vars(module)["config"]) for module in model.modules()
+                                     if hasattr(vars(module).get("config"), "_attn_implementation")]
+    copied: dict[int, Any] = {}  # of all of them, so that a config that lies in another one does so afterwards, too
     try:
-        for values in settings.values():
-            values[_SETTING] = _NAME
+        for module, config in before:
+            module.config = copy.deepcopy(config, copied)
+            module.config._attn_implementation = _NAME
         yield
     finally:
-        for key, values in settings.items():
-            values[_SETTING] = before[key]
+        for module, config in before:
+            module.config = config
 
 
 def packs_exactly(model: nn.Module, expected: Tensor, run: Callable[[], Tensor]) -> bool:

@@ -111,8 +111,9 @@ def _case_id(given: object, position: int) -> int | str:
         return str.__str__(value)
     if isinstance(value, Number) and not isinstance(value, bool | complex):
         with suppress(ValueError, OverflowError, TypeError):  # of nan, infinity, and what has no whole part
-            if (whole := int(value)) == value:  # type: ignore[call-overload]
-                return whole
+            whole = int(value)  # type: ignore[call-overload]
+            if whole == value:
+                return int(whole)
     raise ValueError(f"request {position}: case_id {given!r} of type {type(given).__name__} is neither a whole number "
                      "nor a text")
 

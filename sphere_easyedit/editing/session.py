@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..exclusive import exclusive
 from ..files import replacing
 from ..fingerprints import Fingerprint
 from ..hparams import SPHEREHyperParams
+from ..inputs import check_model, ordinary_torch
 from ..models import EditableModel, ModuleNames
 from ..projection import PrincipalSpace
 from .grams import GramMatrix
@@ -89,7 +91,12 @@ class EditSession:
 
     @classmethod
     def of(cls, model: nn.Module) -> EditSession:
-        """The session that lives on a model object, made if there is none."""
+        """The session that lives on a model object, made if there is none.
+
+        Raises:
+            TypeError, ValueError: it is no decoder of transformers (see ``inputs.check_model``).
+        """
+        check_model(model)
         session = getattr(model, _ATTRIBUTE, None)
         if not isinstance(session, cls):
             session = cls()
@@ -98,7 +105,14 @@ class EditSession:
 
     @classmethod
     def attach(cls, model: nn.Module, session: EditSession) -> None:
-        """Make a session the one that lives on a model object."""
+        """Make a session the one that lives on a model object.
+
+        Raises:
+            TypeError: it is no session, or the model is of a wrong kind; ValueError: see ``inputs.check_model``.
+        """
+        check_model(model)
+        if not isinstance(session, cls):
+            raise TypeError(f"the session is a {type(session).__name__}: give an EditSession")
         setattr(model, _ATTRIBUTE, session)
 
     def is_original(self, editable: EditableModel) -> bool:
@@ -193,7 +207,11 @@ class EditSession:
         if to not in kept:
             where = "no folder of checkpoints was given" if checkpoints is None else f"checkpoints are in {checkpoints}"
             raise ValueError(f"can't roll back to {to} edits ({where}): possible are {', '.join(map(str, kept))}")
-        editable = EditableModel(model, self._names, sorted(self.original))
+        with ordinary_torch(), exclusive(model):
+            self._roll_back(EditableModel(model, self._names, sorted(self.original)), to, checkpoints)
+
+    def _roll_back(self, editable: EditableModel, to: int, checkpoints: Path | None) -> None:
+        model = editable.model
         attached = vars(model).get(_ATTRIBUTE)
         try:
             with editable.undone_on_error():
@@ -255,7 +273,8 @@ class EditSession:
             ValueError: the file is damaged or no session.
         """
         try:
-            return cls._read(path)
+            with ordinary_torch():
+                return cls._read(path)
         except (OSError, SafetensorError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} can't be read as a saved session ({type(error).__name__}: {error})") from error
 

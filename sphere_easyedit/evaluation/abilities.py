@@ -18,6 +18,8 @@ from typing import Any, Final
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..exclusive import exclusive
+from ..inputs import check_inputs
 from ..models import frozen, input_device
 from .ability_tasks import ABILITY_TASKS, default_folder
 
@@ -112,6 +114,7 @@ def general_abilities(
 
     Raises:
         ImportError: lm-eval is missing.
+        TypeError: the model or the tokenizer is not one of transformers.
         ValueError: a number is out of range, there is no task, a task is not known (the nearest are named), its data
             can't be had or is not of its form, or a written answer wouldn't fit the model's context. Nothing has been
             measured then.
@@ -157,6 +160,7 @@ def _lent(model: nn.Module, tok: PreTrainedTokenizerBase, tasks: Sequence[str], 
           limit: int | None, batch_size: int, max_new_tokens: int | None, seed: int
           ) -> Iterator[tuple[ModuleType, Any, dict[str, Any]]]:
     """The harness, the model lent to it, and what it is to run by name, all checked (see ``general_abilities``)."""
+    check_inputs(model, tok)
     names = list(dict.fromkeys(tasks))
     if not names:
         raise ValueError(f"there is no task to measure: name some, for instance {', '.join(ABILITY_TASKS)}")
@@ -165,7 +169,9 @@ def _lent(model: nn.Module, tok: PreTrainedTokenizerBase, tasks: Sequence[str], 
         if value is not None and value < least:
             raise ValueError(f"{what} is {value}: give {least} or more")
     harness = _harness()
-    with harness.quiet(), harness.seeded(seed, input_device(model)), frozen(model):
+    # The harness draws from the global generators: one thread at a time may have them seeded.
+    with exclusive(model), exclusive(harness), harness.quiet(), harness.seeded(seed, input_device(model)), \
+            frozen(model):
         loaded = _load(harness, names, data or default_folder(), num_fewshot, max_new_tokens)
         lm = harness.LentModel(model, tok, batch_size)
         for name, asked in loaded.items():

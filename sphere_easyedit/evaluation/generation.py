@@ -21,6 +21,7 @@ from transformers import (
 
 from ..batching import kind_by_length
 from ..editing.packing import same_states
+from ..inputs import check_inputs
 from ..models import frozen, input_device, logits_at, max_positions
 from ..replicas import Replicas, shared_out
 from ..tokenization import continuation_ids_batch
@@ -58,9 +59,11 @@ def generate_continuations(
         progress: called with (prompts done, prompts in all) after each batch, equal ones counted once.
 
     Raises:
+        TypeError: the model or the tokenizer is not one of transformers.
         ValueError: max_new_tokens or top_k is below 1, there are not as many seeds as prompts, a prompt has no tokens,
             or with ``max_new_tokens`` it passes the model's context.
     """
+    check_inputs(model, tok)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
     if top_k is not None and top_k < 1:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..inputs import check_inputs
 from ..models import max_positions
 from .bootstrap import MetricSummary, summary_of
 from .datasets import EditRecord
@@ -137,10 +138,12 @@ def evaluate_protocols(
         progress: called with (questions done, questions in all) after each batch.
 
     Raises:
+        TypeError: the model or the tokenizer is not one of transformers.
         ValueError: a protocol is unknown or does not fit a record, the token budget is below 1, ``unedited`` does not
             fit the records, a target is blank or has no tokens, a prompt has no tokens to predict from, or a prompt
             with its target passes the model's context (the case is named).
     """
+    check_inputs(model, tok)
     for protocol in protocols:
         if protocol not in RULES:
             raise ValueError(f"protocol {protocol!r} is not known: choose one of {', '.join(RULES)}")

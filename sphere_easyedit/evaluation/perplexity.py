@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from ..inputs import check_inputs
 from ..models import frozen, input_device, max_positions
 from ..replicas import Replicas, shared_out
 from ..tokenization import leading_special_ids
@@ -82,8 +83,10 @@ def perplexity(
         progress: called with (windows done, windows in all) after each batch.
 
     Raises:
+        TypeError: the model or the tokenizer is not one of transformers.
         ValueError: a number is out of range, or the texts have no token to score.
     """
+    check_inputs(model, tok)
     for name, value in (("max_tokens", max_tokens), ("token_budget", token_budget)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}: give 1 or more, or None")

@@ -382,7 +382,7 @@ class _Run:
             return
         total = len(self._records)
         if tried == total or (len(set(errors)) == 1 and len(errors) >= enough_tries(total)):
-            raise ValueError(f"{errors[0]} (none of the first {tried} of {total} facts could be edited, so the run ends)")
+            raise ValueError(f"{errors[0]} (so far none of {tried} facts could be edited, of {total}: the run ends)")
 
     def _edit_batch(self, places: Sequence[_Place], first: int) -> None:
         done = itertools.count(first + 1)

@@ -76,7 +76,7 @@ def calibrate(editable: EditableModel, tok: PreTrainedTokenizerBase, shape: Mode
     started = time.perf_counter()
     weight = editable.weight(editable.layers[0])
     device = weight.device
-    states = torch.randn(512, shape.d_in, device=device).to(weight.dtype)
+    states = _noise(512, shape.d_in, device).to(weight.dtype)
     rough = 2.0 * 512 * weight.numel() / min(_timed(lambda: states @ weight.T, device) for _ in range(5))
     rates = _algebra_rates(weight, shape, hparams, min(settings.batch_size, settings.num_edits))
     edits, layout = 0, expected_layout(shape)
@@ -91,6 +91,10 @@ def calibrate(editable: EditableModel, tok: PreTrainedTokenizerBase, shape: Mode
         rows = min(GENERATED_AT_ONCE, hparams.mom2_n_samples)
         rates["text"] = generation_flops(shape, 4 * rows) / _timed(lambda: _generate(editable, rows, 4), device)
     return Calibration(rates, time.perf_counter() - started, edits, layout)
+
+
+def _noise(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=generator_on(device, 0), dtype=torch.float32, device=device)
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:
@@ -129,17 +133,17 @@ def _algebra_rates(weight: torch.Tensor, shape: ModelShape, hparams: SPHEREHyper
                    ) -> dict[str, float]:
     """Rates of what is done with weights and keys, on made-up keys."""
     device = weight.device
-    wide = torch.randn(shape.d_in, 512, device=device, dtype=torch.float64)
+    wide = _noise(shape.d_in, 512, device).double()
     seconds = min(_timed(lambda: wide.T @ wide, device) for _ in range(3))
     rates = {"solve": 2.0 * 512**2 * shape.d_in / seconds / 2,  # triangular solves run at about a half of it
              "energy": energy_flops(shape) / _best(lambda: hyperspherical_energy(weight), device)}
-    keys = torch.randn(shape.d_in, columns, device=device)
+    keys = _noise(shape.d_in, columns, device)
     shaping = projection_flops(shape, hparams, columns)
     if shaping:
         rates["projection"] = shaping / _best(lambda: _shape(weight, keys, hparams), device)
     if hparams.executor == "native":
         side = min(shape.d_in, _METRIC_SIDE)
-        sample = torch.randn(side, 2 * side, device=device)
+        sample = _noise(side, 2 * side, device)
         moment = sample @ sample.T / (2 * side)
         seconds = _timed(lambda: null_space(moment, None, 0.6) if is_alphaedit(hparams)
                          else torch.linalg.cholesky(moment.double()), device)

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from ..editing.session import EditSession
 from ..editing.solvers import KeyHistory, LowRankUpdate
-from ..hparams import SPHEREHyperParams
+from ..exclusive import exclusive
+from ..hparams import SPHEREHyperParams, check_hparams
+from ..inputs import ordinary_torch
+from ..models import EditableModel
 from .algebra import LayerStatement, Sum, withdraw_from
 from .factors import BatchFactors, read_batches
 from .facts import Fact, PastWithdrawal, read_past, still_true, weights_digest, write_past
@@ -66,8 +69,14 @@ def withdraw(model: nn.Module, hparams: SPHEREHyperParams, factors: str | Path, 
             or the weights are not those that the session left. Whatever is raised, the model, the session and the
             record are as before.
     """
+    check_hparams(hparams)
     folder, editable = Path(factors), hparams.editable(model)
-    session = EditSession.of(model) if session is None else session
+    with ordinary_torch(), exclusive(model):
+        return _withdraw(editable, hparams, folder, case_ids, EditSession.of(model) if session is None else session)
+
+
+def _withdraw(editable: EditableModel, hparams: SPHEREHyperParams, folder: Path, case_ids: Sequence[int | str],
+              session: EditSession) -> Withdrawal:
     with session.unchanged_on_error():
         made = session.num_edits
         session.bind(editable, hparams)  # which clears it where it does not fit the model
