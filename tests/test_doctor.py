@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -108,9 +109,10 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("source", "named", "remedy"), [
-    ("raise RuntimeError('no\\noperator')", "RuntimeError: no operator", "pip install -e"),
-    ("import no_such_dependency", "no_such_dependency", "pip install -e"),
-    ("raise SystemExit(3)", "SystemExit: 3", "pip install -e"),
+    ("raise RuntimeError('no\\noperator')", "RuntimeError: no operator", "mend what the error names, then run"),
+    ("import no_such_dependency", "no_such_dependency", "install what provides the module 'no_such_dependency', then"),
+    ("raise SystemExit(3)", "SystemExit: 3", "mend what the error names, then run"),
+    ("import easyeditor.absent", "easyeditor.absent", 'git -C "$EASYEDIT_HOME" pull'),
     ("", "BaseEditor", "git clone"),
 ])
 def test_whatever_an_import_raises_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None,
@@ -121,6 +123,88 @@ def test_whatever_an_import_raises_is_reported(tmp_path: Path, monkeypatch: pyte
     assert item.status == "broken" and item.remedy is not None
     assert named in item.detail
     assert item.remedy.startswith(remedy)
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the stand-in for EasyEdit, and its folder of methods; whatever EasyEdit was imported is put back."""
+    shutil.copytree(REPOSITORY / "tests" / "stand_in", tmp_path / "checkout",
+                    ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path / "checkout"))
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "easyeditor"}
+    yield tmp_path / "checkout" / "easyeditor" / "models"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "easyeditor"]:
+        del sys.modules[name]
+    sys.modules.update(kept)
+
+
+def fake_distribution(folder: Path, name: str, version: str, module: str) -> None:
+    """An installed package with one module."""
+    (folder / module).mkdir()
+    (folder / module / "__init__.py").touch()
+    described = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (described / "top_level.txt").write_text(f"{module}\n")
+
+
+OF_THE_EXTRA = "pip install -e '.[easyedit]'"
+
+
+@pytest.mark.parametrize(("line", "remedy"), [
+    # Gone from a package that is there: another version of it.
+    ("import shrinking.gone", "pip install 'shrinking-things<2.1'"),
+    ("from shrinking import gone", "pip install 'shrinking-things<2.1'"),
+    ("import shrinking; shrinking.gone", "pip install 'shrinking-things<2.1'"),
+    ("from transformers.gone import mask", "pip install transformers==5.23.0"),
+    ("import transformers; transformers.Gone", "pip install transformers==5.23.0"),
+    # Missing packages: those of the extra come with it, whatever their modules are called.
+    ("import hydra", OF_THE_EXTRA), ("import cv2", OF_THE_EXTRA), ("import fairscale.nn", OF_THE_EXTRA),
+    ("import no_such_module.part", "install what provides the module 'no_such_module', then run"),
+    ("raise RuntimeError('operator torchvision::nms does not exist')", "mend what the error names, then run"),
+])
+def test_a_method_of_easyedit_that_does_not_import(line: str, remedy: str, stand_in: Path, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_distribution(tmp_path, "shrinking-things", "2.1", "shrinking")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for absent in ("hydra", "cv2", "fairscale"):
+        monkeypatch.setitem(sys.modules, absent, None)
+    version, ranges, find = doctor.metadata.version, doctor._ranges, importlib.util.find_spec
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "99.0" if name == "transformers" else version(name))
+    monkeypatch.setattr(doctor, "_ranges", lambda name, extra: {**ranges(name, extra), **(
+        {name: SpecifierSet() for name in ("hydra-core", "opencv-python-headless", "fairscale")} if extra else {})})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if sys.modules.get(name, 0) is None
+                        else find(name))
+    for name in ("ike", "emmet"):
+        main = stand_in / name / f"{name}_main.py"
+        main.write_text(f"{line}\n{main.read_text()}")
+    item = doctor.easyedit_item()
+    assert item.status == "ok" and "EMMET" not in item.facts["wrappable"] and "MEMIT" in item.facts["wrappable"]
+    (broken,) = doctor.method_items()
+    modules = ["easyeditor.models.emmet.emmet_main", "easyeditor.models.ike.ike_main"]
+    assert sorted(broken.facts["modules"]) == modules and all(module in broken.name for module in modules)
+    assert broken.status == "broken" and broken.remedy is not None and broken.remedy.startswith(remedy)
+    assert ".py:" in broken.detail  # where
+    assert doctor.Report([item, broken]).ok  # all other methods work
+
+
+def test_the_remedy_mends(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older version, as the remedy says, and nothing is broken any more."""
+    fake_distribution(tmp_path, "shrinking-things", "2.1", "shrinking")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    main = stand_in / "ike" / "ike_main.py"
+    main.write_text(f"from shrinking.gone import mask\n{main.read_text()}")
+    doctor.easyedit_item()
+    (broken,) = doctor.method_items()
+    assert broken.remedy is not None
+    wanted = SpecifierSet(broken.remedy.removeprefix("pip install 'shrinking-things").removesuffix("'"))
+    assert wanted.contains("2.0") and not wanted.contains("2.1")
+    (tmp_path / "shrinking" / "gone.py").write_text("mask = 1\n")  # as the older one has it
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("easyeditor", "shrinking")]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    assert doctor.easyedit_item().status == "ok"
+    assert doctor.method_items() == []
 
 
 def test_a_checkout_of_easyedit_statistics_and_checkpoints(tmp_path: Path) -> None:
