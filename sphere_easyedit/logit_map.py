@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import scipy.optimize
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 
 # Multiples of the last state that the head is fed: itself, one that shows the slope at 0, one that shows a cap.
 _SCALES = (1.0, 1.0 / 64.0, 64.0)
-_MOST_OF_CAP = 1e4  # a cap is looked for up to this multiple of the largest logit; above it, it does nothing
+_FITTED = 4096  # logits that a cap is fitted to
 # Largest relative error, and how near to 1 a factor is none, in float32 and in half precision.
 _TOLERANCE = {True: 1e-3, False: 5e-2}
+_ROUNDING = {True: 1e-5, False: 2e-2}  # up to here, logits are a multiple without a cap
 _NO_FACTOR = {True: 1e-5, False: 2e-3}
 
 
@@ -86,10 +88,11 @@ def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
                          "this architecture is not supported")
     scale, off = _multiple(own, raw)
     cap = None
-    if off > _TOLERANCE[full]:
-        scale, _ = _multiple(own[1], raw[1])
-        cap, off = _soft_cap(own, raw * scale)
-        if off > _TOLERANCE[full]:
+    if not off < _ROUNDING[full]:
+        capped = _soft_cap(own, raw)
+        if capped[-1] < off:
+            scale, cap, off = capped
+        if not off < _TOLERANCE[full]:
             raise ValueError(f"the logits of {model} are not what {names.lm_head_module!r} puts out, nor a multiple of "
                              f"it, softly capped or not ({off:.1%} apart): correct lm_head_module; if it is right, "
                              "what this architecture does to its logits is not supported")
@@ -98,33 +101,32 @@ def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
 
 
 def _run(editable: EditableModel, input_ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """The last block's output ``(1, tokens, d)``; what enters the head at the last token ``(d,)``; what the head puts
-    out for its multiples, and the logits for them, each ``(scales, V)``."""
+    """Run one row for each scale: the last block's output ``(1, tokens, d)``; what enters the head at the last token,
+    ``(d,)``; what the head puts out for its multiples, and the logits for them, each ``(scales, V)``."""
     states: list[Tensor] = []
     entering: list[Tensor] = []
     raw: list[Tensor] = []
 
-    def at_block(_module: nn.Module, _args: Any, output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
-
     def feed(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        last = args[0].reshape(-1, args[0].shape[-1])[-1]
-        entering.append(last)
-        scales = torch.tensor(_SCALES, device=last.device, dtype=last.dtype)
-        return (scales[None, :, None] * last, *args[1:])
+        fed = args[0].clone()
+        last = fed.view(len(_SCALES), -1, fed.shape[-1])[:, -1]
+        entering.append(last[0].clone())
+        last.mul_(torch.tensor(_SCALES, device=fed.device, dtype=fed.dtype)[:, None])
+        return (fed, *args[1:])
 
-    handles = [editable.block(editable.num_blocks - 1).register_forward_hook(at_block),
+    handles = [editable.block(editable.num_blocks - 1).register_forward_hook(
+                   lambda _module, _args, output: states.append(output[0] if isinstance(output, tuple) else output)),
                editable.lm_head.register_forward_pre_hook(feed),
                editable.lm_head.register_forward_hook(lambda _module, _args, output: raw.append(output))]
+    rows = input_ids.expand(len(_SCALES), -1)
     try:
-        logits: Tensor = editable.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids),
-                                        use_cache=False).logits
+        logits: Tensor = editable.model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits
     finally:
         for handle in handles:
             handle.remove()
     if not raw:
-        return states[0], None, None, logits[0]
-    return states[0], entering[0], raw[0][0], logits[0]
+        return states[0][:1], None, None, logits[:, -1]
+    return states[0][:1], entering[0], raw[0].reshape(len(_SCALES), -1, raw[0].shape[-1])[:, -1], logits[:, -1]
 
 
 def _multiple(found: Tensor, of: Tensor) -> tuple[float, float]:
@@ -134,19 +136,23 @@ def _multiple(found: Tensor, of: Tensor) -> tuple[float, float]:
     return factor, float((y - factor * x).norm() / y.norm())
 
 
-def _soft_cap(own: Tensor, scaled: Tensor) -> tuple[float, float]:
-    """The cap with which ``cap * tanh(scaled / cap)`` is most like the logits, and the relative difference left."""
-    y, x = own.double().cpu().flatten(), scaled.double().cpu().flatten()
+def _soft_cap(own: Tensor, raw: Tensor) -> tuple[float, float, float]:
+    """The scale and the cap with which ``cap * tanh(scale * raw / cap)`` is most like the logits, and the relative
+    difference left."""
+    y, x = own.double().cpu().flatten(), raw.double().cpu().flatten()
+    slope, _ = _multiple(own[1], raw[1])
+    some = x.abs().argsort()[torch.linspace(0, len(x) - 1, min(len(x), _FITTED)).long()]
+
+    def capped(logs: np.ndarray, raw: Tensor) -> Tensor:
+        scale, cap = (math.copysign(math.exp(logs[0]), slope), math.exp(logs[1]))
+        return torch.tanh(raw * scale / cap) * cap
+
     largest = float(y.abs().max())
-
-    def apart(log_cap: float) -> float:
-        cap = math.exp(log_cap)
-        return float((torch.tanh(x / cap) * cap - y).norm() / y.norm())
-
-    low, high = math.log(largest), math.log(largest * _MOST_OF_CAP)
-    found = scipy.optimize.minimize_scalar(apart, bounds=(low, high), method="bounded", options={"xatol": 1e-9})
-    cap = min((low, float(found.x)), key=apart)  # a saturated tanh shows the cap itself
-    return math.exp(cap), apart(cap)
+    found = scipy.optimize.least_squares(lambda logs: (capped(logs, x[some]) - y[some]).numpy() / largest,
+                                         [math.log(abs(slope)), math.log(1.1 * largest)], xtol=1e-12, ftol=1e-12,
+                                         gtol=1e-12)
+    scale, cap = (float(value) for value in np.exp(found.x))
+    return math.copysign(scale, slope), cap, float((capped(found.x, x) - y).norm() / y.norm())
 
 
 def _without_numbers(own: Tensor, raw: Tensor, model: str) -> LogitMap:

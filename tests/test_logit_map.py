@@ -103,6 +103,8 @@ def test_what_else_is_done_is_refused(change: Callable[[Tensor], Tensor], messag
 def test_wrong_names_are_refused_before_anything_is_tried(names: dict[str, str], message: str,
                                                           tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = tiny_model("llama")
+    with torch.no_grad():  # all norms of a new model are alike
+        model.model.norm.weight.copy_(torch.rand(48, generator=torch.Generator().manual_seed(0)) + 0.5)
     given = vars(module_names(model.config)) | names
     with pytest.raises(ValueError, match=message) as caught:
         sphere.apply_sphere_to_model(model, tok, [{"prompt": "{} is", "subject": "Rome", "target_new": "big"}],
