@@ -14,12 +14,13 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from hypothesis import given
 from hypothesis import strategies as st
+from published_sizes import PUBLISHED, published_config
 from transformers import CONFIG_MAPPING, BertConfig, GPT2Config, LlamaConfig, Qwen2Config
 
 from sphere_easyedit import hparams_files
 from sphere_easyedit.hparams import SPHEREHyperParams
 from sphere_easyedit.hparams_files import available_hparams, render_hparams, starting_hparams
-from sphere_easyedit.models import module_names
+from sphere_easyedit.models import module_names, num_blocks
 
 GOLDEN = Path(__file__).parent / "golden"
 SHIPPED = Path(__file__).parent.parent / "hparams" / "SPHERE"
@@ -28,7 +29,11 @@ MODELS = ("llama3-8b", "llama3.1-8b", "llama3.2-1b", "llama3.2-3b", "qwen2.5-0.5
           "mistral-7b", "gpt2-xl", "gpt-j-6B", "smollm2-135m")
 MODEL_TYPES = {"llama": "llama", "qwen": "qwen2", "mistral": "mistral", "gpt2": "gpt2", "gpt-j": "gptj",
                "smollm2": "llama"}
-NAMES = sorted(["AlphaEdit/gemma3-270m", *(f"{base}/{model}" for base in BASES for model in MODELS)])
+NAMES = sorted({*(f"{base}/{model}" for base in BASES for model in MODELS),
+                *(f"{base}/{model}" for base in ("AlphaEdit", "MEMIT") for model in PUBLISHED)})
+# Files whose values are those that a starting file would have, but for the target values of Gemma's.
+STARTED = [name for name in NAMES if name.partition("/")[2] in PUBLISHED and "llama" not in name
+           and name != "AlphaEdit/gemma3-270m"]
 # What EasyEdit's FTHyperParams and ROMEHyperParams (main, 14cea82) take without a default.
 MODULES = {"rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module",
            "lm_head_module"}
@@ -91,6 +96,25 @@ def test_shipped_file_has_the_papers_gamma_and_alpha(base: str, model: str) -> N
 def test_shipped_file_of_a_model_in_the_paper_has_its_settings(base: str, model: str, v_lr: float) -> None:
     hparams = SPHEREHyperParams.from_hparams(f"{base}/{model}")
     assert (hparams.layers, hparams.v_num_grad_steps, hparams.v_lr) == ([4, 5, 6, 7, 8], 25, v_lr)
+
+
+@pytest.mark.parametrize("base", ["AlphaEdit", "MEMIT"])
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_shipped_file_fits_the_published_sizes(base: str, model: str) -> None:
+    hparams, config = SPHEREHyperParams.from_hparams(f"{base}/{model}"), published_config(model)
+    assert hparams.model_name == PUBLISHED[model][0]
+    assert hparams.module_names(config) == module_names(config)
+    assert hparams.v_loss_layer == num_blocks(config) - 1
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_shipped_files_of_newer_models_are_starting_files(name: str) -> None:
+    base, _, model = name.partition("/")
+    tried = {"v_lr": 20, "v_num_grad_steps": 10} if model.startswith("gemma3") else {}
+    raw = yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
+    assert raw == starting_hparams(published_config(model), PUBLISHED[model][0], base) | tried
+    tuned = SPHEREHyperParams.from_hparams("AlphaEdit/gemma3-270m")
+    assert all(getattr(tuned, field) == value for field, value in tried.items())
 
 
 def test_every_shipped_file_names_its_sources_and_is_listed() -> None:
