@@ -256,9 +256,11 @@ def _sum_here(editable: EditableModel, sequences: Sequence[Sequence[int]], layer
         return editable.down_projection(layer).register_forward_pre_hook(hook, with_kwargs=True)
 
     handles = [add(layer) for layer in layers]
+    batches = _batches(sequences, kind_by_length(editable.config))
+    sizes = [len(batch) * max(map(len, batch)) for batch in batches]  # tokens, padding included: what time goes by
     try:
-        with RemainingTime("statistics", sum(map(len, sequences)), "token") as remaining:
-            for count, batch in enumerate(_batches(sequences, kind_by_length(editable.config)), start=1):
+        with RemainingTime("statistics", sum(sizes), "token") as remaining:
+            for count, (batch, size) in enumerate(zip(batches, sizes, strict=True), start=1):
                 rows = pad_rows(batch, editable.input_device)
                 mask = rows.attention_mask
                 BlockReplay.record(editable, rows, layers[-1] + 1, layers[-1] + 1)  # runs up to the last layer
@@ -268,7 +270,7 @@ def _sum_here(editable: EditableModel, sequences: Sequence[Sequence[int]], layer
                                          f"{runs[layer] - count + 1} times in a forward pass, not once: its keys can't "
                                          "be told by token. Edit a layer whose feed-forward network calls it once")
                 totals[layers[-1]][0, 0].item()  # waits for the device, so that the time is the work's
-                remaining.update(sum(map(len, batch)))
+                remaining.update(size)
     finally:
         for handle in handles:
             handle.remove()
