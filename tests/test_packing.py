@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from sphere_easyedit.editing.packing import (
     PackedRows,
@@ -238,7 +238,7 @@ def wrapped(family: str, attention: dict[str, str]) -> nn.Module:
     config._attn_implementation = attention
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoModelForImageTextToText.from_config(config).eval()
+        return transformers.AutoModelForImageTextToText.from_config(config).eval()
 
 
 @needs_interface

@@ -105,23 +105,26 @@ def _generate_all(model: nn.Module, wanted: Sequence[_Wanted], max_new_tokens: i
                   progress: Progress | None) -> dict[_Wanted, list[int]]:
     """New token ids of what is wanted, once each."""
     new: dict[_Wanted, list[int]] = {}
-    cached, checked = True, set[bool]()  # whether the model's cache can be trusted, and tried with several rows or one
     kind = kind_by_length(model.config)  # type: ignore[arg-type]
 
     def kinds(one: _Wanted) -> tuple[int, int]:
         return kind(len(one[0])), kind(len(one[0]) + max_new_tokens - 1)  # the last new token is not read any more
 
+    chunks = list(_chunks(wanted, max_new_tokens, kinds))
+    # Keys in a cache are of the kind that the row had then. A plain forward pass has all of them anew.
+    steady = [number for number, chunk in enumerate(chunks) if len(set(kinds(chunk[0]))) == 1]
+    # A cache may fail on several rows only, or behind few tokens: it is tried on the longest and on the shortest first.
+    tried = {of_size[end] for several in (True, False) for end in (0, -1)
+             if (of_size := [number for number in steady if (len(chunks[number]) > 1) == several])}
+    cached = True
     with frozen(model), torch.no_grad():
-        for chunk in _chunks(wanted, max_new_tokens, kinds):
-            # Keys in a cache are of the kind that the row had then. A plain forward pass has all of them anew.
-            changes = len(set(kinds(chunk[0]))) > 1
+        for number in sorted(range(len(chunks)), key=lambda number: (number not in tried, number)):
+            chunk = chunks[number]
             choose = _likeliest if top_k is None else _Drawing(top_k, [seed for _, seed in chunk], max_new_tokens)
             rows = partial(_Rows, [ids for ids, _ in chunk], max_new_tokens, ends, choose)
             found = None
-            if cached and not changes:
-                several = len(chunk) > 1
-                found = _with_cache(model, rows(), check=several not in checked)
-                checked.add(several)
+            if cached and number in steady:
+                found = _with_cache(model, rows(), check=number in tried)
                 cached = found is not None
             if found is None:
                 found = _without_cache(model, rows())
