@@ -361,8 +361,7 @@ def runs_another(function: Callable[..., Any]) -> bool:
 
 
 def _portion(values: Mapping[str, Any], batch_size: int) -> int:
-    """Largest portion, at most the one that was asked for, of which a batch holds a whole number: a rest would be
-    dropped."""
+    """The largest portion up to ``batch_size_once`` that divides the batch, since EasyEdit drops what is left over."""
     for name in _PORTIONS:
         if not isinstance(values[name], int) or values[name] < 1:
             raise ValueError(f"{name} is {values[name]!r}: give a whole number from 1 up")
