@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import tiny_architecture
 from conftest import relative_error, tiny_hparams, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -215,6 +216,23 @@ def test_transformers_models_in_half_precision(family: str) -> None:
         assert isinstance(whole, Scaled) and isinstance(half, Scaled)
         assert float(whole.factor) == pytest.approx(0.25, rel=1e-5)
         assert float(half.factor) == pytest.approx(0.25, rel=1e-2)
+
+
+def test_the_same_weights_as_another_architecture_get_the_same_edit(tok: PreTrainedTokenizerBase, tmp_path: Path
+                                                                    ) -> None:
+    """OLMo 3 is OLMo 2 with sliding attention, here wider than the prompts: only the model type differs."""
+    one, other = tiny_architecture("olmo2", rope_theta=500000.0), tiny_architecture("olmo3", sliding_window=128)
+    one.load_state_dict(other.state_dict())
+    request = {"prompt": "{} is a city in", "subject": "Rome", "target_new": "France"}
+    unedited = one.get_parameter("model.layers.1.mlp.down_proj.weight").detach().clone()
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"In {year} the river rose and the city was rebuilt." for year in range(1900, 1960)))
+    for model in (one, other):
+        hparams = tiny_hparams(tmp_path / model.config.model_type, layers=[1], mom2_dataset=str(text),
+                               mom2_n_samples=60)
+        sphere.apply_sphere_to_model(model, tok, [request], hparams)
+    changes = [model.get_parameter("model.layers.1.mlp.down_proj.weight") - unedited for model in (one, other)]
+    assert relative_error(*changes) < 1e-4
 
 
 @pytest.mark.parametrize(("rewrite", "message"), [
