@@ -140,13 +140,23 @@ def meta_model(config: PretrainedConfig) -> nn.Module:
         ValueError: it is an encoder, an encoder-decoder or no language model, or can't be built.
     """
     _check_decoder(config)
-    name = next((auto for mapping, auto in _AUTO_CLASSES if type(config) in _mapping(mapping)), None)
-    auto = getattr(transformers, name or "", None)
-    if auto is None:
+    mapping, name = next((pair for pair in _AUTO_CLASSES if type(config) in _mapping(pair[0])), ("", ""))
+    if not name:
         raise ValueError(_unknown(config))
+    config = copy.deepcopy(config)
+    built = getattr(_mapping(mapping)[type(config)], "config_class", None)
+    if built is not None and not isinstance(config, built) and isinstance(text_config(config), built):
+        config = text_config(config)  # of such wrappers transformers loads the text model alone
+    auto: Any = getattr(transformers, name)
     try:
-        with torch.device("meta"):
-            model: nn.Module = auto.from_config(copy.deepcopy(config), trust_remote_code=False)
+        try:
+            with torch.device("meta"):
+                model: nn.Module = auto.from_config(config, trust_remote_code=False)
+        except NotImplementedError:  # it reads values of tensors while it is built
+            from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+            with init_empty_weights():
+                model = auto.from_config(config, trust_remote_code=False)
     except Exception as error:  # checks of configs and missing packages: of many kinds
         raise ValueError(f"no model can be built from this {type(config).__name__}: "
                          f"{' '.join(str(error).split())[:200]}") from error
