@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from .callbacks import EditCallback, EditEvent
+from .config_fields import num_blocks
 from .editing.requests import parse_requests
 from .editing.session import EditSession
 from .evaluation.datasets import EditRecord
@@ -35,7 +36,7 @@ from .hparams import PLAIN_ALGS, SPHEREHyperParams
 from .hparams_files import find_hparams, read_mapping
 from .loading import load_model, model_source, resolve_device
 from .model_class import meta_model
-from .module_discovery import decoder_parts, num_blocks
+from .module_discovery import decoder_parts
 from .partial_imports import import_failure, one_line, tolerant_imports, unimportable_modules
 from .reviewing import change_norms, partway, reviewed
 from .wrapped import BASE_METHODS, WrappedExecutor, WrappedSimIE, hparams_class, runs_another

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from .config_fields import text_config
 from .messages import one_line
 
 # Wrappers around a decoder, which run on text alone, too.
@@ -20,6 +21,7 @@ _WRAPPER_CLASSES = (
     ("MODEL_FOR_MULTIMODAL_LM_MAPPING", "AutoModelForMultimodalLM"),
     ("MODEL_FOR_VISION_2_SEQ_MAPPING", "AutoModelForVision2Seq"),
 )
+_CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING"
 _WANTED = "give a decoder-only causal language model"
 
 
@@ -34,7 +36,7 @@ def language_model_class(config: PretrainedConfig) -> Any:
     """
     check_decoder(config)
     kind = str(config.model_type)
-    if type(config) in _mapping("MODEL_FOR_CAUSAL_LM_MAPPING"):
+    if type(config) in _mapping(_CAUSAL):
         return transformers.AutoModelForCausalLM
     saved_from = getattr(transformers, (config.architectures or [""])[0], None)
     if isinstance(saved_from, type) and issubclass(saved_from, PreTrainedModel) and saved_from.can_generate():
@@ -53,7 +55,7 @@ def language_model_class(config: PretrainedConfig) -> Any:
 def check_decoder(config: PretrainedConfig) -> None:
     """Refuse encoders and encoder-decoders (ValueError)."""
     kind = str(config.model_type)
-    if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
+    if any(getattr(part, "is_encoder_decoder", False) for part in (config, text_config(config))):
         raise ValueError(f"{kind!r} is an encoder-decoder, which can't be edited: {_WANTED}")
     if type(config) in _mapping("MODEL_FOR_MASKED_LM_MAPPING") and not getattr(config, "is_decoder", False):
         raise ValueError(f"{kind!r} is an encoder, which sees the tokens after a word, too: {_WANTED}")
@@ -66,10 +68,21 @@ def meta_model(config: PretrainedConfig) -> nn.Module:
         ValueError: see ``language_model_class``; or the config's values do not fit together.
     """
     loader = language_model_class(config)
+    config = copy.deepcopy(config)
+    if loader is transformers.AutoModelForCausalLM:
+        built = getattr(_mapping(_CAUSAL)[type(config)], "config_class", None)
+        if built is not None and not isinstance(config, built) and isinstance(text_config(config), built):
+            config = text_config(config)  # of such wrappers transformers loads the text model alone
     make = getattr(loader, "from_config", None) or loader._from_config
     try:
-        with torch.device("meta"):
-            model: nn.Module = make(copy.deepcopy(config))
+        try:
+            with torch.device("meta"):
+                model: nn.Module = make(config)
+        except NotImplementedError:  # it reads values of tensors while it is built
+            from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+            with init_empty_weights():
+                model = make(config)
     except Exception as error:  # checks of configs and missing packages: of many kinds
         raise ValueError(f"no model can be built from this {type(config).__name__}: {one_line(error).rstrip('.')}: "
                          "correct config.json") from error

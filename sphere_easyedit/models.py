@@ -18,23 +18,19 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+# Re-exported: the other modules import these names from here.
+from .config_fields import hidden_size as hidden_size
+from .config_fields import num_blocks as num_blocks
+from .config_fields import text_config as text_config
 from .exclusive import exclusive
 from .logit_map import LogitMap
-
-# Re-exported: the other modules import these names from here.
 from .module_discovery import ModuleNames as ModuleNames
 from .module_discovery import compiled_parent, decoder_parts
-from .module_discovery import hidden_size as hidden_size
 from .module_discovery import module_names as module_names
-from .module_discovery import num_blocks as num_blocks
-from .module_discovery import text_config as text_config
 from .offload import execution_device, lent_again_for_backward, offloaded_weight
 from .quantised import check_editable, dequantise
 
 logger = logging.getLogger(__name__)
-
-
-
 
 # What configs call the longest context. Where a release of transformers maps one of these names to another, both work.
 _CONTEXT_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length",

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from .config_fields import hidden_size, num_blocks, text_config
 from .model_class import check_decoder, meta_model
 
 logger = logging.getLogger(__name__)
 
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_WIDTHS = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
 
 COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads", "head_dim")
@@ -46,58 +45,6 @@ class ModuleNames:
     attn_module_tmp: str
     ln_f_module: str
     lm_head_module: str
-
-
-def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The language model's part of a config: itself, or the part for text of a multimodal one."""
-    own: Any = getattr(config, "get_text_config", None)
-    found: Any = None
-    if own is not None:
-        try:
-            found = own(decoder=True)
-        except (TypeError, ValueError):  # older than its argument, or several parts to choose from
-            found = None
-    if not isinstance(found, PretrainedConfig):
-        found = getattr(config, "text_config", None) or config
-    if _first(found, _LAYER_COUNTS) is None:  # a wrapper that names its text part otherwise
-        parts = [part for part in vars(found).values() if isinstance(part, PretrainedConfig)]
-        decoders = [part for part in map(text_config, parts)
-                    if _first(part, _LAYER_COUNTS) is not None and getattr(part, "vocab_size", None)]
-        if len(decoders) == 1:
-            found = decoders[0]
-    text: PretrainedConfig = found
-    return text
-
-
-def _first(config: PretrainedConfig, names: Sequence[str]) -> int | None:
-    values = (getattr(config, name, None) for name in names)
-    return next((value for value in values if isinstance(value, int) and value > 0), None)
-
-
-def num_blocks(config: PretrainedConfig) -> int:
-    """Number of decoder blocks by the config.
-
-    Raises:
-        ValueError: it names none.
-    """
-    return _number(config, _LAYER_COUNTS, "number of layers")
-
-
-def hidden_size(config: PretrainedConfig) -> int:
-    """Width of the residual stream by the config.
-
-    Raises:
-        ValueError: it names none.
-    """
-    return _number(config, _WIDTHS, "hidden size")
-
-
-def _number(config: PretrainedConfig, names: Sequence[str], what: str) -> int:
-    found = _first(text_config(config), names)
-    if found is None:
-        raise ValueError(f"{type(config).__name__} names no {what} (looked for {', '.join(names)}): a causal language "
-                         "model of transformers is needed")
-    return found
 
 
 def module_names(config: PretrainedConfig, layers: Sequence[int] = ()) -> ModuleNames:

@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+NEWER = Version(transformers.__version__) >= Version("5")
+# Before it, a vision-language model holds a whole causal language model.
+WRAPS_TEXT_MODELS = Version(transformers.__version__) >= Version("4.52")
 VOCABULARY = {"vocab_size": 1500, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 SIZES = {**VOCABULARY, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 128, "initializer_range": 0.15}
@@ -130,7 +134,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_oss": _rope(num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
     "dbrx": {**VOCABULARY, "d_model": 48, "n_heads": 4, "n_layers": 4, "max_seq_len": 128, "initializer_range": 0.15,
              "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
-             "ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 48}},
+             "ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 4, "moe_top_k": 2,
+                            **({"hidden_size": 48} if NEWER else {})}},
     "qwen2_moe": _rope(head_dim=..., num_experts=4, shared_expert_intermediate_size=56, **_EXPERTS),
     "qwen2_moe:dense_first": _rope(head_dim=..., num_experts=4, shared_expert_intermediate_size=56,
                                    mlp_only_layers=[0, 1], **_EXPERTS),
@@ -216,7 +221,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "type": "mrope", "rope_type": "default", "mrope_section": [2, 2, 2]}},
         vision_changes={"depth": 4, "num_heads": 2, "out_hidden_size": 48}),
     "qwen3_vl": _wrapper("qwen3_vl_text", {"rope_parameters": {
-        "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}},
+        "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}, "rope_scaling": {
+        "rope_type": "default", "mrope_section": [2, 2, 2]}},
         vision_changes={"depth": 4, "num_heads": 2, "out_hidden_size": 48, "deepstack_visual_indexes": [0, 1],
                         "num_position_embeddings": 16}),
     "idefics3": _wrapper("llama", vision="idefics3_vision", image_token_id=1, scale_factor=2),
@@ -234,7 +240,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def architecture_config(label: str, **changes: Any) -> PretrainedConfig:
     """Config of the tiny decoder with this label; skips the test where transformers has no such type."""
     model_type = label.partition(":")[0]
-    if model_type not in CONFIG_MAPPING:
+    flat = model_type in ("qwen2_vl", "qwen2_5_vl") and not WRAPS_TEXT_MODELS  # their configs had no part for text
+    if model_type not in CONFIG_MAPPING or flat:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     return AutoConfig.for_model(model_type, **_changed(ARCHITECTURES[label], **changes))
 
@@ -247,7 +254,13 @@ def tiny_architecture(label: str, **changes: Any) -> nn.Module:
         changes: keywords of the outer config, in place of those in `ARCHITECTURES`.
     """
     config = architecture_config(label, **changes)
-    auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
+    causal = AutoModelForCausalLM._model_mapping
+    if type(config) in causal:
+        auto = AutoModelForCausalLM
+        if not isinstance(config, causal[type(config)].config_class):  # a wrapper whose text model is loaded alone
+            config = config.get_text_config()
+    else:
+        auto = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return auto.from_config(config).eval()

@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from architectures import architecture_config
 from conftest import GOLDEN, tiny_config, tiny_hparams, tiny_model
 from processes import ENVIRONMENT, run_forked
 
@@ -274,6 +275,29 @@ def test_hparams_writes_a_yaml_that_loads(workplace: Path) -> None:
     assert loaded.v_loss_layer == 3
     printed = call_cli("hparams", "tiny-qwen", cwd=workplace)
     assert yaml.safe_load(printed.stdout) == yaml.safe_load((workplace / "qwen.yaml").read_text())
+
+
+def test_hparams_needs_no_more_than_a_config(workplace: Path) -> None:
+    """Of any decoder; where experts are in the way, the file says which layers it chose and why."""
+    architecture_config("qwen3_moe:dense_first", num_hidden_layers=16).save_pretrained(workplace / "tiny-moe")
+    done = call_cli("hparams", "tiny-moe", "--base-alg", "MEMIT", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["layers"] == [2]
+    assert "# layers [2] in place of [2, 3, 4]" in done.stdout
+    assert "layers [3, 4] have routed experts" in done.stdout.replace("\n# ", " ")
+
+
+@pytest.mark.parametrize(("label", "message"), [("mixtral", "have routed experts"), ("mamba", "have no MLP")])
+def test_hparams_of_a_model_that_can_not_be_edited_is_one_line(label: str, message: str, workplace: Path) -> None:
+    architecture_config(label).save_pretrained(workplace / label)
+    done = call_cli("hparams", label, cwd=workplace)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    (workplace / label / "config.json").write_text('{"model_type": "t5"}')
+    done = call_cli("hparams", label, cwd=workplace)
+    assert done.returncode == 2
+    assert "'t5' is an encoder-decoder" in done.stderr
 
 
 def test_stats_are_collected_once(workplace: Path) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from ..config_fields import hidden_size, num_blocks, text_config
 from ..model_class import meta_model
-from ..module_discovery import ModuleNames, hidden_size, num_blocks, text_config
+from ..module_discovery import ModuleNames
 
 
 @dataclass(frozen=True)
