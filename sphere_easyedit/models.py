@@ -350,8 +350,8 @@ def check_token_ids(model: nn.Module, largest: int) -> None:
 def _check_within(embeddings: Any, largest: int) -> None:
     size = max(embeddings.num_embeddings, len(embeddings.weight))  # the weight may have been exchanged, or be packed
     if largest >= size:
-        raise ValueError(f"token id {largest} is beyond the model's embedding of {size} tokens: give the tokenizer that "
-                         "belongs to this model")
+        raise ValueError(f"token id {largest} is beyond the model's embedding of {size} tokens: give the tokenizer "
+                         "that belongs to this model")
 
 
 @torch.no_grad()

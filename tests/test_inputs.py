@@ -403,7 +403,8 @@ def test_edits_have_the_same_bits_whatever_the_caller_set(
 
 @pytest.mark.parametrize("name", ["float64 by default", "bfloat16 by default", "inference_mode", "no_grad"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_measurements_are_the_same_whatever_the_caller_set(family: str, name: str, tok: PreTrainedTokenizerBase) -> None:
+def test_measurements_are_the_same_whatever_the_caller_set(family: str, name: str, tok: PreTrainedTokenizerBase
+                                                           ) -> None:
     model = tiny_model(family)
 
     def measured() -> tuple[Any, ...]:

@@ -58,11 +58,10 @@ def test_models_edited_side_by_side_are_those_edited_alone(shared_config: bool, 
     make = _twins(shared_config)
     alone = [_edit(make(), tok, tmp_path / f"alone{seed}", seed) for seed in range(2)]
     for run in range(RUNS):
-        models = [make() for _ in alone]
+        jobs = [(make(), tok, tmp_path / f"{run}-{seed}", seed) for seed in range(len(alone))]
         before = torch.get_rng_state()
-        with ThreadPoolExecutor(len(alone)) as pool:
-            beside = list(pool.map(lambda seed: _edit(models[seed], tok, tmp_path / f"{run}-{seed}", seed),
-                                   range(len(alone))))
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            beside = list(pool.map(lambda job: _edit(*job), jobs))
         assert torch.equal(torch.get_rng_state(), before)
         for (contexts, weights), (same_contexts, same_weights) in zip(alone, beside, strict=True):
             assert same_contexts == contexts
@@ -88,6 +87,19 @@ def test_texts_do_not_depend_on_what_other_threads_draw(tok: PreTrainedTokenizer
         other.join()
 
 
+class Notes(sphere.EditCallback):
+    """Takes down when batches start and end."""
+
+    def __init__(self) -> None:
+        self.running: list[str] = []
+
+    def on_batch_start(self, event: sphere.EditEvent) -> None:
+        self.running.append("start")
+
+    def on_batch_end(self, event: sphere.EditEvent) -> None:
+        self.running.append("end")
+
+
 def test_one_model_shared_by_threads_takes_one_batch_at_a_time(llama_stats: Path, tok: PreTrainedTokenizerBase) -> None:
     hparams = tiny_hparams(llama_stats, base_alg="MEMIT", v_num_grad_steps=4)
     for _ in range(RUNS):
@@ -96,22 +108,13 @@ def test_one_model_shared_by_threads_takes_one_batch_at_a_time(llama_stats: Path
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags[name])
         model.train()
-        running: list[str] = []
-
-        class Watch(sphere.EditCallback):
-            def on_batch_start(self, event: sphere.EditEvent) -> None:
-                running.append("start")
-
-            def on_batch_end(self, event: sphere.EditEvent) -> None:
-                running.append("end")
-
-        def edit(request: dict[str, Any], model: nn.Module = model, watch: sphere.EditCallback = Watch()) -> None:  # noqa: B008
-            sphere.apply_sphere_to_model(model, tok, [request], hparams, callbacks=[watch])
-
+        notes = Notes()
         with ThreadPoolExecutor(3) as pool:
-            list(pool.map(edit, REQUESTS))
+            jobs = [pool.submit(sphere.apply_sphere_to_model, model, tok, [request], hparams, callbacks=[notes])
+                    for request in REQUESTS]
+        assert not any(job.exception() for job in jobs)
         assert sphere.EditSession.of(model).num_edits == len(REQUESTS)
-        assert running == ["start", "end"] * len(REQUESTS)
+        assert notes.running == ["start", "end"] * len(REQUESTS)
         assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
         assert model.training
 

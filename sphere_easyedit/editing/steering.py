@@ -69,8 +69,9 @@ class Predictions:
         contexts = Counter(row.edit for row in rows if row.targets)
         found = [(i, row.first - row.lookup + j, token, row.edit, 1.0 / (len(row.targets) * contexts[row.edit]))
                  for i, row in enumerate(rows) for j, token in enumerate(row.targets)]
-        *places, weights = zip(*found, strict=True)
-        return cls(*map(torch.tensor, places), torch.tensor(weights, dtype=torch.float32))
+        row, behind, token, edit, weights = zip(*found, strict=True)
+        return cls(torch.tensor(row), torch.tensor(behind), torch.tensor(token), torch.tensor(edit),
+                   torch.tensor(weights, dtype=torch.float32))
 
 
 class Steering(Protocol):
