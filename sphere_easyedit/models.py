@@ -285,24 +285,30 @@ def _token_ids_checked(model: nn.Module) -> Iterator[None]:
         yield
         return
 
-    def check(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and not args[0].is_meta and args[0].numel():
-            check_token_ids(model, int(args[0].max()))
-
-    handle = embeddings.register_forward_pre_hook(check)
+    handle = embeddings.register_forward_pre_hook(_check_input)
     try:
         yield
     finally:
         handle.remove()
 
 
+def _check_input(embeddings: nn.Module, args: tuple[Any, ...]) -> None:
+    if args and not args[0].is_meta and args[0].numel():
+        _check_within(embeddings, int(args[0].max()))
+
+
 def check_token_ids(model: nn.Module, largest: int) -> None:
     """Refuse token ids, of which this is the largest, that a model's embedding does not have (ValueError)."""
     embeddings = _embeddings(model)
-    size = largest + 1 if embeddings is None else max(embeddings.num_embeddings, len(embeddings.weight))
+    if embeddings is not None:
+        _check_within(embeddings, largest)
+
+
+def _check_within(embeddings: Any, largest: int) -> None:
+    size = max(embeddings.num_embeddings, len(embeddings.weight))  # the weight may have been exchanged, or be packed
     if largest >= size:
-        raise ValueError(f"token id {largest} is beyond the {size} tokens of {type(model).__name__}'s embedding: give "
-                         "the tokenizer that belongs to this model")
+        raise ValueError(f"token id {largest} is beyond the model's embedding of {size} tokens: give the tokenizer "
+                         "that belongs to this model")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,38 @@ def test_edits_and_facts_tried_are_told_from_each_other(places: set[int], batch:
         assert skips.edited(skips.tried(skips.edited(end), ends)) == skips.edited(end)
     with pytest.raises(ValueError, match="no batch ended with 31"):
         skips.tried(31, ends)
+
+
+def test_an_error_that_all_edits_share_is_told_once_after_a_few_tries() -> None:
+    tries: list[int] = []
+
+    def fail(items: Sequence[int]) -> Any:
+        tries.append(len(items))
+        return RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    def edit(items: Sequence[int]) -> None:
+        raise fail(items)
+
+    for on_error in ("skip", "stop"):
+        tries.clear()
+        with pytest.raises(ValueError, match="^RuntimeError: mat1 and mat2 .*so do 11 of the batch's 1000 edits"):
+            edit_around_faults(range(1000), edit, fail, on_error)  # type: ignore[arg-type]
+        assert tries == [1000, 1000, 500, 500] + [1] * 11
+
+
+def test_an_error_that_most_edits_share_is_no_error_of_all() -> None:
+    good, edited = 7, list[int]()  # in the middle, so that both halves fail alike
+
+    def failure(items: Sequence[int]) -> Exception | None:
+        return RuntimeError("too long") if set(items) - {good} else None
+
+    def edit(items: Sequence[int]) -> None:
+        if error := failure(items):
+            raise error
+        edited.extend(items)
+
+    found = edit_around_faults(range(15), edit, failure, "skip")
+    assert len(found) == 14 and edited == [good]
 
 
 # --- runs --------------------------------------------------------------------------------------------------------
@@ -280,6 +312,71 @@ def test_what_a_run_left_out_is_not_measured_again(tmp_path: Path, llama_stats: 
     lines = edited.measure(tiny_model("llama"), tok, [4], MeasureSettings(("rome",)))
     assert [(line["protocol"], line["when"], line["cases"]) for line in lines] == [("paper", "after", 4),
                                                                                    ("rome", "after", 4)]
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Makes every solve fail, whatever the facts, and takes down how many edits each was of."""
+    made: list[int] = []
+
+    def failing(editable: Any, requests: Any, *rest: Any) -> Any:
+        made.append(len(requests))
+        raise ArithmeticError("no norm of this name")
+
+    monkeypatch.setattr(wrapper, "solve_batch", failing)
+    return made
+
+
+@pytest.mark.parametrize("on_error", ["skip", "stop"])
+def test_what_all_facts_of_a_batch_share_ends_the_run_with_one_line(
+        on_error: Any, tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase, attempts: list[int]) -> None:
+    hparams, records = tiny_hparams(llama_stats, base_alg="MEMIT"), load_records("demo", None, 16, 0)
+    settings = RunSettings(tmp_path / "run", 16, on_error=on_error, measure=MeasureSettings(before=False, after=False))
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="^ArithmeticError: no norm of this name .so do 6 of .* 16 edits") as caught:
+        run_sequential(model, tok, records, hparams, settings)
+    assert "\n" not in str(caught.value) and str(caught.value).count("no norm") == 1
+    assert attempts == [16, 16, 8, 8] + [1] * 6
+    assert all(torch.equal(weight, edited_weights(tiny_model("llama"), hparams)[layer])
+               for layer, weight in edited_weights(model, hparams).items())
+
+
+@pytest.mark.parametrize(("count", "tries"), [(3, 3), (40, 7)])
+def test_runs_of_single_edits_do_not_leave_out_one_fact_after_another(
+        count: int, tries: int, tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase, attempts: list[int]
+        ) -> None:
+    hparams, records = tiny_hparams(llama_stats, base_alg="MEMIT"), load_records("demo", None, 9, 0)
+    records = [replace(records[number % 9], case_id=number) for number in range(count)]
+    settings = RunSettings(tmp_path / "run", 1, on_error="skip", measure=MeasureSettings(before=False, after=False))
+    with pytest.raises(ValueError, match=f"^ArithmeticError: no norm .*none of {tries} facts could be edited"):
+        run_sequential(tiny_model("llama"), tok, records, hparams, settings)
+    assert len(attempts) == 2 * tries  # each fails, and is tried again without the callbacks
+
+
+@pytest.mark.parametrize("on_error", ["skip", "stop"])
+@pytest.mark.parametrize(("settings", "match"), [
+    ({"mom2_dataset": "nowhere.txt"}, "^mom2_dataset 'nowhere.txt' is no file"),
+    ({"lm_head_module": "head"}, "^LlamaForCausalLM has no module 'head'"),
+    ({"v_loss_layer": 9}, "^v_loss_layer is 9, past the model's last block"),
+], ids=["no statistics", "module names", "loss block"])
+def test_what_no_fact_can_be_to_blame_for_is_raised_as_it_is(
+        settings: dict[str, Any], match: str, on_error: Any, tmp_path: Path, tok: PreTrainedTokenizerBase,
+        records: list[EditRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+    if "lm_head_module" in settings:
+        names = tiny_hparams(tmp_path).module_names(tiny_model("llama").config)  # type: ignore[arg-type]
+        settings = {**asdict(names), **settings}
+    prepared: list[int] = []
+    prepare_session = wrapper.prepare_session
+
+    def counted(*given: Any) -> None:
+        prepared.append(1)
+        prepare_session(*given)
+
+    monkeypatch.setattr(wrapper, "prepare_session", counted)
+    with pytest.raises(ValueError, match=match) as caught:
+        run(tmp_path / "run", tok, records, tiny_hparams(tmp_path, base_alg="MEMIT", **settings), on_error=on_error)
+    assert "\n" not in str(caught.value) and len(prepared) <= 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_stop_ends_the_run_and_names_the_fact(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase,
