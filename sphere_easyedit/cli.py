@@ -631,5 +631,5 @@ def main() -> None:
 
 def _end(said: str, status: int, style: str = "red") -> NoReturn:
     """End the process with one line on standard error."""
-    Console(stderr=True).print(said, style=style, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(" ".join(said.split()), style=style, markup=False, highlight=False, soft_wrap=True)
     sys.exit(status)

@@ -52,7 +52,7 @@ def is_here(source: str) -> bool:
         return Path(source).is_dir() or any(isinstance(huggingface_hub.try_to_load_from_cache(source, name), str)
                                             for name in ("config.json", "adapter_config.json"))
     except ValueError as error:
-        raise ValueError("there is no such folder, and a hub name looks like owner/name") from error
+        raise ValueError("there is no such folder") from error
 
 
 def _unreachable() -> str | None:
@@ -82,7 +82,7 @@ def model_config(source: str) -> PretrainedConfig:
     except ImportError:
         raise
     except Exception as error:  # damaged JSON, unknown kinds, values out of range: as many kinds of errors
-        raise ValueError(one_line(error)) from error
+        raise ValueError(one_line(error).rstrip(".")) from error
     return config
 
 
@@ -103,7 +103,8 @@ def planning_config(model_name: str, source: str) -> PretrainedConfig:
             return shipped
         return model_config(source)
     except ValueError as error:
-        raise ValueError(f"the config of {model_name!r} can't be read: {error}") from error
+        raise ValueError(f"the config of {model_name!r} can't be read: {error}: give a folder with config.json, or "
+                         "a hub name that is cached or reachable") from error
 
 
 def shipped_models() -> dict[str, dict[str, Any]]:

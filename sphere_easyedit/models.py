@@ -25,7 +25,7 @@ from .config_fields import text_config as text_config
 from .exclusive import exclusive
 from .logit_map import LogitMap
 from .module_discovery import ModuleNames as ModuleNames
-from .module_discovery import compiled_parent, decoder_parts
+from .module_discovery import decoder_parts
 from .module_discovery import module_names as module_names
 from .offload import execution_device, lent_again_for_backward, offloaded_weight
 from .quantised import check_editable, dequantise
@@ -90,8 +90,6 @@ class EditableModel:
         self.lm_head = self._module(names.lm_head_module)
         self.logit_map = LogitMap()  # until `logit_map.find_logit_map` has found another
         edited = [names.rewrite_module_tmp.format(layer) for layer in self.layers]
-        for name in edited:
-            self._check_not_compiled(name)
         self._check_layers()
         for layer, name in zip(self.layers, edited, strict=True):
             self._check_weight(name)
@@ -114,16 +112,8 @@ class EditableModel:
         if others or not any(set(missing) & set(having) for having in parts.downs.values()):
             raise ValueError(f"{template} is not in layers {missing}: {parts.missing(missing)}")
 
-    def _check_not_compiled(self, name: str) -> None:
-        """Refuse a module that was compiled, alone or with one around it: it has another name then, and type."""
-        compiled = compiled_parent(name, self._modules)
-        if compiled is not None:
-            raise ValueError(f"{compiled or 'the model'} is compiled (torch.compile), which puts {name} out of reach: "
-                             "edit the uncompiled model, and compile it after that")
-
     def _module(self, name: str) -> nn.Module:
         if name not in self._modules:
-            self._check_not_compiled(name)
             near = difflib.get_close_matches(name, self._modules, n=1)
             hint = f"; nearest is {near[0]!r}" if near else ""
             raise ValueError(f"{type(self.model).__name__} has no module {name!r}{hint}. "

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,6 @@ from .model_class import check_decoder, meta_model
 logger = logging.getLogger(__name__)
 
 
-COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads", "head_dim")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -173,7 +172,7 @@ def decoder_parts(model: nn.Module) -> DecoderParts:
         raise ValueError(f"{type(model).__name__} has no config of transformers: give a causal language model")
     check_decoder(config)
     width = hidden_size(config)
-    modules = dict(_named_modules(model))
+    modules = dict(model.named_modules(remove_duplicate=False))
     inputs = _input_embeddings(model)
     name = _block_list(model, modules, num_blocks(config), inputs)
     found = [_block_parts(block, width) for block in _children(modules[name]).values()]
@@ -199,23 +198,8 @@ def _layers_by(names: Mapping[int, str | None]) -> dict[str, tuple[int, ...]]:
 
 
 def _children(module: nn.Module) -> dict[str, nn.Module]:
-    """Child modules by name, with what ``torch.compile`` wraps in the wrapper's place."""
-    children = {}
-    for name, child in module._modules.items():
-        if child is not None:
-            while COMPILED in child._modules:
-                child = child.get_submodule(COMPILED)
-            children[name] = child
-    return children
-
-
-def _named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules by name, as if none was compiled, each under every name that it has."""
-    while COMPILED in module._modules:
-        module = module.get_submodule(COMPILED)
-    yield prefix, module
-    for name, child in _children(module).items():
-        yield from _named_modules(child, f"{prefix}.{name}" if prefix else name)
+    """Child modules by name, each under every name that it has."""
+    return {name: child for name, child in module._modules.items() if child is not None}
 
 
 def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
@@ -229,13 +213,6 @@ def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
     if any(_linear_widths(child) is not None for child in module.children()):  # an adapter around a linear module
         return None
     return widths  # type: ignore[return-value]
-
-
-def compiled_parent(name: str, modules: Collection[str]) -> str | None:
-    """Name of the compiled module that hides another one's name, "" for the whole model, or None."""
-    parts = name.split(".")
-    above = (".".join(parts[:i]) for i in range(len(parts) + 1))
-    return next((parent for parent in above if f"{parent}.{COMPILED}".lstrip(".") in modules), None)
 
 
 def _input_embeddings(model: nn.Module) -> nn.Module | None:
@@ -427,8 +404,6 @@ def _head_name(model: nn.Module, modules: Mapping[str, nn.Module], blocks: str) 
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         head = None
-    while head is not None and COMPILED in head._modules:
-        head = head.get_submodule(COMPILED)
     found = next((name for name, module in modules.items() if module is head), None)
     if found is None or found.startswith(f"{blocks}."):
         raise ValueError(f"{type(model).__name__} has no LM head (get_output_embeddings): give a causal language model")

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from .messages import one_line
+
 _LARGEST = 1_000_000  # values, aliases written out; a sweep of a thousand runs has some ten thousand
 
 
@@ -28,7 +30,7 @@ def read_yaml(text: str, source: str) -> Any:
     except RecursionError as error:
         raise ValueError(f"{source}: not readable as YAML: it is nested too deep") from error
     except Exception as error:  # PyYAML lets AttributeError, KeyError and more out of malformed tagged scalars
-        raise ValueError(f"{source}: not readable as YAML: {error}") from error
+        raise ValueError(f"{source}: not readable as YAML: {one_line(error)}") from error
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:

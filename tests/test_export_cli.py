@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -67,6 +68,15 @@ def test_earlier_edits(workplace: Path, tmp_path: Path) -> None:
         assert done.exit_code == 0, done.output
     assert fingerprint(tmp_path / "2") != fingerprint(tmp_path / "4")
     assert "2 of the run's 4" in (tmp_path / "2" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3"])
+def test_a_summary_that_is_no_object_is_refused_in_words(content: str, workplace: Path, tmp_path: Path) -> None:
+    shutil.copytree(workplace / "run", tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(content)
+    done = call("export", tmp_path / "run", "--output", tmp_path / "out", "--as", "deltas")
+    assert isinstance(done.exception, ValueError)
+    assert re.search(r"summary.json holds \w+, not an object: it was changed by hand or damaged", str(done.exception))
 
 
 def test_errors_are_printed_by_layer(workplace: Path, tmp_path: Path) -> None:

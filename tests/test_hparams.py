@@ -442,6 +442,7 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str,
     with pytest.raises(ValueError, match=message) as caught:
         SPHEREHyperParams.from_hparams(file)
     assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_wrong_value_in_a_file_is_reported_with_the_file(tmp_path: Path) -> None:

@@ -417,32 +417,6 @@ def test_a_wrapper_may_name_its_text_config_otherwise() -> None:
         num_blocks(WrapperConfig())
 
 
-# Compiled models
-
-
-@pytest.mark.parametrize("compile_", [
-    lambda model: _put(model, "model.layers", "1"), lambda model: _put(model, "model.layers.1", "mlp"),
-    lambda model: _put(model, "model.layers.1.mlp", "down_proj"), torch.compile])
-def test_a_compiled_module_is_told_to_be_compiled(compile_: Any) -> None:
-    model = compile_(tiny_model("llama"))
-    assert model_module_names(model) == LLAMA  # as of the uncompiled one
-    with pytest.raises(ValueError, match=r"is compiled \(torch\.compile\).*edit the uncompiled model") as caught:
-        SPHEREHyperParams(**_settings([1])).editable(model)
-    assert str(caught.value).startswith(("model.layers.1", "the model"))
-    assert "nearest" not in str(caught.value)
-
-
-def _put(model: nn.Module, parent: str, name: str) -> nn.Module:
-    """The model with one of its modules compiled."""
-    setattr(model.get_submodule(parent), name, torch.compile(model.get_submodule(f"{parent}.{name}")))
-    return model
-
-
-def test_another_compiled_block_is_no_hindrance() -> None:
-    model = _put(tiny_model("llama"), "model.layers", "0")
-    assert SPHEREHyperParams(**_settings([1])).editable(model).layers == [1]
-
-
 # Starting files
 
 

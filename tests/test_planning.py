@@ -364,6 +364,23 @@ def plan_of(model: Path, base: str = "AlphaEdit/llama3-8b", **settings: Any) -> 
     return make_plan(hparams, PlanSettings(**{"num_edits": 2000, **settings}))
 
 
+@pytest.mark.parametrize(("config", "settings", "complaint"), [
+    ({"hidden_size": 0}, {}, "hidden_size 0|no model can be built from the config"),
+    ({"num_hidden_layers": -1}, {}, "layers"),
+    ({}, {"rewrite_module_tmp": "model.layers.{}.mlp"}, "model.layers.4.mlp has no weight matrix with a side of 4096"),
+    ({}, {"rewrite_module_tmp": "model.layers.{}.input_layernorm"}, "no weight matrix with a side of 4096"),
+])
+def test_sizes_that_do_not_fit_are_refused_in_a_line(config: dict[str, Any], settings: dict[str, Any], complaint: str,
+                                                     tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "model", {**LLAMA3_8B, **config})
+    hparams = sphere.SPHEREHyperParams.from_dict(
+        {**sphere.SPHEREHyperParams.from_hparams("AlphaEdit/llama3-8b").to_dict(), "model_name": str(folder),
+         "device": "cpu", "stats_dir": str(folder / "stats"), **settings})
+    with pytest.raises(ValueError, match=complaint) as caught:
+        make_plan(hparams, PlanSettings(10))
+    assert "\n" not in str(caught.value)
+
+
 def test_llama3_8b_without_weights(tmp_path: Path) -> None:
     folder = config_folder(tmp_path / "Meta-Llama-3-8B-Instruct", LLAMA3_8B)
     plan = plan_of(folder, gflops=100_000.0)

@@ -444,6 +444,14 @@ def test_a_run_without_before_energy_or_texts_is_shown(tmp_path: Path) -> None:
     assert [(row[0], row[4]) for row in table.rows] == [("a", "held"), ("b", "not measured")]
 
 
+def test_a_run_whose_energies_end_in_the_midst_of_a_record_is_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    lines = (run / "energy.csv").read_text().splitlines(keepends=True)
+    assert lines[-1].split(",")[1] == "5"
+    (run / "energy.csv").write_text("".join(lines[:-1]))
+    assert notices_of(named_runs([RunRecords.read(run)])) is not None
+
+
 def heads(page: str, after: str) -> list[str]:
     """Column titles of the first table behind a piece of the page."""
     return re.findall(r'<th scope="col">(.*?)</th>', page.split(after)[1].split("</thead>")[0])

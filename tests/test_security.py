@@ -87,7 +87,7 @@ def test_nothing_that_is_read_is_run() -> None:
         assert "shell" not in words, where
         trusted = words.get("trust_remote_code")
         assert trusted is None or (isinstance(trusted, ast.Constant) and trusted.value is False), where
-        if last == "from_pretrained" and "loading.py" in where and "gguf_file" not in words:
+        if last == "from_pretrained" and where.startswith(("loading.py", "configs.py")) and "gguf_file" not in words:
             assert trusted is not None, f"{where}: transformers would ask"
 
 

@@ -128,7 +128,7 @@ class RunDirectory:
         target = self.place(CONFIG)
         try:
             text = target.read_text(encoding="utf-8")
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(f"{target} does not exist: give the directory of a run") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{target} is no YAML: {error}") from error

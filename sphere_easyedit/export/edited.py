@@ -191,6 +191,9 @@ class ExportableRun:
         if not self._run.has(SUMMARY):
             return None
         summary = self._run.read_json(SUMMARY)
+        if not isinstance(summary, dict):
+            raise ValueError(f"{self._run.path / SUMMARY} holds {type(summary).__name__}, not an object: it was "
+                             "changed by hand or damaged")
         if summary.get("num_edits") != self.num_edits or summary.get("post") is None:
             return None  # measured of other weights, or not at all
         return {name: summary.get(name) for name in ("protocol", "pre", "post")}

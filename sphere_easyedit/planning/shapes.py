@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,12 +74,20 @@ def model_shape(config: PretrainedConfig, names: ModuleNames, layers: Sequence[i
         raise ValueError(f"layers {list(layers)} do not fit a model of {blocks} layers: give numbers from 0 to "
                          f"{blocks - 1}")
     text = text_config(config)
+    for name in ("num_attention_heads", "hidden_size", "vocab_size"):
+        if not (size := getattr(text, name, None)):
+            raise ValueError(f"the config of {type(model).__name__} has {name} {size!r}, which costs are counted from: "
+                             "nothing can be planned for it")
     heads = int(text.num_attention_heads)
     head_width = int(getattr(text, "head_dim", None) or hidden_size(config) // heads)
     key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     entries = sum(_matrix_entries(module(names.layer_module_tmp.format(i))) for i in range(blocks))
-    weight = cast(torch.Tensor, module(names.rewrite_module_tmp.format(layers[0])).weight)
     hidden = hidden_size(config)
+    rewritten = names.rewrite_module_tmp.format(layers[0])
+    weight = getattr(module(rewritten), "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or hidden not in weight.shape:
+        raise ValueError(f"{rewritten} has no weight matrix with a side of {hidden}, the hidden size: correct "
+                         "rewrite_module_tmp in the hyperparameters")
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),

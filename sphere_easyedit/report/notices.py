@@ -82,7 +82,8 @@ def _drift(run: ReportRun) -> list[Notice]:
     records = [record for record in run.run.energy if all(map(math.isfinite, record.relative_change.values()))]
     paces = []
     for earlier, later in pairwise(records):
-        step = {layer: later.relative_change[layer] - change for layer, change in earlier.relative_change.items()}
+        step = {layer: later.relative_change[layer] - change for layer, change in earlier.relative_change.items()
+                if layer in later.relative_change}  # a run under way may be read in the midst of a record
         edits = later.num_edits - earlier.num_edits
         if step and edits > 0:
             paces.append((later.num_edits, mean_magnitude(step) / edits))
