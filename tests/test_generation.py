@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import tiny_model
+from packaging.version import Version
 from test_metrics import tokenizer
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -19,6 +20,7 @@ from sphere_easyedit.evaluation.perplexity import perplexity
 from sphere_easyedit.evaluation.teacher_forcing import Row, score_rows
 from sphere_easyedit.models import max_positions
 
+OLD = Version(transformers.__version__) < Version("5")
 IDS = {"vocab_size": 1500, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 LIKE_LLAMA = {**IDS, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
               "intermediate_size": 80, "max_position_embeddings": 128}
@@ -73,6 +75,8 @@ def model_of(model_type: str) -> nn.Module:
     """A tiny model with random weights, large enough for its attention and its recurrences to count."""
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    if OLD and model_type in {"openai-gpt", "recurrent_gemma", "mamba2", "jamba"}:
+        pytest.skip(f"in transformers {transformers.__version__} plain forward passes of {model_type} fail in part")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = AutoConfig.for_model(model_type, **MODELS[model_type])
@@ -102,14 +106,15 @@ def slow_texts(model: Any, tok: Any, prompts: list[str], steps: int) -> list[str
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_is_what_plain_forward_passes_give(model_type: str, caplog: pytest.LogCaptureFixture) -> None:
-    """By the model's own cache, but for RWKV's, which mixes up the rows of a batch in transformers 5.23."""
+    """By the model's own cache, but for RWKV's, which mixes up the rows of a batch in transformers 5.23, and some that
+    fail behind short prompts in older releases."""
     model, tok = model_of(model_type), tokenizer("plain")
     expected = slow_texts(model, tok, PROMPTS, STEPS)
     assert len(set(expected)) > 1
     with caplog.at_level(logging.INFO, logger="sphere_easyedit"):
         assert generate_continuations(model, tok, PROMPTS, STEPS) == expected
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("sphere_easyedit")]
-    if model_type == "rwkv":
+    if OLD or model_type == "rwkv":
         assert all("gives other states with a cache" in message for message in messages) and len(messages) <= 1
     else:
         assert not messages

@@ -54,7 +54,9 @@ def config_of(family: str) -> Any:
 def rope(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of rotary embeddings as this release of transformers takes them."""
     if Version(transformers.__version__) < Version("5"):
-        return {"rope_scaling": {**settings, "type": settings["rope_type"]}}
+        name = "type" if settings["rope_type"] == "longrope" else "rope_type"
+        return {"rope_scaling": {name: settings["rope_type"], **{key: value for key, value in settings.items()
+                                                                 if key != "rope_type"}}}
     return {"rope_parameters": {**settings, "rope_theta": 10000.0}}
 
 
