@@ -174,6 +174,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
                    use_mamba_kernels=False),
     "bamba": _rope(head_dim=..., attn_layer_indices=[1, 3], **_MAMBA),
     "falcon_h1": _rope(mamba_d_ssm=96, **_MAMBA),
+    "falcon_h1:multipliers": _rope(mamba_d_ssm=96, mlp_multipliers=[1.0, 0.3], lm_head_multiplier=0.5, **_MAMBA),
     "recurrent_gemma": _rope(lru_width=48, block_types=["recurrent", "attention"], attention_window_size=64,
                              logits_soft_cap=30.0),
     "zamba2": _rope(head_dim=..., num_key_value_heads=4, num_hidden_layers=6, mamba_d_state=8, mamba_expand=2,
@@ -203,6 +204,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
                                        "sliding_attention", "full_attention"],
                           activation_sparsity_pattern=[0.0] * 5, intermediate_size=[80] * 5),
     "gemma4_text": _rope(sliding_window=16, vocab_size_per_layer_input=1500, hidden_size_per_layer_input=16,
+                         global_head_dim=12, num_kv_shared_layers=0,
+                         layer_types=["sliding_attention", "full_attention"] * 2),
+    "gemma4_text:dense": _rope(sliding_window=16, vocab_size_per_layer_input=1500, hidden_size_per_layer_input=0,
                          global_head_dim=12, num_kv_shared_layers=0,
                          layer_types=["sliding_attention", "full_attention"] * 2),
     # A text model inside a vision-language one.
