@@ -243,8 +243,8 @@ def _with_cache(model: Any, rows: _Rows, check: bool) -> list[list[int]] | None:
     except (TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
         if not check:
             raise
-        logger.info("%s does not generate with a cache (%s: %s): every token is made without one",
-                    type(model).__name__, type(error).__name__, error)
+        logger.warning("%s does not generate with a cache (%s: %s): every token is made without one",
+                       type(model).__name__, type(error).__name__, error)
         return None
     if check:
         read = rows.read
