@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,6 +10,11 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .models import input_device
+
+# Largest change of logits by a later token, in standard deviations of logits: rounding stays below, also of experts
+# that run other tokens in bfloat16.
+_CAUSAL = 0.1
 _LOAD = "load a causal language model with transformers' AutoModelForCausalLM.from_pretrained"
 
 
@@ -40,6 +45,29 @@ def check_model(model: object) -> None:
         if "_orig_mod" in vars(module).get("_modules", {}) or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(f"{name or 'the model'} is compiled, so hooks on its modules don't run: edit and evaluate "
                              "the model as it was loaded, and compile it afterwards")
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, ids: Sequence[int]) -> None:
+    """Refuse a model in which tokens see those after them.
+
+    Prefix language models (PaliGemma), and some with a flag in their config, read a whole text in both directions, so
+    the loss of a target by one forward pass has seen the target, and keys depend on what follows the subject.
+
+    Args:
+        model: in evaluation mode.
+        ids: tokens of any text, two or more.
+
+    Raises:
+        ValueError: logits of the first tokens depend on the last.
+    """
+    rows = torch.tensor([list(ids), [*ids[:-1], ids[0]]], device=input_device(model))
+    logits: torch.Tensor = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits[:, :-1].float()
+    moved, spread = float((logits[0] - logits[1]).abs().max()), float(logits.std())
+    if moved > _CAUSAL * spread:
+        raise ValueError(f"{type(model).__name__} sees the tokens after a word, too (by the last one the logits "
+                         f"before it move by {moved:.3g}, of a standard deviation of {spread:.3g}): give a "
+                         "decoder-only causal language model")
 
 
 def _head(model: nn.Module) -> object | None:

@@ -215,6 +215,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llava_next": _wrapper("mistral", vision="clip_vision_model", vision_changes={"projection_dim": 32}),
     "paligemma": _wrapper("gemma2", {"sliding_window": 16}, "siglip_vision_model", {"projection_dim": 48},
                           projection_dim=48),
+    # Through Gemma 1, words see those after them.
+    "paligemma:gemma": _wrapper("gemma", {}, "siglip_vision_model", {"projection_dim": 48}, projection_dim=48),
     "mistral3": _wrapper("mistral", vision="pixtral", vision_changes={"head_dim": 16}),
     "qwen2_vl": _wrapper("qwen2_vl_text", {"head_dim": ..., "rope_parameters": {
         "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}, "rope_scaling": {

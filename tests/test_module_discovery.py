@@ -86,8 +86,8 @@ EXPECTED = {
     "nemotron_h": _names("model.layers", "mixer.down_proj", "mixer", "model.norm_f"),
     "rwkv": _names("rwkv.blocks", "feed_forward.value", "attention", "rwkv.ln_out", "head"),
     "modernbert-decoder": _names("model.layers", "mlp.Wo", "attn", "model.final_norm", "decoder"),
-    **dict.fromkeys(("gemma3", "llava", "llava_next", "paligemma", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
-                     "internvl", "llava_onevision", "aya_vision"), INNER),
+    **dict.fromkeys(("gemma3", "llava", "llava_next", "paligemma", "paligemma:gemma", "mistral3", "qwen2_vl",
+                     "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "aya_vision"), INNER),
     "idefics3": IDEFICS, "smolvlm": IDEFICS,
 }
 ALL_ROUTED = r"can't be edited: layers \[0, 1, 2, 3\] have routed experts, which can't be edited$"

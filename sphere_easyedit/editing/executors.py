@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..hparams import SPHEREHyperParams
+from ..inputs import check_causal
 from ..logit_map import find_logit_map
 from ..models import EditableModel, frozen, max_positions
 from .contexts import generate_contexts
@@ -115,6 +116,7 @@ def _proven_paths(editable: EditableModel, tok: PreTrainedTokenizerBase) -> dict
     """
     prompts = [tokenize_prompt(tok, before, subject, after).ids for before, subject, after in _PROBE_PROMPTS]
     with frozen(editable.model):
+        check_causal(editable.model, prompts[0])
         find_logit_map(editable, pad_rows(prompts[:1], editable.input_device).input_ids)
         return find_output_paths(editable, prompts)
 
