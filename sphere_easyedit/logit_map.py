@@ -64,8 +64,8 @@ def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
     names, model = editable.names, type(editable.model).__name__
     states, entering, raw, own = _run(editable, input_ids)
     if raw is None or entering is None:
-        raise ValueError(f"{names.lm_head_module!r} is not run in a forward pass of {model}: give the module that puts "
-                         "out the logits as lm_head_module")
+        raise ValueError(f"{names.lm_head_module!r} is not run on hidden states in a forward pass of {model}: give the "
+                         "module that puts out the logits as lm_head_module")
     if raw.shape[-1] != own.shape[-1]:
         raise ValueError(f"{names.lm_head_module!r} puts out {raw.shape[-1]} numbers a token, but {model} has "
                          f"{own.shape[-1]} logits: give the module that puts out the logits as lm_head_module")
@@ -107,7 +107,9 @@ def _run(editable: EditableModel, input_ids: Tensor) -> tuple[Tensor, Tensor | N
     entering: list[Tensor] = []
     raw: list[Tensor] = []
 
-    def feed(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def feed(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args[0].is_floating_point():  # the embedding, which takes token ids
+            return None
         fed = args[0].clone()
         last = fed.view(len(_SCALES), -1, fed.shape[-1])[:, -1]
         entering.append(last[0].clone())
@@ -124,7 +126,7 @@ def _run(editable: EditableModel, input_ids: Tensor) -> tuple[Tensor, Tensor | N
     finally:
         for handle in handles:
             handle.remove()
-    if not raw:
+    if not entering:
         return states[0][:1], None, None, logits[:, -1]
     return states[0][:1], entering[0], raw[0].reshape(len(_SCALES), -1, raw[0].shape[-1])[:, -1], logits[:, -1]
 

@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from .callbacks import EditCallback, EditEvent
 from .editing.contradictions import warn_of_contradictions
-from .editing.executors import prepare_session, restored_after, solve_batch, tokenize_batch
+from .editing.executors import prepare_session, restored_after, solve_batch, tokenize_batch, warn_of_indirect_outputs
 from .editing.grams import GramMatrices, carries_grams
 from .editing.requests import EditRequest, TokenizedRequest, parse_requests, request_dicts
 from .editing.session import EditSession
 from .editing.solvers import KeyHistory
 from .exclusive import exclusive
-from .hparams import SPHEREHyperParams, check_hparams
+from .hparams import NATIVE_ALGS, SPHEREHyperParams, check_hparams
 from .inputs import check_model, check_parameters, check_tokenizer, ordinary_torch
 from .models import EditableModel, check_token_ids
 from .reviewing import change_norms, reviewed
@@ -119,6 +119,8 @@ def _edit_batch(
         else:
             session.bind(editable, hparams)
             parsed = read_requests(editable, tok, requests, session)
+            if hparams.executor == "easyedit" and hparams.base_alg in NATIVE_ALGS:
+                warn_of_indirect_outputs(editable, tok, session)
         warn_of_contradictions(parsed)
         seconds = {"preparation": time.perf_counter() - started}
         weights = editable.weights()

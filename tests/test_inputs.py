@@ -288,7 +288,7 @@ def test_an_executor_gets_dicts_too(llama_stats: Path, tok: PreTrainedTokenizerB
     ([REQUESTS[0], "Rome"], "request 1 is 'Rome' of type str"), ([REQUESTS], r"request 0 is \[.* of type list"),
     ([Fact], "request 0 is .* of type type"), ([None], "request 0 is None of type NoneType"), (Fact, "not type"),
     ([{**REQUESTS[0], "subject": 7}], "subject is 7"),
-], ids=str)
+])
 def test_other_requests_are_refused_with_their_type(given: Any, match: str, tmp_path: Path,
                                                     tok: PreTrainedTokenizerBase) -> None:
     model = tiny_model("llama")
@@ -384,7 +384,7 @@ def _edited(family: str, base_alg: str, settings: dict[str, Any], folder: Path, 
 
 
 @pytest.mark.parametrize(("family", "base_alg", "settings", "names"), [
-    ("llama", "AlphaEdit", {}, STATES),
+    ("llama", "AlphaEdit", {}, list(STATES)),
     ("gpt2", "MEMIT", {"keep_previous_keys": True}, ["float64 by default", "inference_mode"]),
     ("gemma2", "RECT", {"gamma_rule": "knee"}, ["bfloat16 by default"]),
     ("llama", "PRUNE", {"space_source": "both"}, ["float64 by default"]),
