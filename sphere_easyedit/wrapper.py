@@ -72,7 +72,7 @@ def apply_sphere_to_model(
         The edited model and the original weights (empty unless asked for).
 
     Raises:
-        TypeError: model, tokenizer, hyperparameters or session are of a wrong kind.
+        TypeError: model, tokenizer, hyperparameters, session or callbacks are of a wrong kind.
         ValueError: a request, hyperparameter, statistics file or result is unusable. Whatever is raised, the model and
             the session are as before the call.
         ImportError: ``executor: easyedit``, and EasyEdit can't be imported.
@@ -84,6 +84,8 @@ def apply_sphere_to_model(
     dicts = request_dicts(requests)
     if session is not None and not isinstance(session, EditSession):
         raise TypeError(f"session is a {type(session).__name__}: give an EditSession, or None for the model's own")
+    if isinstance(callbacks, EditCallback):
+        raise TypeError(f"callbacks is a single {type(callbacks).__name__}: wrap it in a list")
     with ordinary_torch():
         if copy:
             with exclusive(model):

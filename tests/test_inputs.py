@@ -230,6 +230,17 @@ def test_a_session_of_a_wrong_kind_is_refused(tmp_path: Path, tok: PreTrainedTok
         sphere.EditSession.attach(model, model)
 
 
+def test_callbacks_of_a_wrong_kind_are_refused(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    with refused(TypeError, "single HETracker: wrap it in a list"):
+        sphere.apply_sphere_to_model(tiny_model("llama"), tok, REQUESTS, tiny_hparams(tmp_path),
+                                     callbacks=sphere.HETracker())  # type: ignore[arg-type]
+    for layers in (3, "12", ["1"]):
+        with refused(TypeError, "layers is .*: give a list of layer numbers"):
+            sphere.HETracker(layers=layers)  # type: ignore[arg-type]
+    with refused(TypeError, "every is '2': give a whole number"):
+        sphere.HETracker(every="2")  # type: ignore[arg-type]
+
+
 # --- requests ------------------------------------------------------------------------------------------------------
 
 
