@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .editing.session import EditSession
     from .hparams import SPHEREHyperParams
     from .hyperspherical import hyperspherical_energy
+    from .loading import load_model
     from .projection import PrincipalSpace
     from .wrapper import apply_sphere_to_model
 
@@ -27,6 +28,7 @@ __all__ = [
     "StopEditing",
     "apply_sphere_to_model",
     "hyperspherical_energy",
+    "load_model",
     "register",
     "track",
     "unregister",
@@ -38,8 +40,8 @@ _HOMES = MappingProxyType({
     "EditCallback": ".callbacks", "EditEvent": ".callbacks", "EditSession": ".editing.session",
     "HETracker": ".callbacks", "PrincipalSpace": ".projection", "SPHEREHyperParams": ".hparams",
     "StopEditing": ".callbacks",
-    "apply_sphere_to_model": ".wrapper", "hyperspherical_energy": ".hyperspherical", "register": ".easyedit",
-    "track": ".easyedit", "unregister": ".easyedit",
+    "apply_sphere_to_model": ".wrapper", "hyperspherical_energy": ".hyperspherical", "load_model": ".loading",
+    "register": ".easyedit", "track": ".easyedit", "unregister": ".easyedit",
 })
 
 
