@@ -109,8 +109,8 @@ def _normed(editable: EditableModel, states: Tensor) -> Tensor:
     except (TypeError, RuntimeError, IndexError, ValueError, AttributeError) as error:
         why = one_line(error)
     if why:
-        raise ValueError(f"{editable.names.ln_f_module!r} does not take the last block's output as a norm does ({why}): "
-                         "give the norm in front of the LM head as ln_f_module")
+        raise ValueError(f"{editable.names.ln_f_module!r} does not take the last block's output as a norm does "
+                         f"({why}): give the norm in front of the LM head as ln_f_module")
     return normed  # type: ignore[no-any-return]
 
 

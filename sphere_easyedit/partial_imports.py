@@ -15,6 +15,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+from .messages import kind_and_text
+
 
 class UnimportableModule(ModuleType):
     """Stands for a module that can't be imported.
@@ -61,12 +63,7 @@ class _Unimportable(type):
 
 def import_failure(module: str, error: BaseException) -> str:
     """One line that says which module can't be imported, and why."""
-    return f"{module} can't be imported ({one_line(error)})"
-
-
-def one_line(error: BaseException) -> str:
-    """An error's type and text without line breaks."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{module} can't be imported ({kind_and_text(error)})"
 
 
 def unimportable_modules(package: str) -> dict[str, Exception]:

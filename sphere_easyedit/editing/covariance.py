@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from ..batching import kind_by_length
 from ..files import locked, remove_leftovers, replacing, sha256_of
 from ..hparams import SPHEREHyperParams
+from ..messages import kind_and_text
 from ..models import EditableModel, frozen, max_positions
 from ..replicas import Replicas, shared_out
 from .corpus import corpus_name, token_sequences
@@ -77,7 +78,7 @@ def load_moment(path: Path, d_in: int) -> Tensor:
         with np.load(path, allow_pickle=False) as stored:
             total, count = np.asarray(stored["mom2.mom2"], dtype=np.float64), int(stored["mom2.count"].item())
     except Exception as error:  # zipfile, zlib and NumPy's headers fail in more ways than can be listed
-        raise ValueError(f"{path} is no statistics file of EasyEdit's layout ({type(error).__name__}: {error}); remove "
+        raise ValueError(f"{path} is no statistics file of EasyEdit's layout ({kind_and_text(error)}); remove "
                          "it to have it collected anew") from error
     if total.shape != (d_in, d_in):
         raise ValueError(f"{path} holds a second moment of shape {total.shape}, the layer's keys need "

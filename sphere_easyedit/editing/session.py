@@ -19,6 +19,7 @@ from ..files import replacing
 from ..fingerprints import Fingerprint
 from ..hparams import SPHEREHyperParams
 from ..inputs import check_model, ordinary_torch
+from ..messages import kind_and_text
 from ..models import EditableModel, ModuleNames
 from ..projection import PrincipalSpace
 from .grams import GramMatrix
@@ -276,7 +277,7 @@ class EditSession:
             with ordinary_torch():
                 return cls._read(path)
         except (OSError, SafetensorError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} can't be read as a saved session ({type(error).__name__}: {error})") from error
+            raise ValueError(f"{path} can't be read as a saved session ({kind_and_text(error)})") from error
 
     @classmethod
     def _read(cls, path: Path) -> EditSession:

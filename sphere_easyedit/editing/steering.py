@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..batching import kind_by_length, of_one_kind
+from ..messages import kind_and_text
 from ..models import EditableModel
 from .packing import PackedRows, pack_behind, packs_exactly, same_states, select_packed
 from .replay import BlockReplay, KeyValues, common_beginnings, pad_rows, prefix_key_values
@@ -313,6 +314,6 @@ def prefix_is_exact(editable: EditableModel, prompt: TokenizedPrompt) -> bool:
         split = BlockReplay.record(editable, rows, stop - 1, stop, prefix=cached).final
     except (TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
         logger.warning("%s does not take a prefix cache (%s): every step runs all tokens",
-                       type(editable.model).__name__, error)
+                       type(editable.model).__name__, kind_and_text(error))
         return False
     return same_states(editable.model, "a prefix cache", split, whole)

@@ -22,6 +22,7 @@ from transformers import (
 from ..batching import kind_by_length
 from ..editing.packing import same_states
 from ..inputs import check_inputs
+from ..messages import kind_and_text
 from ..models import frozen, input_device, logits_at, max_positions
 from ..replicas import Replicas, shared_out
 from ..tokenization import continuation_ids_batch
@@ -243,8 +244,8 @@ def _with_cache(model: Any, rows: _Rows, check: bool) -> list[list[int]] | None:
     except (TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
         if not check:
             raise
-        logger.warning("%s does not generate with a cache (%s: %s): every token is made without one",
-                       type(model).__name__, type(error).__name__, error)
+        logger.warning("%s does not generate with a cache (%s): every token is made without one",
+                       type(model).__name__, kind_and_text(error))
         return None
     if check:
         read = rows.read
