@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig
 
-from .models import text_config
+from .models import max_positions, text_config
 
 # A batch costs about as much as so many tokens besides its own, as a share of the most that are run at once.
 _OVERHEAD = 16
@@ -30,7 +30,7 @@ def kind_by_length(config: PretrainedConfig) -> Callable[[int], int]:
         if name in {"longrope", "su"} or "dynamic" in name:
             grows |= "dynamic" in name
             # Releases of transformers differ in which of these is the limit. One too many only makes batches smaller.
-            found = (rope.get("original_max_position_embeddings"), config.max_position_embeddings,
+            found = (rope.get("original_max_position_embeddings"), max_positions(config),
                      getattr(config, "original_max_position_embeddings", None))
             limits |= {int(limit) for limit in found if limit}
 

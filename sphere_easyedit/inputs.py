@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .models import input_device
+from .module_discovery import output_embeddings
 
 # Largest change of logits by a later token, in standard deviations of logits: rounding stays below, also of experts
 # that run other tokens in bfloat16.
@@ -38,7 +39,7 @@ def check_model(model: object) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{kind} is an encoder-decoder, and only decoders can be edited and evaluated: {_LOAD}")
     can_generate = getattr(model, "can_generate", None)
-    if can_generate is not None and not can_generate() and _head(model) is None:
+    if can_generate is not None and not can_generate() and output_embeddings(model) is None:
         raise ValueError(f"{kind} has no LM head: {_LOAD}")
     for name, module in model.named_modules():
         # Compiled code runs no hooks that were added later: the model would be read and edited wrongly.
@@ -68,14 +69,6 @@ def check_causal(model: nn.Module, ids: Sequence[int]) -> None:
         raise ValueError(f"{type(model).__name__} sees the tokens after a word, too (by the last one the logits "
                          f"before it move by {moved:.3g}, of a standard deviation of {spread:.3g}): give a "
                          "decoder-only causal language model")
-
-
-def _head(model: nn.Module) -> object | None:
-    try:
-        found: object | None = model.get_output_embeddings()  # type: ignore[operator]
-        return found
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 def check_inputs(model: object, tok: object) -> None:

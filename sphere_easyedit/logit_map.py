@@ -10,7 +10,9 @@ Shape legend: n states; d the width of the residual stream; V the vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,10 +28,11 @@ if TYPE_CHECKING:
 # Multiples of the last state that the head is fed: itself, one that shows the slope at 0, one that shows a cap.
 _SCALES = (1.0, 1.0 / 64.0, 64.0)
 _FITTED = 4096  # logits that a cap is fitted to
-# Largest relative error, and how near to 1 a factor is none, in float32 and in half precision.
-_TOLERANCE = {True: 1e-3, False: 5e-2}
-_ROUNDING = {True: 1e-5, False: 2e-2}  # up to here, logits are a multiple without a cap
-_NO_FACTOR = {True: 1e-5, False: 2e-3}
+# By whether logits are float32 or of half precision: the largest relative error, up to which one no cap is looked for,
+# and how near to 1 a factor is none.
+_TOLERANCE: Mapping[bool, float] = MappingProxyType({True: 1e-3, False: 5e-2})
+_ROUNDING: Mapping[bool, float] = MappingProxyType({True: 1e-5, False: 2e-2})
+_NO_FACTOR: Mapping[bool, float] = MappingProxyType({True: 1e-5, False: 2e-3})
 
 
 @dataclass(frozen=True)

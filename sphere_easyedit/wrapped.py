@@ -309,7 +309,8 @@ class WrappedSimIE(WrappedExecutor):
 
     @contextmanager
     def _state(self, editable: EditableModel, hparams: SPHEREHyperParams, own: Any) -> Iterator[None]:
-        with self._base._state(editable, hparams, own._base_hparams):
+        # The other method's state is in its own modules' globals (see ``__call__``).
+        with exclusive(self._base._module), self._base._state(editable, hparams, own._base_hparams):
             moments = {name.removeprefix(_KEY_MOMENTS): moment for name, moment
                        in self._session.executor_history.items() if name.startswith(_KEY_MOMENTS)}
             if moments:

@@ -267,3 +267,15 @@ def test_a_weight_shared_between_blocks_is_refused(tok: PreTrainedTokenizerBase,
     with pytest.raises(ValueError, match=r"shared with blocks \[3\]"):
         sphere.apply_sphere_to_model(model, tok, [{"prompt": "{} is", "subject": "Rome", "target_new": "big"}],
                                      tiny_hparams(tmp_path))
+
+
+def test_a_down_projection_called_with_a_named_argument(tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    requests = [{"prompt": "{} is", "subject": "Rome", "target_new": "big"}]
+    weights = []
+    for named in (False, True):
+        model = tiny_model("llama")
+        for mlp in (block.mlp for block in model.model.layers if named):
+            mlp.forward = lambda x, mlp=mlp: mlp.down_proj(input=mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+        sphere.apply_sphere_to_model(model, tok, requests, tiny_hparams(tmp_path))
+        weights.append(model.model.layers[2].mlp.down_proj.weight)
+    assert torch.equal(*weights)
