@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,10 +116,15 @@ class HETracker(EditCallback):
         records: one ``EnergyRecord`` before the first batch and one for each recorded batch.
 
     Raises:
+        TypeError: ``layers`` is no sequence of numbers, or ``every`` no number.
         ValueError: ``every`` is below 1.
     """
 
     def __init__(self, path: str | Path | None = None, layers: Sequence[int] | None = None, every: int = 1) -> None:
+        if layers is not None and not (isinstance(layers, Iterable) and all(isinstance(one, int) for one in layers)):
+            raise TypeError(f"layers is {layers!r}: give a list of layer numbers, or None for all that are edited")
+        if not isinstance(every, int):
+            raise TypeError(f"every is {every!r}: give a whole number, 1 or more")
         if every < 1:
             raise ValueError(f"every is {every}; give 1 to record after each batch, or more")
         self.path = None if path is None else Path(path)

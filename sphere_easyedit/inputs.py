@@ -107,6 +107,6 @@ def ordinary_torch() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
             stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":
+        if torch.empty(0).device.type != "cpu":
             stack.enter_context(torch.device("cpu"))
         yield

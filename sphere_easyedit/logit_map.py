@@ -73,8 +73,8 @@ def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
         raise ValueError(f"{last!r} gives no hidden states in a forward pass of {model}: give the decoder blocks as "
                          "layer_module_tmp")
     if raw is None or entering is None:
-        raise ValueError(f"{names.lm_head_module!r} makes no logits of hidden states in a forward pass of {model}: "
-                         "give the module that puts out the logits as lm_head_module")
+        raise ValueError(f"{names.lm_head_module!r} is not run on hidden states in a forward pass of {model}: give the "
+                         "module that puts out the logits as lm_head_module")
     if raw.shape[-1] != own.shape[-1]:
         raise ValueError(f"{names.lm_head_module!r} puts out {raw.shape[-1]} numbers a token, but {model} has "
                          f"{own.shape[-1]} logits: give the module that puts out the logits as lm_head_module")

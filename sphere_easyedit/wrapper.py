@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from .callbacks import EditCallback, EditEvent
 from .editing.contradictions import warn_of_contradictions
-from .editing.executors import prepare_session, restored_after, solve_batch, tokenize_batch
+from .editing.executors import prepare_session, restored_after, solve_batch, tokenize_batch, warn_of_indirect_outputs
 from .editing.grams import GramMatrices, carries_grams
 from .editing.requests import EditRequest, TokenizedRequest, parse_requests, request_dicts
 from .editing.session import EditSession
 from .editing.solvers import KeyHistory
 from .exclusive import exclusive
-from .hparams import SPHEREHyperParams, check_hparams
+from .hparams import NATIVE_ALGS, SPHEREHyperParams, check_hparams
 from .inputs import check_model, check_parameters, check_tokenizer, ordinary_torch
 from .models import EditableModel, check_token_ids
 from .reviewing import change_norms, reviewed
@@ -72,7 +72,7 @@ def apply_sphere_to_model(
         The edited model and the original weights (empty unless asked for).
 
     Raises:
-        TypeError: model, tokenizer, hyperparameters or session are of a wrong kind.
+        TypeError: model, tokenizer, hyperparameters, session or callbacks are of a wrong kind.
         ValueError: a request, hyperparameter, statistics file or result is unusable. Whatever is raised, the model and
             the session are as before the call.
         ImportError: ``executor: easyedit``, and EasyEdit can't be imported.
@@ -84,6 +84,8 @@ def apply_sphere_to_model(
     dicts = request_dicts(requests)
     if session is not None and not isinstance(session, EditSession):
         raise TypeError(f"session is a {type(session).__name__}: give an EditSession, or None for the model's own")
+    if isinstance(callbacks, EditCallback):
+        raise TypeError(f"callbacks is a single {type(callbacks).__name__}: wrap it in a list")
     with ordinary_torch():
         if copy:
             with exclusive(model):
@@ -119,6 +121,8 @@ def _edit_batch(
         else:
             session.bind(editable, hparams)
             parsed = read_requests(editable, tok, requests, session)
+            if hparams.executor == "easyedit" and hparams.base_alg in NATIVE_ALGS:
+                warn_of_indirect_outputs(editable, tok, session)
         warn_of_contradictions(parsed)
         seconds = {"preparation": time.perf_counter() - started}
         weights = editable.weights()

@@ -32,7 +32,7 @@ PUBLISHED = {
     "mistralai/Mistral-7B-v0.1": 7_241_732_096, "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512, "Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen3-1.7B": 1_720_574_976,
     "Qwen/Qwen3-4B": 4_022_468_096, "Qwen/Qwen3-8B": 8_190_735_360, "google/gemma-3-270m": 268_098_176,
-    "google/gemma-3-1b-it": 999_885_952, "google/gemma-3-4b-it": 4_300_079_472,
+    "google/gemma-3-1b-pt": 999_885_952, "google/gemma-3-4b-pt": 4_300_079_472,
     "allenai/OLMo-2-0425-1B": 1_484_916_736, "allenai/OLMo-2-1124-7B": 7_298_617_344,
     "allenai/Olmo-3-1025-7B": 7_298_011_136, "EleutherAI/gpt-j-6B": 6_050_882_784,
     "openai-community/gpt2-xl": 1_557_611_200,

@@ -230,6 +230,17 @@ def test_a_session_of_a_wrong_kind_is_refused(tmp_path: Path, tok: PreTrainedTok
         sphere.EditSession.attach(model, model)
 
 
+def test_callbacks_of_a_wrong_kind_are_refused(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    with refused(TypeError, "single HETracker: wrap it in a list"):
+        sphere.apply_sphere_to_model(tiny_model("llama"), tok, REQUESTS, tiny_hparams(tmp_path),
+                                     callbacks=sphere.HETracker())  # type: ignore[arg-type]
+    for layers in (3, "12", ["1"]):
+        with refused(TypeError, "layers is .*: give a list of layer numbers"):
+            sphere.HETracker(layers=layers)  # type: ignore[arg-type]
+    with refused(TypeError, "every is '2': give a whole number"):
+        sphere.HETracker(every="2")  # type: ignore[arg-type]
+
+
 # --- requests ------------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +299,7 @@ def test_an_executor_gets_dicts_too(llama_stats: Path, tok: PreTrainedTokenizerB
     ([REQUESTS[0], "Rome"], "request 1 is 'Rome' of type str"), ([REQUESTS], r"request 0 is \[.* of type list"),
     ([Fact], "request 0 is .* of type type"), ([None], "request 0 is None of type NoneType"), (Fact, "not type"),
     ([{**REQUESTS[0], "subject": 7}], "subject is 7"),
-], ids=str)
+])
 def test_other_requests_are_refused_with_their_type(given: Any, match: str, tmp_path: Path,
                                                     tok: PreTrainedTokenizerBase) -> None:
     model = tiny_model("llama")
@@ -384,7 +395,7 @@ def _edited(family: str, base_alg: str, settings: dict[str, Any], folder: Path, 
 
 
 @pytest.mark.parametrize(("family", "base_alg", "settings", "names"), [
-    ("llama", "AlphaEdit", {}, STATES),
+    ("llama", "AlphaEdit", {}, list(STATES)),
     ("gpt2", "MEMIT", {"keep_previous_keys": True}, ["float64 by default", "inference_mode"]),
     ("gemma2", "RECT", {"gamma_rule": "knee"}, ["bfloat16 by default"]),
     ("llama", "PRUNE", {"space_source": "both"}, ["float64 by default"]),

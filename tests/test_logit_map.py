@@ -98,6 +98,7 @@ def test_what_else_is_done_is_refused(change: Callable[[Tensor], Tensor], messag
     ({"lm_head_module": "model.norm"}, r"'model\.norm' puts out 48 numbers a token, but LlamaForCausalLM has 1500"),
     ({"ln_f_module": "model.layers.0.input_layernorm"}, r"is not what 'model\.layers\.0\.input_layernorm' makes"),
     ({"lm_head_module": "model.layers.3.mlp.act_fn"}, r"puts out 80 numbers a token"),
+    ({"lm_head_module": "model.embed_tokens"}, r"is not run on hidden states"),
     ({"ln_f_module": "model.embed_tokens"}, r"'model\.embed_tokens' does not take the last block's output"),
 ])
 def test_wrong_names_are_refused_before_anything_is_tried(names: dict[str, str], message: str,

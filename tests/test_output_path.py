@@ -72,7 +72,7 @@ REFUSED: dict[str, tuple[dict[str, Callable[[], nn.Module]], Way]] = {
     "gate by itself": ({"gate": lambda: _Gate(1)}, lambda b, x, y: x + b.gate(y) * y),
     "two norms": ({"one": _norm, "two": _norm}, lambda b, x, y: x + b.two(F.silu(b.one(y)))),
     "unused": ({}, lambda _, x, y: x + 0.0 * y),
-    "mixing tokens": ({}, lambda _, x, y: x + y + 0.1 * y.roll(1, dims=1)),
+    "mixing tokens": ({}, lambda _, x, y: x + y + 0.1 * F.pad(y[:, :-1], (0, 0, 1, 0))),
 }
 
 

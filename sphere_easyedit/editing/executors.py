@@ -20,7 +20,7 @@ from ..models import EditableModel, frozen, max_positions
 from .contexts import generate_contexts
 from .covariance import filed_factor, filed_null_space, load_moment, load_null_space, statistics_files
 from .origins import unchanged
-from .output_path import OutputPath, find_output_paths
+from .output_path import OutputPath, Scaled, find_output_paths
 from .replay import pad_rows
 from .requests import EditRequest, TokenizedRequest, tokenize_prompt, tokenize_request
 from .session import EditSession
@@ -114,11 +114,30 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
 def _proven_paths(editable: EditableModel, tok: PreTrainedTokenizerBase) -> dict[int, OutputPath]:
     """How the edited weights' outputs reach the residual stream; first of all, so that wrong module names cost nothing.
     """
-    prompts = [tokenize_prompt(tok, before, subject, after).ids for before, subject, after in _PROBE_PROMPTS]
+    limit = max_positions(editable.config)
+    prompts = [tokenize_prompt(tok, before, subject, after).ids[:limit] for before, subject, after in _PROBE_PROMPTS]
     with frozen(editable.model):
         check_causal(editable.model, prompts[0])
         find_logit_map(editable, pad_rows(prompts[:1], editable.input_device).input_ids)
         return find_output_paths(editable, prompts)
+
+
+def warn_of_indirect_outputs(editable: EditableModel, tok: PreTrainedTokenizerBase, session: EditSession) -> None:
+    """Warn that EasyEdit's own MEMIT and AlphaEdit edit a model wrongly whose weights' output takes another way.
+
+    They take what the edited weight puts out for the change of the residual stream.
+    """
+    if set(session.paths) == set(editable.layers):
+        return
+    try:
+        session.paths = _proven_paths(editable, tok)
+    except ValueError as error:  # what the native solve refuses, EasyEdit may know how to edit
+        logger.warning("%s", error)
+        return
+    if any(path != Scaled() for path in session.paths.values()):
+        logger.warning("%s scales or normalises the output of the edited weights on its way to the residual stream: "
+                       "EasyEdit's own executor takes no account of that and edits wrongly. Set executor to 'native'",
+                       type(editable.model).__name__)
 
 
 def _shelf(hparams: SPHEREHyperParams) -> Shelf:

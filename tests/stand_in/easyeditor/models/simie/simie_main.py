@@ -1,4 +1,4 @@
-"""Runs another method on the first weights, and adds what its change does on the keys of a prompt; in one's own words.
+"""Runs another method on the first weights and keeps what its change does on the keys of a prompt.
 
 State is kept on the hyperparameters, the other method's of which come from a second file.
 """
