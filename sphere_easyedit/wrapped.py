@@ -102,7 +102,7 @@ class WrappedExecutor:
         Raises:
             ValueError: the hyperparameters do not fit the method, or it takes one request a call.
         """
-        editable = hparams.editable(model)
+        editable = hparams.editable(model, self._session.known_names(model, hparams))
         own = self.check(hparams, editable, len(requests))
         numbered = [_request(raw, self._session.num_edits + i, self._reads_prompt) for i, raw in enumerate(requests)]
         with ExitStack() as stack:

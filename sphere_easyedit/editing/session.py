@@ -156,6 +156,11 @@ class EditSession:
             self.original = {layer: editable.weight(layer).to("cpu", copy=True) for layer in editable.layers}
             self._base = {layer: Fingerprint.of(editable.weight(layer)) for layer in editable.layers}
 
+    def known_names(self, model: nn.Module, hparams: SPHEREHyperParams) -> ModuleNames | None:
+        """Where this model keeps its parts, if an earlier batch with the same settings has found out."""
+        is_same = self._model is not None and self._model() is model and self._key == hparams.session_key()
+        return self._names if is_same else None
+
     @contextmanager
     def unchanged_on_error(self) -> Iterator[None]:
         """Everything the session holds is as before if the context ends in an error."""
