@@ -1,4 +1,4 @@
-"""What the public functions refuse before they do anything: objects of a wrong kind, in one line with the remedy."""
+"""Checks of what public functions are given, made before they do anything; errors are one line with the remedy."""
 
 from __future__ import annotations
 
@@ -97,9 +97,9 @@ def check_tokenizer(tok: object) -> None:
 
 @contextmanager
 def ordinary_torch() -> Iterator[None]:
-    """Inside, PyTorch computes as it does unless told otherwise, whatever the caller has told it for this thread.
+    """Undo the caller's settings of PyTorch for this thread inside the context.
 
-    That is with gradients, without inference mode and autocast, and with new tensors on the CPU.
+    Gradients are on, inference mode and autocast are off, and new tensors are made on the CPU.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():

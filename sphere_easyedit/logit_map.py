@@ -1,4 +1,4 @@
-"""What a model does between its final norm and its logits, besides the LM head: found by running it.
+"""The scale and the soft cap of a model's logits, found by running it.
 
 Gemma and RecurrentGemma cap logits softly; Granite, Cohere and Falcon-H1 multiply them or what enters the head, each
 under a name of its own. Here the model is run once with a hook on the head, which feeds it the last state at several

@@ -1,4 +1,4 @@
-"""Which class of transformers a config's language model is of, and that model without weights."""
+"""The class of transformers that a config's model is loaded as, and the model without weights."""
 
 from __future__ import annotations
 

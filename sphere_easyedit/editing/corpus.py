@@ -163,7 +163,7 @@ def _generate(editable: EditableModel, tok: PreTrainedTokenizerBase, samples: in
 
 
 class _Steps(StoppingCriteria):
-    """Takes note of every step of generation, and stops none."""
+    """Counts the steps of generation for a progress bar, and never stops it."""
 
     def __init__(self, remaining: RemainingTime) -> None:
         self._remaining = remaining

@@ -1,4 +1,4 @@
-"""What files of statistics were collected from, told by a fingerprint beside each.
+"""Fingerprints of statistics files: what each was collected from, written to a file beside it.
 
 Paths of statistics name a model and a text by the last component of their own paths, as EasyEdit does, so two models
 may share one. Beside every file that we write lies ``..._origin.json``: digests of the model's weights that the layer's
@@ -48,7 +48,7 @@ class StatisticsFile:
 
     Attributes:
         path: where it is.
-        contents: what ``contents_of`` said.
+        contents: its checksums (see ``contents_of``).
     """
 
     path: Path
@@ -79,7 +79,7 @@ def _check(files: Iterable[StatisticsFile]) -> None:
 
 
 def contents_of(path: Path) -> str | None:
-    """What tells the contents of a statistics file, without reading them all; None where there is no such file."""
+    """Checksums of a statistics file's arrays, as its archive lists them; None where there is no such file."""
     try:
         with zipfile.ZipFile(path) as archive:
             return " ".join(f"{member.CRC:08x}" for member in archive.infolist() if member.filename.startswith("mom2."))
@@ -107,7 +107,7 @@ class Finding:
         file: None where there is none.
         differences: what it was collected from that is otherwise here, in words; none where it fits.
         unknown: what can't be compared, in words.
-        settled: False while its fingerprint is of other contents, as within a replacement by another process.
+        settled: False if its fingerprint names other contents, as while another process replaces the file.
     """
 
     file: StatisticsFile | None
@@ -124,7 +124,7 @@ class Finding:
 class Origins:
     """What statistics of a model's keys are collected from, layer by layer.
 
-    Nothing is computed before it is needed, and nothing twice.
+    Digests are computed when they are needed, each once.
 
     Args:
         editable: the model, with the weights that the statistics are of.
@@ -138,7 +138,7 @@ class Origins:
         self._digests: dict[str, str] = {}
 
     def of(self, layer: int) -> dict[str, Any]:
-        """Everything that a fingerprint tells, for JSON."""
+        """The content of a layer's fingerprint, for JSON."""
         model = {"model": self._digest(self._names_below(layer)), "config": self._config}
         return model if self._tok is None else {**model, **self._of_text}
 

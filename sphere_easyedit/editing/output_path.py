@@ -287,7 +287,7 @@ def _find(editable: EditableModel, layer: int, rows: Rows, run: Callable[[], Ten
 
 
 def _linear(factors: Tensor, full: bool) -> OutputPath:
-    """The path that these factors ``(n, d)`` of n tokens show."""
+    """The path with these factors ``(n, d)``, measured at n tokens."""
     same, factors = _SAME[full], factors.double()
     by_token = factors.mean(dim=1, keepdim=True)  # (n, 1)
     by_channel = factors.mean(dim=0)  # (d,)

@@ -220,8 +220,8 @@ class Steering:
     @classmethod
     @torch.no_grad()
     def record(cls, editable: EditableModel, rows: Sequence[Row], block: int, layout: Layout) -> Steering:
-        """Run everything once. Padded prompts that rewrite and drift prompts are run apart, and so are rows that a
-        model takes for different kinds (see ``batching.kind_by_length``).
+        """Run everything once. Prompts with targets and drift prompts are padded apart, and rows of different kinds
+        (see ``batching.kind_by_length``) are run apart.
 
         Args:
             rows: of the edits in order.
@@ -234,7 +234,7 @@ class Steering:
             if layout == "packed":
                 parts.append(_Packed.record(editable, alike, block))
                 continue
-            # A prefix that is run by itself is a row of the least kind.
+            # A prefix runs by itself, as a row of the smallest kind, so only rows of that kind can have one.
             use_prefix = layout == "padded" and kind(len(alike[0].ids)) == kind(1)
             for rewrites in (True, False):
                 some = [row for row in alike if bool(row.targets) == rewrites]
