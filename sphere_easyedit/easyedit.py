@@ -130,12 +130,10 @@ class RegisteredExecutor:
                                      **kwargs)
 
 
-def _sphere_hparams(hparams: Any) -> SPHEREHyperParams:
-    if isinstance(hparams, SPHEREHyperParams):
+def _sphere_hparams(hparams: Any) -> Any:
+    """EasyEdit's own hyperparameter objects as ours; anything else as it is, to be checked by whoever gets it."""
+    if isinstance(hparams, SPHEREHyperParams) or not dataclasses.is_dataclass(hparams) or isinstance(hparams, type):
         return hparams
-    if not dataclasses.is_dataclass(hparams) or isinstance(hparams, type):
-        raise ValueError(f"hyperparameters must be a SPHEREHyperParams, not {type(hparams).__name__}: read them with "
-                         "SPHEREHyperParams.from_hparams")
     return SPHEREHyperParams.from_dict(dataclasses.asdict(hparams))
 
 
