@@ -177,7 +177,7 @@ def _soft_cap(own: Tensor, raw: Tensor) -> tuple[float, float, float]:
     difference left."""
     y, x = own.double().cpu().flatten(), raw.double().cpu().flatten()
     slope, _ = _multiple(own[1], raw[1])
-    some = x.abs().argsort()[torch.linspace(0, len(x) - 1, min(len(x), _FITTED)).long()]
+    some = x.abs().argsort().flip(0)[::math.ceil(len(x) / _FITTED)]  # of all sizes, the largest among them
 
     def capped(logs: np.ndarray, raw: Tensor) -> Tensor:
         scale, cap = (math.copysign(math.exp(logs[0]), slope), math.exp(logs[1]))
