@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig
 
-from .models import text_config
+from .models import max_positions, text_config
 
 # A batch costs about as much as so many tokens besides its own, as a share of the most that are run at once.
 _OVERHEAD = 16
 
 
 def kind_by_length(config: PretrainedConfig) -> Callable[[int], int]:
-    """What a model's rows must have in common to run together, as a function of how many tokens a row has.
+    """A function from a row's number of tokens to its kind: rows may share a batch if they are of one kind.
 
-    Rotary embeddings choose their frequencies by the longest row of a batch where they are of the type ``longrope``
-    (one set up to a limit, another beyond it) or ``dynamic`` (one set for each length beyond a limit). Rows of one
-    kind, run together, are what each of them is alone. A longer row's kind is never less. For any other model the kind
-    is always 0.
+    Rotary embeddings of the types ``longrope`` (one set of frequencies up to a limit, another beyond it) and
+    ``dynamic`` (one set for each length beyond a limit) choose their frequencies by the longest row of a batch. Rows of
+    one kind get the frequencies that each of them gets alone. A longer row's kind is never smaller. Models with other
+    rotary embeddings, or without, have one kind, 0.
     """
     config = text_config(config)
     limits: set[int] = set()
@@ -29,8 +29,8 @@ def kind_by_length(config: PretrainedConfig) -> Callable[[int], int]:
         name = str(rope.get("rope_type", rope.get("type")))
         if name in {"longrope", "su"} or "dynamic" in name:
             grows |= "dynamic" in name
-            # Releases of transformers differ in which of these is the limit. One too many only makes batches smaller.
-            found = (rope.get("original_max_position_embeddings"), config.max_position_embeddings,
+            # Releases of transformers differ in which of these is the limit. A wrong one only makes batches smaller.
+            found = (rope.get("original_max_position_embeddings"), max_positions(config),
                      getattr(config, "original_max_position_embeddings", None))
             limits |= {int(limit) for limit in found if limit}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,16 @@ def _unreachable() -> str | None:
     return None
 
 
-def model_config(source: str) -> PretrainedConfig:
+def model_config(source: str, options: Mapping[str, Any] | None = None) -> PretrainedConfig:
     """A model's config from a folder, the hub's cache or the hub; an adapter's (PEFT) is that of its base model.
+
+    Args:
+        options: what ``hub_options`` gave for this source, where it was called already.
 
     Raises:
         ValueError: there is none, or it can't be read.
     """
-    options = hub_options(source)
+    options = hub_options(source) if options is None else options
     try:
         adapter = find_adapter_config_file(source, **options)
         if adapter is not None:

@@ -26,6 +26,7 @@ from packaging.utils import canonicalize_name
 from rich.filesize import decimal
 
 from . import __version__
+from .messages import kind_and_text
 
 # torch, transformers and all of ours that imports them are imported within functions: where they do not import, the
 # report is to say so.
@@ -258,11 +259,11 @@ def _not_imported(error: BaseException) -> Item:
 
 def method_items() -> list[Item]:
     """Modules of EasyEdit's methods that can't be imported while the rest works, one item for each reason."""
-    from .partial_imports import one_line, unimportable_modules
+    from .partial_imports import unimportable_modules
 
     by_reason: dict[str, dict[str, Exception]] = {}
     for module, error in unimportable_modules(_PACKAGE).items():
-        by_reason.setdefault(one_line(error), {})[module] = error
+        by_reason.setdefault(kind_and_text(error), {})[module] = error
     items = []
     for reason, errors in by_reason.items():
         error = next(iter(errors.values()))
@@ -427,4 +428,4 @@ def _described(error: BaseException) -> str:
     """An error on one line, with the place that raised it."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
+    return f"{kind_and_text(error)}{where}"

@@ -35,9 +35,10 @@ from .evaluation.datasets import EditRecord
 from .hparams import PLAIN_ALGS, SPHEREHyperParams
 from .hparams_files import find_hparams, read_mapping
 from .loading import load_model, model_source, resolve_device
+from .messages import kind_and_text
 from .model_class import meta_model
 from .module_discovery import decoder_parts
-from .partial_imports import import_failure, one_line, tolerant_imports, unimportable_modules
+from .partial_imports import import_failure, tolerant_imports, unimportable_modules
 from .reviewing import change_norms, partway, reviewed
 from .wrapped import BASE_METHODS, WrappedExecutor, WrappedSimIE, hparams_class, runs_another
 from .wrapper import apply_sphere_to_model
@@ -83,7 +84,7 @@ def load_easyedit() -> ModuleType:
     failed = unimportable_modules(_PACKAGE)
     if failed:
         logger.warning("EasyEdit works without %s, which can't be imported (%s); `sphere-easyedit doctor` says what "
-                       "mends it", ", ".join(failed), "; ".join(dict.fromkeys(map(one_line, failed.values()))))
+                       "mends it", ", ".join(failed), "; ".join(dict.fromkeys(map(kind_and_text, failed.values()))))
     if not has_sequential_edit(package):
         raise ImportError(f"EasyEdit at {package.__file__} has no BaseEditor.edit(..., sequential_edit=): set {HOME} "
                           "to a checkout of its main branch")
@@ -129,12 +130,10 @@ class RegisteredExecutor:
                                      **kwargs)
 
 
-def _sphere_hparams(hparams: Any) -> SPHEREHyperParams:
-    if isinstance(hparams, SPHEREHyperParams):
+def _sphere_hparams(hparams: Any) -> Any:
+    """EasyEdit's own hyperparameter objects as ours; anything else as it is, to be checked by whoever gets it."""
+    if isinstance(hparams, SPHEREHyperParams) or not dataclasses.is_dataclass(hparams) or isinstance(hparams, type):
         return hparams
-    if not dataclasses.is_dataclass(hparams) or isinstance(hparams, type):
-        raise ValueError(f"hyperparameters must be a SPHEREHyperParams, not {type(hparams).__name__}: read them with "
-                         "SPHEREHyperParams.from_hparams")
     return SPHEREHyperParams.from_dict(dataclasses.asdict(hparams))
 
 

@@ -1,4 +1,4 @@
-"""One thread at a time with an object that threads share."""
+"""Locks on objects that threads share: one thread at a time uses a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ATTRIBUTE = "_sphere_lock"
 
 
 class _Lock:
-    """A re-entrant lock that copies, and is pickled, as a new one that nobody holds."""
+    """A re-entrant lock. A copy of it, as in a copied or pickled model, is a new lock that nobody holds."""
 
     def __init__(self) -> None:
         self.held = threading.RLock()
@@ -24,11 +24,11 @@ class _Lock:
 def exclusive(holder: Any) -> Iterator[None]:
     """Keep other threads out of everything that runs under ``exclusive`` with the same object; they wait.
 
-    A thread may enter several times. Whoever takes two objects takes the model first, so that no two threads wait for
-    each other.
+    A thread may enter several times. Code that locks several objects locks the model first, so that no two threads
+    wait for each other.
 
     Args:
-        holder: a model or a module; its lock becomes an attribute of it.
+        holder: a model, or a Python module; the lock is kept as an attribute of it.
     """
     lock: _Lock = vars(holder).setdefault(_ATTRIBUTE, _Lock())  # setdefault is atomic: all threads get the same one
     with lock.held:

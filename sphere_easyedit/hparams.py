@@ -321,15 +321,18 @@ class SPHEREHyperParams:
         given["rewrite_module_tmp"] = given["rewrite_module_tmp"].removesuffix(".weight")
         return ModuleNames(**given)
 
-    def editable(self, model: nn.Module) -> EditableModel:
+    def editable(self, model: nn.Module, names: ModuleNames | None = None) -> EditableModel:
         """The model with its parts and the layers to edit at hand.
+
+        Args:
+            names: what ``module_names`` gave for this model, where it was called already.
 
         Raises:
             TypeError: it is no model of transformers (see ``inputs.check_model``).
             ValueError: see ``EditableModel``; or ``v_loss_layer`` is past the last block.
         """
         check_model(model)
-        editable = EditableModel(model, self.module_names(model), self.layers)
+        editable = EditableModel(model, self.module_names(model) if names is None else names, self.layers)
         if self.executor == "native" and self.v_loss_layer >= editable.num_blocks:
             raise ValueError(f"v_loss_layer is {self.v_loss_layer}, past the model's last block: give "
                              f"{editable.num_blocks - 1}")

@@ -154,7 +154,7 @@ def _at_depth(layer: int, of: int, blocks: int) -> int:
 
 
 def _nearest_layers(parts: DecoderParts, wanted: Sequence[int]) -> tuple[ModuleNames, list[int], str]:
-    """Layers that keep a down-projection in one place, at or next to the wanted ones; why, where these are others.
+    """Layers whose down-projections have one name, at or next to the wanted ones, and why where others were taken.
 
     The place that most of the wanted layers have is taken, then the one nearest to them; of its layers those among the
     wanted ones, and where there are none, as many of the nearest.

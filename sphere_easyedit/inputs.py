@@ -1,4 +1,4 @@
-"""What the public functions refuse before they do anything: objects of a wrong kind, in one line with the remedy."""
+"""Checks of what public functions are given, made before they do anything; errors are one line with the remedy."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .models import input_device
+from .module_discovery import output_embeddings
 
 # Largest change of logits by a later token, in standard deviations of logits: rounding stays below, also of experts
 # that run other tokens in bfloat16.
@@ -38,7 +39,7 @@ def check_model(model: object) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{kind} is an encoder-decoder, and only decoders can be edited and evaluated: {_LOAD}")
     can_generate = getattr(model, "can_generate", None)
-    if can_generate is not None and not can_generate() and _head(model) is None:
+    if can_generate is not None and not can_generate() and output_embeddings(model) is None:
         raise ValueError(f"{kind} has no LM head: {_LOAD}")
     for name, module in model.named_modules():
         # Compiled code runs no hooks that were added later: the model would be read and edited wrongly.
@@ -70,14 +71,6 @@ def check_causal(model: nn.Module, ids: Sequence[int]) -> None:
                          "decoder-only causal language model")
 
 
-def _head(model: nn.Module) -> object | None:
-    try:
-        found: object | None = model.get_output_embeddings()  # type: ignore[operator]
-        return found
-    except (AttributeError, NotImplementedError):
-        return None
-
-
 def check_inputs(model: object, tok: object) -> None:
     """``check_model`` and ``check_tokenizer``."""
     check_model(model)
@@ -104,9 +97,9 @@ def check_tokenizer(tok: object) -> None:
 
 @contextmanager
 def ordinary_torch() -> Iterator[None]:
-    """Inside, PyTorch computes as it does unless told otherwise, whatever the caller has told it for this thread.
+    """Undo the caller's settings of PyTorch for this thread inside the context.
 
-    That is with gradients, without inference mode and autocast, and with new tensors on the CPU.
+    Gradients are on, inference mode and autocast are off, and new tensors are made on the CPU.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():

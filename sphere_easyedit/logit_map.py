@@ -1,4 +1,4 @@
-"""What a model does between its final norm and its logits, besides the LM head: found by running it.
+"""The scale and the soft cap of a model's logits, found by running it.
 
 Gemma and RecurrentGemma cap logits softly; Granite, Cohere and Falcon-H1 multiply them or what enters the head, each
 under a name of its own. Here the model is run once with a hook on the head, which feeds it the last state at several
@@ -10,7 +10,9 @@ Shape legend: n states; d the width of the residual stream; V the vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,16 +20,19 @@ import scipy.optimize
 import torch
 from torch import Tensor, nn
 
+from .messages import one_line
+
 if TYPE_CHECKING:
     from .models import EditableModel
 
 # Multiples of the last state that the head is fed: itself, one that shows the slope at 0, one that shows a cap.
 _SCALES = (1.0, 1.0 / 64.0, 64.0)
 _FITTED = 4096  # logits that a cap is fitted to
-# Largest relative error, and how near to 1 a factor is none, in float32 and in half precision.
-_TOLERANCE = {True: 1e-3, False: 5e-2}
-_ROUNDING = {True: 1e-5, False: 2e-2}  # up to here, logits are a multiple without a cap
-_NO_FACTOR = {True: 1e-5, False: 2e-3}
+# By whether logits are float32 or of half precision: the largest relative error, up to which one no cap is looked for,
+# and how near to 1 a factor is none.
+_TOLERANCE: Mapping[bool, float] = MappingProxyType({True: 1e-3, False: 5e-2})
+_ROUNDING: Mapping[bool, float] = MappingProxyType({True: 1e-5, False: 2e-2})
+_NO_FACTOR: Mapping[bool, float] = MappingProxyType({True: 1e-5, False: 2e-3})
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,10 @@ def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
     """
     names, model = editable.names, type(editable.model).__name__
     states, entering, raw, own = _run(editable, input_ids)
+    if states is None:
+        last = names.layer_module_tmp.format(editable.num_blocks - 1)
+        raise ValueError(f"{last!r} gives no hidden states in a forward pass of {model}: give the decoder blocks as "
+                         "layer_module_tmp")
     if raw is None or entering is None:
         raise ValueError(f"{names.lm_head_module!r} is not run on hidden states in a forward pass of {model}: give the "
                          "module that puts out the logits as lm_head_module")
@@ -76,12 +85,7 @@ def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
     if not bool(torch.isfinite(own).all() and torch.isfinite(raw).all()):
         return _without_numbers(own, raw, model)
     full = own.dtype == torch.float32
-    try:
-        normed = editable.final_norm(states)[0, -1]
-    except RuntimeError as error:
-        raise ValueError(f"{names.ln_f_module!r} does not take the last block's output ({error}): give the norm in "
-                         "front of the LM head as ln_f_module") from error
-    input_scale, off = _multiple(entering, normed)
+    input_scale, off = _multiple(entering, _normed(editable, states)[0, -1])
     if off > _TOLERANCE[full]:
         raise ValueError(f"what enters {names.lm_head_module!r} is not what {names.ln_f_module!r} makes of the last "
                          f"block's output of {model} ({off:.1%} apart): correct these module names; if they are right, "
@@ -100,15 +104,33 @@ def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
     return LogitMap(input_scale, scale, cap)
 
 
-def _run(editable: EditableModel, input_ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Run one row for each scale: the last block's output ``(1, tokens, d)``; what enters the head at the last token,
-    ``(d,)``; what the head puts out for its multiples, and the logits for them, each ``(scales, V)``."""
+def _normed(editable: EditableModel, states: Tensor) -> Tensor:
+    """What the final norm makes of ``states``, of the same shape; ValueError if it can't be the norm."""
+    try:
+        normed: Any = editable.final_norm(states)
+        why = "" if isinstance(normed, Tensor) and normed.shape == states.shape else "the shape changes"
+    except (TypeError, RuntimeError, IndexError, ValueError, AttributeError) as error:
+        why = one_line(error)
+    if why:
+        raise ValueError(f"{editable.names.ln_f_module!r} does not take the last block's output as a norm does "
+                         f"({why}): give the norm in front of the LM head as ln_f_module")
+    return normed  # type: ignore[no-any-return]
+
+
+def _run(editable: EditableModel, input_ids: Tensor
+         ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """Run one row for each scale.
+
+    Returns:
+        The last block's output ``(1, tokens, d)``; what enters the head at the last token, ``(d,)``; what the head puts
+        out for its multiples, and the logits for them, each ``(scales, V)``. None for what was not seen.
+    """
     states: list[Tensor] = []
     entering: list[Tensor] = []
     raw: list[Tensor] = []
 
     def feed(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not args[0].is_floating_point():  # the embedding, which takes token ids
+        if not (args and _is_states(args[0])):
             return None
         fed = args[0].clone()
         last = fed.view(len(_SCALES), -1, fed.shape[-1])[:, -1]
@@ -116,19 +138,31 @@ def _run(editable: EditableModel, input_ids: Tensor) -> tuple[Tensor, Tensor | N
         last.mul_(torch.tensor(_SCALES, device=fed.device, dtype=fed.dtype)[:, None])
         return (fed, *args[1:])
 
-    handles = [editable.block(editable.num_blocks - 1).register_forward_hook(
-                   lambda _module, _args, output: states.append(output[0] if isinstance(output, tuple) else output)),
+    def note(found: list[Tensor]) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if _is_states(first):
+                found.append(first)
+
+        return hook
+
+    handles = [editable.block(editable.num_blocks - 1).register_forward_hook(note(states)),
                editable.lm_head.register_forward_pre_hook(feed),
-               editable.lm_head.register_forward_hook(lambda _module, _args, output: raw.append(output))]
+               editable.lm_head.register_forward_hook(note(raw))]
     rows = input_ids.expand(len(_SCALES), -1)
     try:
         logits: Tensor = editable.model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits
     finally:
         for handle in handles:
             handle.remove()
-    if not entering:
-        return states[0][:1], None, None, logits[:, -1]
-    return states[0][:1], entering[0], raw[0].reshape(len(_SCALES), -1, raw[0].shape[-1])[:, -1], logits[:, -1]
+    return (states[0][:1] if states else None, entering[0] if entering else None,
+            raw[0].reshape(len(_SCALES), -1, raw[0].shape[-1])[:, -1] if raw else None, logits[:, -1])
+
+
+def _is_states(value: Any) -> bool:
+    """Whether a module's input or output can be states of some rows, as many for each scale."""
+    return (isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
+            and value.shape[:-1].numel() % len(_SCALES) == 0)
 
 
 def _multiple(found: Tensor, of: Tensor) -> tuple[float, float]:

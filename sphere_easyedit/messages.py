@@ -1,4 +1,4 @@
-"""Texts of other libraries' errors, made short enough for an error message of ours."""
+"""Errors, also of other libraries, as text on one line."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ def one_line(error: BaseException | str, most: int = MOST) -> str:
     if isinstance(error, BaseException) and " " not in text:
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= most else text[:most - 1].rstrip() + "…"
+
+
+def kind_and_text(error: BaseException) -> str:
+    """An error's type and its whole text on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,4 +1,4 @@
-"""Which class of transformers a config's language model is of, and that model without weights."""
+"""The class of transformers that a config's model is loaded as, and the model without weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WRAPPER_CLASSES = (
     ("MODEL_FOR_VISION_2_SEQ_MAPPING", "AutoModelForVision2Seq"),
 )
 _CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING"
-_WANTED = "give a decoder-only causal language model"
+WANTED = "give a decoder-only causal language model"
 
 
 def language_model_class(config: PretrainedConfig) -> Any:
@@ -45,7 +45,7 @@ def language_model_class(config: PretrainedConfig) -> Any:
         if type(config) in _mapping(mapping):
             return getattr(transformers, auto)
     if kind in transformers.CONFIG_MAPPING:
-        raise ValueError(f"{kind!r} is no causal language model of transformers: {_WANTED}")
+        raise ValueError(f"{kind!r} is no causal language model of transformers: {WANTED}")
     near = difflib.get_close_matches(kind, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1)
     hint = f" (nearest known: {near[0]})" if near else ""
     raise ValueError(f"architecture {kind!r} is not known to transformers {transformers.__version__}{hint}: upgrade "
@@ -56,9 +56,9 @@ def check_decoder(config: PretrainedConfig) -> None:
     """Refuse encoders and encoder-decoders (ValueError)."""
     kind = str(config.model_type)
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, text_config(config))):
-        raise ValueError(f"{kind!r} is an encoder-decoder, which can't be edited: {_WANTED}")
+        raise ValueError(f"{kind!r} is an encoder-decoder, which can't be edited: {WANTED}")
     if type(config) in _mapping("MODEL_FOR_MASKED_LM_MAPPING") and not getattr(config, "is_decoder", False):
-        raise ValueError(f"{kind!r} is an encoder, which sees the tokens after a word, too: {_WANTED}")
+        raise ValueError(f"{kind!r} is an encoder, which sees the tokens after a word, too: {WANTED}")
 
 
 def meta_model(config: PretrainedConfig) -> nn.Module:

@@ -25,7 +25,7 @@ from .config_fields import text_config as text_config
 from .exclusive import exclusive
 from .logit_map import LogitMap
 from .module_discovery import ModuleNames as ModuleNames
-from .module_discovery import decoder_parts
+from .module_discovery import decoder_parts, input_embeddings
 from .module_discovery import module_names as module_names
 from .offload import execution_device, lent_again_for_backward, offloaded_weight
 from .quantised import check_editable, dequantise
@@ -259,22 +259,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
                     parameter.requires_grad_(flag)
 
 
-def _embeddings(model: nn.Module) -> nn.Embedding | None:
-    try:
-        found = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # a part of a model
-        return None
-    return found if isinstance(found, nn.Embedding) else None
-
-
 @contextmanager
 def _token_ids_checked(model: nn.Module) -> Iterator[None]:
     """Refuse token ids beyond the model's embedding, which raise an IndexError on CPUs and end a process on GPUs."""
-    embeddings = _embeddings(model)
-    if embeddings is None:
+    embeddings = input_embeddings(model)
+    if not isinstance(embeddings, nn.Embedding):
         yield
         return
-
     handle = embeddings.register_forward_pre_hook(_check_input)
     try:
         yield
@@ -289,8 +280,8 @@ def _check_input(embeddings: nn.Module, args: tuple[Any, ...]) -> None:
 
 def check_token_ids(model: nn.Module, largest: int) -> None:
     """Refuse token ids, of which this is the largest, that a model's embedding does not have (ValueError)."""
-    embeddings = _embeddings(model)
-    if embeddings is not None:
+    embeddings = input_embeddings(model)
+    if isinstance(embeddings, nn.Embedding):
         _check_within(embeddings, largest)
 
 

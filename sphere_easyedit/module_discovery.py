@@ -173,7 +173,7 @@ def decoder_parts(model: nn.Module) -> DecoderParts:
     check_decoder(config)
     width = hidden_size(config)
     modules = dict(model.named_modules(remove_duplicate=False))
-    inputs = _input_embeddings(model)
+    inputs = input_embeddings(model)
     name = _block_list(model, modules, num_blocks(config), inputs)
     found = [_block_parts(block, width) for block in _children(modules[name]).values()]
     downs, ambiguous = _down_projections(found, _inner_widths(config))
@@ -215,9 +215,19 @@ def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
     return widths  # type: ignore[return-value]
 
 
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """A model's token embeddings; None for a part of a model."""
+    return _embeddings(model, "get_input_embeddings")
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """A model's LM head, None where it has none."""
+    return _embeddings(model, "get_output_embeddings")
+
+
+def _embeddings(model: nn.Module, getter: str) -> nn.Module | None:
     try:
-        found: Any = model.get_input_embeddings()  # type: ignore[operator]
+        found: object = getattr(model, getter)()
     except (AttributeError, NotImplementedError):
         return None
     return found if isinstance(found, nn.Module) else None
@@ -400,10 +410,7 @@ def _shared_weights(downs: Mapping[int, _Down]) -> list[int]:
 
 def _head_name(model: nn.Module, modules: Mapping[str, nn.Module], blocks: str) -> str:
     """Name of the LM head: what the model calls its output embeddings."""
-    try:
-        head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        head = None
+    head = output_embeddings(model)
     found = next((name for name, module in modules.items() if module is head), None)
     if found is None or found.startswith(f"{blocks}."):
         raise ValueError(f"{type(model).__name__} has no LM head (get_output_embeddings): give a causal language model")

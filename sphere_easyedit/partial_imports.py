@@ -1,7 +1,8 @@
-"""Import a package although some of its modules can't be imported.
+"""Import a package even if some of its modules fail to import.
 
-Each of these is replaced by a stand-in that has whatever name is asked of it. What it gives can be passed on, named as
-a base class and put into tables; calling it, or reading an attribute of it, raises ImportError with the reason.
+Each module that fails is replaced by a stand-in, which has an attribute for every name. These attributes can be passed
+on, used as base classes and put into tables. Calling one, or reading an attribute of it, raises ImportError with the
+reason.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
+
+from .messages import kind_and_text
 
 
 class UnimportableModule(ModuleType):
@@ -40,7 +43,7 @@ class UnimportableModule(ModuleType):
 
 
 class _Unimportable(type):
-    """The type of all that a stand-in gives: classes, which can be called and subclassed while importing goes on."""
+    """Type of a stand-in's attributes: classes, which can be subclassed, and called until the import has ended."""
 
     _origin: UnimportableModule
 
@@ -61,12 +64,7 @@ class _Unimportable(type):
 
 def import_failure(module: str, error: BaseException) -> str:
     """One line that says which module can't be imported, and why."""
-    return f"{module} can't be imported ({one_line(error)})"
-
-
-def one_line(error: BaseException) -> str:
-    """An error's type and text without line breaks."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{module} can't be imported ({kind_and_text(error)})"
 
 
 def unimportable_modules(package: str) -> dict[str, Exception]:

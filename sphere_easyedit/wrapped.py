@@ -102,7 +102,7 @@ class WrappedExecutor:
         Raises:
             ValueError: the hyperparameters do not fit the method, or it takes one request a call.
         """
-        editable = hparams.editable(model)
+        editable = hparams.editable(model, self._session.known_names(model, hparams))
         own = self.check(hparams, editable, len(requests))
         numbered = [_request(raw, self._session.num_edits + i, self._reads_prompt) for i, raw in enumerate(requests)]
         with ExitStack() as stack:
@@ -309,7 +309,8 @@ class WrappedSimIE(WrappedExecutor):
 
     @contextmanager
     def _state(self, editable: EditableModel, hparams: SPHEREHyperParams, own: Any) -> Iterator[None]:
-        with self._base._state(editable, hparams, own._base_hparams):
+        # The other method's state is in its own modules' globals (see ``__call__``).
+        with exclusive(self._base._module), self._base._state(editable, hparams, own._base_hparams):
             moments = {name.removeprefix(_KEY_MOMENTS): moment for name, moment
                        in self._session.executor_history.items() if name.startswith(_KEY_MOMENTS)}
             if moments:

@@ -100,8 +100,8 @@ def _edit_batch(
     return_orig_weights: bool, session: EditSession | None, callbacks: Sequence[EditCallback],
     executor: Executor | None, progress: Callable[[int], None] | None, kwargs: Mapping[str, Any],
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    editable = hparams.editable(model)
     session = EditSession.of(model) if session is None else session
+    editable = hparams.editable(model, session.known_names(model, hparams))
     if executor is None and hparams.executor == "easyedit":
         executor = _easyedits_executor(hparams, session)
     if executor is not None and hparams.projection_stage == "layer":
@@ -115,14 +115,13 @@ def _edit_batch(
     with session.unchanged_on_error():
         started = time.perf_counter()
         tokenized: list[TokenizedRequest] = []
+        session.bind(editable, hparams)
+        parsed = read_requests(editable, tok, requests, session)
         if executor is None:
-            tokenized = prepare(editable, tok, requests, hparams, session)
-            parsed = [request.request for request in tokenized]
-        else:
-            session.bind(editable, hparams)
-            parsed = read_requests(editable, tok, requests, session)
-            if hparams.executor == "easyedit" and hparams.base_alg in NATIVE_ALGS:
-                warn_of_indirect_outputs(editable, tok, session)
+            prepare_session(editable, tok, hparams, session)
+            tokenized = tokenize_batch(editable, tok, parsed, session)
+        elif hparams.executor == "easyedit" and hparams.base_alg in NATIVE_ALGS:
+            warn_of_indirect_outputs(editable, tok, session)
         warn_of_contradictions(parsed)
         seconds = {"preparation": time.perf_counter() - started}
         weights = editable.weights()
@@ -156,19 +155,6 @@ def _edit_batch(
     originals = {editable.parameter_name(layer): editable.orient(layer, weight).contiguous()
                  for layer, weight in before.items()} if return_orig_weights else {}
     return model, originals
-
-
-def prepare(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Iterable[Any],
-            hparams: SPHEREHyperParams, session: EditSession) -> list[TokenizedRequest]:
-    """Check and tokenise requests, and give the session what native editing needs (statistics, templates).
-
-    Raises:
-        ValueError: what ``apply_sphere_to_model`` would refuse before it changes anything.
-    """
-    session.bind(editable, hparams)
-    parsed = read_requests(editable, tok, requests, session)
-    prepare_session(editable, tok, hparams, session)
-    return tokenize_batch(editable, tok, parsed, session)
 
 
 def prepare_method(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,

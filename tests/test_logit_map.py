@@ -111,3 +111,23 @@ def test_wrong_names_are_refused_before_anything_is_tried(names: dict[str, str],
         sphere.apply_sphere_to_model(model, tok, [{"prompt": "{} is", "subject": "Rome", "target_new": "big"}],
                                      tiny_hparams(tmp_path, **given))
     assert "\n" not in str(caught.value) and not (tmp_path / "stats").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("field", ["ln_f_module", "lm_head_module"])
+def test_any_other_module_is_refused_in_one_line(family: str, field: str) -> None:
+    """Modules that take indices, no positional arguments or other widths, that give tuples, or that are never run."""
+    model = tiny_model(family)
+    right = vars(module_names(model.config))
+    for name, module in model.named_modules():
+        if not name or name == right[field] or (field == "ln_f_module" and "norm" in type(module).__name__.lower()):
+            continue  # all norms of a new model are alike
+        with pytest.raises(ValueError, match=rf"'{name}'") as caught:
+            find_logit_map(_editable(model, **{field: name}), IDS)
+        assert "\n" not in str(caught.value)
+
+
+def test_blocks_that_are_not_run_are_refused() -> None:
+    editable = _editable(tiny_model("gpt2"), layer_module_tmp="transformer.h.{}.attn.attn_dropout")
+    with pytest.raises(ValueError, match=r"'transformer\.h\.3\.attn\.attn_dropout' gives no hidden states"):
+        find_logit_map(editable, IDS)

@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 from architectures import ARCHITECTURES, NEWER, WRAPS_TEXT_MODELS, architecture_config, tiny_architecture
-from conftest import tiny_model
+from conftest import tiny_hparams, tiny_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.pytorch_utils import Conv1D
 
+import sphere_easyedit as sphere
 from sphere_easyedit.config_fields import hidden_size, num_blocks, text_config
 from sphere_easyedit.hparams import SPHEREHyperParams
 from sphere_easyedit.hparams_files import starting_file, starting_hparams
@@ -256,6 +257,18 @@ def test_several_candidates_are_told(caplog: pytest.LogCaptureFixture) -> None:
     (line,) = caplog.messages
     assert "mlp.down_proj, per_layer_projection" in line
     assert "mlp.down_proj is edited, since it has the inner width that the config names" in line
+
+
+def test_several_candidates_are_told_once_a_session(tok: PreTrainedTokenizerBase, tmp_path: Path,
+                                                    caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama")
+    for block in model.model.layers:
+        block.gate, block.projection = nn.Linear(48, 16), nn.Linear(16, 48)
+    caplog.set_level(logging.INFO, "sphere_easyedit")
+    for name in ("Rome", "Oslo"):
+        sphere.apply_sphere_to_model(model, tok, [{"prompt": "{} is in", "subject": name, "target_new": "France"}],
+                                     tiny_hparams(tmp_path))
+    assert sum("mlp.down_proj is edited, since" in message for message in caplog.messages) == 1
 
 
 # Encoders and other models

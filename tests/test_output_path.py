@@ -72,7 +72,7 @@ REFUSED: dict[str, tuple[dict[str, Callable[[], nn.Module]], Way]] = {
     "gate by itself": ({"gate": lambda: _Gate(1)}, lambda b, x, y: x + b.gate(y) * y),
     "two norms": ({"one": _norm, "two": _norm}, lambda b, x, y: x + b.two(F.silu(b.one(y)))),
     "unused": ({}, lambda _, x, y: x + 0.0 * y),
-    "mixing tokens": ({}, lambda _, x, y: x + y + 0.1 * y.roll(1, dims=1)),
+    "mixing tokens": ({}, lambda _, x, y: x + y + 0.1 * F.pad(y[:, :-1], (0, 0, 1, 0))),
 }
 
 
@@ -267,3 +267,15 @@ def test_a_weight_shared_between_blocks_is_refused(tok: PreTrainedTokenizerBase,
     with pytest.raises(ValueError, match=r"shared with blocks \[3\]"):
         sphere.apply_sphere_to_model(model, tok, [{"prompt": "{} is", "subject": "Rome", "target_new": "big"}],
                                      tiny_hparams(tmp_path))
+
+
+def test_a_down_projection_called_with_a_named_argument(tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    requests = [{"prompt": "{} is", "subject": "Rome", "target_new": "big"}]
+    weights = []
+    for named in (False, True):
+        model = tiny_model("llama")
+        for mlp in (block.mlp for block in model.model.layers if named):
+            mlp.forward = lambda x, mlp=mlp: mlp.down_proj(input=mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+        sphere.apply_sphere_to_model(model, tok, requests, tiny_hparams(tmp_path))
+        weights.append(model.model.layers[2].mlp.down_proj.weight)
+    assert torch.equal(*weights)

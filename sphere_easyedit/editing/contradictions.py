@@ -1,4 +1,4 @@
-"""Prompts that are edited to several targets, of which at most one can hold in the end."""
+"""Find prompts that are edited to several targets, of which at most one can hold."""
 
 from __future__ import annotations
 

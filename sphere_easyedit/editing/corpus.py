@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..hparams import SPHEREHyperParams
-from ..models import EditableModel
+from ..models import EditableModel, max_positions
 from .contexts import generator_on, sample_tokens
 from .remaining import RemainingTime
 
@@ -49,6 +49,11 @@ def text_source(hparams: SPHEREHyperParams) -> Path | list[str | None] | None:
         return None
     path = Path(dataset)
     return path if path.suffix in {".txt", ".jsonl"} else list(_HUB_NAMES.get(dataset, (dataset, None)))
+
+
+def text_length(editable: EditableModel, hparams: SPHEREHyperParams) -> int:
+    """At how many tokens a text is cut: ``mom2_max_length``, or the model's context where that is less."""
+    return min(hparams.mom2_max_length, max_positions(editable.config) or hparams.mom2_max_length)
 
 
 def token_sequences(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams, max_length: int
@@ -158,7 +163,7 @@ def _generate(editable: EditableModel, tok: PreTrainedTokenizerBase, samples: in
 
 
 class _Steps(StoppingCriteria):
-    """Takes note of every step of generation, and stops none."""
+    """Counts the steps of generation for a progress bar, and never stops it."""
 
     def __init__(self, remaining: RemainingTime) -> None:
         self._remaining = remaining

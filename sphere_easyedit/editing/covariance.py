@@ -30,12 +30,13 @@ from transformers import PreTrainedTokenizerBase
 from ..batching import kind_by_length
 from ..files import locked, remove_leftovers, replacing, sha256_of
 from ..hparams import SPHEREHyperParams
-from ..models import EditableModel, frozen, max_positions
+from ..messages import kind_and_text
+from ..models import EditableModel, frozen
 from ..replicas import Replicas, shared_out
-from .corpus import corpus_name, token_sequences
+from .corpus import corpus_name, text_length, token_sequences
 from .origins import Finding, Origins, StatisticsFile, contents_of, unchanged, write_origin
 from .remaining import RemainingTime
-from .replay import BlockReplay, as_rows, pad_rows
+from .replay import BlockReplay, as_rows, first_input, pad_rows
 from .shelves import Shelf
 from .solvers import CholeskyFactor, NullSpace
 
@@ -77,7 +78,7 @@ def load_moment(path: Path, d_in: int) -> Tensor:
         with np.load(path, allow_pickle=False) as stored:
             total, count = np.asarray(stored["mom2.mom2"], dtype=np.float64), int(stored["mom2.count"].item())
     except Exception as error:  # zipfile, zlib and NumPy's headers fail in more ways than can be listed
-        raise ValueError(f"{path} is no statistics file of EasyEdit's layout ({type(error).__name__}: {error}); remove "
+        raise ValueError(f"{path} is no statistics file of EasyEdit's layout ({kind_and_text(error)}); remove "
                          "it to have it collected anew") from error
     if total.shape != (d_in, d_in):
         raise ValueError(f"{path} holds a second moment of shape {total.shape}, the layer's keys need "
@@ -187,11 +188,10 @@ def _say_what_is_replaced(folder: Path, found: Mapping[int, Finding]) -> None:
 
 def _collect(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
              paths: dict[int, Path], origins: Origins) -> None:
-    limit = min(hparams.mom2_max_length, max_positions(editable.config) or hparams.mom2_max_length)
     with frozen(editable.model):
         logger.info("collecting the second moments of keys in layers %s from up to %d texts of %s", sorted(paths),
                     hparams.mom2_n_samples, hparams.mom2_dataset)
-        sequences = token_sequences(editable, tok, hparams, limit)
+        sequences = token_sequences(editable, tok, hparams, text_length(editable, hparams))
         tokens = sum(len(sequence) for sequence in sequences)
         logger.info("%d texts, %d tokens", len(sequences), tokens)
         thin = [layer for layer in paths if tokens < 2 * editable.d_in(layer)]
@@ -247,8 +247,7 @@ def _sum_here(editable: EditableModel, sequences: Sequence[Sequence[int]], layer
         name = editable.names.rewrite_module_tmp.format(layer)
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states = args[0] if args else next(iter(kwargs.values()))
-            by_token = as_rows(states, len(mask), mask.shape[1], name)
+            by_token = as_rows(first_input(args, kwargs), len(mask), mask.shape[1], name)
             keys = by_token[mask.to(by_token.device).bool()].float()  # (tokens, d_in)
             totals[layer] += (keys.T @ keys).double()
             runs[layer] += 1

@@ -123,11 +123,11 @@ def _proven_paths(editable: EditableModel, tok: PreTrainedTokenizerBase) -> dict
 
 
 def warn_of_indirect_outputs(editable: EditableModel, tok: PreTrainedTokenizerBase, session: EditSession) -> None:
-    """Warn that EasyEdit's own MEMIT and AlphaEdit edit a model wrongly whose weights' output takes another way.
+    """Warn, before a session's first batch, where EasyEdit's own MEMIT and AlphaEdit edit a model wrongly.
 
-    They take what the edited weight puts out for the change of the residual stream.
+    They assume that the output of the edited weight is added to the residual stream as it is.
     """
-    if set(session.paths) == set(editable.layers):
+    if session.num_batches:  # it was said with the first one
         return
     try:
         session.paths = _proven_paths(editable, tok)

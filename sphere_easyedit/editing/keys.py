@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..batching import kind_by_length, of_one_kind, padded_batches
 from ..models import EditableModel
 from .output_path import OutputPath, Scaled
-from .replay import BlockReplay, as_rows, pad_rows
+from .replay import BlockReplay, as_rows, first_input, pad_rows
 from .requests import TokenizedPrompt, TokenizedRequest
 
 
@@ -156,7 +156,8 @@ class _InputTap:
         self._seen: list[Tensor] = []
 
     def __enter__(self) -> _InputTap:
-        self._handle = self._module.register_forward_pre_hook(lambda _module, args: self._seen.append(args[0]))
+        self._handle = self._module.register_forward_pre_hook(
+            lambda _module, args, kwargs: self._seen.append(first_input(args, kwargs)), with_kwargs=True)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -21,25 +21,26 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..models import EditableModel
-from .replay import BlockReplay, Rows, as_rows, pad_rows
+from .replay import BlockReplay, Rows, as_rows, first_input, pad_rows
 
 logger = logging.getLogger(__name__)
 
 # Halvings of the bracket of a Lagrange multiplier: to the last bit of float64.
 _HALVINGS = 100
 # Largest relative error of what a path predicts, by whether the model computes in float32 or in half precision.
-_TOLERANCE = {True: 1e-3, False: 5e-2}
+_TOLERANCE: Mapping[bool, float] = MappingProxyType({True: 1e-3, False: 5e-2})
 # Factors this near to 1, or to each other, are equal: what is left is rounding.
-_SAME = {True: 2e-5, False: 1e-2}
+_SAME: Mapping[bool, float] = MappingProxyType({True: 2e-5, False: 1e-2})
 
 
 class OutputPath(Protocol):
@@ -138,7 +139,7 @@ class Normalised:
         """See ``OutputPath``."""
         seen: list[Tensor] = []
         norm = editable.block(layer).get_submodule(self.module)
-        handle = norm.register_forward_pre_hook(lambda _module, args, kwargs: seen.append(_first(args, kwargs)),
+        handle = norm.register_forward_pre_hook(lambda _module, args, kwargs: seen.append(first_input(args, kwargs)),
                                                 with_kwargs=True)
         try:
             output = run()
@@ -286,7 +287,7 @@ def _find(editable: EditableModel, layer: int, rows: Rows, run: Callable[[], Ten
 
 
 def _linear(factors: Tensor, full: bool) -> OutputPath:
-    """The path that these factors ``(n, d)`` of n tokens show."""
+    """The path with these factors ``(n, d)``, measured at n tokens."""
     same, factors = _SAME[full], factors.double()
     by_token = factors.mean(dim=1, keepdim=True)  # (n, 1)
     by_channel = factors.mean(dim=0)  # (d,)
@@ -428,7 +429,7 @@ class _Probe:
                 began.append(bool(seen))
 
             def after(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                entered = _first(args, kwargs)
+                entered = first_input(args, kwargs)
                 if began.pop() and isinstance(entered, Tensor) and isinstance(output, Tensor):
                     traced[name] = entered, output
 
@@ -460,11 +461,6 @@ class _Probe:
                  for name, (u, n) in traced.items()
                  if u.shape[:-1].numel() == n.shape[:-1].numel() == rows * tokens}
         return _Run(output, as_rows(seen[0], rows, tokens, self.name), found)
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A module's hidden states: its first argument, whether named or not."""
-    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def _step(run: _Run, seed: int) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..messages import kind_and_text
 from .replay import BlockReplay, KeyValues, Replaced, Rows, pad_rows
 
 logger = logging.getLogger(__name__)
@@ -231,8 +232,7 @@ def packs_exactly(model: nn.Module, expected: Tensor, run: Callable[[], Tensor])
         with attending_packed(model):
             found = run()
     except (ImportError, TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
-        logger.info("%s does not take packed rows (%s: %s): rows are padded", type(model).__name__,
-                    type(error).__name__, error)
+        logger.info("%s does not take packed rows (%s): rows are padded", type(model).__name__, kind_and_text(error))
         return False
     return same_states(model, "packed rows", found, expected)
 

@@ -1,4 +1,4 @@
-"""Progress bars of long work that also log how long it will take, for whoever reads a log and sees no bar."""
+"""Progress bars that also log how long the work will take, since a log shows no bar."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RemainingTime:
         self._bar.close()
 
     def update(self, units: int) -> None:
-        """Take note of a finished step of so many units."""
+        """Count a finished step of this many units."""
         self._bar.update(units)
         self._done += units
         now = time.perf_counter()

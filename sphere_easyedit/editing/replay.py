@@ -86,6 +86,11 @@ def first_output(output: Any) -> Tensor:
     return hidden
 
 
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A module's hidden states: its first argument, whether it was named or not; None where there is none."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
 def as_rows(states: Tensor, rows: int, tokens: int, what: str) -> Tensor:
     """View a module's input or output as ``(rows, tokens, width)``.
 

@@ -19,6 +19,7 @@ from ..files import replacing
 from ..fingerprints import Fingerprint
 from ..hparams import SPHEREHyperParams
 from ..inputs import check_model, ordinary_torch
+from ..messages import kind_and_text
 from ..models import EditableModel, ModuleNames
 from ..projection import PrincipalSpace
 from .grams import GramMatrix
@@ -155,6 +156,11 @@ class EditSession:
             self.original = {layer: editable.weight(layer).to("cpu", copy=True) for layer in editable.layers}
             self._base = {layer: Fingerprint.of(editable.weight(layer)) for layer in editable.layers}
 
+    def known_names(self, model: nn.Module, hparams: SPHEREHyperParams) -> ModuleNames | None:
+        """Where this model keeps its parts, if an earlier batch with the same settings has found out."""
+        is_same = self._model is not None and self._model() is model and self._key == hparams.session_key()
+        return self._names if is_same else None
+
     @contextmanager
     def unchanged_on_error(self) -> Iterator[None]:
         """Everything the session holds is as before if the context ends in an error."""
@@ -276,7 +282,7 @@ class EditSession:
             with ordinary_torch():
                 return cls._read(path)
         except (OSError, SafetensorError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} can't be read as a saved session ({type(error).__name__}: {error})") from error
+            raise ValueError(f"{path} can't be read as a saved session ({kind_and_text(error)})") from error
 
     @classmethod
     def _read(cls, path: Path) -> EditSession:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..batching import kind_by_length, of_one_kind
+from ..messages import kind_and_text
 from ..models import EditableModel
 from .packing import PackedRows, pack_behind, packs_exactly, same_states, select_packed
 from .replay import BlockReplay, KeyValues, common_beginnings, pad_rows, prefix_key_values
@@ -219,8 +220,8 @@ class Steering:
     @classmethod
     @torch.no_grad()
     def record(cls, editable: EditableModel, rows: Sequence[Row], block: int, layout: Layout) -> Steering:
-        """Run everything once. Padded prompts that rewrite and drift prompts are run apart, and so are rows that a
-        model takes for different kinds (see ``batching.kind_by_length``).
+        """Run everything once. Prompts with targets and drift prompts are padded apart, and rows of different kinds
+        (see ``batching.kind_by_length``) are run apart.
 
         Args:
             rows: of the edits in order.
@@ -233,7 +234,7 @@ class Steering:
             if layout == "packed":
                 parts.append(_Packed.record(editable, alike, block))
                 continue
-            # A prefix that is run by itself is a row of the least kind.
+            # A prefix runs by itself, as a row of the smallest kind, so only rows of that kind can have one.
             use_prefix = layout == "padded" and kind(len(alike[0].ids)) == kind(1)
             for rewrites in (True, False):
                 some = [row for row in alike if bool(row.targets) == rewrites]
@@ -313,6 +314,6 @@ def prefix_is_exact(editable: EditableModel, prompt: TokenizedPrompt) -> bool:
         split = BlockReplay.record(editable, rows, stop - 1, stop, prefix=cached).final
     except (TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
         logger.warning("%s does not take a prefix cache (%s): every step runs all tokens",
-                       type(editable.model).__name__, error)
+                       type(editable.model).__name__, kind_and_text(error))
         return False
     return same_states(editable.model, "a prefix cache", split, whole)

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from ..callbacks import StopEditing
+from ..messages import kind_and_text
 
 logger = logging.getLogger(__name__)
 
@@ -127,19 +128,20 @@ def edit_around_faults(
         if on_error == "stop":
             if not at_fault:
                 raise
+            told = "; ".join(f"{items[place]} ({kind_and_text(why)})" for place, why in at_fault.items())
             raise ValueError(f"{len(at_fault)} of {len(items)} edits fail by themselves, and the batch was undone: "
-                             f"{'; '.join(f'{items[place]} ({one_line(why)})' for place, why in at_fault.items())}. "
+                             f"{told}. "
                              + ("It is hardly the edits' fault" if all_are else "on_error skip leaves them out")
                              ) from error
         if all_are:
             raise ValueError(f"each of the {len(items)} edits of this batch fails by itself, and it was undone: "
-                             f"{one_line(error)}") from error
+                             f"{kind_and_text(error)}") from error
     faults = [(items[place], why) for place, why in at_fault.items()]
     rest = [item for place, item in enumerate(items) if place not in at_fault]
     if faults:
         return faults + edit_around_faults(rest, edit, failure, on_error)
     logger.warning("%d edits fail together (%s) but none alone: they are edited in two halves", len(items),
-                   one_line(together))
+                   kind_and_text(together))
     middle = len(rest) // 2
     return (edit_around_faults(rest[:middle], edit, failure, on_error)
             + edit_around_faults(rest[middle:], edit, failure, on_error))
@@ -156,12 +158,12 @@ def _at_fault(places: Sequence[int], error: Exception, failure: Callable[[Sequen
         return {places[0]: error}
     middle = len(places) // 2
     halves = [(half, failed) for half in (places[:middle], places[middle:]) if (failed := failure(half)) is not None]
-    if few and len(places) > 2 and [one_line(failed) for _, failed in halves] == [one_line(error)] * 2:
+    if few and len(places) > 2 and [kind_and_text(failed) for _, failed in halves] == [kind_and_text(error)] * 2:
         count = enough_tries(len(places))
         alone = (failure([places[number * (len(places) - 1) // (count - 1)]]) for number in range(count))
-        if all(failed is not None and one_line(failed) == one_line(error) for failed in alone):
-            raise ValueError(f"{one_line(error)} (so do {count} of the batch's {len(places)} edits by themselves: it "
-                             "is hardly their fault, and the batch was undone)") from error
+        if all(failed is not None and kind_and_text(failed) == kind_and_text(error) for failed in alone):
+            raise ValueError(f"{kind_and_text(error)} (so do {count} of the batch's {len(places)} edits by "
+                             "themselves: it is hardly their fault, and the batch was undone)") from error
     found: dict[int, Exception] = {}
     for half, failed in halves:
         found |= _at_fault(half, failed, failure)
@@ -187,8 +189,3 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host had no more memory."""
     return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's moved
             or "can't allocate memory" in str(error))  # torch's on a CPU, a plain RuntimeError
-
-
-def one_line(error: BaseException) -> str:
-    """Kind and message of an error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

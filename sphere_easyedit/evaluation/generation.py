@@ -22,6 +22,7 @@ from transformers import (
 from ..batching import kind_by_length
 from ..editing.packing import same_states
 from ..inputs import check_inputs
+from ..messages import kind_and_text
 from ..models import frozen, input_device, logits_at, max_positions
 from ..replicas import Replicas, shared_out
 from ..tokenization import continuation_ids_batch
@@ -46,8 +47,8 @@ def generate_continuations(
 ) -> list[str]:
     """What the model says after each prompt: the continuations alone, without special tokens.
 
-    Greedy, or drawn from the ``top_k`` likeliest tokens in proportion to their probabilities, as ROME generates. To the
-    letter: the model's own generation settings (penalties, temperature) don't count, its end tokens do. Prompts run
+    Greedy, or drawn from the ``top_k`` likeliest tokens in proportion to their probabilities, as ROME generates. Of the
+    model's own generation settings only its end tokens count, not its penalties or temperature. Prompts run
     together from the first token on, so nothing is padded, and a prompt's continuation does not depend on the others;
     model and tokenizer stay as they are. A continuation is what plain forward passes over the prompt alone and each new
     token give. The model's cache is used only where it gives the same; so it isn't where a row grows past a limit from
@@ -111,7 +112,7 @@ def _generate_all(model: nn.Module, wanted: Sequence[_Wanted], max_new_tokens: i
         return kind(len(one[0])), kind(len(one[0]) + max_new_tokens - 1)  # the last new token is not read any more
 
     chunks = list(_chunks(wanted, max_new_tokens, kinds))
-    # Keys in a cache are of the kind that the row had then. A plain forward pass has all of them anew.
+    # A cache keeps keys made while the row was of a smaller kind; a plain forward pass makes all of them anew.
     steady = [number for number, chunk in enumerate(chunks) if len(set(kinds(chunk[0]))) == 1]
     # A cache may fail on several rows only, or behind few tokens: it is tried on the longest and on the shortest first.
     tried = {of_size[end] for several in (True, False) for end in (0, -1)
@@ -243,8 +244,8 @@ def _with_cache(model: Any, rows: _Rows, check: bool) -> list[list[int]] | None:
     except (TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
         if not check:
             raise
-        logger.warning("%s does not generate with a cache (%s: %s): every token is made without one",
-                       type(model).__name__, type(error).__name__, error)
+        logger.warning("%s does not generate with a cache (%s): every token is made without one",
+                       type(model).__name__, kind_and_text(error))
         return None
     if check:
         read = rows.read

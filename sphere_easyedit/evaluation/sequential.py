@@ -30,12 +30,13 @@ from ..editing.session import EditSession
 from ..fingerprints import weights_checksum
 from ..hparams import SPHEREHyperParams, check_hparams
 from ..inputs import check_parameters, check_tokenizer, ordinary_torch
+from ..messages import kind_and_text
 from ..models import EditableModel
 from ..wrapper import Executor, apply_sphere_to_model, prepare_method, read_requests
 from .checkpoints import resumable, resume_from, save_checkpoint, save_weights, thin_out
 from .conflicts import find_conflicts
 from .datasets import EditRecord, records_fingerprint
-from .faults import OnError, Skipped, Skips, edit_around_faults, enough_tries, one_line
+from .faults import OnError, Skipped, Skips, edit_around_faults, enough_tries
 from .following import FollowedWeights
 from .generation import generate_continuations
 from .measuring import (
@@ -224,7 +225,7 @@ def _prepare(editable: EditableModel, tok: PreTrainedTokenizerBase, records: Seq
                 try:
                     check([records[place]])
                 except ValueError as error:
-                    refused[place] = Skipped(place, records[place].case_id, 0, one_line(error))
+                    refused[place] = Skipped(place, records[place].case_id, 0, kind_and_text(error))
             if len(refused) == len(records):
                 raise
 
@@ -365,7 +366,7 @@ class _Run:
         num_edits = EditSession.of(self._editable.model).num_edits
         faults = edit_around_faults([_Place(place, self._records[place].case_id) for place in places],
                                     lambda some: self._edit_batch(some, first), self._failure, self._settings.on_error)
-        skipped = [Skipped(place.number, place.case_id, num_edits, one_line(error)) for place, error in faults]
+        skipped = [Skipped(place.number, place.case_id, num_edits, kind_and_text(error)) for place, error in faults]
         for one in skipped:
             logger.warning("case_id %s was left out: %s", one.case_id, one.error)
             self._run.append(SKIPPED, one.to_dict())
