@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Multiples of the last state that the head is fed: itself, one that shows the slope at 0, one that shows a cap.
 _SCALES = (1.0, 1.0 / 64.0, 64.0)
 _FITTED = 4096  # logits that a cap is fitted to
-# Largest relative error, and how near to 1 a factor is none, in float32 and in half precision.
+# Largest relative error, and how near to 1 a factor is none, in float32 (or float64) and in half precision.
 _TOLERANCE = {True: 1e-3, False: 5e-2}
 _ROUNDING = {True: 1e-5, False: 2e-2}  # up to here, logits are a multiple without a cap
 _NO_FACTOR = {True: 1e-5, False: 2e-3}
@@ -75,7 +75,7 @@ def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
                          f"{names.ln_f_module!r}, which is not supported")
     if not bool(torch.isfinite(own).all() and torch.isfinite(raw).all()):
         return _without_numbers(own, raw, model)
-    full = own.dtype == torch.float32
+    full = min(own.element_size(), raw.element_size()) >= 4
     try:
         normed = editable.final_norm(states)[0, -1]
     except RuntimeError as error:
