@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .models import input_device
+from .messages import one_line
+from .models import check_token_ids, input_device
 from .module_discovery import output_embeddings
 
 # Largest change of logits by a later token, in standard deviations of logits: rounding stays below, also of experts
@@ -60,15 +61,32 @@ def check_causal(model: nn.Module, ids: Sequence[int]) -> None:
         ids: tokens of any text, two or more.
 
     Raises:
-        ValueError: logits of the first tokens depend on the last.
+        ValueError: logits of the first tokens depend on the last, or the model does not run on text alone.
     """
+    check_token_ids(model, max(ids))
     rows = torch.tensor([list(ids), [*ids[:-1], ids[0]]], device=input_device(model))
-    logits: torch.Tensor = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits[:, :-1].float()
+    with as_decoder(model):
+        try:
+            logits: torch.Tensor = model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False
+                                         ).logits[:, :-1].float()
+        except ValueError as error:  # its own, which says nothing of what was asked of it
+            raise TypeError(one_line(error)) from error
     moved, spread = float((logits[0] - logits[1]).abs().max()), float(logits.std())
     if moved > _CAUSAL * spread:
         raise ValueError(f"{type(model).__name__} sees the tokens after a word, too (by the last one the logits "
                          f"before it move by {moved:.3g}, of a standard deviation of {spread:.3g}): give a "
                          "decoder-only causal language model")
+
+
+@contextmanager
+def as_decoder(model: nn.Module) -> Iterator[None]:
+    """Where a model can't be called as decoders of transformers are, say so in one line (ValueError)."""
+    try:
+        yield
+    except (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, TypeError) as error:
+        raise ValueError(f"{type(model).__name__} does not run as a decoder of transformers does, on input_ids, "
+                         f"attention_mask and position_ids, block by block: {one_line(error).rstrip('.')}: "
+                         "this architecture can't be edited") from error
 
 
 def check_inputs(model: object, tok: object) -> None:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 # Multiples of the last state that the head is fed: itself, one that shows the slope at 0, one that shows a cap.
 _SCALES = (1.0, 1.0 / 64.0, 64.0)
 _FITTED = 4096  # logits that a cap is fitted to
-# By whether logits are float32 or of half precision: the largest relative error, up to which one no cap is looked for,
-# and how near to 1 a factor is none.
+# By whether logits are float32 (or wider) or of half precision: the largest relative error, up to which one no cap is
+# looked for, and how near to 1 a factor is none.
 _TOLERANCE: Mapping[bool, float] = MappingProxyType({True: 1e-3, False: 5e-2})
 _ROUNDING: Mapping[bool, float] = MappingProxyType({True: 1e-5, False: 2e-2})
 _NO_FACTOR: Mapping[bool, float] = MappingProxyType({True: 1e-5, False: 2e-3})
@@ -84,7 +84,7 @@ def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
                          f"{names.ln_f_module!r}, which is not supported")
     if not bool(torch.isfinite(own).all() and torch.isfinite(raw).all()):
         return _without_numbers(own, raw, model)
-    full = own.dtype == torch.float32
+    full = min(own.element_size(), raw.element_size()) >= 4
     input_scale, off = _multiple(entering, _normed(editable, states)[0, -1])
     if off > _TOLERANCE[full]:
         raise ValueError(f"what enters {names.lm_head_module!r} is not what {names.ln_f_module!r} makes of the last "

@@ -47,6 +47,10 @@ def check_editable(model: nn.Module, name: str) -> None:
             raise ValueError(f"{name}.weight is to be quantised by bitsandbytes and is not yet: move the model to its "
                              "device first")
         return
+    if "weight" not in module._parameters:
+        raise ValueError(f"{name}.weight is computed from other parameters (by pruning, weight norm or another "
+                         "parametrisation), which an edit would not reach: remove the parametrisation first, as "
+                         "torch.nn.utils.parametrize.remove_parametrizations and torch.nn.utils.prune.remove do")
     if weight.dim() != 2:
         raise ValueError(f"{name}.weight is no matrix: rewrite_module_tmp must name a linear layer")
     if weight.dtype not in _EDITABLE or kind not in _PLAIN:

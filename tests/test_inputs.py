@@ -20,6 +20,7 @@ import torch
 import transformers
 from conftest import REQUESTS, edited_weights, tiny_config, tiny_hparams, tiny_model
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
@@ -472,3 +473,50 @@ def test_transformers_warns_of_nothing_that_we_call_it_with(tmp_path: Path, tok:
     finally:
         transformers.utils.logging.disable_propagation()
     assert not [record for record in caplog.records if record.name.startswith("transformers")]
+
+
+@pytest.mark.parametrize("compute", ["prune", "weight_norm"])
+def test_a_weight_that_is_computed_is_refused(compute: str, tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """It is computed anew in each forward pass, so an edit of it would be lost."""
+    model = tiny_model("llama")
+    down = model.model.layers[1].mlp.down_proj
+    if compute == "prune":
+        prune.random_unstructured(down, "weight", 0.2)
+    else:
+        torch.nn.utils.parametrizations.weight_norm(down)
+    before = state_of(model)
+    with refused(ValueError, r"layers\.1\.mlp\.down_proj\.weight is computed from other parameters"):
+        sphere.apply_sphere_to_model(model, tok, REQUESTS, tiny_hparams(tmp_path))
+    assert is_untouched(model, before)
+
+
+@pytest.mark.parametrize("missing", ["attention_mask", "use_cache", "position_ids"])
+def test_a_model_without_an_argument_of_decoders_is_refused(missing: str, tok: PreTrainedTokenizerBase, tmp_path: Path
+                                                            ) -> None:
+    model = tiny_model("llama")
+    forward = model.forward
+
+    def narrow(**kwargs: Any) -> Any:
+        if missing in kwargs:
+            raise TypeError(f"forward() got an unexpected keyword argument {missing!r}")
+        return forward(**kwargs)
+
+    model.forward = narrow
+    before = state_of(model)
+    with refused(ValueError, f"LlamaForCausalLM does not run as a decoder of transformers does.*{missing}"):
+        sphere.apply_sphere_to_model(model, tok, REQUESTS, tiny_hparams(tmp_path))
+    assert is_untouched(model, before)
+
+
+def test_a_model_that_needs_pictures_is_refused(tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    forward = model.forward
+
+    def seeing(pixel_values: Tensor | None = None, **kwargs: Any) -> Any:
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        return forward(**kwargs)
+
+    model.forward = seeing
+    with refused(ValueError, "does not run as a decoder of transformers does.*specify pixel_values"):
+        sphere.apply_sphere_to_model(model, tok, REQUESTS, tiny_hparams(tmp_path))

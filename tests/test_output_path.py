@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
 from sphere_easyedit.editing.output_path import Gated, Normalised, OutputPath, Scaled, find_output_paths
+from sphere_easyedit.editing.replay import check_replay
 from sphere_easyedit.editing.requests import parse_requests, tokenize_request
 from sphere_easyedit.editing.session import EditSession
 from sphere_easyedit.editing.target_values import optimise_target_values
+from sphere_easyedit.logit_map import find_logit_map
 from sphere_easyedit.models import EditableModel, frozen, module_names
 
 WIDTH = 48
@@ -216,6 +219,81 @@ def test_transformers_models_in_half_precision(family: str) -> None:
         assert isinstance(whole, Scaled) and isinstance(half, Scaled)
         assert float(whole.factor) == pytest.approx(0.25, rel=1e-5)
         assert float(half.factor) == pytest.approx(0.25, rel=1e-2)
+
+
+class _Around(nn.Module):
+    """Changes states in front of a block, outside of it."""
+
+    def __init__(self, block: nn.Module, number: int, seen: dict[int, Tensor], change: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.block, self._number, self._seen, self._change = block, number, seen, change
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        self._seen[self._number] = hidden_states
+        states = self._change(self._number, hidden_states, self._seen)
+        return self.block(states, **kwargs)
+
+
+BETWEEN: dict[str, Callable[[int, Tensor, dict[int, Tensor]], Tensor]] = {
+    "a factor": lambda number, states, _: states * 0.7 if number == 3 else states,
+    "the embeddings": lambda _, states, seen: states + 0.5 * seen[0],
+    "an earlier block's input": lambda number, states, seen: states + 0.5 * seen[2] if number == 3 else states,
+}
+
+
+@pytest.mark.parametrize("base_alg", ["MEMIT", "AlphaEdit"])
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_a_model_does_between_its_blocks_is_refused(
+    name: str, base_alg: str, tok: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Target values come from blocks that are run one after another, which would leave it out without a word."""
+    model, seen = tiny_model("llama"), dict[int, Tensor]()
+    names = asdict(module_names(model.config))
+    inner = {key: value.replace("layers.{}", "layers.{}.block") for key, value in names.items()}
+    for i, block in enumerate(model.model.layers):
+        model.model.layers[i] = _Around(block, i, seen, BETWEEN[name])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    hparams = tiny_hparams(tmp_path, base_alg=base_alg, **inner)
+    request = {"prompt": "{} is a city in", "subject": "Rome", "target_new": "France"}
+    with pytest.raises(ValueError, match=r"more between its blocks") as caught:
+        sphere.apply_sphere_to_model(model, tok, [request], hparams)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_blocks_that_run_twice_are_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[2].register_forward_pre_hook(lambda _module, args, kwargs: (
+        (model.model.layers[1](args[0], **kwargs), *args[1:]), kwargs), with_kwargs=True)
+    with frozen(model), pytest.raises(ValueError, match=r"in the order \[1, 1, 2, 3\]"):
+        check_replay(_editable(model, [1, 2]), PROMPTS[1])
+
+
+def test_positions_that_count_otherwise_are_refused() -> None:
+    """Models that count from behind the padding's id give other states where they are told to count from 0."""
+    model = tiny_model("llama")
+    def later(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = kwargs.get("position_ids")
+        return args, kwargs if given is not None else {**kwargs, "position_ids": torch.arange(
+            2, 2 + kwargs["input_ids"].shape[1])[None] * 3}
+
+    model.register_forward_pre_hook(later, with_kwargs=True)
+    with frozen(model), pytest.raises(ValueError, match=r"position_ids count from 0"):
+        check_replay(_editable(model, [1, 2]), PROMPTS[1])
+
+
+@pytest.mark.parametrize(("family", "factor"), [("granite", {"residual_multiplier": 0.995}),
+                                                ("cohere", {"logit_scale": 0.995})])
+def test_a_factor_near_1_counts_in_float64(family: str, factor: dict[str, float]) -> None:
+    """Float64 is held to the tolerances of float32, not to those of half precision."""
+    model = tiny_architecture(family, **factor).double()
+    editable = _editable(model, [1, 2])
+    with frozen(model):
+        path = find_output_paths(editable, PROMPTS)[1]
+        logits = find_logit_map(editable, torch.tensor(PROMPTS[:1]))
+    assert isinstance(path, Scaled)
+    found = logits.scale if path.factor is None else float(path.factor)
+    assert found == pytest.approx(0.995, abs=1e-5)
 
 
 def test_the_same_weights_as_another_architecture_get_the_same_edit(tok: PreTrainedTokenizerBase, tmp_path: Path

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from architectures import tiny_architecture
 from conftest import REQUESTS, relative_error, tiny_hparams, tiny_model
 from packaging.version import Version
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from sphere_easyedit.editing import steering, target_values
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import TokenizedPrompt, TokenizedRequest, parse_requests, tokenize_request
 from sphere_easyedit.editing.target_values import TargetValues, optimise_target_values
-from sphere_easyedit.models import EditableModel, frozen
+from sphere_easyedit.models import EditableModel, frozen, module_names
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gpt2", "gptj")
 CONTEXTS = ["He said that. {}", "The team of the United States is known for this, and so he said. {} (he said)"]
@@ -447,3 +448,26 @@ def test_keys_and_residuals_see_the_weights_as_they_stand(
             assert relative_error(keys, reference) < 1e-5
             if layer:  # or the change of weights would not show
                 assert relative_error(torch.stack([by_layer[layer] for by_layer, _ in unedited]), reference) > 1e-2
+
+
+def test_a_model_that_counts_cached_tokens_runs_all_tokens(tok: PreTrainedTokenizerBase) -> None:
+    """Llama 4 scales queries by the number of tokens in its cache, and each step gives blocks a cache of ours."""
+    model = tiny_architecture("llama4_text", moe_layers=[], floor_scale=3, attn_scale=0.9, no_rope_layers=[1, 0, 1, 0])
+    editable = EditableModel(model, module_names(model.config), [1])
+    [request] = parse_requests([{"prompt": "In a city {} plays for", "subject": "John Smith", "target_new": "Rome"}])
+    with frozen(model):
+        assert steering.layout_of(editable, [tokenize_request(tok, request, ["He said that. {}"], None)]) == "whole"
+
+
+
+def test_the_longest_row_is_among_those_that_packing_is_tried_on(tok: PreTrainedTokenizerBase,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention in chunks shows beyond a chunk's length only, which a row with an early subject may have, too."""
+    model = tiny_architecture("llama4_text", moe_layers=[], attention_chunk_size=8)
+    editable = EditableModel(model, module_names(model.config), [1])
+    requests = parse_requests([
+        {"prompt": "In a city {} is", "subject": "Rome", "target_new": "a river"},
+        {"prompt": "{} was found in the north of a city by those who came from the coast with their ships, and",
+         "subject": "I", "target_new": "a river"}])
+    with frozen(model):
+        assert steering.layout_of(editable, [tokenize_request(tok, one, [], None) for one in requests]) != "packed"

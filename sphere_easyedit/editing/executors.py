@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..hparams import SPHEREHyperParams
-from ..inputs import check_causal
+from ..inputs import as_decoder, check_causal
 from ..logit_map import find_logit_map
 from ..models import EditableModel, frozen, max_positions
 from .contexts import generate_contexts
 from .covariance import filed_factor, filed_null_space, load_moment, load_null_space, statistics_files
 from .origins import unchanged
 from .output_path import OutputPath, Scaled, find_output_paths
-from .replay import pad_rows
+from .replay import check_replay, pad_rows
 from .requests import EditRequest, TokenizedRequest, tokenize_prompt, tokenize_request
 from .session import EditSession
 from .sharing import batch_states, target_values
@@ -116,9 +116,10 @@ def _proven_paths(editable: EditableModel, tok: PreTrainedTokenizerBase) -> dict
     """
     limit = max_positions(editable.config)
     prompts = [tokenize_prompt(tok, before, subject, after).ids[:limit] for before, subject, after in _PROBE_PROMPTS]
-    with frozen(editable.model):
+    with frozen(editable.model), as_decoder(editable.model):
         check_causal(editable.model, prompts[0])
         find_logit_map(editable, pad_rows(prompts[:1], editable.input_device).input_ids)
+        check_replay(editable, prompts[0])
         return find_output_paths(editable, prompts)
 
 

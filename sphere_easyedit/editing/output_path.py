@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 # Halvings of the bracket of a Lagrange multiplier: to the last bit of float64.
 _HALVINGS = 100
-# Largest relative error of what a path predicts, by whether the model computes in float32 or in half precision.
+# Largest relative error of what a path predicts, by whether the model is in float32 (or wider) or in half precision.
 _TOLERANCE: Mapping[bool, float] = MappingProxyType({True: 1e-3, False: 5e-2})
 # Factors this near to 1, or to each other, are equal: what is left is rounding.
 _SAME: Mapping[bool, float] = MappingProxyType({True: 2e-5, False: 1e-2})
@@ -261,7 +261,7 @@ def _find(editable: EditableModel, layer: int, rows: Rows, run: Callable[[], Ten
     _refuse_reach(probe, first, steps[0], real)
     path: OutputPath | None
     factors = _ratio(moved[0], steps[0])
-    full = first.output.dtype == torch.float32
+    full = first.output.element_size() >= 4
     error = _relative(moved[1][real], (factors * steps[1])[real])
     if error < _TOLERANCE[full]:
         path = _linear(factors[real], full)
@@ -311,7 +311,7 @@ def _refuse_reach(probe: _Probe, first: _Run, step: Tensor, real: Tensor) -> Non
     here = float(moved[row, at])
     moved[row, at] = 0.0
     others = float(moved.nan_to_num().max())
-    if others > _TOLERANCE[first.output.dtype == torch.float32] * max(here, others):
+    if others > _TOLERANCE[first.output.element_size() >= 4] * max(here, others):
         raise ValueError(f"a change of {probe.name} at one token moves the output of {probe.block_name} at others "
                          f"({others:.2g} against {here:.2g} at its own): name a map that the block's mixing of tokens "
                          "does not follow in rewrite_module_tmp")
@@ -321,7 +321,7 @@ def _find_norm(probe: _Probe, first: _Run, steps: Sequence[Tensor], real: Tensor
     """The path through a norm, if there is one that explains the block's output."""
     runs = [probe.run(step, trace=True) for step in steps]
     traced = probe.run(trace=True)
-    full = first.output.dtype == torch.float32
+    full = first.output.element_size() >= 4
     for name, (u, n) in traced.traced.items():
         if any(name not in one.traced for one in runs) or not u.shape == n.shape == first.output.shape:
             continue
@@ -373,7 +373,7 @@ def _norm_kind(module: nn.Module, like: Tensor) -> tuple[Tensor, bool, float] | 
         return None  # it takes something else than hidden states
     sent = (1e3 * spread).to(like).double().cpu() / 1e3  # as rounded
     gains = (outputs * sent).sum(dim=0) / sent.square().sum(dim=0)
-    full = like.dtype == torch.float32
+    full = like.element_size() >= 4
     if not bool(torch.isfinite(gains).all()) or not _relative(outputs, gains * sent) < _TOLERANCE[full]:
         return None
     moved = (1e3 * (spread + 1.0)).to(like).double().cpu() / 1e3

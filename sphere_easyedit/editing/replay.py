@@ -204,6 +204,83 @@ class BlockReplay:
         return BlockReplay(self._blocks, self.start, calls, mapped(self.hidden), mapped(self.final))
 
 
+@torch.no_grad()
+def check_replay(editable: EditableModel, ids: Sequence[int]) -> None:
+    """Refuse a model whose blocks, run again one after another, are not what they are in a plain forward pass.
+
+    Target values rely on it: they change the output of one block and run those above it. A model may scale or mix
+    states between its blocks, hand something on beside them, run a block several times, or count positions otherwise
+    than from 0.
+
+    Args:
+        editable: the model, frozen.
+        ids: tokens of any text, three or more.
+
+    Raises:
+        ValueError: the last block's output is another one, unchanged or where the first edited block's is changed.
+    """
+    first, last = editable.layers[0], editable.num_blocks - 1
+    name, model = editable.names.layer_module_tmp.format(first), type(editable.model).__name__
+    rows = pad_rows([ids], editable.input_device)
+    replay = BlockReplay.record(editable, rows, first, last + 1)
+    at = len(ids) // 2
+    generator = torch.Generator().manual_seed(0)
+    signs = (torch.randint(0, 2, replay.hidden.shape[-1:], generator=generator) * 2 - 1).to(replay.hidden)
+    step = torch.zeros_like(replay.hidden)
+    step[:, at] = replay.hidden[:, at].float().square().mean().sqrt().to(signs) * signs
+    output, expected = _with_step(editable, rows, step)
+    if not bool(torch.isfinite(expected).all()):
+        return  # a broken model, told of later by its losses
+    changed = replay.run(replay.hidden, stop=first + 1)
+    tolerance = 1e-3 if changed.element_size() >= 4 else 5e-2
+
+    def apart(found: Tensor, expected: Tensor) -> float:
+        expected = expected.double()
+        return float((found.to(expected.device).double() - expected).norm() / expected.norm())
+
+    difference = apart(changed, output)
+    if not difference < tolerance:
+        raise ValueError(f"{name} of {model} puts out something else where position_ids count from 0 than without them "
+                         f"({difference:.1%} apart): positions of this architecture are not supported")
+    difference = apart(replay.run(changed + step.to(changed.device), start=first + 1), expected)
+    if not difference < tolerance:
+        raise ValueError(f"blocks above {name} of {model}, run one after another, give another output than its forward "
+                         f"pass ({difference:.1%} apart): it does more between its blocks than to hand hidden states "
+                         "on, which is not supported")
+
+
+def _with_step(editable: EditableModel, rows: Rows, step: Tensor) -> tuple[Tensor, Tensor]:
+    """The first edited block's output in a plain forward pass, and the last block's with ``step`` added to that."""
+    layers = range(editable.layers[0], editable.num_blocks)
+    outputs: list[tuple[int, Tensor]] = []
+
+    def note(layer: int) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            states = first_output(output)
+            outputs.append((layer, states))
+            if layer != layers[0]:
+                return None
+            moved = states + step.to(states.device)
+            return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+        return hook
+
+    handles = [editable.block(layer).register_forward_hook(note(layer)) for layer in layers]
+    try:
+        editable.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    order = [layer for layer, _ in outputs]
+    if order != [*layers]:
+        raise ValueError(f"{editable.names.layer_module_tmp} run in the order {order} in a forward pass of "
+                         f"{type(editable.model).__name__}, not once each from {layers[0]} on: correct "
+                         "layer_module_tmp; if it is right, this architecture is not supported")
+    if len(layers) == 1:
+        return outputs[0][1], outputs[0][1] + step.to(outputs[0][1].device)
+    return outputs[0][1], outputs[-1][1]
+
+
 def _run_until_stop(editable: EditableModel, rows: Rows, prefix: KeyValues | None, **given: Any) -> None:
     cache = None if prefix is None else _filled_cache(prefix)
     try:

@@ -275,7 +275,8 @@ def layout_of(editable: EditableModel, requests: Sequence[TokenizedRequest]) -> 
         return prompts[choose(among, key=lambda i: prompts[i].lookup)]
 
     most = max(alike, key=len)
-    if packing_is_exact(editable, [chosen(max, most), chosen(min, most)]):
+    longest = max((prompts[i] for i in most), key=lambda prompt: len(prompt.ids))
+    if packing_is_exact(editable, [chosen(max, most), chosen(min, most), longest]):
         return "packed"
     least = [index for index in alike if kind(len(prompts[index[0]].ids)) == kind(1)]
     return "padded" if least and prefix_is_exact(editable, chosen(max, least[0])) else "whole"
@@ -293,7 +294,8 @@ def packing_is_exact(editable: EditableModel, prompts: Sequence[TokenizedPrompt]
                             for at in (len(prompt.ids) - 1, prompt.lookup)])
 
     def run() -> Tensor:
-        steering = Steering([_Packed.record(editable, rows, stop - 2)])
+        # All blocks that steps run: each may attend in a way of its own.
+        steering = Steering([_Packed.record(editable, rows, min(editable.layers[-1], stop - 2))])
         last, lookup = steering.run(torch.zeros_like(steering.initial), stop - 1)
         return torch.stack([last[steering.predictions.edits.argsort()], lookup], dim=1).flatten(0, 1)
 
@@ -311,7 +313,9 @@ def prefix_is_exact(editable: EditableModel, prompt: TokenizedPrompt) -> bool:
     try:
         cached = prefix_key_values(editable, [ids[:cut]], stop)
         rows = pad_rows([ids[cut:]], device, starts=[cut], prefix_width=cut)
-        split = BlockReplay.record(editable, rows, stop - 1, stop, prefix=cached).final
+        # What steps run: blocks that are called again, behind a cache that no longer is the model's.
+        replay = BlockReplay.record(editable, rows, min(editable.layers[-1] + 1, stop - 1), stop, prefix=cached)
+        split = replay.run(replay.hidden)
     except (TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
         logger.warning("%s does not take a prefix cache (%s): every step runs all tokens",
                        type(editable.model).__name__, kind_and_text(error))
