@@ -466,8 +466,9 @@ def test_the_longest_row_is_among_those_that_packing_is_tried_on(tok: PreTrained
     model = tiny_architecture("llama4_text", moe_layers=[], attention_chunk_size=8)
     editable = EditableModel(model, module_names(model.config), [1])
     requests = parse_requests([
-        {"prompt": "In a city {} is", "subject": "Rome", "target_new": "a river"},
-        {"prompt": "{} was found in the north of a city by those who came from the coast with their ships, and",
+        {"prompt": "{} is", "subject": "I", "target_new": "a river"},
+        {"prompt": "In a city of the {} is", "subject": "I", "target_new": "a river"},
+        {"prompt": "In {} was found in the north of a city by those who came from the coast with their ships, and",
          "subject": "I", "target_new": "a river"}])
     with frozen(model):
         assert steering.layout_of(editable, [tokenize_request(tok, one, [], None) for one in requests]) != "packed"
