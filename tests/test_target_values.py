@@ -373,6 +373,8 @@ def test_loss_that_is_not_finite(poisoned: str, named: str, tok: PreTrainedToken
     hparams, model = tiny_hparams(tmp_path), tiny_model("llama")
     edits = [{**edit, "case_id": case_id} for edit, case_id in zip(REQUESTS, (11, "b", 13), strict=True)]
     sphere.apply_sphere_to_model(model, tok, REQUESTS, hparams, copy=True)  # statistics need a sound model
+    for origin in tmp_path.rglob("*_origin.json"):  # without it, they are taken for this model's
+        origin.unlink()
     with torch.no_grad():
         if poisoned == "norm":
             model.model.norm.weight[0] = torch.nan
