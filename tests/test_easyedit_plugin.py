@@ -543,7 +543,7 @@ def test_own_hyperparameters_of_the_hosts_sphere(home: Home, registered: Any) ->
 
 @pytest.mark.parametrize("hparams", ["some.yaml", None, sphere.SPHEREHyperParams])
 def test_what_is_no_hyperparameters(hparams: Any, home: Home, registered: Any) -> None:
-    with pytest.raises(ValueError, match="SPHEREHyperParams"):
+    with pytest.raises(TypeError, match="SPHEREHyperParams"):
         registered.ALG_DICT["SPHERE"](*home.load(), FACTS[:1], hparams)
 
 

@@ -365,7 +365,7 @@ def plan_of(model: Path, base: str = "AlphaEdit/llama3-8b", **settings: Any) -> 
 
 
 @pytest.mark.parametrize(("config", "settings", "complaint"), [
-    ({"hidden_size": 0}, {}, "hidden_size 0|no model can be built from the config"),
+    ({"hidden_size": 0}, {}, "hidden_size 0|no model can be built from this LlamaConfig"),
     ({"num_hidden_layers": -1}, {}, "layers"),
     ({}, {"rewrite_module_tmp": "model.layers.{}.mlp"}, "model.layers.4.mlp has no weight matrix with a side of 4096"),
     ({}, {"rewrite_module_tmp": "model.layers.{}.input_layernorm"}, "no weight matrix with a side of 4096"),

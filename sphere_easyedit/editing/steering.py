@@ -276,7 +276,7 @@ def layout_of(editable: EditableModel, requests: Sequence[TokenizedRequest]) -> 
 
     most = max(alike, key=len)
     longest = max((prompts[i] for i in most), key=lambda prompt: len(prompt.ids))
-    if packing_is_exact(editable, [chosen(max, most), chosen(min, most), longest]):
+    if packing_is_exact(editable, list(dict.fromkeys([chosen(max, most), chosen(min, most), longest]))):
         return "packed"
     least = [index for index in alike if kind(len(prompts[index[0]].ids)) == kind(1)]
     return "padded" if least and prefix_is_exact(editable, chosen(max, least[0])) else "whole"

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 _LOSS_REACHED = 0.05  # EasyEdit's: below it an edit is done
 TOKENS_PER_STEP = 80  # reading the weights in a step costs about as much as so many tokens
 LOGITS_AT_ONCE = 1 << 22
-_TOKENS_FOR_HEAD = 4
+TOKENS_FOR_HEAD = 4
 _REPACK_SHARE = 0.75  # rows are packed anew once at most this share of them is still being optimised
 
 
@@ -81,7 +81,7 @@ def optimise_target_values(
     """
     values = torch.empty(len(requests), editable.hidden_size, dtype=torch.float32)
     losses, steps = [0.0] * len(requests), [0] * len(requests)
-    few = requests[0].plain.ids[:_TOKENS_FOR_HEAD]  # what is done to the logits does not depend on the prompt
+    few = requests[0].plain.ids[:TOKENS_FOR_HEAD]  # what is done to the logits does not depend on the prompt
     editable.logit_map = find_logit_map(editable, pad_rows([few], editable.input_device).input_ids)
     path, norm_inputs = paths.get(editable.layers[0]), None
     if isinstance(path, Normalised) and len(editable.layers) == 1:

@@ -8,6 +8,7 @@ from ..batching import padded_batches
 from ..editing.executors import is_alphaedit
 from ..editing.requests import TokenizedRequest
 from ..editing.steering import Layout
+from ..editing.target_values import TOKENS_FOR_HEAD
 from ..hparams import SPHEREHyperParams
 from .batches import Run, micro_batches
 from .shapes import ModelShape
@@ -41,7 +42,7 @@ def target_value_flops(shape: ModelShape, requests: Sequence[TokenizedRequest], 
     """
     last = hparams.layers[-1]
     loss_blocks = max(int(hparams.v_loss_layer), last) - last
-    once, step = _check_flops(shape, requests, layout), 0.0
+    once, step = _check_flops(shape, requests, layout, shape.blocks - 1 - last), 0.0
     for group in micro_batches(requests, hparams.token_budget, layout):
         once += forward_flops(shape, group.recorded, shape.blocks) + head_flops(shape, group.edits)
         step += forward_flops(shape, group.to_loss, loss_blocks)
@@ -50,18 +51,26 @@ def target_value_flops(shape: ModelShape, requests: Sequence[TokenizedRequest], 
     return once, step
 
 
-def _check_flops(shape: ModelShape, requests: Sequence[TokenizedRequest], layout: Layout) -> float:
-    """FLOPs of checking the head on the longest prompt, twice, and the layout.
+def _check_flops(shape: ModelShape, requests: Sequence[TokenizedRequest], layout: Layout, above: int) -> float:
+    """FLOPs of finding how logits are made, in three rows of a few tokens, and of checking the layout.
 
-    Packing is tried with the longest and the shortest beginning, each whole, and again packed along with the beginning;
-    a prefix cache, where packing is none, with the longest, whole and in two parts.
+    Packing is tried on the prompts with the longest and the shortest beginning and on the longest, each whole and again
+    packed along with the beginning; a prefix cache, where packing is none, on the one with the longest beginning, whole
+    and in two parts. Then the ``above`` blocks that steps run go over the tokens from the subject's last one on.
     """
     prompts = [prompt for request in requests for prompt in (request.plain, *request.contexts)]
-    longest, shortest = (chosen(prompts, key=lambda prompt: prompt.lookup) for chosen in (max, min))
-    runs = [Run(2 if layout == "packed" else 4, len(longest.ids))]
-    for prompt in (longest, shortest):
+    first, shortest = (chosen(prompts, key=lambda prompt: prompt.lookup) for chosen in (max, min))
+    tried = list(dict.fromkeys([first, shortest, max(prompts, key=lambda prompt: len(prompt.ids))]))
+    head = Run(3, min(TOKENS_FOR_HEAD, len(requests[0].plain.ids)))
+    runs, again = [head], []
+    for prompt in tried:
         runs += [Run(2, len(prompt.ids)), Run(1, prompt.lookup + 1)]
-    return forward_flops(shape, runs, shape.blocks) + head_flops(shape, 2)
+        again += [Run(1, len(prompt.ids) - prompt.lookup, prompt.lookup), Run(1, 1, prompt.lookup)]
+    if layout != "packed":
+        runs.append(Run(2, len(first.ids)))
+        again.append(Run(1, len(first.ids) - first.lookup, first.lookup))
+    blocks = forward_flops(shape, runs, shape.blocks) + forward_flops(shape, again, above)
+    return blocks + head_flops(shape, head.tokens)
 
 
 def key_flops(shape: ModelShape, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams) -> float:
