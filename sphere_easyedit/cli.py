@@ -611,12 +611,13 @@ def main() -> None:
     """
     try:
         with interrupts_raised():
-            app()
+            try:
+                app()
+            except ProcessLost as error:  # told in here: a launcher sends SIGTERM to the processes that are left
+                _end(f"error: {error}; a batch under way was undone. `edit --resume` goes on with a run.", 1)
     except Interrupted as interrupted:
         _end(f"ended by {interrupted.name}; a batch under way was undone. `edit --resume` goes on with a run.",
              interrupted.exit_status, "yellow")
-    except ProcessLost as error:
-        _end(f"error: {error}; a batch under way was undone. `edit --resume` goes on with a run.", 1)
     except (ValueError, ImportError, OSError) as error:  # OSError: a file that is absent, a disk that is full
         _end(f"error: {error}", 2)
     except (RuntimeError, MemoryError) as error:

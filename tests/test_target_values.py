@@ -342,7 +342,7 @@ def _broken(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("order", [[0, 4, 5], [5, 0, 4]])  # the subject of 5 is its first token
-@pytest.mark.parametrize(("kind", "message"), [("refused", "does not take a prefix cache (no cache here)"),
+@pytest.mark.parametrize(("kind", "message"), [("refused", "does not take a prefix cache (TypeError: no cache here)"),
                                                ("wrong", "gives other states with a prefix cache")])
 def test_model_without_a_prefix_cache(
     kind: str, message: str, order: list[int], tok: PreTrainedTokenizerBase, tmp_path: Path,
