@@ -50,7 +50,8 @@ def language_model_class(config: PretrainedConfig) -> Any:
     hint = f" (nearest known: {near[0]})" if near else ""
     raise ValueError(f"architecture {kind!r} is not known to transformers {transformers.__version__}{hint}: upgrade "
                      "transformers, give the loaded model, or its module names in the hyperparameters "
-                     "(rewrite_module_tmp, layer_module_tmp, mlp_module_tmp, attn_module_tmp, ln_f_module, lm_head_module)")
+                     "(rewrite_module_tmp, layer_module_tmp, mlp_module_tmp, attn_module_tmp, "
+                     "ln_f_module, lm_head_module)")
 
 
 def check_decoder(config: PretrainedConfig) -> None:
