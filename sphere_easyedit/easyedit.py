@@ -131,7 +131,7 @@ class RegisteredExecutor:
 
 
 def _sphere_hparams(hparams: Any) -> Any:
-    """EasyEdit's own hyperparameter objects as ours; anything else as it is, to be checked by whoever gets it."""
+    """EasyEdit's own hyperparameter objects as ours; anything else unchanged, for the caller to check."""
     if isinstance(hparams, SPHEREHyperParams) or not dataclasses.is_dataclass(hparams) or isinstance(hparams, type):
         return hparams
     return SPHEREHyperParams.from_dict(dataclasses.asdict(hparams))

@@ -171,7 +171,7 @@ def _at_fault(places: Sequence[int], error: Exception, failure: Callable[[Sequen
 
 
 def enough_tries(count: int) -> int:
-    """How many of so many edits must fail alone with one error for it to count as the error of all: 2 + log2."""
+    """Number of single edits that must fail with one error for it to count as the error of all: 2 + log2(edits)."""
     return min(count, 1 + count.bit_length())
 
 
