@@ -50,10 +50,10 @@ DISTANCE_FLOOR: Final = 1e-8
 Reduction = Literal["sum", "mean"]
 
 # 2 - 2 cos loses digits as 1/squared distance. Below these squared distances a pair is measured again: a
-# float32 product errs by some 1e-7, which is 4e-7 of 0.25; a float64 one by some 1e-16, which is 1e-8 of
-# 1e-8.
+# float32 product errs by some 1e-7, which is 4e-7 of 0.25; a float64 one by some 4e-16, which is 4e-12 of
+# 1e-4.
 _NEAR_FLOAT32: Final = 0.25
-_NEAR_FLOAT64: Final = 1e-8
+_NEAR_FLOAT64: Final = 1e-4
 # A Gram matrix handed over without its rows cannot be measured again: distances stop at its own rounding.
 _GRAM_FLOOR_IN_EPS: Final = 8.0
 # A float32 quotient by a norm outside this range would lose digits to overflow or to denormals.
