@@ -51,7 +51,7 @@ def event(model: nn.Module, num_edits: int, weights: dict[int, Tensor], **more: 
 def test_shares_are_those_of_a_plain_decomposition(tmp_path_factory: pytest.TempPathFactory, seed: int,
                                                    shape: tuple[int, int], gamma: float, pretrained: bool,
                                                    carried: bool) -> None:
-    path, model = tmp_path_factory.mktemp("spaces") / "spaces.csv", tiny_model()
+    path, model = tmp_path_factory.mktemp("spaces") / "spaces.csv", tiny_model("llama")
     stages = [rows(seed + number, *shape) for number in range(3)]
     EditSession.of(model).original = {7: stages[0]}
     tracker = SpaceTracker(path, gamma, pretrained)
