@@ -47,7 +47,7 @@ from sphere_easyedit.editing.solvers import (
     NullSpaceMetric,
     adjusted_keys,
 )
-from sphere_easyedit.files import replacing
+from sphere_easyedit.files import atomic_write
 from sphere_easyedit.hyperspherical import energy_from_gram
 from sphere_easyedit.planning.counts import energy_flops, metric_flops, projection_flops, solve_flops
 from sphere_easyedit.planning.shapes import model_shape
@@ -214,7 +214,7 @@ def measure(options: argparse.Namespace) -> None:
             raise SystemExit(f"{name}, {part} failed:\n{done.stderr}")
         found = json.loads(done.stdout)
         filed["measurements"].append(found)
-        with replacing(options.output) as temporary:
+        with atomic_write(options.output) as temporary:
             temporary.write_text(json.dumps(filed, indent=1) + "\n", encoding="utf-8")
         said = (f"{step} {runs[-1]['seconds']:.2f} s {runs[-1]['peak_bytes'] / 1e6:.0f} MB"
                 for step, runs in found["figures"].items())

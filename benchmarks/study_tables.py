@@ -25,7 +25,7 @@ from sphere_easyedit.evaluation.run_records import PAPER, RunRecords, find_runs
 from sphere_easyedit.evaluation.study import abilities_table, arms_of, differences_table, gains_table, results_table
 from sphere_easyedit.evaluation.study_energy import collapse_table, correlation_table, curves_table, regression_table
 from sphere_easyedit.evaluation.study_weights import keys_of_edits, over_layers, weight_tables
-from sphere_easyedit.files import replacing
+from sphere_easyedit.files import atomic_write
 from sphere_easyedit.hparams import SPHEREHyperParams
 from sphere_easyedit.loading import load_model
 from sphere_easyedit.models import EditableModel
@@ -104,7 +104,7 @@ def main() -> None:
                                  models.editable, models.keys)
     readable = [table for table in (*tables, *map(over_layers, by_layer)) if table.rows]
     command = shlex.join(["python", *sys.argv])
-    with replacing(given.output / "tables.md") as temporary:
+    with atomic_write(given.output / "tables.md") as temporary:
         temporary.write_text(f"Made by `{command}`.\n\n" + "\n".join(
             table.to_markdown() for table in readable), encoding="utf-8")
     for table in (curves, *tables, *by_layer):

@@ -14,7 +14,7 @@ from .models import max_positions, text_config
 _OVERHEAD = 16
 
 
-def kind_by_length(config: PretrainedConfig) -> Callable[[int], int]:
+def length_class(config: PretrainedConfig) -> Callable[[int], int]:
     """A function from a row's number of tokens to its length class: rows of one class may share a batch.
 
     Rotary embeddings of the types ``longrope`` (one set of frequencies up to a limit, another beyond it) and
@@ -48,8 +48,8 @@ def _rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
     return settings + [inner for rope in settings for inner in rope.values() if isinstance(inner, dict)]
 
 
-def of_one_kind(lengths: Sequence[int], kind: Callable[[int], int]) -> list[list[int]]:
-    """Indices of rows grouped by length class (see ``kind_by_length``), ascending in each group."""
+def group_by_class(lengths: Sequence[int], kind: Callable[[int], int]) -> list[list[int]]:
+    """Indices of rows grouped by length class (see ``length_class``), ascending in each group."""
     groups: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         groups.setdefault(kind(length), []).append(index)

@@ -22,7 +22,7 @@ from .cli_export import register as register_export
 from .cli_tables import case_lines, case_table, doctor_table, escaped, plan_table, summary_table
 from .cli_withdraw import register as register_withdraw
 from .safe_yaml import read_yaml
-from .signals import Interrupted, ProcessLost, interrupts_raised
+from .signals import Interrupted, ProcessLost, raise_on_interrupts
 
 if TYPE_CHECKING:
     from .callbacks import EditCallback
@@ -406,7 +406,7 @@ def hparams_command(
 ) -> None:
     """Write a starting YAML for a decoder that has none."""
     from .configs import planning_config
-    from .files import replacing
+    from .files import atomic_write
     from .hparams_files import starting_file
     from .loading import model_source
 
@@ -414,7 +414,7 @@ def hparams_command(
     if output is None:
         print(text, end="")
     else:
-        with replacing(output) as temporary:
+        with atomic_write(output) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
 
@@ -565,20 +565,20 @@ def _load_replicas(hparams: SPHEREHyperParams, dtype: str | None) -> tuple[Any, 
 
     Where ``accelerate launch`` or ``torchrun`` started several, all but the first work from here on, and end here.
     """
-    from .replicas import Place, Replicas
+    from .replicas import ProcessInfo, Replicas
 
-    place = Place.joined(hparams.device)
-    if place.size == 1:
+    process = ProcessInfo.join(hparams.device)
+    if process.world_size == 1:
         return *_load(hparams, dtype), nullcontext()
     for name, value in (("model_parallel", hparams.model_parallel), ("executor", hparams.executor == "easyedit")):
         if value:
-            raise ValueError(f"{name} is {getattr(hparams, name)!r}, which {place.size} processes can't share out: "
+            raise ValueError(f"{name} is {getattr(hparams, name)!r}, which {process.world_size} processes can't share: "
                              "start one process, or change it")
-    if place.index:
+    if process.rank:
         logging.getLogger("sphere_easyedit").setLevel(logging.WARNING)
-    model, tok = _load(replace(hparams, device=place.device), dtype)
-    replicas = Replicas(hparams.editable(model), place)
-    if place.index:
+    model, tok = _load(replace(hparams, device=process.device), dtype)
+    replicas = Replicas(hparams.editable(model), process)
+    if process.rank:
         replicas.follow()
         raise typer.Exit
     return model, tok, replicas.leading()
@@ -610,7 +610,7 @@ def main() -> None:
     a lost process with 1.
     """
     try:
-        with interrupts_raised():
+        with raise_on_interrupts():
             try:
                 app()
             except ProcessLost as error:  # told in here: a launcher sends SIGTERM to the processes that are left

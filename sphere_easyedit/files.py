@@ -24,15 +24,15 @@ _RECORDED = re.compile(r"([0-9a-f]{64})(?:\s|$)")  # as `sha256sum` writes it, o
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file atomically: a temporary path that is renamed to ``path`` if the context ends without an error.
 
     The folder is created if missing. On an error the temporary file is removed and ``path`` stays unchanged. Content
     and name are synced to disk (two ``fsync``, about 4 ms each), since a power cut could otherwise leave a file full of
     zeros. Not meant for files written many times a second.
 
-    The temporary file is locked while it is written, so that ``remove_leftovers`` can tell it from the leftover of a
-    killed process.
+    The temporary file is locked while it is written, so that ``remove_partial_files`` can tell it from what a killed
+    process left.
 
     Raises:
         OSError: it can't be written; if the disk is full, the message says so and names ``path``.
@@ -86,7 +86,7 @@ def _try_lock(handle: int) -> bool:
     return True
 
 
-def place_in(folder: Path, name: str, what: str = "the folder") -> Path:
+def path_within(folder: Path, name: str, what: str = "the folder") -> Path:
     """The path of a file in an untrusted folder.
 
     Args:
@@ -107,8 +107,8 @@ def place_in(folder: Path, name: str, what: str = "the folder") -> Path:
     return found
 
 
-def remove_leftovers(folder: Path, beginning: str = "") -> None:
-    """Remove temporary files of ``replacing`` that killed processes left in a folder.
+def remove_partial_files(folder: Path, beginning: str = "") -> None:
+    """Remove temporary files of ``atomic_write`` that killed processes left in a folder.
 
     Files being written are locked and stay; so do all files on a file system without locks.
 
@@ -195,7 +195,7 @@ def checksum_path(path: Path) -> Path:
 
 def record_checksum(path: Path, digest: str) -> None:
     """Write a file's SHA-256 to ``checksum_path``."""
-    with replacing(checksum_path(path)) as temporary:
+    with atomic_write(checksum_path(path)) as temporary:
         temporary.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
 
 

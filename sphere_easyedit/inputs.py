@@ -65,7 +65,7 @@ def check_causal(model: nn.Module, ids: Sequence[int]) -> None:
     """
     check_token_ids(model, max(ids))
     rows = torch.tensor([list(ids), [*ids[:-1], ids[0]]], device=input_device(model))
-    with as_decoder(model):
+    with decoder_errors(model):
         try:
             logits: torch.Tensor = model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False
                                          ).logits[:, :-1].float()
@@ -79,7 +79,7 @@ def check_causal(model: nn.Module, ids: Sequence[int]) -> None:
 
 
 @contextmanager
-def as_decoder(model: nn.Module) -> Iterator[None]:
+def decoder_errors(model: nn.Module) -> Iterator[None]:
     """Turn the errors of a model that can't be called like a transformers decoder into a ValueError of one line."""
     try:
         yield
@@ -114,7 +114,7 @@ def check_tokenizer(tok: object) -> None:
 
 
 @contextmanager
-def ordinary_torch() -> Iterator[None]:
+def default_torch_settings() -> Iterator[None]:
     """Run with PyTorch's default settings in this thread, whatever the caller has set.
 
     Gradients are enabled, inference mode and autocast are off, and new tensors are created on the CPU.

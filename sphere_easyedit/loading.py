@@ -28,7 +28,7 @@ from .configs import hub_options, model_config
 from .files import locked
 from .inputs import check_causal
 from .messages import one_line
-from .model_class import WANTED, language_model_class
+from .model_class import DECODER_REMEDY, language_model_class
 from .models import input_device
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def resolve_device(device: int | str | None) -> torch.device:
 
 
 def model_source(model_name: str) -> str:
-    """Name or folder that transformers loads a model from: the alias resolved to its folder, any other name unchanged."""
+    """Name or folder that transformers loads a model from: the alias becomes its folder, other names are unchanged."""
     return str(smollm2_folder()) if model_name.lower() == SMOLLM2 else model_name
 
 
@@ -130,7 +130,7 @@ def _load_checked(source: str, **options: Any) -> tuple[PreTrainedTokenizerBase,
         config = model_config(source, hub)
     loader = language_model_class(config)
     # Without trust_remote_code=False transformers asks on a terminal.
-    with _one_line_error("its tokenizer can't be read: ", "put tokenizer.json, or the files it is built from, beside the weights"):
+    with _one_line_error("its tokenizer can't be read: ", "put tokenizer.json or its sources beside the weights"):
         tok: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
     with _one_line_error("its weights can't be read, or don't fit its config.json: ", "download the checkpoint again"):
         model, found = loader.from_pretrained(source, trust_remote_code=False, output_loading_info=True, **hub,
@@ -162,7 +162,7 @@ def _check_text_only(model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
         ValueError: it needs more than text, or is not causal (see ``inputs.check_causal``).
     """
     ids = tok("The capital of France is")["input_ids"]
-    with _one_line_error(f"{type(model).__name__} does not run on text alone: ", WANTED):
+    with _one_line_error(f"{type(model).__name__} does not run on text alone: ", DECODER_REMEDY):
         logits = model(input_ids=torch.tensor([ids], device=input_device(model))).logits
         if logits.shape[:2] != (1, len(ids)):
             raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(ids)} tokens")
@@ -212,7 +212,7 @@ def smollm2_folder() -> Path:
 
 
 def _convert_into(gguf: Path, folder: Path) -> None:
-    for leftover in folder.parent.glob(f".{SMOLLM2_FOLDER}.{_CONVERTING}*"):  # of a killed process, since this one holds the lock
+    for leftover in folder.parent.glob(f".{SMOLLM2_FOLDER}.{_CONVERTING}*"):  # of a killed process
         shutil.rmtree(leftover, ignore_errors=True)
     logger.info("converting %s to %s", gguf.name, folder)
     temporary = Path(tempfile.mkdtemp(prefix=f".{SMOLLM2_FOLDER}.{_CONVERTING}", dir=folder.parent))

@@ -47,9 +47,9 @@ class LogitMap:
         """Logits ``(n, V)`` in float32 of last-block outputs ``(n, d)``."""
         entering = final_norm(states)
         raw: Tensor = head(entering if self.input_scale == 1.0 else entering * self.input_scale).float()
-        return self.of_head(raw)
+        return self.from_head(raw)
 
-    def of_head(self, raw: Tensor) -> Tensor:
+    def from_head(self, raw: Tensor) -> Tensor:
         """Logits from the head's output."""
         scaled = raw if self.scale == 1.0 else raw * self.scale
         return scaled if self.cap is None else torch.tanh(scaled / self.cap) * self.cap
@@ -87,9 +87,9 @@ def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
     full = min(own.element_size(), raw.element_size()) >= 4
     input_scale, off = _multiple(entering, _normed(editable, states)[0, -1])
     if off > _TOLERANCE[full]:
-        raise ValueError(f"the input of {names.lm_head_module!r} is not the output of {names.ln_f_module!r} on the last "
-                         f"block's output of {model} (relative difference {off:.1%}): correct these module names; if "
-                         "they are right, this architecture is not supported")
+        raise ValueError(f"the input of {names.lm_head_module!r} is not what {names.ln_f_module!r} returns for the "
+                         f"last block's output of {model} (relative error {off:.1%}): correct these module names; if they "
+                         "are right, this architecture is not supported")
     scale, off = _multiple(own, raw)
     cap = None
     if not off < _ROUNDING[full]:
@@ -97,9 +97,9 @@ def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
         if capped[-1] < off:
             scale, cap, off = capped
         if not off < _TOLERANCE[full]:
-            raise ValueError(f"the logits of {model} are not the output of {names.lm_head_module!r}, nor a multiple of it, "
-                             f"softly capped or not (relative difference {off:.1%}): correct lm_head_module; if it is "
-                             "right, this architecture's transform of its logits is not supported")
+            raise ValueError(f"the logits of {model} are not what {names.lm_head_module!r} returns, nor a multiple of "
+                             f"it, softly capped or not (relative error {off:.1%}): correct lm_head_module; if it is right, "
+                             "this architecture's transform of its logits is not supported")
     input_scale, scale = (1.0 if abs(factor - 1.0) < _NO_FACTOR[full] else factor for factor in (input_scale, scale))
     return LogitMap(input_scale, scale, cap)
 

@@ -22,7 +22,7 @@ _WRAPPER_CLASSES = (
     ("MODEL_FOR_VISION_2_SEQ_MAPPING", "AutoModelForVision2Seq"),
 )
 _CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING"
-WANTED = "give a decoder-only causal language model"
+DECODER_REMEDY = "give a decoder-only causal language model"
 
 
 def language_model_class(config: PretrainedConfig) -> Any:
@@ -45,7 +45,7 @@ def language_model_class(config: PretrainedConfig) -> Any:
         if type(config) in _mapping(mapping):
             return getattr(transformers, auto)
     if kind in transformers.CONFIG_MAPPING:
-        raise ValueError(f"{kind!r} is not a causal language model of transformers: {WANTED}")
+        raise ValueError(f"{kind!r} is not a causal language model of transformers: {DECODER_REMEDY}")
     near = difflib.get_close_matches(kind, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1)
     hint = f" (nearest known: {near[0]})" if near else ""
     raise ValueError(f"architecture {kind!r} is not known to transformers {transformers.__version__}{hint}: upgrade "
@@ -58,9 +58,9 @@ def check_decoder(config: PretrainedConfig) -> None:
     """Refuse encoders and encoder-decoders (ValueError)."""
     kind = str(config.model_type)
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, text_config(config))):
-        raise ValueError(f"{kind!r} is an encoder-decoder, which can't be edited: {WANTED}")
+        raise ValueError(f"{kind!r} is an encoder-decoder, which can't be edited: {DECODER_REMEDY}")
     if type(config) in _mapping("MODEL_FOR_MASKED_LM_MAPPING") and not getattr(config, "is_decoder", False):
-        raise ValueError(f"{kind!r} is an encoder, whose attention is bidirectional: {WANTED}")
+        raise ValueError(f"{kind!r} is an encoder, whose attention is bidirectional: {DECODER_REMEDY}")
 
 
 def meta_model(config: PretrainedConfig) -> nn.Module:

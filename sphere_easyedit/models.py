@@ -27,7 +27,7 @@ from .logit_map import LogitMap
 from .module_discovery import ModuleNames as ModuleNames
 from .module_discovery import decoder_parts, input_embeddings
 from .module_discovery import module_names as module_names
-from .offload import execution_device, lent_again_for_backward, offloaded_weight
+from .offload import execution_device, offloaded_weight, reload_for_backward
 from .quantised import check_editable, dequantise
 
 logger = logging.getLogger(__name__)
@@ -158,10 +158,10 @@ class EditableModel:
         """The edited weight as the module stores it; writing into it changes the model.
 
         Raises:
-            ValueError: it is offloaded in a way that does not allow changes (see ``OffloadedWeight.opened``).
+            ValueError: it is offloaded in a way that does not allow changes (see ``OffloadedWeight.writable``).
         """
         offloaded = self._offloaded.get(layer)
-        stored: Tensor = self._placeholder(layer) if offloaded is None else offloaded.opened()
+        stored: Tensor = self._placeholder(layer) if offloaded is None else offloaded.writable()
         return stored
 
     def _placeholder(self, layer: int) -> Tensor:
@@ -169,7 +169,7 @@ class EditableModel:
         return weight
 
     def is_transposed(self, layer: int) -> bool:
-        """Whether the module stores ``(d_in, d_out)``: by its type, since the shape of a square weight does not tell."""
+        """Whether the module stores ``(d_in, d_out)``: by its type, since a square weight's shape does not tell."""
         return isinstance(self.down_projection(layer), Conv1D)
 
     def orient(self, layer: int, stored: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class EditableModel:
         self.parameter(layer).copy_(self.orient(layer, value))
 
     @contextmanager
-    def undone_on_error(self) -> Iterator[dict[int, Tensor]]:
+    def restored_on_error(self) -> Iterator[dict[int, Tensor]]:
         """Copies of the edited weights by layer, restored bit for bit if the context ends in an error."""
         before = {layer: weight.clone() for layer, weight in self.weights().items()}
         try:
@@ -233,7 +233,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without parameter gradients inside the context; both restored after it.
 
     Other threads that use the same model wait until the context ends (see ``exclusive``). Graphs built inside do not
-    keep offloaded weights in memory (see ``offload.lent_again_for_backward``). The result of a call does not depend on
+    keep offloaded weights in memory (see ``offload.reload_for_backward``). The result of a call does not depend on
     the lengths of earlier calls (see ``_frequencies_by_call``).
 
     Raises:
@@ -248,7 +248,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             model.eval()
             for module, name, _ in flags:
                 module.get_parameter(name).requires_grad_(False)
-            with lent_again_for_backward(model), _frequencies_by_call(model), _token_ids_checked(model):
+            with reload_for_backward(model), _frequencies_by_call(model), _token_ids_checked(model):
                 yield
         finally:
             for module, mode in modes.items():

@@ -1,11 +1,11 @@
 """Finds a decoder's blocks, down-projections, final norm and LM head in its module tree, without a table of models.
 
 Names used throughout: a *block* is one decoder layer; its *mixer* is the module that moves information between tokens
-(attention, state-space or convolution); its *down-projection* is the last linear map of its MLP, whose weight is edited.
+(attention, state-space or convolution); its *down-projection* is its MLP's last linear map, whose weight is edited.
 
 The down-projection of a block is searched among its linear modules, except those inside mixers, inside routed experts
-and beside routed experts in one module (routers, projections to the experts' width). It maps the MLP's inner width ``m``
-to the hidden size ``h``, and another linear module maps ``h`` to ``m`` or, with gate and value in one weight, to
+and beside routed experts in one module (routers, projections to the experts' width). It maps the MLP's inner width
+``m`` to the hidden size ``h``, and another linear module maps ``h`` to ``m`` or, with gate and value in one weight, to
 ``2 m``. If several fit (adapters, per-layer inputs, an MLP whose inner width is the hidden size), ``_PREFERENCES``
 decides; if several still remain, the block is ambiguous and refused.
 """
@@ -210,7 +210,7 @@ def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
     widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     if not all(isinstance(width, int) for width in widths):
         return None
-    if any(_linear_widths(child) is not None for child in module.children()):  # an adapter wrapped around a linear module
+    if any(_linear_widths(child) is not None for child in module.children()):  # an adapter around a linear module
         return None
     return widths  # type: ignore[return-value]
 
@@ -273,7 +273,7 @@ _Linear = tuple[str, nn.Module, int, int]
 
 @dataclass
 class _BlockParts:
-    """Parts of one block: linear maps ``(name, module, d_in, d_out)`` outside mixers and experts, and mixers by name."""
+    """Parts of one block: linear maps ``(name, module, d_in, d_out)`` outside mixers and experts; names of mixers."""
 
     width: int
     linears: list[_Linear] = field(default_factory=list)
@@ -308,7 +308,7 @@ def _collect_parts(module: nn.Module, prefix: str, parts: _BlockParts) -> None:
 
 
 def _is_mixer(name: str, module: nn.Module, width: int) -> bool:
-    """Whether a module mixes tokens: by name, a head count, a convolution, or four linear maps such as q, k, v and o."""
+    """Whether a module mixes tokens: by name, a head count, a convolution, or maps such as q, k, v and o."""
     if not _holds_linear(module):  # such as a norm named after attention
         return False
     children = _children(module).values()
@@ -329,7 +329,7 @@ def _is_attention(name: str, module: nn.Module) -> bool:
 
 
 def _is_routed(name: str, module: nn.Module, parent: nn.Module, width: int) -> bool:
-    """Whether a module holds routed experts: by name, or because it has as many parts as a router beside it has rows."""
+    """Whether a module holds routed experts: by name, or by having as many parts as a router beside it has rows."""
     if "shared" not in name.lower() and "expert" in f"{name} {type(module).__name__}".lower():
         return True
     rows = {parameter.shape[0] for sibling in _children(parent).values() if sibling is not module
@@ -433,7 +433,7 @@ def _final_norm(model: nn.Module, modules: Mapping[str, nn.Module], blocks: str,
         chosen = after[-1:] or (norms if len(norms) == 1 else [])
         if chosen:
             if len(after) > 1:
-                logger.info("of the norms %s after the blocks, %s is taken as the final norm, since it is registered last",
+                logger.info("of the norms %s after the blocks, %s is taken as the final one: it is registered last",
                             ", ".join(after), chosen[0])
             return f"{parent}.{chosen[0]}" if parent else chosen[0]
         if norms or not parent:

@@ -45,7 +45,7 @@ class OffloadedWeight:
         """The values in the stored orientation, read-only: a copy if they are on disk."""
         return self.weights[self.key]
 
-    def opened(self) -> Tensor:
+    def writable(self) -> Tensor:
         """The stored tensor, to be changed in place: the next forward pass uses what is written into it.
 
         Raises:
@@ -89,7 +89,7 @@ def distinct_names(model: nn.Module) -> list[str]:
     return [name for name in names if name not in tied or offloaded_weight(model, name) is None]
 
 
-def kept_buffers(model: nn.Module) -> list[str]:
+def persistent_buffers(model: nn.Module) -> list[str]:
     """Names of the buffers saved in a checkpoint, such as the weights of some quantised layers."""
     return [f"{prefix}.{leaf}".lstrip(".") for prefix, module in model.named_modules()
             for leaf, buffer in module._buffers.items()
@@ -101,15 +101,15 @@ def offloaded_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if offloaded_weight(model, name) is not None]
 
 
-def live_parameter(model: nn.Module, name: str) -> Tensor:
+def writable_parameter(model: nn.Module, name: str) -> Tensor:
     """The parameter ``name``, detached, to be read and changed in place, offloaded or not.
 
     Raises:
-        ValueError: see ``OffloadedWeight.opened``; or it is on the meta device without a hook.
+        ValueError: see ``OffloadedWeight.writable``; or it is on the meta device without a hook.
     """
     offloaded = offloaded_weight(model, name)
     if offloaded is not None:
-        return offloaded.opened()
+        return offloaded.writable()
     parameter = model.get_parameter(name).detach()
     if parameter.is_meta:
         raise ValueError(f"{name} is on the meta device without a hook that loads it: load the model's weights")
@@ -120,14 +120,14 @@ def parameter_values(model: nn.Module, name: str) -> Tensor:
     """The parameter or buffer ``name``, detached, read-only, offloaded or not.
 
     Raises:
-        ValueError: see ``live_parameter``.
+        ValueError: see ``writable_parameter``.
     """
     owner, _, leaf = name.rpartition(".")
     buffer = model.get_submodule(owner)._buffers.get(leaf)
     if buffer is not None and not buffer.is_meta:  # hooks may offload a module's parameters but not its buffers
         return buffer.detach()
     offloaded = offloaded_weight(model, name)
-    return live_parameter(model, name) if offloaded is None else offloaded.read().detach()
+    return writable_parameter(model, name) if offloaded is None else offloaded.read().detach()
 
 
 def execution_device(model: nn.Module, module: nn.Module) -> torch.device | None:
@@ -154,7 +154,7 @@ def _execution_device(hook: Any) -> torch.device:
 
 
 def _disk_copy(name: str, weight: Tensor, folder: Any) -> Tensor:
-    """A memory-mapped copy of ``weight`` in a temporary file in ``folder``, or else in the system's temporary folder."""
+    """A memory-mapped copy of ``weight`` in a temporary file in ``folder``, else in the system's temporary folder."""
     failures = []
     for place in dict.fromkeys((folder, None)):
         try:
@@ -172,7 +172,7 @@ def _disk_copy(name: str, weight: Tensor, folder: Any) -> Tensor:
 
 
 @contextmanager
-def lent_again_for_backward(model: nn.Module) -> Iterator[None]:
+def reload_for_backward(model: nn.Module) -> Iterator[None]:
     """Let autograd graphs built inside load offloaded matrices again in the backward pass instead of keeping them.
 
     Otherwise the graph of a forward pass would hold the weights of all blocks in memory.

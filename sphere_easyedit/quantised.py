@@ -88,8 +88,8 @@ def dequantise(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     before = sum(_bytes(module.weight) for module in quantised.values())
     after = sum(_bytes(module.weight) for module in plain.values())
     bits = " and ".join(sorted({_BITSANDBYTES[type(module.weight).__name__] for module in quantised.values()}))
-    logger.warning("%s weights can't be edited: %s %s dequantised to %s permanently, which takes %.1f MB instead of %.1f",
-                   bits, ", ".join(plain), "is" if len(plain) == 1 else "are", str(dtype).removeprefix("torch."),
+    logger.warning("%s weights can't be edited: %s %s dequantised to %s, which takes %.1f MB instead of %.1f", bits,
+                   ", ".join(plain), "is" if len(plain) == 1 else "are", str(dtype).removeprefix("torch."),
                    after / 1e6, before / 1e6)
     for name, module in plain.items():
         hook = getattr(quantised[name], "_hf_hook", None)

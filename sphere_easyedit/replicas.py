@@ -108,7 +108,7 @@ class Replicas:
             found: list[Any] = [None] * process.world_size
             dist.all_gather_object(found, model_fingerprint(editable.model))
         if len(set(found)) > 1:
-            raise ValueError(f"the models of the {process.world_size} processes differ: load the same weights in all of them")
+            raise ValueError(f"the models of the {process.world_size} processes differ: load the same weights in all")
         self._known = self._fingerprints()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -138,7 +138,7 @@ class Replicas:
             yield
             checksums = self.run(_checksum, [()] * self.world_size)
             if any(one != checksums[0] for one in checksums):
-                raise RuntimeError("the weights of the processes differ after editing: discard them and report this bug")
+                raise RuntimeError("the weights of the processes differ after editing: discard them, and report this")
             logger.info("%d processes hold the same weights, bit for bit", self.world_size)
         finally:
             vars(self.editable.model).pop(_ATTRIBUTE, None)

@@ -27,7 +27,7 @@ class ProcessLost(BaseException):
 
 
 @contextmanager
-def interrupts_raised() -> Iterator[None]:
+def raise_on_interrupts() -> Iterator[None]:
     """Raise ``Interrupted`` in the main thread at the first SIGINT or SIGTERM.
 
     Later ones are ignored within the context, so that the rollback, which takes milliseconds, is not interrupted.

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from ..files import checksum_path, record_checksum, recorded_checksum, replacing, sha256_of
+from ..files import atomic_write, checksum_path, record_checksum, recorded_checksum, sha256_of
 from ..loading import cache_folder
 from .facts import FACTS_FILE
 from .json_records import existing
@@ -128,7 +128,7 @@ def download(url: str, target: Path, sha256: str | None = None, git_blob: str | 
     logger.info("downloading %s to %s", url, target)
     try:
         # The folder is made only once there is something to put into it.
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, replacing(target) as temporary:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, atomic_write(target) as temporary:
             announced = response.headers.get("Content-Length")
             with temporary.open("wb") as file:
                 shutil.copyfileobj(response, file, _CHUNK)

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from ..files import replacing
+from ..files import atomic_write
 from .geometry import cosine_blocks, unit_rows
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class NeuronRecord:
                    for layer, found in self.layers.items() for name, field, _ in _TENSORS}
         described = {"format": _FORMAT, "num_edits": self.num_edits, "seed": self.seed, "gamma": self.gamma,
                      "d_in": {str(layer): found.d_in for layer, found in self.layers.items()}}
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata={_METADATA: json.dumps(described)})
 
     @classmethod

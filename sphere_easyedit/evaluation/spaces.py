@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..callbacks import EditCallback, EditEvent
 from ..editing.session import EditSession
-from ..files import replacing
+from ..files import atomic_write
 from ..projection import PrincipalSpace
 from .spectra import principal_share
 
@@ -123,7 +123,7 @@ def _formed(space: PrincipalSpace) -> PrincipalSpace:
 
 def write_spaces_csv(path: Path, records: list[SpaceRecord]) -> None:
     """Write all records, or leave the file before it."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(_COLUMNS)
         writer.writerows(astuple(record) for record in records)

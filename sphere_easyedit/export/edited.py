@@ -17,7 +17,7 @@ from ..editing.session import EditSession
 from ..evaluation.checkpoints import choose_kept, put_weights, resumable, session_path
 from ..evaluation.run_directory import SUMMARY, RunDirectory
 from ..hparams import SPHEREHyperParams
-from ..offload import live_parameter
+from ..offload import writable_parameter
 from .fingerprint import base_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class EditedWeights:
     def put_into(self, model: nn.Module) -> None:
         """Give a model the edited weights, bit for bit."""
         for change in self.changes:
-            live_parameter(model, change.name).copy_(change.after)
+            writable_parameter(model, change.name).copy_(change.after)
 
 
 class ExportableRun:

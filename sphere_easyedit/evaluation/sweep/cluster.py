@@ -23,7 +23,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from ...files import replacing
+from ...files import atomic_write
 from ..cluster_job import RunJob
 from ..run_directory import SUMMARY
 from .record import Run, Sweep
@@ -260,7 +260,7 @@ def _read_jobs(output: Path) -> dict[str, _Place]:
 
 
 def _write_jobs(output: Path, jobs: Mapping[str, _Place]) -> None:
-    with replacing(output / JOBS) as temporary:
+    with atomic_write(output / JOBS) as temporary:
         temporary.write_text(json.dumps({name: asdict(place) for name, place in jobs.items()}, indent=1),
                              encoding="utf-8")
 
