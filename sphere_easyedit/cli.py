@@ -52,7 +52,7 @@ class OnError(str, Enum):
 
 
 class Launcher(str, Enum):
-    """What starts a sweep's runs, by submitit."""
+    """What starts a sweep's runs: this machine, or SLURM by submitit."""
 
     local = "local"
     slurm = "slurm"
@@ -107,7 +107,6 @@ def edit(
     keep_checkpoints: Annotated[int, typer.Option(min=0, help="So many of the newest stay; 0: all.")] = 1,
     keep_weights_every: Annotated[int | None, typer.Option(min=1, help="Keep the edited weights for good after every "
                                                            "so many edits.")] = None,
-    follow: Annotated[Path | None, typer.Option(help="PRUNE only: a run of MEMIT whose weights it restrains.")] = None,
     on_error: Annotated[OnError, typer.Option(help="Edits that can't be made: end the run and name them, or leave them "
                                               "out and list them in summary.json.")] = OnError.stop,
     keep_factors: Annotated[bool, typer.Option("--keep-factors", help="Keep each batch's factors, so that single facts "
@@ -184,7 +183,7 @@ def edit(
                  "dataset": dataset.value, "data": None if data is None else str(data), "seed": seed,
                  "order_seed": order_seed, "skip": skip}
     settings = RunSettings(output, batch_size, examples, described, measure, resume, checkpoint_every,
-                           keep_checkpoints, keep_weights_every, follow, on_error.value)
+                           keep_checkpoints, keep_weights_every, on_error.value)
     callbacks: list[EditCallback] = []
     if keep_factors:
         from .withdrawal.factors import FACTORS, FactorKeeper
@@ -340,8 +339,8 @@ def sweep(
     output: Annotated[Path, typer.Option(help="Folder of the sweep's runs; one that was begun goes on.")],
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time, each in a process of its own; 1 if not "
                                              "given.")] = None,
-    launcher: Annotated[Launcher | None, typer.Option(help="slurm: submit the runs as jobs and return. local: as jobs, "
-                                                      "but here. Processes of this machine if not given.")] = None,
+    launcher: Annotated[Launcher, typer.Option(help="local: processes of this machine. slurm: submit the runs as jobs "
+                                               "and return.")] = Launcher.local,
     slurm: Annotated[list[str], typer.Option(help="What each job asks for, on top of the file's `slurm`: NAME=VALUE, "
                                              "sbatch's names; repeatable.")] = [],  # noqa: B006
     wait: Annotated[bool, typer.Option("--wait", help="With --launcher slurm: stay until the jobs have ended.")]
@@ -352,7 +351,7 @@ def sweep(
 ) -> None:
     """Run what one YAML file describes, and collect it into one table with paired differences."""
     on_slurm = launcher is Launcher.slurm
-    if slurm and launcher is None:
+    if slurm and not on_slurm:
         raise ValueError("--slurm says what jobs ask for: give --launcher slurm, too")
     if wait and not on_slurm:
         raise ValueError("--wait belongs to --launcher slurm; all else waits anyway")
@@ -361,7 +360,6 @@ def sweep(
     from .evaluation.sweep import (
         collect,
         load_sweep,
-        local_jobs,
         parse_slurm,
         run_sweep,
         submit_sweep,
@@ -388,8 +386,7 @@ def sweep(
         if wait:
             failed = wait_for_jobs(planned, output, report).failed
     elif not collect_only:
-        pool = None if launcher is None else local_jobs(asked)
-        failed = run_sweep(planned, output, jobs or 1, report, pool=pool).failed
+        failed = run_sweep(planned, output, jobs or 1, report).failed
     for path in collect(output).write(output):
         console.print(str(path), highlight=False, soft_wrap=True)
     for outcome in failed:
