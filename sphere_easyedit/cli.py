@@ -155,19 +155,20 @@ def edit(
     console, errors = _set_up(verbose, quiet)
     from .evaluation.datasets import load_records, with_protocol_targets  # torch and transformers take seconds
     from .evaluation.measuring import AbilitySettings, MeasureSettings
-    from .evaluation.run_directory import GUARD, RunDirectory
+    from .evaluation.run_directory import RunDirectory
     from .evaluation.sequential import RunSettings, run_sequential
     from .evaluation.trackers import RunTrackers
     from .progress import LiveLine
+    from .runs.schema import GUARD
 
     _without_bars_of_transformers()
     settings_of_model = _hparams_with(hparams, override)
-    trackers = RunTrackers(output, tracker, quiet)
+    trackers = RunTrackers(tracker, quiet)
     live_report = None
     if report:
         from .report.live import LiveReport
 
-        live_report = LiveReport(output)
+        live_report = LiveReport()
     protocols: Any = tuple(one.value for one in protocol)
     measure = MeasureSettings(
         protocols=protocols, before=eval_before, after=eval_after, cases=eval_cases, every=eval_every,
@@ -199,11 +200,15 @@ def edit(
                            "Give a smaller --guard-warmup or --batch-size", guard_warmup)
     with ExitStack() as stack:
         stack.enter_context(leading)
-        watching = [stack.enter_context(trackers).update]
+        callbacks.append(stack.enter_context(trackers))
+        watching: list[Progress] = []
         if live_report is not None:
+            callbacks.append(live_report)
             watching.append(live_report.update)
         if not quiet:
-            watching.append(stack.enter_context(LiveLine(output, errors, len(records))).update)
+            line = stack.enter_context(LiveLine(errors, len(records)))
+            callbacks.append(line)
+            watching.append(line.update)
         result = run_sequential(model, tok, records, settings_of_model, settings, callbacks, _telling(watching))
     if result.summary["post"] is not None:
         console.print(summary_table(result.summary, settings_of_model.base_alg, settings_of_model.alpha))
@@ -219,8 +224,8 @@ def edit(
         console.print(f"\n[bold]{escaped(prompt)}[/]\n  before:{escaped(before)}\n  after: {escaped(after)}",
                       highlight=False, soft_wrap=True)
     console.print(f"\nRun directory: {output}", highlight=False, soft_wrap=True)
-    if live_report is not None and (page := live_report.finish()) is not None:
-        console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+    if live_report is not None and live_report.page is not None:
+        console.print(f"Report: {live_report.page}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -277,10 +282,11 @@ def evaluate(
     model, tok, leading = _load_replicas(edited.hparams, dtype)
     with ExitStack() as stack:
         stack.enter_context(leading)
-        watching = [] if quiet else [stack.enter_context(LiveLine(run, errors)).update]
+        live = [] if quiet else [stack.enter_context(LiveLine(errors))]
+        watching = [line.update for line in live]
         lines = []
         if facts or abilities:
-            lines = edited.measure(model, tok, wanted, measure, _telling(watching))
+            lines = edited.measure(model, tok, wanted, measure, _telling(watching), live)
         if neurons:
             edited.describe_weights(model, _telling(watching))
     for line in lines:
