@@ -52,7 +52,7 @@ class OnError(str, Enum):
 
 
 class Launcher(str, Enum):
-    """What starts a sweep's runs, by submitit."""
+    """What starts a sweep's runs: this machine, or SLURM by submitit."""
 
     local = "local"
     slurm = "slurm"
@@ -107,7 +107,6 @@ def edit(
     keep_checkpoints: Annotated[int, typer.Option(min=0, help="So many of the newest stay; 0: all.")] = 1,
     keep_weights_every: Annotated[int | None, typer.Option(min=1, help="Keep the edited weights for good after every "
                                                            "so many edits.")] = None,
-    follow: Annotated[Path | None, typer.Option(help="PRUNE only: a run of MEMIT whose weights it restrains.")] = None,
     on_error: Annotated[OnError, typer.Option(help="Edits that can't be made: end the run and name them, or leave them "
                                               "out and list them in summary.json.")] = OnError.stop,
     keep_factors: Annotated[bool, typer.Option("--keep-factors", help="Keep each batch's factors, so that single facts "
@@ -156,19 +155,20 @@ def edit(
     console, errors = _set_up(verbose, quiet)
     from .evaluation.datasets import load_records, with_protocol_targets  # torch and transformers take seconds
     from .evaluation.measuring import AbilitySettings, MeasureSettings
-    from .evaluation.run_directory import GUARD, RunDirectory
+    from .evaluation.run_directory import RunDirectory
     from .evaluation.sequential import RunSettings, run_sequential
     from .evaluation.trackers import RunTrackers
     from .progress import LiveLine
+    from .runs.schema import GUARD
 
     _without_bars_of_transformers()
     settings_of_model = _hparams_with(hparams, override)
-    trackers = RunTrackers(output, tracker, quiet)
+    trackers = RunTrackers(tracker, quiet)
     live_report = None
     if report:
         from .report.live import LiveReport
 
-        live_report = LiveReport(output)
+        live_report = LiveReport()
     protocols: Any = tuple(one.value for one in protocol)
     measure = MeasureSettings(
         protocols=protocols, before=eval_before, after=eval_after, cases=eval_cases, every=eval_every,
@@ -184,7 +184,7 @@ def edit(
                  "dataset": dataset.value, "data": None if data is None else str(data), "seed": seed,
                  "order_seed": order_seed, "skip": skip}
     settings = RunSettings(output, batch_size, examples, described, measure, resume, checkpoint_every,
-                           keep_checkpoints, keep_weights_every, follow, on_error.value)
+                           keep_checkpoints, keep_weights_every, on_error.value)
     callbacks: list[EditCallback] = []
     if keep_factors:
         from .withdrawal.factors import FACTORS, FactorKeeper
@@ -200,11 +200,15 @@ def edit(
                            "Give a smaller --guard-warmup or --batch-size", guard_warmup)
     with ExitStack() as stack:
         stack.enter_context(leading)
-        watching = [stack.enter_context(trackers).update]
+        callbacks.append(stack.enter_context(trackers))
+        watching: list[Progress] = []
         if live_report is not None:
+            callbacks.append(live_report)
             watching.append(live_report.update)
         if not quiet:
-            watching.append(stack.enter_context(LiveLine(output, errors, len(records))).update)
+            line = stack.enter_context(LiveLine(errors, len(records)))
+            callbacks.append(line)
+            watching.append(line.update)
         result = run_sequential(model, tok, records, settings_of_model, settings, callbacks, _telling(watching))
     if result.summary["post"] is not None:
         console.print(summary_table(result.summary, settings_of_model.base_alg, settings_of_model.alpha))
@@ -220,8 +224,8 @@ def edit(
         console.print(f"\n[bold]{escaped(prompt)}[/]\n  before:{escaped(before)}\n  after: {escaped(after)}",
                       highlight=False, soft_wrap=True)
     console.print(f"\nRun directory: {output}", highlight=False, soft_wrap=True)
-    if live_report is not None and (page := live_report.finish()) is not None:
-        console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+    if live_report is not None and live_report.page is not None:
+        console.print(f"Report: {live_report.page}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -278,10 +282,11 @@ def evaluate(
     model, tok, leading = _load_replicas(edited.hparams, dtype)
     with ExitStack() as stack:
         stack.enter_context(leading)
-        watching = [] if quiet else [stack.enter_context(LiveLine(run, errors)).update]
+        live = [] if quiet else [stack.enter_context(LiveLine(errors))]
+        watching = [line.update for line in live]
         lines = []
         if facts or abilities:
-            lines = edited.measure(model, tok, wanted, measure, _telling(watching))
+            lines = edited.measure(model, tok, wanted, measure, _telling(watching), live)
         if neurons:
             edited.describe_weights(model, _telling(watching))
     for line in lines:
@@ -340,8 +345,8 @@ def sweep(
     output: Annotated[Path, typer.Option(help="Folder of the sweep's runs; one that was begun goes on.")],
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time, each in a process of its own; 1 if not "
                                              "given.")] = None,
-    launcher: Annotated[Launcher | None, typer.Option(help="slurm: submit the runs as jobs and return. local: as jobs, "
-                                                      "but here. Processes of this machine if not given.")] = None,
+    launcher: Annotated[Launcher, typer.Option(help="local: processes of this machine. slurm: submit the runs as jobs "
+                                               "and return.")] = Launcher.local,
     slurm: Annotated[list[str], typer.Option(help="What each job asks for, on top of the file's `slurm`: NAME=VALUE, "
                                              "sbatch's names; repeatable.")] = [],  # noqa: B006
     wait: Annotated[bool, typer.Option("--wait", help="With --launcher slurm: stay until the jobs have ended.")]
@@ -352,7 +357,7 @@ def sweep(
 ) -> None:
     """Run what one YAML file describes, and collect it into one table with paired differences."""
     on_slurm = launcher is Launcher.slurm
-    if slurm and launcher is None:
+    if slurm and not on_slurm:
         raise ValueError("--slurm says what jobs ask for: give --launcher slurm, too")
     if wait and not on_slurm:
         raise ValueError("--wait belongs to --launcher slurm; all else waits anyway")
@@ -361,7 +366,6 @@ def sweep(
     from .evaluation.sweep import (
         collect,
         load_sweep,
-        local_jobs,
         parse_slurm,
         run_sweep,
         submit_sweep,
@@ -388,8 +392,7 @@ def sweep(
         if wait:
             failed = wait_for_jobs(planned, output, report).failed
     elif not collect_only:
-        pool = None if launcher is None else local_jobs(asked)
-        failed = run_sweep(planned, output, jobs or 1, report, pool=pool).failed
+        failed = run_sweep(planned, output, jobs or 1, report).failed
     for path in collect(output).write(output):
         console.print(str(path), highlight=False, soft_wrap=True)
     for outcome in failed:

@@ -10,12 +10,13 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
+from .runs.schema import FACT_METRICS
+
 if TYPE_CHECKING:
     from .doctor import Report
     from .evaluation.case_study import CaseStudy
     from .planning import Plan
 
-_METRICS = ("efficacy", "generalization", "specificity")
 _STATUS_STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 
@@ -24,7 +25,7 @@ def summary_table(summary: dict[str, Any], base_alg: str, alpha: float) -> Table
     table = Table(title=f"{summary['num_edits']} edits with {name}, protocol {summary['protocol']}")
     for column in ("metric (%)", "before", "after", "95% interval", "cases"):
         table.add_column(column, justify="left" if column == "metric (%)" else "right")
-    for metric in _METRICS:
+    for metric in FACT_METRICS:
         now = summary["post"][metric]
         was = None if summary["pre"] is None else summary["pre"][metric]["mean"]
         if now["mean"] is not None:
