@@ -22,7 +22,7 @@ from architectures import architecture_config
 from conftest import GOLDEN, tiny_config, tiny_hparams, tiny_model
 from processes import ENVIRONMENT, run_forked
 
-from sphere_easyedit import cli
+from sphere_easyedit.cli import app as app_module
 from sphere_easyedit.cli import main
 from sphere_easyedit.hparams import SPHEREHyperParams
 
@@ -130,9 +130,9 @@ def test_a_run_is_measured_again(workplace: Path, caplog: pytest.LogCaptureFixtu
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
 def test_out_of_memory_is_told_in_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch,
                                            capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "app", mock.Mock(side_effect=error))
+    monkeypatch.setattr(app_module, "app", mock.Mock(side_effect=error))
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     said = capsys.readouterr().err
     assert ended.value.code == 1
     assert said.startswith(f"error: out of memory ({' '.join(str(error).split())})") and said.count("\n") == 1
@@ -140,9 +140,9 @@ def test_out_of_memory_is_told_in_one_line(error: Exception, monkeypatch: pytest
 
 
 def test_errors_of_the_program_are_not_taken_for_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "app", mock.Mock(side_effect=RuntimeError("shapes do not match")))
+    monkeypatch.setattr(app_module, "app", mock.Mock(side_effect=RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes"):
-        cli.main()
+        main()
 
 
 def test_a_terminal_has_one_live_line(workplace: Path) -> None:
