@@ -14,8 +14,8 @@ from .options import NewFolder, Verbose, option
 
 def apply(
     deltas: Annotated[Path, typer.Argument(help="Folder written by `export --as deltas`, or its .safetensors file.")],
-    model: Annotated[str, option("Method", "Hub name or folder of the base model; any but the one that was edited is "
-                                           "refused.")],
+    model: Annotated[str, option("Hub name or folder of the base model; any but the one that was edited is "
+                                 "refused.")],
     output: NewFolder,
     max_shard_size: ShardSize = "5GB",
     verbose: Verbose = False,

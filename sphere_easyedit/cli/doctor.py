@@ -20,7 +20,7 @@ _STATUS_STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 
 def doctor(
-    stats_dir: Annotated[Path, option("Data", "Folder where statistics are looked for.")] = Path("data/stats"),
+    stats_dir: Annotated[Path, option("Folder where statistics are looked for.")] = Path("data/stats"),
     as_json: AsJson = False,
 ) -> None:
     """Check what is installed, name what is missing and its remedy; exit status 1 if something required is broken."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from rich.markup import escape
 from rich.table import Table
@@ -34,12 +34,11 @@ _METRICS = ("efficacy", "generalization", "specificity")
 class RunData(DataOptions):
     """Which facts a run edits, and what becomes of those that cannot be edited."""
 
-    num_edits: Annotated[int | None, option("Data", "Number of facts (all if not given).", min=1)] = None
-    order_seed: Annotated[int | None, option("Data", "Seed for reordering the facts drawn, without drawing others.")
-                          ] = None
-    skip: Annotated[int, option("Data", "Number of drawn facts to leave out, from the first.", min=0)] = 0
+    num_edits: Annotated[int | None, option("Number of facts (all if not given).", min=1)] = None
+    order_seed: Annotated[int | None, option("Seed for reordering the drawn facts, without drawing others.")] = None
+    skip: Annotated[int, option("Number of drawn facts to leave out, from the first.", min=0)] = 0
     on_error: Annotated[Literal["stop", "skip"], option(
-        "Data", "Facts that cannot be edited: stop the run and name them, or skip them and list them in summary.json.")
+        "Facts that cannot be edited: stop the run and name them, or skip them and list them in summary.json.")
     ] = "stop"
 
     def records(self, protocol: str) -> list[EditRecord]:
@@ -55,18 +54,17 @@ class RunData(DataOptions):
 class RunEvaluation(EvaluationOptions):
     """How a run is measured, and when."""
 
-    eval_before: Annotated[bool, option("Evaluation", "Measure all facts in the unedited model.")] = True
-    eval_after: Annotated[bool, option("Evaluation", "Measure all facts after the last edit.")] = True
-    eval_cases: Annotated[int | None, option("Evaluation", "Measure at most this many facts before and after, drawn at "
-                                                           "random (all if not given).", min=1)] = None
-    eval_every: Annotated[int | None, option("Evaluation", "Also measure the facts edited so far after every this many "
-                                                           "edits.", min=1)] = None
-    eval_last_batch: Annotated[bool, option("Evaluation", "Also measure each batch right after it was edited, as "
-                                                          "EasyEdit does.", "--eval-last-batch")] = False
-    share_before: Annotated[Path | None, option("Evaluation", "Folder where runs of the same model and facts share the "
-                                                              "measurements of the unedited model.")] = None
-    abilities_every: Annotated[int | None, option("Evaluation", "Also measure abilities after every this many edits.",
-                                                  min=1)] = None
+    eval_before: Annotated[bool, option("Measure all facts in the unedited model.")] = True
+    eval_after: Annotated[bool, option("Measure all facts after the last edit.")] = True
+    eval_cases: Annotated[int | None, option("Measure at most this many facts before and after, drawn at random (all "
+                                             "if not given).", min=1)] = None
+    eval_every: Annotated[int | None, option("Also measure the facts edited so far after every this many edits.",
+                                             min=1)] = None
+    eval_last_batch: Annotated[bool, option("Also measure each batch right after its edit, as EasyEdit does.",
+                                            "--eval-last-batch")] = False
+    share_before: Annotated[Path | None, option("Folder where runs of the same model and facts share the measurements "
+                                                "of the unedited model.")] = None
+    abilities_every: Annotated[int | None, option("Also measure abilities after every this many edits.", min=1)] = None
 
     def of_run(self) -> MeasureSettings:
         """What the run measures, and when."""
@@ -77,35 +75,36 @@ class RunEvaluation(EvaluationOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """What a run keeps to go on from, and to be measured and exported from."""
+    """What a run keeps: to be resumed, measured again and exported."""
 
-    resume: Annotated[bool, option("Checkpoints", "Continue the run in --output from its last checkpoint, or start it "
-                                                  "if there is none.", "--resume")] = False
-    checkpoint_every: Annotated[int, option("Checkpoints", "Minimum number of edits between checkpoints.", min=1)] = 10
-    keep_checkpoints: Annotated[int, option("Checkpoints", "Number of recent checkpoints to keep (0 = all).", min=0)
-                                ] = 1
-    keep_weights_every: Annotated[int | None, option("Checkpoints", "Keep the edited weights permanently after every "
-                                                                    "this many edits.", min=1)] = None
-    keep_factors: Annotated[bool, option("Checkpoints", "Keep the factors of each batch's weight change, so that "
-                                         "single facts can be removed later (AlphaEdit, MEMIT).", "--keep-factors")
-                            ] = False
+    PANEL: ClassVar = "Checkpoints"
+
+    resume: Annotated[bool, option("Continue the run in --output from its last checkpoint, or start it if there is "
+                                   "none.", "--resume")] = False
+    checkpoint_every: Annotated[int, option("Minimum number of edits between checkpoints.", min=1)] = 10
+    keep_checkpoints: Annotated[int, option("Number of recent checkpoints to keep (0 = all).", min=0)] = 1
+    keep_weights_every: Annotated[int | None, option("Keep the edited weights permanently after every this many edits.",
+                                                     min=1)] = None
+    keep_factors: Annotated[bool, option("Keep the factors of each batch's weight change, so that single facts can be "
+                                         "removed later (AlphaEdit, MEMIT).", "--keep-factors")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardOptions:
     """Signs of a coming collapse, and what to do about them (see ``DriftGuard``)."""
 
+    PANEL: ClassVar = "Guard"
+
     guard: Annotated[Literal["warn", "lower", "stop"] | None, option(
-        "Guard", "Watch for signs of a coming collapse and warn, lower the batch's strength, or stop the run.")] = None
-    guard_energy: Annotated[float, option("Guard", "Limit on a batch's change of hyperspherical energy, as a multiple "
-                                                   "of the usual one.")] = 2.0
-    guard_norm: Annotated[float, option("Guard", "Limit on the norm of a batch's weight change, as a multiple of the "
-                                                 "usual one.")] = 1.25
-    guard_early: Annotated[float, option("Guard", "Lowest efficacy of early facts, as a share of what it was right "
-                                                  "after their edit.")] = 0.5
-    guard_facts: Annotated[int, option("Guard", "Number of early facts to watch.", min=1)] = 20
-    guard_warmup: Annotated[int, option("Guard", "Number of first batches that define what is usual; the guard acts on "
-                                                 "later ones.", min=1)] = 5
+        "Watch for signs of a coming collapse and warn, lower the batch's strength, or stop the run.")] = None
+    guard_energy: Annotated[float, option("Limit on a batch's change of hyperspherical energy, as a multiple of the "
+                                          "usual change.")] = 2.0
+    guard_norm: Annotated[float, option("Limit on the norm of a batch's weight change, as a multiple of the usual "
+                                        "norm.")] = 1.25
+    guard_early: Annotated[float, option("Lowest efficacy of early facts, as a share of their first efficacy.")] = 0.5
+    guard_facts: Annotated[int, option("Number of early facts to watch.", min=1)] = 20
+    guard_warmup: Annotated[int, option("Number of first batches that define what is usual; the guard acts on later "
+                                        "ones.", min=1)] = 5
 
     def callbacks(self, tok: PreTrainedTokenizerBase, output: Path, num_batches: int) -> list[EditCallback]:
         """The guard, if it is wanted; warns if the run has no batch for it to act on."""
@@ -125,12 +124,13 @@ class GuardOptions:
 class RunOutput:
     """Where a run writes, and what it shows."""
 
-    output: Annotated[Path, option("Output", "Run directory: new or empty, or of the run to resume.")]
-    examples: Annotated[int, option("Output", "Number of edits whose continuations to show, before and after.", min=0)
-                        ] = 3
-    tracker: Annotated[list[str], option("Output", "Send the run's numbers to tensorboard, wandb, or another tracker "
-                                         "that accelerate knows; repeatable.")] = field(default_factory=list)
-    report: Annotated[bool, option("Output", "Keep report.html in the run directory up to date.", "--report")] = False
+    PANEL: ClassVar = "Output"
+
+    output: Annotated[Path, option("Run directory: new or empty, or that of the run to resume.")]
+    examples: Annotated[int, option("Number of edits whose continuations to show, before and after.", min=0)] = 3
+    tracker: Annotated[list[str], option("Send the run's numbers to tensorboard, wandb, or another tracker that "
+                                         "accelerate knows; repeatable.")] = field(default_factory=list)
+    report: Annotated[bool, option("Keep report.html in the run directory up to date.", "--report")] = False
     verbose: Verbose = False
     quiet: Quiet = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from .common import load_replicas, set_up
@@ -12,36 +13,40 @@ if TYPE_CHECKING:
     from ..evaluation.revisiting import EditedRun
 
 
+@dataclass(frozen=True, kw_only=True)
+class RevisitOptions(EvaluationOptions):
+    """How a run is measured again, and after how many edits."""
+
+    at: Annotated[list[int], option("Measure the weights after this many edits, if they were kept (0 = the unedited "
+                                    "model); repeatable. The last ones if not given.", min=0)
+                  ] = field(default_factory=list)
+    facts: Annotated[bool, option("Measure the facts; --no-facts measures only what else is asked for.")] = True
+    neurons: Annotated[bool, option("Describe all kept weights for the report, which newer runs do themselves.",
+                                    "--neurons")] = False
+
+    def __post_init__(self) -> None:
+        if not (self.facts or self.abilities or self.neurons):
+            raise ValueError("--no-facts leaves nothing to measure: give --abilities TASKS or --neurons, or leave it "
+                             "out")
+
+
 @with_option_groups
-def evaluate(
-    run: RunFolder,
-    evaluation: EvaluationOptions,
-    at: Annotated[list[int] | None, option("Evaluation", "Measure the weights after this many edits, if they were kept "
-                                           "(0 = the unedited model); repeatable. The last checkpoint if not given.",
-                                           min=0)] = None,
-    facts: Annotated[bool, option("Evaluation", "Measure the facts; --no-facts measures only what else is asked for.")
-                     ] = True,
-    neurons: Annotated[bool, option("Evaluation", "Describe all kept weights for the report, which newer runs do "
-                                                  "themselves.", "--neurons")] = False,
-    dtype: Dtype = None,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-) -> None:
+def evaluate(run: RunFolder, evaluation: RevisitOptions, dtype: Dtype = None, verbose: Verbose = False,
+             quiet: Quiet = False) -> None:
     """Measure a run again from weights that it kept; results are added to its metrics.jsonl."""
     consoles = set_up(verbose, quiet)
     from ..evaluation.revisiting import EditedRun
     from ..progress import LiveLine, point_text
 
-    if not (facts or evaluation.abilities or neurons):
-        raise ValueError("--no-facts leaves nothing to measure: give --abilities TASKS or --neurons, or leave it out")
     edited = EditedRun(run)
-    numbers = at or _last_kept(edited)
-    settings = evaluation.settings(before=facts, after=facts, cases=evaluation.eval_sample)
+    numbers = evaluation.at or _last_kept(edited)
+    settings = evaluation.settings(before=evaluation.facts, after=evaluation.facts, cases=evaluation.eval_sample)
     model, tok, leading = load_replicas(edited.hparams, dtype)
     with leading, LiveLine(run, consoles.err) if not quiet else nullcontext() as line:
         progress = None if line is None else line.update
-        lines = edited.measure(model, tok, numbers, settings, progress) if facts or evaluation.abilities else []
-        if neurons:
+        wanted = evaluation.facts or evaluation.abilities
+        lines = edited.measure(model, tok, numbers, settings, progress) if wanted else []
+        if evaluation.neurons:
             edited.describe_weights(model, progress)
     for found in lines:
         consoles.print_line(point_text(found))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from rich.table import Column, Table
 from rich.text import Text
@@ -13,14 +13,13 @@ from .common import load, set_up
 from .options import At, DtypeName, NewFolder, RunFolder, Verbose, option, with_option_groups
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from ..export import EditedWeights
     from ..export.card import LayerError
 
-ShardSize = Annotated[str, option("Output", "Maximum size of each file of weights, such as 200MB or 5GB.")]
+ShardSize = Annotated[str, option("Maximum size of each file of weights, such as 200MB or 5GB.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,24 +30,25 @@ class ExportOptions:
         ValueError: options that do not go together.
     """
 
+    PANEL: ClassVar = "Output"
+
     output: NewFolder
     kind: Annotated[Literal["model", "deltas", "lora"], option(
-        "Output", "Export the whole model, the changes made by editing, or these as a LoRA adapter for PEFT.", "--as")
-    ] = "model"
-    rank: Annotated[int | None, option("Output", "Rank of a LoRA adapter (required), or of deltas (chosen by "
-                                                 "--tolerance if not given).", min=1)] = None
-    tolerance: Annotated[float | None, option("Output", "For deltas: maximum relative error of each parameter's change "
-                                                        "(1e-4 if not given).")] = None
-    exact: Annotated[bool, option("Output", "For deltas: store the edited weights in full, so that apply restores them "
-                                            "bit for bit.", "--exact")] = False
-    dtype: Annotated[DtypeName | None, option("Output", "Type of the exported numbers (that of the run for a model, "
-                                                        "float32 for factors if not given).")] = None
+        "Export the whole model, the changes made by editing, or these as a LoRA adapter for PEFT.", "--as")] = "model"
+    rank: Annotated[int | None, option("Rank of a LoRA adapter (required), or of deltas (chosen by --tolerance if not "
+                                       "given).", min=1)] = None
+    tolerance: Annotated[float | None, option("For deltas: maximum relative error of each parameter's change (1e-4 if "
+                                              "not given).")] = None
+    exact: Annotated[bool, option("For deltas: store the edited weights in full, so that apply restores them bit for "
+                                  "bit.", "--exact")] = False
+    dtype: Annotated[DtypeName | None, option("Type of the exported numbers (if not given: the run's for a model, "
+                                              "float32 for factors).")] = None
     max_shard_size: ShardSize = "5GB"
 
     def __post_init__(self) -> None:
-        given = [name for name, is_given in (("--rank", self.rank is not None), ("--tolerance", self.tolerance is not
-                                             None), ("--exact", self.exact)) if is_given]
-        meant = {"model": (), "deltas": ("--rank", "--tolerance", "--exact"), "lora": ("--rank",)}[self.kind]
+        asked = {"--rank": self.rank is not None, "--tolerance": self.tolerance is not None, "--exact": self.exact}
+        given = [name for name, is_given in asked.items() if is_given]
+        meant = {"model": (), "deltas": tuple(asked), "lora": ("--rank",)}[self.kind]
         if out_of_place := [name for name in given if name not in meant]:
             raise ValueError(f"{', '.join(out_of_place)} means nothing with --as {self.kind}: leave it out")
         if len(given) > 1:
@@ -57,18 +57,14 @@ class ExportOptions:
             raise ValueError("--as lora needs --rank: as many as the run has edits lose nothing, fewer lose what the "
                              "card then says")
 
-    def torch_dtype(self) -> torch.dtype | None:
-        """The type asked for."""
+    def write(self, model: nn.Module, tok: PreTrainedTokenizerBase, edited: EditedWeights) -> Sequence[LayerError]:
+        """Write what is asked for, and return how exact each layer's change is, except for whole models."""
         import torch
 
-        return None if self.dtype is None else getattr(torch, self.dtype)
-
-    def write(self, model: nn.Module, tok: PreTrainedTokenizerBase, edited: EditedWeights) -> Sequence[LayerError]:
-        """Write what is asked for; how far each layer is off, where it can be."""
         from ..export.deltas import TOLERANCE
         from ..export.exports import export_adapter, export_deltas, export_model
 
-        dtype = self.torch_dtype()
+        dtype: torch.dtype | None = None if self.dtype is None else getattr(torch, self.dtype)
         if self.kind == "model":
             export_model(self.output, model, tok, edited, dtype, self.max_shard_size)
             return ()

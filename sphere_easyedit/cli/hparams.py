@@ -12,8 +12,8 @@ from .options import option
 
 def hparams(
     model: Annotated[str, typer.Argument(help="Folder or hub name of a decoder; only its config is read.")],
-    base_alg: Annotated[str, option("Method", "AlphaEdit, MEMIT, PRUNE, RECT, FT or ROME.")] = "AlphaEdit",
-    output: Annotated[Path | None, option("Output", "File to write (standard output if not given).")] = None,
+    base_alg: Annotated[str, option("Base method: AlphaEdit, MEMIT, PRUNE, RECT, FT or ROME.")] = "AlphaEdit",
+    output: Annotated[Path | None, option("File to write (standard output if not given).")] = None,
 ) -> None:
     """Write a starting YAML for a decoder that has none."""
     from ..configs import planning_config

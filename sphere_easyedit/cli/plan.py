@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from rich.filesize import decimal
 from rich.table import Column, Table
@@ -16,28 +17,36 @@ if TYPE_CHECKING:
     from ..planning import Plan
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanData(DataOptions):
+    """Which facts are planned for."""
+
+    num_edits: Annotated[int, option("Number of facts.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedOptions:
+    """How fast the work goes."""
+
+    PANEL: ClassVar = "Speed"
+
+    calibrate: Annotated[bool, option("Measure this machine for some seconds, if the model is here.")] = True
+    gflops: Annotated[float | None, option("Speed in 1e9 FLOP/s of what is not measured.")] = None
+    rate: Annotated[list[str], option("Speed of one kind of work: KIND=GFLOPS, such as projection=700; repeatable.")
+                    ] = field(default_factory=list)
+    processes: Annotated[int, option("Number of processes that share the facts, each with the whole model.")] = 1
+
+
 @with_option_groups
-def plan(
-    method: MethodOptions,
-    data: DataOptions,
-    num_edits: Annotated[int, option("Data", "Number of facts.")],
-    calibrate: Annotated[bool, option("Machine", "Measure the speed of this machine for some seconds, if the model is "
-                                                "here.")] = True,
-    gflops: Annotated[float | None, option("Machine", "Speed in 1e9 FLOP/s of what is not measured.")] = None,
-    rate: Annotated[list[str] | None, option("Machine", "Speed of one kind of work: KIND=GFLOPS, such as "
-                                                       "projection=700; repeatable.")] = None,
-    processes: Annotated[int, option("Machine", "Number of processes that share the facts, each with the whole model.")
-                         ] = 1,
-    as_json: AsJson = False,
-) -> None:
+def plan(method: MethodOptions, data: PlanData, speed: SpeedOptions, as_json: AsJson = False) -> None:
     """Estimate what a run will need - time, memory, disk, downloads - before anything starts."""
     consoles = set_up()
     from ..planning import PlanSettings, make_plan
 
     hide_bars_of_transformers()
-    settings = PlanSettings(num_edits, data.batch_size, data.dataset, data.data, data.seed, method.dtype,
-                            calibrate=calibrate, gflops=gflops, rates=dict(map(_rate, rate or ())),
-                            processes=processes)
+    settings = PlanSettings(data.num_edits, data.batch_size, data.dataset, data.data, data.seed, method.dtype,
+                            calibrate=speed.calibrate, gflops=speed.gflops, rates=dict(map(_rate, speed.rate)),
+                            processes=speed.processes)
     planned = make_plan(method.load(), settings)
     if as_json:
         print(json.dumps(planned.to_dict(), indent=2))

@@ -13,9 +13,9 @@ from .options import option
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, shown side by side.")],
-    output: Annotated[Path | None, option("Output", "Folder to write to (the run directory if not given and there is "
-                                                    "only one run).")] = None,
-    figures: Annotated[bool, option("Output", "Also write the figures as SVG and PNG.")] = True,
+    output: Annotated[Path | None, option("Folder to write to (the run directory if not given and there is only one "
+                                        "run).")] = None,
+    figures: Annotated[bool, option("Also write the figures as SVG and PNG.")] = True,
 ) -> None:
     """Make report.html of runs, and their figures as files."""
     consoles = set_up()

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 def show(
     run: RunFolder,
-    case: Annotated[str, option("Data", "case_id of the case.")],
+    case: Annotated[str, option("case_id of the case.")],
     at: At = None,
-    max_new_tokens: Annotated[int, option("Output", "Maximum number of new tokens per continuation.", min=1)] = 50,
+    max_new_tokens: Annotated[int, option("Maximum number of new tokens per continuation.", min=1)] = 50,
     as_json: AsJson = False,
 ) -> None:
     """Let the unedited, the edited and the rolled-back model speak about one case, side by side."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
@@ -19,25 +19,28 @@ if TYPE_CHECKING:
 class SweepOptions:
     """Where a sweep runs, and what it shows."""
 
-    output: Annotated[Path, option("Output", "Folder of the sweep's runs; a sweep that was begun there is continued.")]
-    jobs: Annotated[int | None, option("Machine", "Number of runs at a time on this machine, each in its own process "
-                                                   "(1 if not given).", min=1)] = None
-    launcher: Annotated[Literal["slurm"] | None, option("Machine", "slurm: submit the runs as jobs and return.")
-                       ] = None
-    slurm: Annotated[list[str], option("Machine", "Resource of each job, added to the file's `slurm`: NAME=VALUE, by "
-                                                   "sbatch's names; repeatable.")] = field(default_factory=list)
-    wait: Annotated[bool, option("Machine", "With --launcher slurm: wait until the jobs have ended.", "--wait")
+    PANEL: ClassVar = "Output"
+
+    output: Annotated[Path, option("Folder of the sweep's runs; a sweep that was begun there is continued.")]
+    jobs: Annotated[int | None, option("Number of runs at a time on this machine, each in its own process (1 if not "
+                                       "given).", min=1, panel="Machine")] = None
+    launcher: Annotated[Literal["local", "slurm"], option("local: run on this machine. slurm: submit the runs as jobs "
+                                                          "and return.", panel="Machine")] = "local"
+    slurm: Annotated[list[str], option("Resource of each job, added to the file's `slurm`: NAME=VALUE, by sbatch's "
+                                       "names; repeatable.", panel="Machine")] = field(default_factory=list)
+    wait: Annotated[bool, option("With --launcher slurm: wait until the jobs have ended.", "--wait", panel="Machine")
                     ] = False
-    collect_only: Annotated[bool, option("Output", "Start nothing; only write the tables of the runs that are there.",
+    collect_only: Annotated[bool, option("Start nothing; only write the tables of the runs that are there.",
                                          "--collect-only")] = False
     quiet: Quiet = False
 
     def __post_init__(self) -> None:
-        if self.slurm and self.launcher is None:
+        on_slurm = self.launcher == "slurm"
+        if self.slurm and not on_slurm:
             raise ValueError("--slurm says what jobs ask for: give --launcher slurm, too")
-        if self.wait and self.launcher is None:
+        if self.wait and not on_slurm:
             raise ValueError("--wait belongs to --launcher slurm; all else waits anyway")
-        if self.jobs is not None and self.launcher is not None:
+        if self.jobs is not None and on_slurm:
             raise ValueError("--jobs is of this machine: for SLURM give --slurm array_parallelism=NUMBER")
 
 
@@ -69,7 +72,7 @@ def _run(planned: Sweep, options: SweepOptions, consoles: Consoles) -> tuple[Run
         if not options.quiet:
             consoles.print_line(f"{settled}/{count} {name}: {what}")
 
-    if options.launcher is None:
+    if options.launcher == "local":
         return run_sweep(planned, options.output, options.jobs or 1, report).failed
     submissions = submit_sweep(planned, options.output, {**planned.slurm, **parse_slurm(options.slurm)})
     for number, one in enumerate(submissions, 1):
