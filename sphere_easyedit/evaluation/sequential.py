@@ -32,12 +32,11 @@ from ..hparams import SPHEREHyperParams, check_hparams
 from ..inputs import check_parameters, check_tokenizer, ordinary_torch
 from ..messages import kind_and_text
 from ..models import EditableModel
-from ..wrapper import Executor, apply_sphere_to_model, prepare_method, read_requests
+from ..wrapper import apply_sphere_to_model, prepare_method, read_requests
 from .checkpoints import resumable, resume_from, save_checkpoint, save_weights, thin_out
 from .conflicts import find_conflicts
 from .datasets import EditRecord, records_fingerprint
 from .faults import OnError, Skipped, Skips, edit_around_faults, enough_tries
-from .following import FollowedWeights
 from .generation import generate_continuations
 from .measuring import (
     METRIC_NAMES,
@@ -92,8 +91,6 @@ class RunSettings:
         keep_checkpoints: so many of the newest are kept; 0 keeps all.
         keep_weights_every: weights (not sessions) are kept for good after every so many edits; None for none but the
             last. They are what ``evaluate --at`` and exports start from.
-        follows: directory of a finished run of MEMIT with the same facts and batches, all of whose weights were kept:
-            PRUNE restrains that run's weights in place of editing anew. It edits as MEMIT does.
         on_error: ``skip`` leaves out edits that can't be made, and lists them in ``summary.json``; ``stop`` ends the
             run, naming them. Either looks for them by bisection.
     """
@@ -107,7 +104,6 @@ class RunSettings:
     checkpoint_every: int = 10
     keep_checkpoints: int = 1
     keep_weights_every: int | None = None
-    follows: Path | None = None
     on_error: OnError = "stop"
 
     def __post_init__(self) -> None:
@@ -118,9 +114,6 @@ class RunSettings:
                 raise ValueError(f"{name} is {value}; give at least {least}")
         if self.on_error not in get_args(OnError):
             raise ValueError(f"on_error is {self.on_error!r}: give stop or skip")
-        if self.on_error == "skip" and self.follows is not None:
-            raise ValueError("on_error is 'skip', but the run follows another, which has edited all of its facts: "
-                             "leave one out")
 
 
 @dataclass(frozen=True)
@@ -183,7 +176,6 @@ def run_sequential(
     described = {**settings.described, "num_edits": len(records), "batch_size": settings.batch_size,
                  "protocol": settings.measure.protocols[0], "records": records_fingerprint(records),
                  "checkpoint_every": settings.checkpoint_every,
-                 "follows": None if settings.follows is None else str(settings.follows),
                  "on_error": settings.on_error,
                  "callbacks": [dict(found) for one in callbacks if (found := one.deciding()) is not None],
                  "measure": settings.measure.described()}
@@ -283,9 +275,6 @@ class _Run:
         self._refused = {one.place for one in refused}
         self._skips = Skips(refused)
         self._stopped: str | None = None
-        self._executor: Executor | None = None
-        if settings.follows is not None:
-            self._executor = FollowedWeights(settings.follows, editable, hparams, self._ends)
         # The model is the unedited one still: no checkpoint has been put in.
         self._neurons = NeuronWatch(editable.weights(), hparams.gamma, settings.measure.seed)
 
@@ -394,14 +383,13 @@ class _Run:
 
         self._batch = [self._records[place.number] for place in places]
         apply_sphere_to_model(self._editable.model, self._tok, [record.request() for record in self._batch],
-                              self._hparams, callbacks=self._callbacks, progress=advance, executor=self._executor)
+                              self._hparams, callbacks=self._callbacks, progress=advance)
 
     def _failure(self, places: Sequence[_Place]) -> Exception | None:
         """What these edits alone raise, tried and undone without anybody watching."""
         requests = [self._records[place.number].request() for place in places]
         try:
-            apply_sphere_to_model(self._editable.model, self._tok, requests, self._hparams, callbacks=[_Undo()],
-                                  executor=self._executor)
+            apply_sphere_to_model(self._editable.model, self._tok, requests, self._hparams, callbacks=[_Undo()])
         except _Undone:
             return None
         except Exception as error:  # whatever it is, it is their fault
