@@ -473,10 +473,8 @@ def plan(
     = None,
     calibrate: Annotated[bool, typer.Option(help="Measure on this machine for some seconds, if the model is here.")]
     = True,
-    gflops: Annotated[float | None, typer.Option(help="Rate in 1e9 FLOP/s for what is not measured.")] = None,
-    rate: Annotated[list[str], typer.Option(help="KIND=GFLOPS: the rate of one kind of work; projection=700, say. "
-                                                 "Repeat for more.")] = [],  # noqa: B006
-    processes: Annotated[int, typer.Option(help="That share out the facts, each with the whole model.")] = 1,
+    gflops: Annotated[float | None, typer.Option(help="Speed in 1e9 FLOP/s, for a rough time where nothing is "
+                                                      "measured.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Say what a run will need - time, memory, disk, downloads - before anything starts."""
@@ -484,8 +482,7 @@ def plan(
     from .planning import PlanSettings, make_plan
 
     _without_bars_of_transformers()
-    settings = PlanSettings(num_edits, batch_size, dataset.value, data, seed, dtype, calibrate=calibrate, gflops=gflops,
-                            rates=dict(map(_stated_rate, rate)), processes=processes)
+    settings = PlanSettings(num_edits, batch_size, dataset.value, data, seed, dtype, calibrate=calibrate, gflops=gflops)
     planned = make_plan(_hparams_with(hparams, override), settings)
     if as_json:
         print(json.dumps(planned.to_dict(), indent=2))
@@ -517,14 +514,6 @@ def _hparams_with(name: str, overrides: list[str]) -> Any:
 class _Consoles(NamedTuple):
     out: Console
     err: Console  # of log messages and the live line, so that neither runs into the other
-
-
-def _stated_rate(text: str) -> tuple[str, float]:
-    kind, _, number = text.partition("=")
-    try:
-        return kind.strip(), float(number)
-    except ValueError:
-        raise ValueError(f"--rate {text!r} is no rate: write KIND=GFLOPS, such as projection=700") from None
 
 
 def _set_up(verbose: bool = False, quiet: bool = False) -> _Consoles:

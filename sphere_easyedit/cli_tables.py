@@ -84,9 +84,8 @@ def plan_table(plan: Plan) -> Table:
         first = False
 
     for part in plan.time:
-        add("Time", part.name, _duration(part.seconds), "" if part.share is None else f"{part.share:.0%}",
-            f"{part.flops:.1e} FLOP")
-    add("Time", "all", _duration(plan.seconds), "", f"{sum(part.flops for part in plan.time):.1e} FLOP")
+        add("Time", part.name, _duration(part.seconds), "" if part.share is None else f"{part.share:.0%}", "")
+    add("Time", "all", _duration(plan.seconds), "", "")
     table.add_section()
     first = True
     for memory in plan.memory:
