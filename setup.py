@@ -33,7 +33,7 @@ setup(
         "tqdm>=4.66",
         "packaging>=23",
         "pydantic>=2.5",
-        "typer>=0.12",
+        "typer>=0.19",
         "rich>=13",
     ],
     extras_require={

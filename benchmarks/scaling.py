@@ -33,6 +33,8 @@ from projection import resident_bytes
 from published_models import MODELS, PublishedModel, with_one_weight
 from safetensors.torch import load_file, save_file
 from solves import L2, LAMBDA, SyntheticKeys
+from sphere_easyedit.planning.counts import energy_flops, metric_flops, projection_flops, solve_flops
+from sphere_easyedit.planning.shapes import model_shape
 from torch import Tensor
 
 from sphere_easyedit import PrincipalSpace, hyperspherical_energy
@@ -49,8 +51,6 @@ from sphere_easyedit.editing.solvers import (
 )
 from sphere_easyedit.files import atomic_write
 from sphere_easyedit.hyperspherical import energy_from_gram
-from sphere_easyedit.planning.counts import energy_flops, metric_flops, projection_flops, solve_flops
-from sphere_easyedit.planning.shapes import model_shape
 
 Result = TypeVar("Result")
 BATCH: Final = 100

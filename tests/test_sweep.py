@@ -14,7 +14,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sphere_easyedit.cli import _hparams_with, app
+from sphere_easyedit.cli.app import app
+from sphere_easyedit.cli.options import read_hparams
 from sphere_easyedit.evaluation.sweep import Run, Sweep, load_sweep
 from sphere_easyedit.evaluation.sweep.grid import LONGEST, compose, is_name
 from sphere_easyedit.hparams import SPHERE_ONLY, SPHEREHyperParams
@@ -73,11 +74,11 @@ def test_arguments_are_what_edit_takes(tmp_path: Path) -> None:
     command = typer.main.get_command(app).commands["edit"]  # type: ignore[attr-defined]
     for run in sweep.runs:
         parsed = command.make_context("edit", run.arguments(tmp_path / "out" / run.name)).params
-        assert _hparams_with(parsed["hparams"], parsed["override"]).to_dict() == run.hyperparameters
+        assert read_hparams(parsed["hparams"], parsed["override"]).to_dict() == run.hyperparameters
         assert (parsed["num_edits"], parsed["batch_size"], parsed["seed"]) == (20, 5, 4)
         assert (parsed["eval_every"], parsed["eval_sample"], parsed["eval_before"]) == (10, 3, False)
         assert ([one.value for one in parsed["protocol"]], parsed["eval_last_batch"]) == (["paper", "rome"], True)
-        assert (parsed["dataset"].value, parsed["data"], parsed["resume"]) == ("counterfact", Path("cf.json"), True)
+        assert (parsed["dataset"], parsed["data"], parsed["resume"]) == ("counterfact", Path("cf.json"), True)
         assert parsed["output"] == tmp_path / "out" / run.name
     assert (sweep.runs[0].value("mom2_update_weight"), sweep.runs[0].value("v_weight_decay")) == (1e-7, 0)
 
