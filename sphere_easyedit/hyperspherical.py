@@ -31,6 +31,8 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
+from .core.rows import COPY_ELEMENTS, row_blocks, row_norms, unit_rows
+
 __all__ = [
     "DISTANCE_FLOOR",
     "energy_change_bound",
@@ -60,7 +62,6 @@ _GRAM_FLOOR_IN_EPS: Final = 8.0
 _SAFE_NORM: Final = (1e-30, 1e30)
 _PANEL_BYTES: Final = 64 * 2**20  # one block of unit rows; two are alive at a time
 _MAX_BLOCK_ROWS: Final = 2048  # a float64 block of distances then takes 32 MiB
-_COPY_ELEMENTS: Final = 4 * 2**20  # elements in a float64 copy of some rows: 32 MiB
 _REFINE_ROWS: Final = 256
 
 
@@ -175,7 +176,7 @@ def energy_change_bound(weight: Tensor, update: Tensor, chunk_size: int | None =
     with torch.no_grad():
         rows = _Rows.of(weight)
         _check_matching("update", update, weight, tuple(weight.shape))
-        steps = _row_norms(update.detach(), "update")
+        steps = row_norms(update.detach(), "update", rescaled=True)
         if bool((steps[~rows.alive] > 0).any()):
             return torch.full((), math.inf, dtype=torch.float64, device=steps.device)
         return (_sensitivity(rows, chunk_size) * steps).sum()
@@ -226,7 +227,7 @@ class _Rows:
     def of(cls, weight: Tensor) -> _Rows:
         _check_matrix("weight", weight)
         weight = weight.detach()
-        norms = _row_norms(weight, "weight")
+        norms = row_norms(weight, rescaled=True)
         alive = norms > 0
         low, high = _SAFE_NORM
         extreme = bool(((norms > high) | ((norms < low) & alive)).any())
@@ -235,32 +236,7 @@ class _Rows:
 
     def unit(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """Chosen rows scaled to unit norm, a new tensor; zero rows stay zero."""
-        divisor = torch.where(self.alive[index], self.norms[index], 1.0)
-        return torch.div(self.weight[index].to(dtype), divisor.to(dtype)[:, None])
-
-
-def _row_norms(matrix: Tensor, name: str) -> Tensor:
-    """Norm of each row, ``(rows,)`` float64, by blocks; refuses what is not finite."""
-    count, width = matrix.shape
-    norms = torch.zeros(count, dtype=torch.float64, device=matrix.device)
-    if matrix.numel() == 0:
-        return norms
-    for block in _blocks(count, max(1, _COPY_ELEMENTS // width)):
-        part = matrix[block].to(torch.float64)
-        if matrix.dtype == torch.float64:
-            # Squares of float64 entries over- and underflow; those of narrower types cannot in float64.
-            peak = torch.linalg.vector_norm(part, ord=math.inf, dim=1)
-            scale = torch.where(peak > 0, peak, 1.0)
-            norms[block] = torch.linalg.vector_norm(part / scale[:, None], dim=1) * peak
-        else:
-            norms[block] = torch.linalg.vector_norm(part, dim=1)
-    bad = int((~norms.isfinite()).sum())
-    if bad:
-        raise ValueError(
-            f"{name} must be finite, but {bad} of its {count} rows hold NaN or infinity (or overflow); "
-            "look for a diverged edit or a broken checkpoint, and pass a finite tensor"
-        )
-    return norms
+        return unit_rows(self.weight, self.norms, index, dtype)
 
 
 def _rows_of_gram(weight: Tensor, gram: Tensor) -> _Rows:
@@ -335,7 +311,7 @@ def _exclude(squared: Tensor, i: slice, j: slice, alive: Tensor) -> None:
 def _weight_cosines(rows: _Rows, chunk_size: int | None) -> Iterator[tuple[slice, slice, Tensor]]:
     """Cosines between rows, block by block on and above the diagonal."""
     count, width = rows.weight.shape
-    blocks = list(_blocks(count, chunk_size or _default_block_rows(count, width, rows.work)))
+    blocks = list(row_blocks(count, chunk_size or _default_block_rows(count, width, rows.work)))
     for position, i in enumerate(blocks):
         left = rows.unit(i, rows.work)
         for j in blocks[position:]:
@@ -350,7 +326,7 @@ def _gram_cosines(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """The same from a raw Gram matrix and the square roots of its diagonal."""
     divisor = torch.where(norms > 0, norms, 1.0)
-    blocks = list(_blocks(gram.shape[0], chunk_size or _MAX_BLOCK_ROWS // 2))
+    blocks = list(row_blocks(gram.shape[0], chunk_size or _MAX_BLOCK_ROWS // 2))
     for position, i in enumerate(blocks):
         for j in blocks[position:]:
             yield i, j, gram[i, j].to(torch.float64).div(divisor[i][:, None]).div_(divisor[j][None, :])
@@ -361,8 +337,8 @@ def _measure_close_pairs(squared: Tensor, i: slice, j: slice, rows: _Rows, near:
     if float(squared.amin()) >= near:
         return
     # Small tiles bound the float64 copies of rows, whatever the block size.
-    for a in _blocks(squared.shape[0], _REFINE_ROWS):
-        for b in _blocks(squared.shape[1], _REFINE_ROWS):
+    for a in row_blocks(squared.shape[0], _REFINE_ROWS):
+        for b in row_blocks(squared.shape[1], _REFINE_ROWS):
             _measure_tile(squared[a, b], _shift(a, i.start), _shift(b, j.start), rows, near)
 
 
@@ -391,7 +367,7 @@ def _measure_tile(tile: Tensor, i: slice, j: slice, rows: _Rows, near: float) ->
 def _direct_squared(rows: _Rows, first: Tensor, second: Tensor) -> Tensor:
     """``||what_a - what_b||^2`` of listed pairs from the rows, ``(pairs,)`` float64: nothing cancels."""
     squared = torch.empty(first.shape[0], dtype=torch.float64, device=first.device)
-    for part in _blocks(first.shape[0], max(1, _COPY_ELEMENTS // rows.weight.shape[1] // 2)):
+    for part in row_blocks(first.shape[0], max(1, COPY_ELEMENTS // rows.weight.shape[1] // 2)):
         difference = rows.unit(first[part], torch.float64).sub_(rows.unit(second[part], torch.float64))
         squared[part] = difference.square_().sum(dim=1)
     return squared
@@ -407,11 +383,6 @@ def _reduce(sums: Tensor, alive: Tensor, reduction: Reduction) -> Tensor:
     count = int(alive.sum())
     logger.debug("energy per pair over %d directions of %d rows", count, alive.shape[0])
     return total / max(1, count * (count - 1))
-
-
-def _blocks(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
 
 
 def _shift(block: slice, offset: int) -> slice:

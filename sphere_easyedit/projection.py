@@ -19,6 +19,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from .core.rows import row_blocks, row_norms, unit_rows
+
 __all__ = ["PrincipalSpace"]
 
 logger = logging.getLogger(__name__)
@@ -82,7 +84,7 @@ class PrincipalSpace:
         _check_matrix("weight", weight)
         with torch.no_grad():
             weight = weight.detach()
-            norms = _row_norms(weight)
+            norms = row_norms(weight)
             tall = weight.shape[0] > weight.shape[1]
             if gamma == 0.0 or not bool(norms.any()):
                 return cls._empty(weight, gamma)
@@ -113,7 +115,7 @@ class PrincipalSpace:
         with torch.no_grad():
             weight, gram = weight.detach(), gram.detach() if isinstance(gram, Tensor) else gram
             fingerprint = _fingerprint(weight)
-            norms = fingerprint.double() if _are_safe(fingerprint) else _row_norms(weight)
+            norms = fingerprint.double() if _are_safe(fingerprint) else row_norms(weight)
             _check_gram(gram, weight, norms)
             if gamma == 0.0 or not bool(norms.any()):
                 return cls._empty(weight, gamma)
@@ -229,7 +231,7 @@ class PrincipalSpace:
             dtype = _product_dtype(update, self._float)
             basis = self.directions.to(dtype)
             result = torch.empty_like(update)
-            for block in _blocks(update.shape[0], _block_rows(self._d_in)):
+            for block in row_blocks(update.shape[0], _block_rows(self._d_in)):
                 part = update[block].to(dtype)
                 result[block] = torch.addmm(part, part @ basis, basis.T, alpha=-alpha).to(update.dtype)
             return result
@@ -340,11 +342,11 @@ class _GramBasis:
         """Blocks of rows and of factors ``(rows, 1)`` that make them unit ones, which spares copies of the weight."""
         dtype = self.vectors.dtype
         safe = _are_safe(self.norms)
-        for block in _blocks(self.weight.shape[0], _block_rows(self.weight.shape[1])):
+        for block in row_blocks(self.weight.shape[0], _block_rows(self.weight.shape[1])):
             if safe:
                 yield block, self.weight[block].to(dtype), self.norms[block].reciprocal().to(dtype)[:, None]
             else:
-                rows = _unit_rows(self.weight, self.norms, block, dtype)
+                rows = unit_rows(self.weight, self.norms, block, dtype)
                 yield block, rows, torch.ones_like(rows[:, :1])
 
     def _check_unchanged(self) -> None:
@@ -472,11 +474,11 @@ def _unit_gram(weight: Tensor, norms: Tensor, dtype: torch.dtype, tall: bool) ->
             gram.addmm_(panel.T, panel)
         return gram
     gram = torch.zeros((count, count), dtype=dtype, device=weight.device)
-    blocks = list(_blocks(count, _block_rows(width)))
+    blocks = list(row_blocks(count, _block_rows(width)))
     for position, i in enumerate(blocks):
-        left = _unit_rows(weight, norms, i, dtype)
+        left = unit_rows(weight, norms, i, dtype)
         for j in blocks[position:]:
-            right = left if i == j else _unit_rows(weight, norms, j, dtype)
+            right = left if i == j else unit_rows(weight, norms, j, dtype)
             product = left @ right.T
             gram[i, j] = product
             gram[j, i] = product.T
@@ -493,28 +495,8 @@ def _normalised(gram: Tensor, alive: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _unit_panels(weight: Tensor, norms: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    for block in _blocks(weight.shape[0], _block_rows(weight.shape[1])):
-        yield block, _unit_rows(weight, norms, block, dtype)
-
-
-def _unit_rows(weight: Tensor, norms: Tensor, block: slice, dtype: torch.dtype) -> Tensor:
-    """Rows of a block scaled to unit norm; zero rows stay zero."""
-    divisor = torch.where(norms[block] > 0, norms[block], 1.0)
-    return weight[block].to(dtype) / divisor.to(dtype)[:, None]
-
-
-def _row_norms(weight: Tensor) -> Tensor:
-    """Norm of each row, ``(d_out,)`` float64, by blocks; refuses what is not finite."""
-    norms = torch.empty(weight.shape[0], dtype=torch.float64, device=weight.device)
-    for block in _blocks(weight.shape[0], _block_rows(weight.shape[1])):
-        norms[block] = torch.linalg.vector_norm(weight[block].to(torch.float64), dim=1)
-    bad = int((~norms.isfinite()).sum())
-    if bad:
-        raise ValueError(
-            f"weight must be finite, but {bad} of its {len(norms)} rows hold NaN or infinity (or overflow); "
-            "look for a diverged edit or a broken checkpoint, and pass a finite tensor"
-        )
-    return norms
+    for block in row_blocks(weight.shape[0], _block_rows(weight.shape[1])):
+        yield block, unit_rows(weight, norms, block, dtype)
 
 
 def _are_safe(norms: Tensor) -> bool:
@@ -525,7 +507,7 @@ def _are_safe(norms: Tensor) -> bool:
 def _fingerprint(weight: Tensor) -> Tensor:
     """Row norms in the products' precision, ``(d_out,)``: one quick pass over the weight."""
     fingerprint = torch.empty(weight.shape[0], dtype=_public_dtype(weight), device=weight.device)
-    for block in _blocks(weight.shape[0], _block_rows(weight.shape[1])):
+    for block in row_blocks(weight.shape[0], _block_rows(weight.shape[1])):
         fingerprint[block] = torch.linalg.vector_norm(weight[block].to(fingerprint.dtype), dim=1)
     return fingerprint
 
@@ -547,11 +529,6 @@ def _product_dtype(operand: Tensor, basis: torch.dtype) -> torch.dtype:
 
 def _block_rows(width: int) -> int:
     return max(1, _BLOCK_ELEMENTS // width)
-
-
-def _blocks(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
 
 
 # --- checks -------------------------------------------------------------------------------------------------
@@ -588,7 +565,7 @@ def _check_matrix(name: str, matrix: Tensor) -> None:
 
 def _check_finite(name: str, tensor: Tensor) -> None:
     rows = tensor.shape[0]
-    for block in _blocks(rows, max(1, _BLOCK_ELEMENTS * rows // max(1, tensor.numel()))):
+    for block in row_blocks(rows, max(1, _BLOCK_ELEMENTS * rows // max(1, tensor.numel()))):
         if not bool(tensor[block].isfinite().all()):
             raise ValueError(
                 f"{name} must be finite, but it holds NaN or infinity; check the solve that produced it"

@@ -17,30 +17,19 @@ import torch
 import yaml
 from conftest import REQUESTS, tiny_hparams, tiny_model
 from safetensors.torch import save_file
+from study.comparisons import abilities_table, differences_table, gains_table, results_table
+from study.energy import collapse_table, correlation_table, curves_table, regression_table
+from study.geometry import neuron_geometry
+from study.weights import keys_of_edits, over_layers, stages, weight_tables
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import PrincipalSpace
 from sphere_easyedit.editing.covariance import moment_path, save_moment
 from sphere_easyedit.evaluation.analysis import energy_correlations, energy_points
+from sphere_easyedit.evaluation.arms import Arm, arms_of
 from sphere_easyedit.evaluation.collapse import Collapse, collapse_of
-from sphere_easyedit.evaluation.geometry import neuron_geometry
 from sphere_easyedit.evaluation.run_records import Estimate, RunRecords, find_runs
-from sphere_easyedit.evaluation.spectra import principal_share
-from sphere_easyedit.evaluation.study import (
-    Arm,
-    abilities_table,
-    arms_of,
-    differences_table,
-    gains_table,
-    results_table,
-)
-from sphere_easyedit.evaluation.study_energy import (
-    collapse_table,
-    correlation_table,
-    curves_table,
-    regression_table,
-)
-from sphere_easyedit.evaluation.study_weights import keys_of_edits, over_layers, stages, weight_tables
+from sphere_easyedit.evaluation.spaces import principal_share
 from sphere_easyedit.evaluation.tables import Column, Table
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "study_tables.py"

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..evaluation.analysis import FEWEST, LOG_PERPLEXITY, change_pairs, energy_points, regress
-from ..evaluation.study import METRICS
+from ..evaluation.arms import METRICS
 from .figure import SMALL, Choice, Figure, Panel, Row, Spec, by_run, chosen, params, quantitative, shown, tooltip
 from .runs import ReportRun
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ..evaluation.analysis import LOG_PERPLEXITY, energy_correlations, energy_points, mean_change
+from ..evaluation.arms import METRICS
 from ..evaluation.run_records import Point
-from ..evaluation.study import METRICS
 from .figure import (
     HEIGHT,
     SMALL,

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import yaml
 
+from ..evaluation.arms import METRICS, title_of
 from ..evaluation.run_records import Estimate, Point
-from ..evaluation.study import METRICS, title_of
 from .cases import COLUMNS, STATES, CaseTable
 from .curves import PERCENT
 from .figure import SERIES, Figure, Row, dashes, on_page
