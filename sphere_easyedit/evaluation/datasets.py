@@ -138,7 +138,7 @@ def _load_all(dataset: DatasetName, path: Path | None) -> list[EditRecord]:
         # Only demo runs need the table, so only they pay for reading it.
         from .demo import demo_records
 
-        return build_records(numbered(demo_records()), "built-in demo set", partial(rome_record, dataset="demo"))
+        return demo_records()
     found = dataset_path(dataset, path)
     return load_facts(found) if dataset == "facts" else _load_json(found, dataset)
 
