@@ -108,14 +108,14 @@ def figures_of(runs: Sequence[ReportRun], live: bool = False, places: Path | Non
     return figures, notes
 
 
-def write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
-    """Each figure as SVG and PNG, with its first choices."""
+def write_figures(figures: Sequence[Figure], folder: Path, suffixes: Sequence[str] = ("svg", "png")) -> list[Path]:
+    """Each figure in files of these kinds, with its first choices."""
     import vl_convert
 
     written = []
     for figure in figures:
         spec = as_file(figure)
-        for suffix in ("svg", "png"):
+        for suffix in suffixes:
             path = folder / f"{figure.name}.{suffix}"
             with atomic_write(path) as temporary:
                 if suffix == "svg":
