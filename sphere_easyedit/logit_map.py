@@ -88,8 +88,8 @@ def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
     input_scale, off = _multiple(entering, _normed(editable, states)[0, -1])
     if off > _TOLERANCE[full]:
         raise ValueError(f"the input of {names.lm_head_module!r} is not what {names.ln_f_module!r} returns for the "
-                         f"last block's output of {model} (relative error {off:.1%}): correct these module names; if they "
-                         "are right, this architecture is not supported")
+                         f"last block's output of {model} (relative error {off:.1%}): correct these module names; if "
+                         "they are right, this architecture is not supported")
     scale, off = _multiple(own, raw)
     cap = None
     if not off < _ROUNDING[full]:
@@ -98,8 +98,8 @@ def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
             scale, cap, off = capped
         if not off < _TOLERANCE[full]:
             raise ValueError(f"the logits of {model} are not what {names.lm_head_module!r} returns, nor a multiple of "
-                             f"it, softly capped or not (relative error {off:.1%}): correct lm_head_module; if it is right, "
-                             "this architecture's transform of its logits is not supported")
+                             f"it, softly capped or not (relative error {off:.1%}): correct lm_head_module; if it is "
+                             "right, this architecture's transform of its logits is not supported")
     input_scale, scale = (1.0 if abs(factor - 1.0) < _NO_FACTOR[full] else factor for factor in (input_scale, scale))
     return LogitMap(input_scale, scale, cap)
 
