@@ -98,8 +98,8 @@ def check_inputs(model: object, tok: object) -> None:
 def check_parameters(model: nn.Module) -> None:
     """Refuse a model whose parameters can't be modified (ValueError)."""
     if any(parameter.is_inference() for parameter in model.parameters()):
-        raise ValueError("the model's parameters were created under torch.inference_mode and can't be modified outside "
-                         "it: load the model outside of torch.inference_mode")
+        raise ValueError("the model's parameters were created under torch.inference_mode, so they can't be modified "
+                         "outside it: load the model outside of torch.inference_mode")
 
 
 def check_tokenizer(tok: object) -> None:

@@ -101,6 +101,12 @@ def golden_llama() -> Golden:
     return load_golden("llama")
 
 
+def gaussian(seed: int, rows: int, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A matrix of standard normal entries, drawn in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype)
+
+
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """Frobenius norm of the difference over that of the reference."""
     return float((value.double() - reference.double()).norm() / reference.double().norm())

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -33,11 +34,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2**31 - 1)
 SIZES = st.integers(2, 14)
-
-
-def gaussian(seed: int, rows: int, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def brute_distances(weight: Tensor) -> Tensor:
@@ -350,20 +346,12 @@ def test_float32_gram_is_worked_on_in_float64() -> None:
     assert torch.equal(energy_from_gram(gram), energy_from_gram(gram.double()))
 
 
-def test_float32_gram_alone_floors_at_its_own_precision() -> None:
-    row = gaussian(15, 1, 30, torch.float32)
-    pair = torch.cat([row, row])
-    floor = math.sqrt(8 * torch.finfo(torch.float32).eps)
-    # Rounding may leave the pair a distance above the floor, never below it.
-    alone = energy_from_gram(pair @ pair.T).item()
-    assert alone == pytest.approx(2 / floor, rel=1e-6)
-    assert energy_from_gram(pair @ pair.T, weight=pair).item() == pytest.approx(2 / DISTANCE_FLOOR, rel=1e-9)
-
-
-def test_float64_gram_alone_floors_at_its_own_precision() -> None:
-    pair = torch.tensor([[3.0, 4.0], [3.0, 4.0]], dtype=torch.float64)  # exact squares: the cosine is 1
-    floor = math.sqrt(8 * torch.finfo(torch.float64).eps)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gram_alone_floors_at_its_own_precision(dtype: torch.dtype) -> None:
+    pair = torch.tensor([[3.0, 4.0], [3.0, 4.0]], dtype=dtype)  # exact squares: the cosine is 1
+    floor = math.sqrt(8 * torch.finfo(dtype).eps)
     assert energy_from_gram(pair @ pair.T).item() == pytest.approx(2 / floor, rel=1e-9)
+    assert energy_from_gram(pair @ pair.T, weight=pair).item() == pytest.approx(2 / DISTANCE_FLOOR, rel=1e-9)
 
 
 def test_gram_diagonal_below_zero() -> None:

@@ -261,6 +261,11 @@ def without_a_tensor(folder: Path) -> None:
     index.write_text(json.dumps(content))
 
 
+def _change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 def without_model_type(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["model_type"]
@@ -268,13 +273,11 @@ def without_model_type(folder: Path) -> None:
 
 
 def of_an_unknown_kind(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama99"}))
+    _change_config(folder, model_type="llama99")
 
 
 def of_other_shapes(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 84}))
+    _change_config(folder, intermediate_size=84)
 
 
 def without_config(folder: Path) -> None:

@@ -28,7 +28,6 @@ from sphere_easyedit.logit_map import find_logit_map
 from sphere_easyedit.models import EditableModel, frozen, logits_at, max_positions, module_names, num_blocks
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gpt2", "gptj")
-KNOWN = (*FAMILIES, "gemma", "gemma2", "gemma3", "granite", "olmo", "olmo2", "phi3", "smollm3", "stablelm")
 SIZES: dict[str, Any] = {"vocab_size": 100, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
                          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12,
                          "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
@@ -69,21 +68,6 @@ def _known_model(model_type: str, **changes: Any) -> nn.Module:
 
 def _editable(model: nn.Module, layers: Sequence[int] = (1, 2)) -> EditableModel:
     return EditableModel(model, module_names(model.config), list(layers))
-
-
-@pytest.mark.parametrize("model_type", KNOWN)
-def test_known_types_have_the_named_modules(model_type: str) -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_known_config(model_type))
-    assert num_blocks(model.config) == 3
-    modules = dict(model.named_modules())
-    names = {field: name.format(2) for field, name in asdict(module_names(model.config)).items()}
-    assert {field: name for field, name in names.items() if name not in modules} == {}
-    assert modules[names["lm_head_module"]] is model.get_output_embeddings()
-    down, block = modules[names["rewrite_module_tmp"]], modules[names["layer_module_tmp"]]
-    assert sorted(down.weight.shape) == [48, 80]
-    parts = set(block.modules())
-    assert {down, modules[names["mlp_module_tmp"]], modules[names["attn_module_tmp"]]} <= parts
 
 
 def test_number_of_blocks_and_positions() -> None:
@@ -179,14 +163,6 @@ def test_wrong_layers(layers: list[int], message: str) -> None:
         _editable(tiny_model("llama"), layers)
 
 
-def test_layer_out_of_range_leaves_the_model_alone(tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    model = tiny_model("gpt2")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="do not fit a model of 4 layers"):
-        sphere.apply_sphere_to_model(model, tok, REQUESTS, tiny_hparams(tmp_path, layers=[2, 7], v_loss_layer=7))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
 @pytest.mark.parametrize("field", ["rewrite_module_tmp", "ln_f_module", "lm_head_module"])
 def test_missing_module_is_named(field: str) -> None:
     model = tiny_model("llama")
@@ -197,12 +173,16 @@ def test_missing_module_is_named(field: str) -> None:
         EditableModel(model, replace(names, **{field: wrong}), [1, 2])
 
 
-def test_missing_block_leaves_the_model_alone(tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    names = asdict(module_names(model.config)) | {"layer_module_tmp": "model.blocks.{}"}
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"layers": [2, 7], "v_loss_layer": 7}, "do not fit a model of 4 layers"),
+    ({"layer_module_tmp": "transformer.blocks.{}"}, r"no module 'transformer\.blocks\.")])
+def test_wrong_names_and_layers_leave_the_model_alone(changes: dict[str, Any], message: str,
+                                                      tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"no module 'model\.blocks\."):
-        sphere.apply_sphere_to_model(model, tok, REQUESTS, tiny_hparams(tmp_path, **names))
+    hparams = tiny_hparams(tmp_path, **{**asdict(module_names(model.config)), **changes})
+    with pytest.raises(ValueError, match=message):
+        sphere.apply_sphere_to_model(model, tok, REQUESTS, hparams)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -213,14 +193,11 @@ def test_module_without_a_matrix() -> None:
         EditableModel(model, names, [1])
 
 
-@pytest.mark.parametrize(("unusable", "message"), [
-    (lambda weight: weight.mul(100).to(torch.int8), r"down_proj\.weight holds torch\.int8: a quantised weight"),
-    (lambda weight: weight.to("meta"), r"down_proj\.weight is offloaded \(on the meta device\)")])
-def test_weight_that_can_not_be_edited(unusable: Any, message: str) -> None:
+def test_weight_on_the_meta_device() -> None:
     model = tiny_model("llama")
     module = model.get_submodule("model.layers.2.mlp.down_proj")
-    module.weight = nn.Parameter(unusable(module.weight.detach()), requires_grad=False)
-    with pytest.raises(ValueError, match=message):
+    module.weight = nn.Parameter(module.weight.detach().to("meta"), requires_grad=False)
+    with pytest.raises(ValueError, match=r"down_proj\.weight is offloaded \(on the meta device\)"):
         _editable(model)
     assert _editable(model, [1]).layers == [1]  # only edited layers matter
 
@@ -321,7 +298,7 @@ def test_frozen_restores_everything(fails: bool) -> None:
     assert len(set(before[0])) == len(set(before[1])) == 2
 
     def work() -> None:
-        with frozen(model):
+        with frozen(model), frozen(model):
             assert not any(flag for flags in _state(model) for flag in flags)
             model.model.layers[1].train()  # what someone does inside does not stay
             if fails:

@@ -161,14 +161,6 @@ def test_callbacks_may_measure_the_model_within_their_batch(llama_stats: Path, t
     assert measures.scores == (evaluate_records(model, tok, records), generate_continuations(model, tok, ["A"]))
 
 
-def test_frozen_puts_flags_back_whatever_happens() -> None:
-    model = tiny_model("llama").train()
-    with pytest.raises(KeyError), frozen(model), frozen(model):
-        assert not any(parameter.requires_grad for parameter in model.parameters()) and not model.training
-        raise KeyError
-    assert all(parameter.requires_grad for parameter in model.parameters()) and model.training
-
-
 def test_a_model_that_is_in_use_is_copied_and_pickled_with_a_lock_of_its_own() -> None:
     model = tiny_model("llama")
     with frozen(model):
