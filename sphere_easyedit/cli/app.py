@@ -54,7 +54,7 @@ def main() -> None:
              "bound what is done at once", 1)
 
 
-def _end(said: str, status: int, style: str = "red") -> NoReturn:
+def _end(message: str, status: int, style: str = "red") -> NoReturn:
     """End the process with one line on standard error."""
-    Console(stderr=True).print(" ".join(said.split()), style=style, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(" ".join(message.split()), style=style, markup=False, highlight=False, soft_wrap=True)
     sys.exit(status)

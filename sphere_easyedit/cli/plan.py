@@ -54,7 +54,7 @@ def _table(plan: Plan) -> Table:
     table = Table("", Column("item", overflow="fold"), Column("need", justify="right"), Column("", justify="right"),
                   Column("", overflow="fold"), title=f"{plan.num_edits} edits in batches of {plan.batch_size}, "
                                                      f"{plan.model} on {plan.device}")
-    sections = {
+    sections: dict[str, list[tuple[str, ...]]] = {
         "Time": [*((part.name, _duration(part.seconds), "" if part.share is None else f"{part.share:.0%}")
                    for part in plan.time), ("all", _duration(plan.seconds))],
         "Memory": [*((part.name, decimal(part.bytes), part.place,
