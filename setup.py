@@ -32,6 +32,7 @@ setup(
         "scipy>=1.11",
         "tqdm>=4.66",
         "packaging>=23",
+        "pydantic>=2.5",
         "typer>=0.19",
         "rich>=13",
     ],

@@ -28,10 +28,10 @@ from sphere_easyedit.editing.requests import parse_requests
 from sphere_easyedit.evaluation.checkpoints import put_weights, saved_weights
 from sphere_easyedit.evaluation.collapse import collapse_of
 from sphere_easyedit.evaluation.revisiting import EditedRun
-from sphere_easyedit.evaluation.run_directory import GUARD
 from sphere_easyedit.evaluation.run_records import RunRecords
 from sphere_easyedit.files import replacing
 from sphere_easyedit.loading import load_model
+from sphere_easyedit.runs.schema import GUARD
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from rich.markup import escape
 from rich.table import Table
 
-from .common import Consoles, load_replicas, on_one_line, set_up
+from .common import Consoles, live_line, load_replicas, on_one_line, progress_of, set_up
 from .options import DataOptions, EvaluationOptions, MethodOptions, Quiet, Verbose, option, with_option_groups
 
 if TYPE_CHECKING:
@@ -21,13 +19,12 @@ if TYPE_CHECKING:
 
     from ..callbacks import EditCallback
     from ..evaluation.datasets import EditRecord
-    from ..evaluation.measuring import MeasureSettings, Progress
+    from ..evaluation.measuring import MeasureSettings
     from ..evaluation.sequential import RunResult, RunSettings
     from ..hparams import SPHEREHyperParams
+    from ..report.live import LiveReport
 
 logger = logging.getLogger(__name__)
-
-_METRICS = ("efficacy", "generalization", "specificity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +108,7 @@ class GuardOptions:
         if self.guard is None:
             return []
         from ..drift_guard import DriftGuard
-        from ..evaluation.run_directory import GUARD
+        from ..runs.schema import GUARD
 
         if num_batches <= self.guard_warmup:
             logger.warning("--guard has nothing to act on: its first %d batches set the measure, and no others come. "
@@ -134,43 +131,13 @@ class RunOutput:
     verbose: Verbose = False
     quiet: Quiet = False
 
+    def live_report(self) -> list[LiveReport]:
+        """The report that is kept up to date, if it is wanted."""
+        if not self.report:
+            return []
+        from ..report.live import LiveReport
 
-class _Watchers:
-    """What follows a run's progress: trackers, the live report, the live line.
-
-    Raises:
-        ValueError: a tracker or what draws reports is not installed.
-    """
-
-    def __init__(self, options: RunOutput, consoles: Consoles) -> None:
-        from ..evaluation.trackers import RunTrackers
-
-        self._options, self._consoles = options, consoles
-        self._trackers = RunTrackers(options.output, options.tracker, options.quiet)
-        self.report = None
-        if options.report:
-            from ..report.live import LiveReport
-
-            self.report = LiveReport(options.output)
-
-    @contextmanager
-    def progress(self, num_edits: int) -> Iterator[Progress]:
-        """What the run is to call with its progress, while it lasts."""
-        from ..progress import LiveLine
-
-        with ExitStack() as stack:
-            watching = [stack.enter_context(self._trackers).update]
-            if self.report is not None:
-                watching.append(self.report.update)
-            if not self._options.quiet:
-                line = LiveLine(self._options.output, self._consoles.err, num_edits)
-                watching.append(stack.enter_context(line).update)
-
-            def tell(phase: str, done: int, total: int) -> None:
-                for watch in watching:
-                    watch(phase, done, total)
-
-            yield tell
+        return [LiveReport()]
 
 
 @with_option_groups
@@ -179,19 +146,21 @@ def edit(method: MethodOptions, data: RunData, evaluation: RunEvaluation, checkp
     """Edit facts into a model, batch after batch, and measure before, on the way and after."""
     consoles = set_up(output.verbose, output.quiet)
     from ..evaluation.sequential import run_sequential
+    from ..evaluation.trackers import RunTrackers
 
     hparams = method.load()
-    watchers = _Watchers(output, consoles)
+    trackers, report = RunTrackers(output.tracker, output.quiet), output.live_report()
     settings = _run_settings(method, data, evaluation, checkpoints, output)
     records = data.records(settings.measure.protocols[0])
     model, tok, leading = load_replicas(hparams, method.dtype)
-    callbacks = _factor_keepers(checkpoints.keep_factors, hparams, output.output)
-    callbacks += guard.callbacks(tok, output.output, -(-len(records) // data.batch_size))
-    with leading, watchers.progress(len(records)) as progress:
-        result = run_sequential(model, tok, records, hparams, settings, callbacks, progress)
+    callbacks = [*_factor_keepers(checkpoints.keep_factors, hparams, output.output),
+                 *guard.callbacks(tok, output.output, -(-len(records) // data.batch_size)), trackers, *report]
+    with leading, trackers, live_line(consoles, output.quiet, len(records)) as line:
+        result = run_sequential(model, tok, records, hparams, settings, [*callbacks, *line],
+                                progress_of([*report, *line]))
     _print_result(consoles, result, hparams)
     consoles.print_line(f"\nRun directory: {output.output}")
-    if watchers.report is not None and (page := watchers.report.finish()) is not None:
+    for page in (one.page for one in report if one.page is not None):
         consoles.print_line(f"Report: {page}")
 
 
@@ -234,12 +203,14 @@ def _print_result(consoles: Consoles, result: RunResult, hparams: SPHEREHyperPar
 
 
 def _summary_table(result: RunResult, hparams: SPHEREHyperParams) -> Table:
+    from ..runs.schema import FACT_METRICS
+
     summary = result.summary
     name = f"{hparams.base_alg} + SPHERE (alpha {hparams.alpha:g})" if hparams.alpha else hparams.base_alg
     table = Table("metric (%)", title=f"{summary['num_edits']} edits with {name}, protocol {summary['protocol']}")
     for column in ("before", "after", "95% interval", "cases"):
         table.add_column(column, justify="right")
-    for metric in _METRICS:
+    for metric in FACT_METRICS:
         now = summary["post"][metric]
         was = None if summary["pre"] is None else summary["pre"][metric]["mean"]
         if now["mean"] is not None:

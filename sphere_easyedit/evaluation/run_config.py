@@ -14,7 +14,8 @@ from torch import nn
 from ..editing.session import EditSession
 from ..hparams import SPHEREHyperParams
 from ..replicas import Replicas
-from .run_directory import CONFIG, RunDirectory
+from ..runs.schema import CONFIG
+from .run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 

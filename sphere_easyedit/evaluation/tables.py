@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from ..files import replacing
+from ..runs.schema import Estimate
 from .paired import PairedDifference
-from .run_records import Estimate
 
 Cell = str | int | float | Estimate | PairedDifference | None
 NOTHING: Final = "-"

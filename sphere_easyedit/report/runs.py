@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ..evaluation.run_directory import When
-from ..evaluation.run_records import PAPER, CaseId, RunRecords
+from ..evaluation.run_records import PAPER, RunRecords
 from ..evaluation.study import Arm, arms_of, title_of
+from ..runs.schema import CaseId, When
 
 
 @dataclass(frozen=True)

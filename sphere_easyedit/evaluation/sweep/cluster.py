@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ...files import replacing
-from ..run_directory import SUMMARY
+from ...runs.schema import SUMMARY
 from ..run_process import RunJob
 from .record import Run, Sweep
 from .runs import PROGRAM, OnStatus, RunOutcome, SweepResult, log_of, opened, outcome_of
