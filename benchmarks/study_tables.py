@@ -14,18 +14,21 @@ import argparse
 import logging
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from study.comparisons import abilities_table, differences_table, gains_table, results_table
+from study.energy import collapse_table, correlation_table, curves_table, regression_table
+from study.weights import keys_of_edits, over_layers, weight_tables
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from sphere_easyedit.evaluation.arms import Arm, arms_of
 from sphere_easyedit.evaluation.checkpoints import saved_weights
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.run_records import PAPER, RunRecords, find_runs
-from sphere_easyedit.evaluation.study import abilities_table, arms_of, differences_table, gains_table, results_table
-from sphere_easyedit.evaluation.study_energy import collapse_table, correlation_table, curves_table, regression_table
-from sphere_easyedit.evaluation.study_weights import keys_of_edits, over_layers, weight_tables
-from sphere_easyedit.files import replacing
+from sphere_easyedit.evaluation.tables import Table
+from sphere_easyedit.files import atomic_write
 from sphere_easyedit.hparams import SPHEREHyperParams
 from sphere_easyedit.loading import load_model
 from sphere_easyedit.models import EditableModel
@@ -72,6 +75,44 @@ class Models:
         return self._loaded
 
 
+def tables_of(arms: Sequence[Arm], protocol: str = PAPER, share: float = 0.5, perplexity_factor: float = 10.0,
+              seed: int = 0, resamples: int = 10_000) -> list[Table]:
+    """All tables that need no weights; the curves come first.
+
+    Args:
+        arms: of the study.
+        protocol: of the metrics.
+        share, perplexity_factor: thresholds of a collapse, see ``collapse_of``.
+        seed, resamples: of the bootstrap.
+    """
+    thresholds = share, perplexity_factor
+    return [curves_table(arms, protocol), results_table(arms, protocol),
+            differences_table(arms, protocol, seed, resamples), gains_table(arms, protocol, seed, resamples),
+            collapse_table(arms, protocol, *thresholds), correlation_table(arms, protocol, *thresholds),
+            regression_table(arms, protocol), abilities_table(arms)]
+
+
+def write_tables(output: Path, command: str, tables: Sequence[Table], by_layer: Sequence[Table] = ()) -> list[Table]:
+    """Write each table as CSV, and ``tables.md`` with those that have rows, except the curves.
+
+    Args:
+        output: folder to write to.
+        command: that made the tables, named in ``tables.md``.
+        tables: of ``tables_of``.
+        by_layer: of ``weight_tables``; ``tables.md`` has their mean over layers.
+
+    Returns:
+        The tables in ``tables.md``.
+    """
+    readable = [table for table in (*tables[1:], *map(over_layers, by_layer)) if table.rows]
+    with atomic_write(output / "tables.md") as temporary:
+        temporary.write_text(f"Made by `{command}`.\n\n" + "\n".join(
+            table.to_markdown() for table in readable), encoding="utf-8")
+    for table in (*tables, *by_layer):
+        table.write_csv(output / f"{table.name}.csv")
+    return readable
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder with run directories, at any depth")
@@ -89,26 +130,14 @@ def main() -> None:
         arms = arms_of(find_runs(given.runs))
     except ValueError as error:
         parser.error(str(error))
-    thresholds = given.collapse_share, given.collapse_perplexity
-    curves = curves_table(arms, given.protocol)
-    tables = [results_table(arms, given.protocol),
-              differences_table(arms, given.protocol, given.seed, given.resamples),
-              gains_table(arms, given.protocol, given.seed, given.resamples),
-              collapse_table(arms, given.protocol, *thresholds),
-              correlation_table(arms, given.protocol, *thresholds), regression_table(arms, given.protocol),
-              abilities_table(arms)]
+    tables = tables_of(arms, given.protocol, given.collapse_share, given.collapse_perplexity, given.seed,
+                       given.resamples)
     by_layer = []
     if given.weights:
         models = Models()
         by_layer = weight_tables([arm for arm in arms if saved_weights(arm.run.directory / "checkpoints")],
                                  models.editable, models.keys)
-    readable = [table for table in (*tables, *map(over_layers, by_layer)) if table.rows]
-    command = shlex.join(["python", *sys.argv])
-    with replacing(given.output / "tables.md") as temporary:
-        temporary.write_text(f"Made by `{command}`.\n\n" + "\n".join(
-            table.to_markdown() for table in readable), encoding="utf-8")
-    for table in (curves, *tables, *by_layer):
-        table.write_csv(given.output / f"{table.name}.csv")
+    readable = write_tables(given.output, shlex.join(["python", *sys.argv]), tables, by_layer)
     print(f"{len(arms)} runs, {len(readable)} tables: {given.output / 'tables.md'}")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .editing.requests import EditRequest
 from .editing.solvers import LowRankUpdate
 from .energy_metrics import MetricCorrelation, correlate, join_energy
-from .files import replacing
+from .files import atomic_write
 from .hyperspherical import energy_from_gram, hyperspherical_energy
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ class HETracker(EditCallback):
 
     def to_csv(self, path: str | Path) -> None:
         """Write all records, one line a record and layer."""
-        with replacing(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        with atomic_write(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(_COLUMNS)
             for record in self.records:

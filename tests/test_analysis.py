@@ -11,21 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
+from study.energy import regress_changes
+from study.geometry import neuron_geometry
+from study.spectra import moment_share, row_spectrum, update_alignment
 from torch import Tensor
 
 from sphere_easyedit import PrincipalSpace
-from sphere_easyedit.evaluation import geometry, spectra
+from sphere_easyedit.evaluation import neurons, spaces
 from sphere_easyedit.evaluation.analysis import (
     EnergyPoint,
     change_pairs,
     energy_correlations,
     regress,
-    regress_changes,
 )
 from sphere_easyedit.evaluation.collapse import Collapse, collapse_point
-from sphere_easyedit.evaluation.geometry import neuron_geometry
 from sphere_easyedit.evaluation.paired import paired_bootstrap, paired_gain
-from sphere_easyedit.evaluation.spectra import moment_share, principal_share, row_spectrum, update_alignment
+from sphere_easyedit.evaluation.spaces import principal_share
 
 SCORES = arrays(np.float64, st.integers(2, 40), elements=st.floats(0, 1))
 SEEDS = st.integers(0, 2**31 - 1)
@@ -230,16 +231,16 @@ def test_what_has_no_slope() -> None:
 
 @given(SEEDS, st.integers(2, 12), st.integers(1, 6), st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_geometry_is_that_of_a_loop(seed: int, neurons: int, width: int, with_zero_row: bool) -> None:
-    weight = rows(seed, neurons, width) * torch.logspace(-3, 3, neurons, dtype=torch.float64)[:, None]
+def test_geometry_is_that_of_a_loop(seed: int, count: int, width: int, with_zero_row: bool) -> None:
+    weight = rows(seed, count, width) * torch.logspace(-3, 3, count, dtype=torch.float64)[:, None]
     cosines = [float(weight[i] @ weight[j] / (weight[i].norm() * weight[j].norm()))
-               for i in range(neurons) for j in range(i + 1, neurons)]
+               for i in range(count) for j in range(i + 1, count)]
     if with_zero_row:
         weight = torch.cat([weight, torch.zeros(1, width, dtype=torch.float64)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry, "_BLOCK_ROWS", 3)
+        patch.setattr(neurons, "_BLOCK_ROWS", 3)
         found = neuron_geometry(weight, above=0.3, quantiles=(0.1, 0.5))
-    assert (found.neurons, found.pairs) == (neurons, len(cosines))
+    assert (found.neurons, found.pairs) == (count, len(cosines))
     assert (found.mean, found.std) == pytest.approx((np.mean(cosines), np.std(cosines)), abs=1e-12)
     assert found.mean_magnitude == pytest.approx(np.mean(np.abs(cosines)), abs=1e-12)
     assert found.share_above == pytest.approx(np.mean(np.array(cosines) > 0.3))
@@ -259,7 +260,7 @@ def test_many_neurons_go_through_float32() -> None:
     weight = rows(0, 40, 20)
     exact = neuron_geometry(weight)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry, "FLOAT64_SIDE", 10)
+        patch.setattr(neurons, "FLOAT64_SIDE", 10)
         rounded = neuron_geometry(weight)
     assert rounded.mean != exact.mean and rounded.mean == pytest.approx(exact.mean, abs=1e-7)
     assert rounded.std == pytest.approx(exact.std, rel=1e-6)
@@ -282,7 +283,7 @@ def test_shares_are_those_of_the_projection(seed: int, shape: tuple[int, int], g
     space = PrincipalSpace.from_weight(rows(seed, *shape), gamma)
     update, keys = rows(seed + 1, 4, shape[1]), rows(seed + 2, shape[1], 30)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spectra, "_BLOCK_ELEMENTS", 20)  # several blocks
+        patch.setattr(spaces, "_BLOCK_ELEMENTS", 20)  # several blocks
         of_update, of_keys = principal_share(update, space), principal_share(keys.T, space)
         of_moment = moment_share(keys @ keys.T / 30, space)
     left = float(space.suppress(update, 1.0).square().sum() / update.square().sum())

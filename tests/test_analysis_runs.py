@@ -17,35 +17,24 @@ import torch
 import yaml
 from conftest import REQUESTS, tiny_hparams, tiny_model
 from safetensors.torch import save_file
+from study.comparisons import abilities_table, differences_table, gains_table, results_table
+from study.energy import collapse_table, correlation_table, curves_table, regression_table
+from study.geometry import neuron_geometry
+from study.weights import keys_of_edits, over_layers, stages, weight_tables
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import PrincipalSpace
 from sphere_easyedit.editing.covariance import moment_path, save_moment
 from sphere_easyedit.evaluation.analysis import energy_correlations, energy_points
+from sphere_easyedit.evaluation.arms import Arm, arms_of
 from sphere_easyedit.evaluation.collapse import Collapse, collapse_of
-from sphere_easyedit.evaluation.geometry import neuron_geometry
 from sphere_easyedit.evaluation.run_records import RunRecords, find_runs
-from sphere_easyedit.evaluation.spectra import principal_share
-from sphere_easyedit.evaluation.study import (
-    Arm,
-    abilities_table,
-    arms_of,
-    differences_table,
-    gains_table,
-    results_table,
-)
-from sphere_easyedit.evaluation.study_energy import (
-    collapse_table,
-    correlation_table,
-    curves_table,
-    regression_table,
-)
-from sphere_easyedit.evaluation.study_weights import keys_of_edits, over_layers, stages, weight_tables
+from sphere_easyedit.evaluation.spaces import principal_share
 from sphere_easyedit.evaluation.tables import Column, Table
 from sphere_easyedit.runs.schema import Estimate, Summary
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "study_tables.py"
-METRICS = ("efficacy", "generalization", "specificity")
+METRIC_NAMES = ("efficacy", "generalization", "specificity")
 
 
 def metric(mean: float | None, n: int = 8) -> dict[str, Any]:
@@ -107,7 +96,7 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
     before, after = run.before(), run.after()
     assert before is not None and after is not None
     assert before.metrics["specificity"] == Estimate(20.0, (19.0, 21.0), 8)
-    assert after.num_edits == 300 and set(after.metrics) == set(METRICS)  # no case has fluency
+    assert after.num_edits == 300 and set(after.metrics) == set(METRIC_NAMES)  # no case has fluency
     assert after.update_norms == {4: 3.0, 5: 9.0} and after.perplexity == 22.0
     assert [point.num_edits for point in run.trajectory()] == [100, 200, 300]
     assert run.after("rome") is None and run.trajectory("rome") == []
@@ -268,7 +257,7 @@ def test_regressions_pool_runs(tmp_path: Path) -> None:
 def arms_with_scores(folder: Path) -> list[Arm]:
     """MEMIT by itself, with SPHERE (a tenth better on each case) and with a control as good; and a ZsRE run."""
     rng = np.random.default_rng(0)
-    base = {case: {name: float(rng.uniform(0.2, 0.8)) for name in METRICS} for case in range(40)}
+    base = {case: {name: float(rng.uniform(0.2, 0.8)) for name in METRIC_NAMES} for case in range(40)}
     better = {case: {name: 1.1 * value for name, value in values.items()} for case, values in base.items()}
     write_run(folder / "a", scores=base)
     write_run(folder / "b", alpha=0.8, scores=better)

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,7 @@ from sphere_easyedit.evaluation.datasets import (
     MissingDatasetError,
     draw_records,
     fill,
-    load_counterfact,
-    load_multi_counterfact,
     load_records,
-    load_zsre,
     records_fingerprint,
     with_protocol_targets,
 )
@@ -82,7 +78,7 @@ def written(folder: Path, value: Any, name: str = "set.json") -> Path:
 
 
 def test_counterfact_record_field_by_field(tmp_path: Path) -> None:
-    (record,) = load_counterfact(written(tmp_path, [counterfact_raw()]))
+    (record,) = load_records("counterfact", written(tmp_path, [counterfact_raw()]))
     assert record == EditRecord(
         case_id=7,
         prompt="The harbour of {} lies on the",
@@ -108,7 +104,7 @@ def test_counterfact_record_field_by_field(tmp_path: Path) -> None:
 
 
 def test_zsre_record_follows_the_papers_protocol(tmp_path: Path) -> None:
-    first, second = load_zsre(written(tmp_path, [zsre_raw(), zsre_raw("Blue Heron")]))
+    first, second = load_records("zsre", written(tmp_path, [zsre_raw(), zsre_raw("Blue Heron")]))
     assert first == EditRecord(
         case_id=0,
         prompt="In which year was {} founded?",
@@ -129,12 +125,12 @@ def test_targets_lose_spaces_around_them(tmp_path: Path) -> None:
     raw = counterfact_raw()
     raw["requested_rewrite"]["target_new"]["str"] = " Black Sea\n"
     raw["requested_rewrite"]["target_true"]["str"] = " Adriatic"
-    (record,) = load_counterfact(written(tmp_path, [raw]))
+    (record,) = load_records("counterfact", written(tmp_path, [raw]))
     assert (record.target_new, record.target_true) == ("Black Sea", "Adriatic")
     assert {prompt.target for prompt in record.neighborhood_prompts} == {"Adriatic"}
     raw = zsre_raw()
     raw["answers"][0], raw["loc_ans"] = " 1899", " A. Mariner "
-    (record,) = load_zsre(written(tmp_path, [raw]))
+    (record,) = load_records("zsre", written(tmp_path, [raw]))
     assert (record.target_new, record.neighborhood_prompts[0].target) == ("1899", "A. Mariner")
 
 
@@ -143,7 +139,7 @@ def test_generation_prompts_and_empty_lists_are_optional(tmp_path: Path) -> None
     del raw["generation_prompts"]
     raw["paraphrase_prompts"] = []
     raw["neighborhood_prompts"] = []
-    (record,) = load_counterfact(written(tmp_path, [raw]))
+    (record,) = load_records("counterfact", written(tmp_path, [raw]))
     assert record.generation_prompts == record.paraphrase_prompts == ()
     assert record.neighborhood_prompts == ()
 
@@ -152,7 +148,7 @@ def test_other_braces_are_text(tmp_path: Path) -> None:
     raw = counterfact_raw()
     raw["requested_rewrite"]["prompt"] = "{0} and {name} of {} in {{x}"
     raw["requested_rewrite"]["subject"] = "{} {y}"
-    (record,) = load_counterfact(written(tmp_path, [raw]))
+    (record,) = load_records("counterfact", written(tmp_path, [raw]))
     assert record.edit_prompt == "{0} and {name} of {} {y} in {{x}"
     assert fill("a {} b", "{}") == "a {} b"
 
@@ -160,11 +156,11 @@ def test_other_braces_are_text(tmp_path: Path) -> None:
 def test_zsre_subject_more_than_once_takes_the_place_of_a_whole_word(tmp_path: Path) -> None:
     raw = zsre_raw("Ann")
     raw["src"] = "Which Annual did Ann edit before Ann left?"
-    (record,) = load_zsre(written(tmp_path, [raw]))
+    (record,) = load_records("zsre", written(tmp_path, [raw]))
     assert record.prompt == "Which Annual did {} edit before Ann left?"
     assert record.edit_prompt == raw["src"]
     raw["src"] = "Who owns theAnnex?"  # no place of its own: the first there is
-    (record,) = load_zsre(written(tmp_path, [raw]))
+    (record,) = load_records("zsre", written(tmp_path, [raw]))
     assert record.prompt == "Who owns the{}ex?"
 
 
@@ -299,17 +295,18 @@ def test_multi_counterfact_may_lack_paraphrases_and_repeat_subjects(tmp_path: Pa
     assert (second.subject, second.paraphrase_prompts, second.generation_prompts) == ("Port 1", (), ())
     assert len(second.neighborhood_prompts) == 3
     with pytest.raises(ValueError, match=r"record 1 \(case_id 2\), field 'paraphrase_prompts': found nothing"):
-        load_counterfact(path)
+        load_records("counterfact", path)
     with pytest.raises(ValueError, match=r"record 0 \(case_id 1\), field 'neighborhood_prompts': found nothing"):
-        load_multi_counterfact(written(tmp_path, [remove_or_put(counterfact_raw(1), "neighborhood_prompts", ABSENT)]))
+        load_records("multi_counterfact", written(tmp_path, [
+            remove_or_put(counterfact_raw(1), "neighborhood_prompts", ABSENT)]))
 
 
 # --- protocols and fingerprints ---------------------------------------------------------------------------------
 
 
 def test_protocols_edit_their_own_target(tmp_path: Path) -> None:
-    (counterfact,) = load_counterfact(written(tmp_path, [counterfact_raw()]))
-    (zsre,) = load_zsre(written(tmp_path, [zsre_raw()]))
+    (counterfact,) = load_records("counterfact", written(tmp_path, [counterfact_raw()]))
+    (zsre,) = load_records("zsre", written(tmp_path, [zsre_raw()]))
     for protocol in ("paper", "rome"):
         assert with_protocol_targets([counterfact, zsre], protocol) == [counterfact, zsre]
     same, edited = with_protocol_targets([counterfact, zsre], "easyedit")
@@ -325,7 +322,7 @@ def test_zsre_without_alt_is_refused_for_easyedit(tmp_path: Path) -> None:
     raw = [zsre_raw(f"Press {number}") for number in range(9)]
     for item in raw[1:8]:
         item["alt"] = ""
-    records = load_zsre(written(tmp_path, raw))
+    records = load_records("zsre", written(tmp_path, raw))
     assert with_protocol_targets(records, "paper") == records
     with pytest.raises(ValueError, match=r"7 of 9 ZsRE records have no alt, .*case_id 1, 2, 3, 4, 5, \.\.\.\): leave"):
         with_protocol_targets(records, "easyedit")
@@ -336,11 +333,11 @@ def test_zsre_without_alt_is_refused_for_easyedit(tmp_path: Path) -> None:
 def test_zsre_one_hop_of_easyedit(tmp_path: Path) -> None:
     raw = zsre_raw() | {"portability": {"Recalled Relation": "(a, b, c)", "New Question": "What is sold there?",
                                         "New Answer": " Books"}}
-    (record,) = load_zsre(written(tmp_path, [raw]))
+    (record,) = load_records("zsre", written(tmp_path, [raw]))
     assert record.portability_prompts == (EvaluationPrompt("What is sold there?", "Books"),)
     raw["portability"]["New Answer"] = 5
     with pytest.raises(ValueError, match=r"record 0, field 'portability.New Answer': found int 5"):
-        load_zsre(written(tmp_path, [raw]))
+        load_records("zsre", written(tmp_path, [raw]))
 
 
 @given(st.permutations(range(5)), st.integers(0, 4))
@@ -371,22 +368,22 @@ def test_fingerprint_stays_from_version_to_version() -> None:
 
 def test_missing_file_says_where_to_put_it(tmp_path: Path) -> None:
     path = tmp_path / "nowhere.json"
-    for load, what in ((load_counterfact, "counterfact.json"), (load_zsre, "zsre_mend_eval.json")):
+    for dataset, what in (("counterfact", "counterfact.json"), ("zsre", "zsre_mend_eval.json")):
         with pytest.raises(FileNotFoundError, match="nowhere.json does not exist") as caught:
-            load(path)
+            load_records(dataset, path)
         assert isinstance(caught.value, MissingDatasetError) and isinstance(caught.value, ValueError)
         assert what in str(caught.value)
     with pytest.raises(MissingDatasetError, match=r"facts needs a file: give the path of a \.jsonl"):
         load_records("facts", None, 1, None)
     with pytest.raises(ValueError, match="is no file"):
-        load_counterfact(tmp_path)
+        load_records("counterfact", tmp_path)
 
 
 def test_truncated_file(tmp_path: Path) -> None:
     whole = json.dumps([counterfact_raw(1), counterfact_raw(2)])
     for cut in (len(whole) // 2, len(whole) - 1):
         with pytest.raises(ValueError, match=r"line 1, column \d+ \(character \d+ of \d+\).*truncated"):
-            load_counterfact(written(tmp_path, whole[:cut]))
+            load_records("counterfact", written(tmp_path, whole[:cut]))
 
 
 @pytest.mark.parametrize(
@@ -404,7 +401,7 @@ def test_truncated_file(tmp_path: Path) -> None:
 def test_no_list_of_records(tmp_path: Path, text: str, message: str) -> None:
     path = written(tmp_path, text)
     with pytest.raises(ValueError, match=message) as caught:
-        load_counterfact(path)
+        load_records("counterfact", path)
     assert str(path) in str(caught.value)
 
 
@@ -412,7 +409,7 @@ def test_not_text(tmp_path: Path) -> None:
     path = tmp_path / "set.json"
     path.write_bytes(b"[\xff\xfe]")
     with pytest.raises(ValueError, match="not UTF-8 text .* at byte 1"):
-        load_zsre(path)
+        load_records("zsre", path)
 
 
 def put(raw: dict[str, Any], field: str, value: Any) -> None:
@@ -464,7 +461,7 @@ def test_counterfact_schema(tmp_path: Path, field: str, value: Any, named: str, 
     good = [counterfact_raw(number) for number in (1, 2, 3)]
     path = written(tmp_path, [*good, remove_or_put(counterfact_raw(44), field, value)])
     with pytest.raises(ValueError) as caught:
-        load_counterfact(path)
+        load_records("counterfact", path)
     message = str(caught.value)
     assert f"{path}: record 3" in message
     assert f"field '{named}': found {found}" in message
@@ -494,27 +491,27 @@ def test_counterfact_schema(tmp_path: Path, field: str, value: Any, named: str, 
 def test_zsre_schema(tmp_path: Path, field: str, value: Any, named: str, found: str) -> None:
     path = written(tmp_path, [zsre_raw("A"), remove_or_put(zsre_raw(), field, value)])
     with pytest.raises(ValueError) as caught:
-        load_zsre(path)
+        load_records("zsre", path)
     assert f"{path}: record 1, field '{named}': found {found}" in str(caught.value)
 
 
 def test_file_of_the_other_data_set(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="record 0.*'requested_rewrite': found nothing .*subject, src"):
-        load_counterfact(written(tmp_path, [zsre_raw()]))
+        load_records("counterfact", written(tmp_path, [zsre_raw()]))
     with pytest.raises(ValueError, match=r"record 0 \(case_id 7\), field 'answers': found nothing"):
-        load_zsre(written(tmp_path, [counterfact_raw()]))
+        load_records("zsre", written(tmp_path, [counterfact_raw()]))
 
 
 def test_case_id_twice(tmp_path: Path) -> None:
     path = written(tmp_path, [counterfact_raw(number) for number in (5, 6, 5)])
     with pytest.raises(ValueError, match=r"record 2 \(case_id 5\), field 'case_id': .*record 0 has too"):
-        load_counterfact(path)
+        load_records("counterfact", path)
 
 
 def test_long_values_are_shown_in_part(tmp_path: Path) -> None:
     raw = remove_or_put(counterfact_raw(), "paraphrase_prompts", "x" * 5000)
     with pytest.raises(ValueError) as caught:
-        load_counterfact(written(tmp_path, [raw]))
+        load_records("counterfact", written(tmp_path, [raw]))
     assert len(str(caught.value)) < 1000
 
 
@@ -522,13 +519,13 @@ def test_long_values_are_shown_in_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "load", "size"),
-    [("counterfact.json", load_counterfact, 2100), ("zsre_mend_eval.json", load_zsre, 1100)],
+    ("name", "dataset", "size"),
+    [("counterfact.json", "counterfact", 2100), ("zsre_mend_eval.json", "zsre", 1100)],
 )
-def test_real_files_load_whole(name: str, load: Callable[[Path], list[EditRecord]], size: int) -> None:
+def test_real_files_load_whole(name: str, dataset: Any, size: int) -> None:
     path = real(name)
     raw = json.loads(path.read_text(encoding="utf-8"))
-    records = load(path)
+    records = load_records(dataset, path)
     assert len(records) == len(raw) >= size
     assert len({record.case_id for record in records}) == len(raw)
     for record, item in zip(records, raw, strict=True):
@@ -554,7 +551,7 @@ def test_real_files_load_whole(name: str, load: Callable[[Path], list[EditRecord
 
 
 def test_real_zsre_in_easyedits_protocol() -> None:
-    records = load_zsre(real("zsre_mend_eval.json"))
+    records = load_records("zsre", real("zsre_mend_eval.json"))
     kept = [record for record in records if record.target_alt]
     assert 0 < len(records) - len(kept) < 10
     with pytest.raises(ValueError, match="have no alt"):
@@ -573,8 +570,9 @@ def test_real_held_out_records_are_not_seen() -> None:
 
 def test_real_counterfact_reads_as_multi_counterfact() -> None:
     path = real("counterfact.json")
-    records = load_counterfact(path)
-    assert load_multi_counterfact(path) == [dataclasses.replace(r, dataset="multi_counterfact") for r in records]
+    records = load_records("counterfact", path)
+    assert load_records("multi_counterfact", path) == [
+        dataclasses.replace(record, dataset="multi_counterfact") for record in records]
 
 
 def test_real_selection_is_fixed_by_the_seed() -> None:

@@ -10,13 +10,7 @@ from typing import Any
 
 import pytest
 
-from sphere_easyedit.evaluation.datasets import (
-    EditRecord,
-    EvaluationPrompt,
-    load_counterfact,
-    load_multi_counterfact,
-    load_zsre,
-)
+from sphere_easyedit.evaluation.datasets import EditRecord, EvaluationPrompt, load_records
 
 DATA = Path(os.environ.get("SPHERE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -82,13 +76,13 @@ def test_counterfact_record_field_by_field(tmp_path: Path) -> None:
         generation_prompts=(),
         dataset="counterfact",
     )
-    assert load_counterfact(path) == [expected]
-    assert load_multi_counterfact(path) == [dataclasses.replace(expected, dataset="multi_counterfact")]
+    assert load_records("counterfact", path) == [expected]
+    assert load_records("multi_counterfact", path) == [dataclasses.replace(expected, dataset="multi_counterfact")]
 
 
 def test_knowedit_axes_are_joined(tmp_path: Path) -> None:
     path = written(tmp_path, [knowedit_raw()])
-    (record,) = load_counterfact(path)
+    (record,) = load_records("counterfact", path)
     assert (record.case_id, record.target_new, record.target_true) == (0, "1950", "1899")
     assert record.neighborhood_prompts == (
         EvaluationPrompt("The town of Grey Otter Press is", "Bristol"),
@@ -97,16 +91,16 @@ def test_knowedit_axes_are_joined(tmp_path: Path) -> None:
         EvaluationPrompt("Its third year was", "1901"),
     )
     assert record.portability_prompts == (EvaluationPrompt("Who reigned when it was founded?", "George VI"),)
-    (zsre,) = load_zsre(path)  # what the file edits in is alt
+    (zsre,) = load_records("zsre", path)  # what the file edits in is alt
     assert (zsre.target_new, zsre.target_alt, zsre.target_true) == ("1899", "1950", None)
     assert zsre.neighborhood_prompts == record.neighborhood_prompts  # no question mark: they are no nq questions
 
 
 def test_only_three_fields_are_needed(tmp_path: Path) -> None:
     raw = {"prompt": "{} lies on the", "subject": "Bari", "target_new": " Black Sea ", "locality": None}
-    (record,) = load_counterfact(written(tmp_path, [raw]))
+    (record,) = load_records("counterfact", written(tmp_path, [raw]))
     assert record == EditRecord(0, "{} lies on the", "Bari", "Black Sea", None, (), (), (), "counterfact")
-    (record,) = load_zsre(written(tmp_path, [raw]))  # no other answer than the file's
+    (record,) = load_records("zsre", written(tmp_path, [raw]))  # no other answer than the file's
     assert record == EditRecord(0, "{} lies on the", "Bari", "Black Sea", None, (), (), (), "zsre", "Black Sea")
 
 
@@ -115,7 +109,7 @@ def test_lists_of_prompts(tmp_path: Path) -> None:
     del raw["rephrase_prompt"]
     raw |= {"rephrase": ["a", "b"], "locality_prompt": ["c", "d"], "locality_ground_truth": ["e", ["f", "g"]],
             "portability_prompt": "h", "portability_ground_truth": ["i", "j"]}
-    (record,) = load_counterfact(written(tmp_path, [raw]))
+    (record,) = load_records("counterfact", written(tmp_path, [raw]))
     assert record.paraphrase_prompts == ("a", "b")
     assert record.neighborhood_prompts == (EvaluationPrompt("c", "e"), EvaluationPrompt("d", "f"))
     assert record.portability_prompts == (EvaluationPrompt("h", "i"),)
@@ -149,7 +143,7 @@ def test_schema(tmp_path: Path, change: dict[str, Any], field: str, found: str) 
     path = written(tmp_path, [flat_raw(1), flat_raw(9) | change])
     case = change.get("case_id", 9)
     with pytest.raises(ValueError) as caught:
-        load_counterfact(path)
+        load_records("counterfact", path)
     assert f"{path}: record 1 (case_id {case!r}), field '{field}': found {found}" in str(caught.value)
     assert "expected" in str(caught.value)
 
@@ -159,11 +153,11 @@ def test_all_records_are_of_the_first_ones_schema(tmp_path: Path) -> None:
                                                 "target_true": {"str": "c"}},
             "paraphrase_prompts": [], "neighborhood_prompts": []}
     with pytest.raises(ValueError, match=r"record 1 \(case_id 5\), field 'subject': found nothing"):
-        load_counterfact(written(tmp_path, [flat_raw(), rome]))
+        load_records("counterfact", written(tmp_path, [flat_raw(), rome]))
     with pytest.raises(ValueError, match=r"record 1 \(case_id 4\), field 'requested_rewrite': found nothing"):
-        load_counterfact(written(tmp_path, [rome, flat_raw()]))
+        load_records("counterfact", written(tmp_path, [rome, flat_raw()]))
     with pytest.raises(ValueError, match=r"record 1 \(case_id 4\), field 'case_id': found 4, which record 0 has too"):
-        load_counterfact(written(tmp_path, [flat_raw(), flat_raw()]))
+        load_records("counterfact", written(tmp_path, [flat_raw(), flat_raw()]))
 
 
 def test_real_counterfact_flattened_is_the_published_one(tmp_path: Path) -> None:
@@ -175,8 +169,8 @@ def test_real_counterfact_flattened_is_the_published_one(tmp_path: Path) -> None
          "locality_prompt": item["neighborhood_prompts"][0], "locality_ground_truth": rewrite["target_true"]["str"]}
         for item in raw for rewrite in [item["requested_rewrite"]]
     ]
-    published = load_counterfact(path)
-    for record, expected in zip(load_counterfact(written(tmp_path, flat)), published, strict=True):
+    published = load_records("counterfact", path)
+    for record, expected in zip(load_records("counterfact", written(tmp_path, flat)), published, strict=True):
         shortened = dataclasses.replace(expected, paraphrase_prompts=expected.paraphrase_prompts[:1],
                                         neighborhood_prompts=expected.neighborhood_prompts[:1], generation_prompts=(),
                                         prompt=record.prompt)
@@ -193,5 +187,5 @@ def test_real_zsre_flattened_is_the_published_one(tmp_path: Path) -> None:
          "locality_ground_truth": item["loc_ans"], "portability": item.get("portability")}
         for number, item in enumerate(raw) if item["alt"]
     ]
-    published = [record for record in load_zsre(path) if record.target_alt]
-    assert load_zsre(written(tmp_path, flat)) == published
+    published = [record for record in load_records("zsre", path) if record.target_alt]
+    assert load_records("zsre", written(tmp_path, flat)) == published

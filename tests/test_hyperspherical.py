@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sphere_easyedit import hyperspherical
+from sphere_easyedit.core import tensors
 from sphere_easyedit.hyperspherical import (
     DISTANCE_FLOOR,
     energy_change_bound,
@@ -454,8 +455,9 @@ def test_bound_when_a_zero_row_moves() -> None:
 def test_all_is_computed_where_the_weight_is(answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: fake tensors have no numbers, but refuse as a GPU does what mixes devices."""
     for name, known in {"int": 0, "float": 1.0, "bool": answer}.items():  # of what has no numbers
-        monkeypatch.setattr(hyperspherical, name, type(name, (), {"__new__": lambda _, __, known=known: known}),
-                            raising=False)
+        for module in (hyperspherical, tensors):
+            monkeypatch.setattr(module, name, type(name, (), {"__new__": lambda _, __, known=known: known}),
+                                raising=False)
     monkeypatch.setattr(hyperspherical, "_exclude", lambda *_: None)  # by masks, whose count has no number either
     monkeypatch.setattr(hyperspherical, "_MAX_BLOCK_ROWS", 4)
     device = torch.device("lazy:0")  # the one that torch always knows

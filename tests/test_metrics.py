@@ -32,9 +32,7 @@ from sphere_easyedit.evaluation.bootstrap import bootstrap_interval
 from sphere_easyedit.evaluation.datasets import (
     EditRecord,
     EvaluationPrompt,
-    load_counterfact,
     load_records,
-    load_zsre,
 )
 from sphere_easyedit.evaluation.generation import generate_continuations
 from sphere_easyedit.evaluation.metrics import CaseScores, evaluate_records, summarise
@@ -202,7 +200,7 @@ def mixed_records(model: Any, tok: Any, front: list[int], folder: Path) -> list[
     for name, raw in (("cf.json", counterfact), ("zsre.json", zsre)):
         paths.append(folder / name)
         paths[-1].write_text(json.dumps(raw), encoding="utf-8")
-    return load_counterfact(paths[0]) + load_zsre(paths[1])
+    return load_records("counterfact", paths[0]) + load_records("zsre", paths[1])
 
 
 # --- the metrics --------------------------------------------------------------------------------------------
@@ -259,7 +257,7 @@ def test_built_models_on_real_records(tmp_path: Path) -> None:
             embd_pdrop=0.5, attn_pdrop=0.5, **sizes,
         )),
     ]
-    records = load_zsre(path)[:6] + load_counterfact(DATA / "counterfact.json")[:4]
+    records = load_records("zsre", path)[:6] + load_records("counterfact", DATA / "counterfact.json")[:4]
     for built in models:
         built.train(False)
         hit = []

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sphere_easyedit import projection
+from sphere_easyedit.core import tensors
 from sphere_easyedit.projection import PrincipalSpace
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "llama"
@@ -722,7 +723,8 @@ def test_what_is_made_lies_where_the_weight_is(monkeypatch: pytest.MonkeyPatch) 
     assert projection._unit_gram(wide, norms[:3], torch.float32, False).is_meta
     assert projection._unit_gram(tall, norms, torch.float32, True).is_meta
     for name, known in {"int": 0, "float": 0.0}.items():  # no number can be read there
-        monkeypatch.setattr(projection, name, lambda _, known=known: known, raising=False)
+        for module in (projection, tensors):
+            monkeypatch.setattr(module, name, lambda _, known=known: known, raising=False)
     assert projection._row_norms(tall).is_meta
     assert projection._orthonormal(tall).is_meta
     space = PrincipalSpace.spanned_by(tall, 0.4)

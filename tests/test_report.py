@@ -26,7 +26,7 @@ from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.measuring import MeasureSettings
 from sphere_easyedit.evaluation.run_records import RunRecords
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
-from sphere_easyedit.evaluation.spectra import principal_share
+from sphere_easyedit.evaluation.spaces import principal_share
 from sphere_easyedit.report.build import figures_of, write_report
 from sphere_easyedit.report.cases import case_table
 from sphere_easyedit.report.changes import _regression

@@ -26,7 +26,7 @@ from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.measuring import Measurer, MeasureSettings, points_after
 from sphere_easyedit.evaluation.neurons import NeuronRecord
 from sphere_easyedit.evaluation.sequential import RunResult, RunSettings, run_sequential
-from sphere_easyedit.signals import Interrupted, interrupts_raised
+from sphere_easyedit.signals import Interrupted, raise_on_interrupts
 
 TIMES = ("preparation_seconds", "editing_seconds", "evaluation_seconds", "peak_memory_bytes")
 TEXT = " ".join(f"The {noun} of the town is {number} years old." for number, noun in
@@ -380,7 +380,7 @@ def test_sigterm_and_ctrl_c_end_in_good_order(start: Start, whole: tuple[Path, f
 
 def test_a_second_signal_does_not_cut_the_undoing_short() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted) as caught, interrupts_raised():
+    with pytest.raises(Interrupted) as caught, raise_on_interrupts():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)  # never slept through

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ..cli_withdraw import withdraw
-from ..signals import Interrupted, ProcessLost, interrupts_raised
+from ..signals import Interrupted, ProcessLost, raise_on_interrupts
 from .apply import apply
 from .doctor import doctor
 from .edit import edit
@@ -34,7 +34,7 @@ def main() -> None:
     Exit status: 2 for bad input, 128+n for signal n, 1 for a lost process or too little memory.
     """
     try:
-        with interrupts_raised():
+        with raise_on_interrupts():
             try:
                 app()
             except ProcessLost as error:  # reported in here: a launcher sends SIGTERM to the processes that are left

@@ -109,20 +109,20 @@ def load_replicas(hparams: SPHEREHyperParams, dtype: str | None
     Raises:
         ValueError: there are several processes, but the hyperparameters allow only one.
     """
-    from ..replicas import Place, Replicas
+    from ..replicas import ProcessInfo, Replicas
 
-    place = Place.joined(hparams.device)
-    if place.size == 1:
+    process = ProcessInfo.join(hparams.device)
+    if process.world_size == 1:
         return *load_for(hparams, dtype), nullcontext()
     for name, value in (("model_parallel", hparams.model_parallel), ("executor", hparams.executor == "easyedit")):
         if value:
-            raise ValueError(f"{name} is {getattr(hparams, name)!r}, which {place.size} processes can't share out: "
+            raise ValueError(f"{name} is {getattr(hparams, name)!r}, which {process.world_size} processes can't share: "
                              "start one process, or change it")
-    if place.index:
+    if process.rank:
         logging.getLogger("sphere_easyedit").setLevel(logging.WARNING)
-    model, tok = load_for(replace(hparams, device=place.device), dtype)
-    replicas = Replicas(hparams.editable(model), place)
-    if place.index:
+    model, tok = load_for(replace(hparams, device=process.device), dtype)
+    replicas = Replicas(hparams.editable(model), process)
+    if process.rank:
         replicas.follow()
         raise typer.Exit
     return model, tok, replicas.leading()

@@ -17,7 +17,7 @@ def hparams(
 ) -> None:
     """Write a starting YAML for a decoder that has none."""
     from ..configs import planning_config
-    from ..files import replacing
+    from ..files import atomic_write
     from ..hparams_files import starting_file
     from ..loading import model_source
 
@@ -25,5 +25,5 @@ def hparams(
     if output is None:
         print(text, end="")
         return
-    with replacing(output) as temporary:
+    with atomic_write(output) as temporary:
         temporary.write_text(text, encoding="utf-8")

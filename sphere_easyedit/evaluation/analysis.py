@@ -9,7 +9,7 @@ which layers that rise and layers that fall do not cancel.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -129,20 +129,6 @@ def change_pairs(points: Sequence[EnergyPoint], metric: str, magnitude: bool = F
         pairs.append(((mean_magnitude if magnitude else mean_change)(step),
                       later.values[metric] - earlier.values[metric]))
     return pairs
-
-
-def regress_changes(runs: Iterable[Sequence[EnergyPoint]], metric: str, magnitude: bool = False) -> Regression:
-    """Regression of a metric's change on the change of energy between consecutive points (the paper's Figure 3).
-
-    Pairs of several runs are pooled. Those of one run are no independent draws, and runs of different methods differ
-    in scale: a pooled p is that of the plain regression, as the paper's is.
-
-    Args:
-        runs: points of each run.
-        metric: whose change is y; x is as in ``change_pairs``.
-    """
-    pairs = [pair for points in runs for pair in change_pairs(points, metric, magnitude)]
-    return regress([x for x, _ in pairs], [y for _, y in pairs])
 
 
 def regress(x: Sequence[float], y: Sequence[float]) -> Regression:

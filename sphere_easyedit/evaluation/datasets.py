@@ -35,11 +35,8 @@ __all__ = [
     "MissingDatasetError",
     "draw_records",
     "fill",
-    "load_counterfact",
     "load_facts",
-    "load_multi_counterfact",
     "load_records",
-    "load_zsre",
     "records_fingerprint",
     "with_protocol_targets",
 ]
@@ -141,48 +138,17 @@ def _load_all(dataset: DatasetName, path: Path | None) -> list[EditRecord]:
         # Only demo runs need the table, so only they pay for reading it.
         from .demo import demo_records
 
-        return build_records(numbered(demo_records()), "built-in demo set", partial(rome_record, dataset="demo"))
+        return demo_records()
     found = dataset_path(dataset, path)
     return load_facts(found) if dataset == "facts" else _load_json(found, dataset)
 
 
-def load_counterfact(path: Path | str) -> list[EditRecord]:
-    """All records of a CounterFact file, in its order.
-
-    The file is of ROME's schema (see ``published.rome_record``) or of EasyEdit's flattened one (see
-    ``flattened.flattened_record``), as its first record says; all others must be of the same.
-
-    Raises:
-        MissingDatasetError: no file there.
-        ValueError: no valid JSON, not of the schema, or a case_id twice.
-    """
-    return _load_json(Path(path), "counterfact")
-
-
-def load_multi_counterfact(path: Path | str) -> list[EditRecord]:
-    """All records of a MultiCounterFact file: as ``load_counterfact``, but paraphrases may be missing.
-
-    Raises:
-        MissingDatasetError: no file there.
-        ValueError: no valid JSON, not of the schema, or a case_id twice.
-    """
-    return _load_json(Path(path), "multi_counterfact")
-
-
-def load_zsre(path: Path | str) -> list[EditRecord]:
-    """All records of a ZsRE file, in its order, read as the ROME/MEMIT/SPHERE protocol does.
-
-    The file is of MEND's schema (see ``published.mend_record``) or of EasyEdit's flattened one (see
-    ``flattened.flattened_record``), as its first record says; all others must be of the same.
-
-    Raises:
-        MissingDatasetError: no file there.
-        ValueError: no valid JSON, or not of the schema.
-    """
-    return _load_json(Path(path), "zsre")
-
-
 def _load_json(path: Path, dataset: DatasetName) -> list[EditRecord]:
+    """All records of a JSON file, in its order.
+
+    The first record tells whether the file is in the published schema (``published.rome_record``, ``mend_record``) or
+    flattened by EasyEdit (``flattened.flattened_record``); all others must be in the same.
+    """
     raw = read_list(path, PUBLISHED[dataset].what)
     build: Callable[[RawRecord], EditRecord]
     if isinstance(raw[0], dict) and is_flattened(raw[0]):

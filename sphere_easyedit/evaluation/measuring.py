@@ -29,7 +29,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..editing.session import EditSession
-from ..files import replacing
+from ..files import atomic_write
 from ..fingerprints import model_fingerprint
 from ..models import EditableModel
 from ..reviewing import change_norms
@@ -334,7 +334,7 @@ class Measurer:
             self._run.append_text(name, _lines(one for key, one in fresh.items() if key in missing))
             known.update(fresh)
         if shared is not None and not shared.exists():
-            with replacing(shared) as temporary:
+            with atomic_write(shared) as temporary:
                 temporary.write_bytes((self._run.path / name).read_bytes())
         return {protocol: [known[protocol, record.case_id] for record in records] for protocol in protocols}
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,14 +33,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from ..files import replacing
-from .geometry import cosine_blocks, unit_rows
+from ..core.rows import row_norms, unit_rows
+from ..files import atomic_write
+from ..projection import FLOAT64_SIDE
 
 logger = logging.getLogger(__name__)
 
 SAMPLE: Final = 200  # neurons
 BINS: Final = 400
 _FORMAT: Final = "1"
+_BLOCK_ROWS: Final = 512
 _METADATA: Final = "neurons"
 # Cumulated shares that differ by rounding alone are equal, as in `projection`.
 _SHARE_ROUNDING: Final = 1e-12
@@ -94,7 +96,7 @@ class NeuronRecord:
                    for layer, found in self.layers.items() for name, field, _ in _TENSORS}
         described = {"format": _FORMAT, "num_edits": self.num_edits, "seed": self.seed, "gamma": self.gamma,
                      "d_in": {str(layer): found.d_in for layer, found in self.layers.items()}}
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata={_METADATA: json.dumps(described)})
 
     @classmethod
@@ -166,7 +168,7 @@ class NeuronWatch:
         self._gamma, self._seed = gamma, seed
         self._before: dict[int, _Before] = {}
         for layer, weight in weights.items():
-            unit, alive = unit_rows(weight)
+            unit, alive = directed_rows(weight)
             drawn = np.random.default_rng([seed, layer]).choice(len(alive), min(SAMPLE, len(alive)), replace=False)
             numbers = alive[torch.from_numpy(np.sort(drawn)).to(alive.device)]
             self._before[layer] = _Before(numbers, _directions(weight[numbers]), _lie(weight, unit, gamma))
@@ -192,7 +194,7 @@ class NeuronWatch:
             logger.warning("no record of neurons after %d edits: %s", num_edits, error)
 
     def _layer(self, before: _Before, weight: Tensor) -> LayerNeurons:
-        unit, _ = unit_rows(weight)
+        unit, _ = directed_rows(weight)
         after = _lie(weight, unit, self._gamma)
         rows = torch.cat([before.rows, _directions(weight[before.numbers])])
         lies = (before.lie, after)
@@ -202,11 +204,40 @@ class NeuronWatch:
             ranks=np.array([lie.rank for lie in lies], dtype=np.int64), d_in=weight.shape[1])
 
 
+def directed_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a weight that have a direction, scaled to unit norm, and which they are.
+
+    Args:
+        weight: ``(d_out, d_in)``, rows are neurons; any floating dtype, any device.
+
+    Returns:
+        ``(n, d_in)`` in float64 up to 1,024 of them, else float32, and their numbers ``(n,)``, ascending.
+
+    Raises:
+        ValueError: the weight holds nan or infinity.
+    """
+    norms = row_norms(weight)
+    numbers = (norms > 0).nonzero()[:, 0]
+    work = torch.float64 if len(numbers) <= FLOAT64_SIDE else torch.float32
+    return unit_rows(weight, norms, numbers, work), numbers
+
+
+def cosine_blocks(unit: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Cosines of unit rows ``(n, d_in)`` by blocks of rows.
+
+    Yields:
+        Rows i of a block, their cosines with all rows from the block's first on ``(rows, n - first)``, and of these
+        the pairs i < j ``(pairs,)``, kept within -1 and 1.
+    """
+    for start in range(0, unit.shape[0], _BLOCK_ROWS):
+        block = slice(start, min(start + _BLOCK_ROWS, unit.shape[0]))
+        product = unit[block] @ unit[start:].T
+        yield block, product, product[torch.ones_like(product, dtype=torch.bool).triu_(1)].clamp_(-1.0, 1.0)
+
+
 def _directions(rows: Tensor) -> Tensor:
     """Unit rows in float64; zero rows stay zero."""
-    rows = rows.double()
-    norms = rows.norm(dim=1, keepdim=True)
-    return rows / torch.where(norms > 0, norms, 1.0)
+    return unit_rows(rows, row_norms(rows), slice(None), torch.float64)
 
 
 def _lie(weight: Tensor, unit: Tensor, gamma: float) -> _Lie:

@@ -8,7 +8,7 @@ from .records import DatasetName, EditRecord, EvaluationPrompt
 
 
 def rome_record(given: RawRecord, dataset: DatasetName) -> EditRecord:
-    """A record of ROME's schema, which CounterFact, MultiCounterFact and the demo set share.
+    """A record of ROME's schema, which CounterFact and MultiCounterFact share.
 
     Needed: ``case_id``, ``requested_rewrite`` (``prompt`` with one ``{}``, ``subject``, ``target_new.str``,
     ``target_true.str``), ``paraphrase_prompts`` and ``neighborhood_prompts``; ``generation_prompts`` may be absent,

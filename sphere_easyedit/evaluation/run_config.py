@@ -51,7 +51,7 @@ def run_config(model: nn.Module, hparams: SPHEREHyperParams, run: Mapping[str, A
                   "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
                   "context_templates": EditSession.of(model).contexts},
         "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(),
-                    "processes": 1 if replicas is None else replicas.size,
+                    "processes": 1 if replicas is None else replicas.world_size,
                     "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
     }
 

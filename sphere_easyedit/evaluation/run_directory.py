@@ -11,7 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..files import place_in, remove_leftovers, replacing
+from ..files import atomic_write, path_within, remove_partial_files
 from ..runs.schema import CONFIG, FILES, METRICS, Count, Measurement, read_record
 from ..safe_yaml import read_yaml
 
@@ -48,7 +48,7 @@ class RunDirectory:
         Raises:
             ValueError: it leads out of the directory, by its name or by a symbolic link.
         """
-        return place_in(self.path, name, "the run directory")
+        return path_within(self.path, name, "the run directory")
 
     def check_places(self) -> None:
         """Refuse a directory one of whose names leads out of it; to be called before anything is done there.
@@ -83,13 +83,13 @@ class RunDirectory:
     def _remove_leftovers(self) -> None:
         linked = self.checkpoints.is_symlink()
         for folder in (self.path, *(path for path in self.path.iterdir() if path.is_dir() and not path.is_symlink())):
-            remove_leftovers(folder)
+            remove_partial_files(folder)
         for beginning in _OF_CHECKPOINTS if linked else ():  # other programs may keep theirs on that disk
-            remove_leftovers(self.checkpoints, beginning)
+            remove_partial_files(self.checkpoints, beginning)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a whole file, or leave the one before it."""
-        with replacing(self.place(name)) as temporary:
+        with atomic_write(self.place(name)) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:

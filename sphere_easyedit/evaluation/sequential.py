@@ -36,7 +36,7 @@ from ..editing.requests import EditRequest
 from ..editing.session import EditSession
 from ..fingerprints import weights_checksum
 from ..hparams import SPHEREHyperParams, check_hparams
-from ..inputs import check_parameters, check_tokenizer, ordinary_torch
+from ..inputs import check_parameters, check_tokenizer, default_torch_settings
 from ..messages import kind_and_text
 from ..models import EditableModel
 from ..runs.schema import (
@@ -141,7 +141,7 @@ class RunResult:
     generations: list[tuple[str, str, str]]  # prompt, before, after
 
 
-@ordinary_torch()
+@default_torch_settings()
 def run_sequential(
     model: nn.Module,
     tok: PreTrainedTokenizerBase,

@@ -4,20 +4,82 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from ..callbacks import EditCallback, EditEvent
 from ..editing.session import EditSession
-from ..files import replacing
+from ..files import atomic_write
 from ..projection import PrincipalSpace
-from .spectra import principal_share
 
 logger = logging.getLogger(__name__)
+
+_BLOCK_ELEMENTS: Final = 8 * 2**20  # converted to float64 at once
+
+
+@dataclass(frozen=True)
+class SpaceShare:
+    """Share of something's squared norm that lies in a space; nan where there is nothing.
+
+    Attributes:
+        share: 0 to 1.
+        chance: what directions drawn at random would give on average: the space's rank over d_in.
+    """
+
+    share: float
+    chance: float
+
+    @property
+    def ratio(self) -> float:
+        """Times chance."""
+        return self.share / self.chance if self.chance else math.nan
+
+
+def principal_share(rows: Tensor, space: PrincipalSpace) -> SpaceShare:
+    """``||M U||_F^2 / ||M||_F^2`` of the rows of M, against ``r / d_in``.
+
+    Args:
+        rows: M ``(n, d_in)``: an update dW, or the transpose of keys ``(d_in, n)``; any floating dtype.
+        space: of d_in inputs.
+
+    Raises:
+        ValueError: M is no finite floating ``(n, d_in)`` tensor.
+    """
+    check_rows(rows, "rows", space.d_in)
+    return share_in(rows, space.directions)
+
+
+def share_in(rows: Tensor, basis: Tensor) -> SpaceShare:
+    """As ``principal_share``, in the span of orthonormal columns ``(d_in, r)``."""
+    basis = basis.double()
+    inside = total = 0.0
+    for _, part in double_blocks(rows):
+        inside += float((part @ basis).square().sum())
+        total += float(part.square().sum())
+    return SpaceShare(inside / total if total else math.nan, basis.shape[1] / basis.shape[0])
+
+
+def double_blocks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of a matrix's rows, in float64."""
+    rows = max(1, _BLOCK_ELEMENTS // matrix.shape[1])
+    for start in range(0, matrix.shape[0], rows):
+        block = slice(start, start + rows)
+        yield block, matrix[block].detach().double()
+
+
+def check_rows(matrix: Tensor, name: str, width: int) -> None:
+    """Refuse what is not a finite floating ``(n, width)`` tensor."""
+    if matrix.dim() != 2 or matrix.shape[1] != width or not matrix.numel() or not matrix.is_floating_point():
+        raise ValueError(f"{name} must be a floating (n, {width}) tensor, got {matrix.dtype} of shape "
+                         f"{tuple(matrix.shape)}: transpose keys (d_in, n), and take the space of the same weight")
+    if not all(bool(part.isfinite().all()) for _, part in double_blocks(matrix)):
+        raise ValueError(f"{name} holds nan or infinity: the model is broken, or the file is")
 
 
 @dataclass(frozen=True)
@@ -123,7 +185,7 @@ def _formed(space: PrincipalSpace) -> PrincipalSpace:
 
 def write_spaces_csv(path: Path, records: list[SpaceRecord]) -> None:
     """Write all records, or leave the file before it."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(_COLUMNS)
         writer.writerows(astuple(record) for record in records)

@@ -17,7 +17,7 @@ from ..editing.session import EditSession
 from ..evaluation.checkpoints import choose_kept, put_weights, resumable, session_path
 from ..evaluation.run_directory import RunDirectory
 from ..hparams import SPHEREHyperParams
-from ..offload import live_parameter
+from ..offload import writable_parameter
 from ..runs.schema import SUMMARY, Summary, read_record
 from .fingerprint import base_fingerprint
 
@@ -108,7 +108,7 @@ class EditedWeights:
     def put_into(self, model: nn.Module) -> None:
         """Give a model the edited weights, bit for bit."""
         for change in self.changes:
-            live_parameter(model, change.name).copy_(change.after)
+            writable_parameter(model, change.name).copy_(change.after)
 
 
 class ExportableRun:

@@ -11,7 +11,7 @@ from typing import Final
 
 from ..evaluation.run_directory import RunDirectory
 from ..evaluation.run_records import RunRecords
-from ..files import replacing
+from ..files import atomic_write
 from .abilities import abilities_figure
 from .cases import tables_of
 from .changes import changes_figure
@@ -64,7 +64,7 @@ def write_report(runs: Sequence[str | Path | RunRecords], output: str | Path | N
     title = named[0].label if len(named) == 1 else f"{len(named)} runs"
     page = Page(f"SPHERE: {title}", named, notices_of(named), figures, tables_of(named), notes,
                 REFRESH if live else None).html()
-    with replacing(html) as temporary:
+    with atomic_write(html) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return ReportFiles(html, tuple(write_figures(figures, drawn)) if files else ())
 
@@ -108,16 +108,16 @@ def figures_of(runs: Sequence[ReportRun], live: bool = False, places: Path | Non
     return figures, notes
 
 
-def write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
-    """Each figure as SVG and PNG, with its first choices."""
+def write_figures(figures: Sequence[Figure], folder: Path, suffixes: Sequence[str] = ("svg", "png")) -> list[Path]:
+    """Each figure in files of these kinds, with its first choices."""
     import vl_convert
 
     written = []
     for figure in figures:
         spec = as_file(figure)
-        for suffix in ("svg", "png"):
+        for suffix in suffixes:
             path = folder / f"{figure.name}.{suffix}"
-            with replacing(path) as temporary:
+            with atomic_write(path) as temporary:
                 if suffix == "svg":
                     temporary.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
                 else:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from ...files import replacing
+from ...files import atomic_write
 from ...runs.schema import SUMMARY
 from ..run_process import RunJob
 from .record import Run, Sweep
@@ -87,7 +87,7 @@ def submit_sweep(sweep: Sweep, output: str | Path, settings: Mapping[str, Any] |
                                "%s", jobs[name].job_id, name, output / JOBS)
         if waiting := [run for run in sweep.runs if run.name not in present | under_way]:
             jobs |= _submit(library, output, sweep.slurm if settings is None else settings, waiting, program)
-            with replacing(output / JOBS) as temporary:
+            with atomic_write(output / JOBS) as temporary:
                 temporary.write_text(json.dumps({name: asdict(job) for name, job in jobs.items()}, indent=1),
                                      encoding="utf-8")
     return tuple(Submission(run.name, "present", None) if run.name in present else

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import yaml
 
-from ...files import replacing
+from ...files import atomic_write
 from ...hparams import SPHERE_ONLY
 from ...safe_yaml import read_yaml
 
@@ -107,7 +107,7 @@ class Sweep:
 def write_record(sweep: Sweep, output: Path) -> None:
     """Write ``sweep.yaml``."""
     content = {"runs": [asdict(run) for run in sweep.runs]}
-    with replacing(output / RECORD) as temporary:
+    with atomic_write(output / RECORD) as temporary:
         temporary.write_text(_HEADER + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 

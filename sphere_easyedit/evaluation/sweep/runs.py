@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, Literal
 
-from ...files import place_in
+from ...files import path_within
 from ...safe_yaml import read_yaml
 from ..run_process import cores, environment_of, start_process, tail
 from .record import Run, Sweep, check_only_added, read_record, write_record
@@ -134,7 +134,7 @@ def opened(sweep: Sweep, output: Path) -> Iterator[tuple[frozenset[str], int]]:
             raise ValueError(f"run {run.name}: its data {run.data} is no file (looked for {Path(run.data).absolute()}):"
                              " correct `data`, which is relative to the working directory")
     for name in (LOCK, *(log_of(output, run.name).name for run in sweep.runs)):
-        place_in(output, name)  # both are written in place, wherever a link leads
+        path_within(output, name)  # both are written in place, wherever a link leads
     with _locked(output) as lock:
         recorded = read_record(output)
         if recorded is not None:

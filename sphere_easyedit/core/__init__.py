@@ -1,0 +1,1 @@
+"""Mathematics on tensors; imports torch, numpy and scipy only."""
