@@ -19,8 +19,8 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from .cli_export import register as register_export
+from .cli_remove import register as register_remove
 from .cli_tables import case_lines, case_table, doctor_table, escaped, plan_table, summary_table
-from .cli_withdraw import register as register_withdraw
 from .safe_yaml import read_yaml
 from .signals import Interrupted, ProcessLost, interrupts_raised
 
@@ -111,7 +111,7 @@ def edit(
     on_error: Annotated[OnError, typer.Option(help="Edits that can't be made: end the run and name them, or leave them "
                                               "out and list them in summary.json.")] = OnError.stop,
     keep_factors: Annotated[bool, typer.Option("--keep-factors", help="Keep each batch's factors, so that single facts "
-                                               "can be withdrawn later (AlphaEdit, MEMIT).")] = False,
+                                               "can be removed later (AlphaEdit, MEMIT).")] = False,
     guard: Annotated[Guard | None, typer.Option(help="Watch for the signs of a coming collapse and warn, lower the "
                                                 "batch's strength, or end the run before it.")] = None,
     guard_energy: Annotated[float, typer.Option(help="Times the usual step of hyperspherical energy.")] = 2.0,
@@ -187,7 +187,7 @@ def edit(
                            keep_checkpoints, keep_weights_every, follow, on_error.value)
     callbacks: list[EditCallback] = []
     if keep_factors:
-        from .withdrawal.factors import FACTORS, FactorKeeper
+        from .removal.factors import FACTORS, FactorKeeper
 
         callbacks.append(FactorKeeper(RunDirectory(output).place(FACTORS), settings_of_model))
     if guard is not None:
@@ -493,7 +493,7 @@ def plan(
 
 
 register_export(app)
-register_withdraw(app)
+register_remove(app)
 
 
 def _hparams_with(name: str, overrides: list[str]) -> Any:
