@@ -180,7 +180,7 @@ def _factor_keepers(wanted: bool, hparams: SPHEREHyperParams, output: Path) -> l
     if not wanted:
         return []
     from ..evaluation.run_directory import RunDirectory
-    from ..withdrawal.factors import FACTORS, FactorKeeper
+    from ..removal.factors import FACTORS, FactorKeeper
 
     return [FactorKeeper(RunDirectory(output).place(FACTORS), hparams)]
 
