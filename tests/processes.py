@@ -25,7 +25,7 @@ _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload([
     "sphere_easyedit.cli.app", "sphere_easyedit.doctor", "sphere_easyedit.evaluation.case_study",
     "sphere_easyedit.evaluation.sequential", "sphere_easyedit.export", "sphere_easyedit.planning",
-    "sphere_easyedit.withdrawal", "transformers.models.auto.modeling_auto",
+    "sphere_easyedit.removal", "transformers.models.auto.modeling_auto",
     "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"])
 
 

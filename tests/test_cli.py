@@ -21,7 +21,7 @@ import typer
 import yaml
 from architectures import architecture_config
 from conftest import GOLDEN, tiny_config, tiny_hparams, tiny_model
-from processes import ENVIRONMENT, run_forked
+from processes import ENVIRONMENT, REPOSITORY, run_forked
 from typer.testing import CliRunner
 
 from sphere_easyedit.cli import app as app_module
@@ -290,6 +290,14 @@ def test_every_option_is_described_once() -> None:
     shared = described["edit"].keys() & described["evaluate"].keys()
     assert len(shared) > 15
     assert all(described["edit"][name] == described["evaluate"][name] for name in shared)
+
+
+@pytest.mark.parametrize("file", ["README.md", *(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))])
+def test_documented_command_lines_have_options_that_exist(file: str) -> None:
+    text = (REPOSITORY / file).read_text(encoding="utf-8").replace("\\\n", " ")
+    for name, arguments in re.findall(rf"sphere[-_]easyedit ({'|'.join(COMMANDS)})\b([^\n`#]*)", text):
+        known = {flag for one in COMMANDS[name].params for flag in (*one.opts, *one.secondary_opts)}
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", arguments)) <= known, (name, arguments)
 
 
 def test_shells_complete_options_and_their_values() -> None:

@@ -72,7 +72,7 @@ def test_a_summary_that_is_no_object_is_refused_in_words(content: str, workplace
     (tmp_path / "run" / "summary.json").write_text(content)
     done = call("export", tmp_path / "run", "--output", tmp_path / "out", "--as", "deltas")
     assert isinstance(done.exception, ValueError)
-    assert re.search(r"summary.json holds \w+, not an object: it was changed by hand or damaged", str(done.exception))
+    assert re.search(r"summary.json is .*: it was changed by hand or damaged", str(done.exception))
 
 
 def test_errors_are_printed_by_layer(workplace: Path, tmp_path: Path) -> None:

@@ -346,7 +346,7 @@ PLAIN = {"edit": "--hparams tiny.yaml --output new --quiet", "evaluate": "run", 
          "report": "run", "sweep": "tiny.yaml --output new", "hparams": "./absent-model",
          "stats": "--hparams tiny.yaml", "plan": "--hparams tiny.yaml --num-edits 2 --no-calibrate",
          "export": "run --output new", "apply": "run --model ./absent-model --output new",
-         "withdraw": "run --case 26 --output new"}
+         "remove": "run --case 26 --output new", "withdraw": "run --case 26 --output new"}
 WORDS = ("tiny.yaml", "odd.yaml", "AlphaEdit/smollm2-135n", "demo", "facts", "facts.csv", "absent", "run", "0", "-1",
          "3", "1e9", "alpha=2", "alpha=[", "=", "model_name=absent", "layers=&a [*a]", "gamma=!!timestamp x", "paper",
          "auto", "float8", "é\u202e", "", " ", "\n", "--", "-", "[bold]", "[/]", "nan", "0.5", "-inf", "1", "2", "warn",

@@ -32,7 +32,7 @@ from sphere_easyedit.evaluation.metrics import edit_efficacy, evaluate_protocols
 from sphere_easyedit.evaluation.perplexity import perplexity
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
 from sphere_easyedit.evaluation.text_quality import measure_text_quality
-from sphere_easyedit.withdrawal import withdraw
+from sphere_easyedit.removal import remove_facts
 
 RECORDS = load_records("demo", None, 2, 0)
 
@@ -74,7 +74,7 @@ WITHOUT_TOKENIZER: dict[str, Callable[[Any, Any, Any, Path], Any]] = {
     "EditSession.of": lambda model, *_: sphere.EditSession.of(model),
     "EditSession.attach": lambda model, *_: sphere.EditSession.attach(model, sphere.EditSession()),
     "editable": lambda model, _, hparams, __: hparams.editable(model),
-    "withdraw": lambda model, _, hparams, folder: withdraw(model, hparams, folder, [0]),
+    "remove_facts": lambda model, _, hparams, folder: remove_facts(model, hparams, folder, [0]),
 }
 every_entry = pytest.mark.parametrize("entry", [*ENTRIES, *WITHOUT_TOKENIZER])
 
@@ -213,7 +213,7 @@ class MEMITHyperParams:
     (Path("a.yaml"), "not PosixPath: .*from_hparams"), (None, "not NoneType: .*from_dict"),
     (MEMITHyperParams([1]), "not MEMITHyperParams: .*dataclasses.asdict"),
 ], ids=lambda value: type(value).__name__)
-@pytest.mark.parametrize("entry", ["apply_sphere_to_model", "run_sequential", "withdraw"])
+@pytest.mark.parametrize("entry", ["apply_sphere_to_model", "run_sequential", "remove_facts"])
 def test_hyperparameters_of_a_wrong_kind_are_refused(entry: str, given: Any, match: str, tmp_path: Path,
                                                      tok: PreTrainedTokenizerBase) -> None:
     model = tiny_model("llama")

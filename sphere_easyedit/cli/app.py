@@ -8,7 +8,6 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
-from ..cli_withdraw import withdraw
 from ..signals import Interrupted, ProcessLost, raise_on_interrupts
 from .apply import apply
 from .doctor import doctor
@@ -17,6 +16,7 @@ from .evaluate import evaluate
 from .export import export
 from .hparams import hparams
 from .plan import plan
+from .remove import remove
 from .report import report
 from .show import show
 from .stats import stats
@@ -24,8 +24,9 @@ from .sweep import sweep
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Edit facts into language models with SPHERE (arXiv 2510.01172).")
-for _command in (edit, evaluate, show, report, sweep, hparams, stats, doctor, plan, export, apply, withdraw):
+for _command in (edit, evaluate, show, report, sweep, hparams, stats, doctor, plan, export, apply, remove):
     app.command()(_command)
+app.command("withdraw", hidden=True, deprecated=True)(remove)  # its former name
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def main() -> None:
              "bound what is done at once", 1)
 
 
-def _end(said: str, status: int, style: str = "red") -> NoReturn:
+def _end(message: str, status: int, style: str = "red") -> NoReturn:
     """End the process with one line on standard error."""
-    Console(stderr=True).print(" ".join(said.split()), style=style, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(" ".join(message.split()), style=style, markup=False, highlight=False, soft_wrap=True)
     sys.exit(status)

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from ..evaluation.measuring import Progress
     from ..hparams import SPHEREHyperParams
+    from ..progress import LiveLine
+    from ..report.live import LiveReport
 
 
 class Consoles(NamedTuple):
@@ -122,6 +126,27 @@ def load_replicas(hparams: SPHEREHyperParams, dtype: str | None
         replicas.follow()
         raise typer.Exit
     return model, tok, replicas.leading()
+
+
+@contextmanager
+def live_line(consoles: Consoles, quiet: bool, num_edits: int | None = None) -> Iterator[list[LiveLine]]:
+    """Show what a run is doing while it lasts, unless it is to be quiet; a list of one line or none."""
+    from ..progress import LiveLine
+
+    if quiet:
+        yield []
+    else:
+        with LiveLine(consoles.err, num_edits) as line:
+            yield [line]
+
+
+def progress_of(watchers: Sequence[LiveLine | LiveReport]) -> Progress:
+    """A run's ``progress`` that tells all of these."""
+    def tell(phase: str, done: int, total: int) -> None:
+        for watcher in watchers:
+            watcher.update(phase, done, total)
+
+    return tell
 
 
 def on_one_line(text: str) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from rich.markup import escape
 from rich.table import Table
 
-from .common import Consoles, load_replicas, on_one_line, set_up
+from .common import Consoles, live_line, load_replicas, on_one_line, progress_of, set_up
 from .options import DataOptions, EvaluationOptions, MethodOptions, Quiet, Verbose, option, with_option_groups
 
 if TYPE_CHECKING:
@@ -21,14 +19,12 @@ if TYPE_CHECKING:
 
     from ..callbacks import EditCallback
     from ..evaluation.datasets import EditRecord
-    from ..evaluation.measuring import MeasureSettings, Progress
+    from ..evaluation.measuring import MeasureSettings
     from ..evaluation.sequential import RunResult, RunSettings
     from ..hparams import SPHEREHyperParams
     from ..report.live import LiveReport
 
 logger = logging.getLogger(__name__)
-
-_METRICS = ("efficacy", "generalization", "specificity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,46 +131,13 @@ class RunOutput:
     verbose: Verbose = False
     quiet: Quiet = False
 
+    def live_report(self) -> list[LiveReport]:
+        """The report that is kept up to date, if it is wanted."""
+        if not self.report:
+            return []
+        from ..report.live import LiveReport
 
-class _Watchers:
-    """Callbacks that show a run as it goes on: trackers, the live report, the live line.
-
-    Raises:
-        ValueError: a tracker, or a package that reports need, is not installed.
-    """
-
-    def __init__(self, options: RunOutput, consoles: Consoles) -> None:
-        from ..evaluation.trackers import RunTrackers
-
-        self._options, self._consoles = options, consoles
-        self._trackers = RunTrackers(options.tracker, options.quiet)
-        self.report: LiveReport | None = None
-        if options.report:
-            from ..report.live import LiveReport
-
-            self.report = LiveReport()
-
-    @contextmanager
-    def watching(self, num_edits: int) -> Iterator[tuple[list[EditCallback], Progress]]:
-        """The callbacks, and the function that the run calls with its progress."""
-        from ..progress import LiveLine
-
-        with ExitStack() as stack:
-            callbacks: list[EditCallback] = [stack.enter_context(self._trackers)]
-            updates: list[Progress] = []
-            if self.report is not None:
-                callbacks.append(self.report)
-                updates.append(self.report.update)
-            if not self._options.quiet:
-                line = stack.enter_context(LiveLine(self._consoles.err, num_edits))
-                callbacks.append(line)
-                updates.append(line.update)
-
-            def progress(phase: str, done: int, total: int) -> None:
-                for update in updates:
-                    update(phase, done, total)
-
-            yield callbacks, progress
+        return [LiveReport()]
 
 
 @with_option_groups
@@ -183,20 +146,22 @@ def edit(method: MethodOptions, data: RunData, evaluation: RunEvaluation, checkp
     """Edit facts into a model, batch after batch, and measure before, on the way and after."""
     consoles = set_up(output.verbose, output.quiet)
     from ..evaluation.sequential import run_sequential
+    from ..evaluation.trackers import RunTrackers
 
     hparams = method.load()
-    watchers = _Watchers(output, consoles)
+    trackers, report = RunTrackers(output.tracker, output.quiet), output.live_report()
     settings = _run_settings(method, data, evaluation, checkpoints, output)
     records = data.records(settings.measure.protocols[0])
     model, tok, leading = load_replicas(hparams, method.dtype)
-    callbacks = _factor_keepers(checkpoints.keep_factors, hparams, output.output)
-    callbacks += guard.callbacks(tok, output.output, -(-len(records) // data.batch_size))
-    with leading, watchers.watching(len(records)) as (watching, progress):
-        result = run_sequential(model, tok, records, hparams, settings, [*callbacks, *watching], progress)
+    callbacks = [*_factor_keepers(checkpoints.keep_factors, hparams, output.output),
+                 *guard.callbacks(tok, output.output, -(-len(records) // data.batch_size)), trackers, *report]
+    with leading, trackers, live_line(consoles, output.quiet, len(records)) as line:
+        result = run_sequential(model, tok, records, hparams, settings, [*callbacks, *line],
+                                progress_of([*report, *line]))
     _print_result(consoles, result, hparams)
     consoles.print_line(f"\nRun directory: {output.output}")
-    if watchers.report is not None and watchers.report.page is not None:
-        consoles.print_line(f"Report: {watchers.report.page}")
+    for page in (one.page for one in report if one.page is not None):
+        consoles.print_line(f"Report: {page}")
 
 
 def _run_settings(method: MethodOptions, data: RunData, evaluation: RunEvaluation, checkpoints: CheckpointOptions,
@@ -215,7 +180,7 @@ def _factor_keepers(wanted: bool, hparams: SPHEREHyperParams, output: Path) -> l
     if not wanted:
         return []
     from ..evaluation.run_directory import RunDirectory
-    from ..withdrawal.factors import FACTORS, FactorKeeper
+    from ..removal.factors import FACTORS, FactorKeeper
 
     return [FactorKeeper(RunDirectory(output).place(FACTORS), hparams)]
 
@@ -238,12 +203,14 @@ def _print_result(consoles: Consoles, result: RunResult, hparams: SPHEREHyperPar
 
 
 def _summary_table(result: RunResult, hparams: SPHEREHyperParams) -> Table:
+    from ..runs.schema import FACT_METRICS
+
     summary = result.summary
     name = f"{hparams.base_alg} + SPHERE (alpha {hparams.alpha:g})" if hparams.alpha else hparams.base_alg
     table = Table("metric (%)", title=f"{summary['num_edits']} edits with {name}, protocol {summary['protocol']}")
     for column in ("before", "after", "95% interval", "cases"):
         table.add_column(column, justify="right")
-    for metric in _METRICS:
+    for metric in FACT_METRICS:
         now = summary["post"][metric]
         was = None if summary["pre"] is None else summary["pre"][metric]["mean"]
         if now["mean"] is not None:

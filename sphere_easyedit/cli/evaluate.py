@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
-from .common import load_replicas, set_up
+from .common import live_line, load_replicas, progress_of, set_up
 from .options import Dtype, EvaluationOptions, Quiet, RunFolder, Verbose, option, with_option_groups
 
 if TYPE_CHECKING:
@@ -36,16 +35,16 @@ def evaluate(run: RunFolder, evaluation: RevisitOptions, dtype: Dtype = None, ve
     """Measure a run again from weights that it kept; results are added to its metrics.jsonl."""
     consoles = set_up(verbose, quiet)
     from ..evaluation.revisiting import EditedRun
-    from ..progress import LiveLine, point_text
+    from ..progress import point_text
 
     edited = EditedRun(run)
     numbers = evaluation.at or _last_kept(edited)
     settings = evaluation.settings(before=evaluation.facts, after=evaluation.facts, cases=evaluation.eval_sample)
     model, tok, leading = load_replicas(edited.hparams, dtype)
-    with leading, LiveLine(consoles.err) if not quiet else nullcontext() as line:
-        progress, callbacks = (None, []) if line is None else (line.update, [line])
+    with leading, live_line(consoles, quiet) as line:
+        progress = progress_of(line)
         wanted = evaluation.facts or evaluation.abilities
-        lines = edited.measure(model, tok, numbers, settings, progress, callbacks) if wanted else []
+        lines = edited.measure(model, tok, numbers, settings, progress, line) if wanted else []
         if evaluation.neurons:
             edited.describe_weights(model, progress)
     for found in lines:

@@ -1,4 +1,4 @@
-"""Withdrawing facts: the algebra, what is stated of it, and that it happens wholly or not at all."""
+"""Fact removal: the algebra, the reported errors, and that all of it happens or nothing."""
 
 from __future__ import annotations
 
@@ -29,10 +29,17 @@ from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.measuring import MeasureSettings
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
 from sphere_easyedit.files import checksum_path
-from sphere_easyedit.withdrawal import FactorKeeper, withdraw, withdrawing
-from sphere_easyedit.withdrawal.algebra import Sum, disturbances, withdraw_from
-from sphere_easyedit.withdrawal.factors import factors_path, read_batches
-from sphere_easyedit.withdrawal.facts import past_path, read_past
+from sphere_easyedit.removal import Fact, FactorKeeper, remove_facts, removing
+from sphere_easyedit.removal.factors import (
+    PastRemoval,
+    factors_path,
+    read_batches,
+    read_removals,
+    read_update,
+    record_path,
+    write_removals,
+)
+from sphere_easyedit.removal.removing import Edits, disturbances, remove_from
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
 METHODS: dict[str, dict[str, Any]] = {
@@ -59,12 +66,12 @@ Make = Callable[..., sphere.SPHEREHyperParams]
 
 
 @st.composite
-def sums(draw: st.DrawFn) -> tuple[Tensor, Sum]:
-    """An original weight and the edits since: some withdrawn earlier, some being withdrawn."""
+def sums(draw: st.DrawFn) -> tuple[Tensor, Edits]:
+    """An original weight and the edits since: some removed earlier, some being removed."""
     d_out, d_in = draw(st.integers(1, 12)), draw(st.integers(1, 12))
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     count = sum(sizes)
-    states = draw(st.lists(st.sampled_from(["absent", "withdrawn", "stays"]), min_size=count, max_size=count))
+    states = draw(st.lists(st.sampled_from(["absent", "removed", "stays"]), min_size=count, max_size=count))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
 
     def noise(*shape: int) -> Tensor:
@@ -72,18 +79,18 @@ def sums(draw: st.DrawFn) -> tuple[Tensor, Sum]:
 
     update = LowRankUpdate(noise(d_out, count), noise(d_in, count), noise(d_in, count))
     batch = torch.cat([torch.full((size,), sum(sizes[: place + 1])) for place, size in enumerate(sizes)])
-    return noise(d_out, d_in), Sum(update, batch, torch.tensor([state != "absent" for state in states]),
-                                   torch.tensor([state == "withdrawn" for state in states]), len(sizes) + 1)
+    return noise(d_out, d_in), Edits(update, batch, torch.tensor([state != "absent" for state in states]),
+                                   torch.tensor([state == "removed" for state in states]), len(sizes) + 1)
 
 
-def edited(original: Tensor, edits: Sum) -> Tensor:
+def edited(original: Tensor, edits: Edits) -> Tensor:
     """The weight as batches leave it, each rounded; what is absent is taken out again in a step of its own."""
     weight = original
     for batch in edits.batch.unique():
         chosen = edits.batch == batch
         change = LowRankUpdate(edits.update.values[:, chosen], edits.update.keys[:, chosen])
         weight = (weight.to(torch.promote_types(weight.dtype, torch.float32)) + change.dense()).to(original.dtype)
-    absent = ~edits.standing
+    absent = ~edits.present
     return (weight.double() - outer(edits.update, absent)).to(original.dtype)
 
 
@@ -96,17 +103,17 @@ def outer(update: LowRankUpdate, chosen: Tensor) -> Tensor:
 
 @given(sums(), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
 @PROPERTY
-def test_what_stays_is_the_sum_of_what_stays(drawn: tuple[Tensor, Sum], dtype: torch.dtype) -> None:
+def test_what_stays_is_the_sum_of_what_stays(drawn: tuple[Tensor, Edits], dtype: torch.dtype) -> None:
     original, edits = drawn[0].to(dtype), drawn[1]
     weight = edited(original, edits)
-    left, said = withdraw_from(7, original, weight, edits)  # rounding alone is never refused
+    left, said = remove_from(7, original, weight, edits)  # rounding alone is never refused
     assert left.dtype == dtype
-    part = outer(edits.update, edits.withdrawn)
+    part = outer(edits.update, edits.removed)
     rounding = torch.finfo(dtype).eps * float(weight.double().norm() + part.norm())
     assert float((left.double() - (weight.double() - part)).norm()) <= rounding
-    whole = outer(edits.update, edits.standing)
+    whole = outer(edits.update, edits.present)
     wanted = original.double() + whole - part
-    if bool(edits.standing.any()):
+    if bool(edits.present.any()):
         off = float((left.double() - wanted).norm() / whole.norm())
         assert said.rounding == pytest.approx(off, rel=1e-6, abs=1e-12)
     assert said.layer == 7
@@ -116,13 +123,13 @@ def test_what_stays_is_the_sum_of_what_stays(drawn: tuple[Tensor, Sum], dtype: t
 
 @given(sums())
 @PROPERTY
-def test_stated_errors_by_loops(drawn: tuple[Tensor, Sum]) -> None:
+def test_stated_errors_by_loops(drawn: tuple[Tensor, Edits]) -> None:
     edits = drawn[1]
     values, keys = edits.update.values.double(), edits.update.keys.double()
     assert edits.update.solved_for is not None
     at = edits.update.solved_for.double()
-    gone = [int(i) for i in edits.withdrawn.nonzero()]
-    stays = [int(j) for j in (edits.standing & ~edits.withdrawn).nonzero()]
+    gone = [int(i) for i in edits.removed.nonzero()]
+    stays = [int(j) for j in (edits.present & ~edits.removed).nonzero()]
     residuals, others = disturbances(edits)
 
     def put(which: Sequence[int], key: Tensor) -> float:
@@ -142,14 +149,14 @@ def test_stated_errors_by_loops(drawn: tuple[Tensor, Sum]) -> None:
 
 @given(sums(), st.integers(0, 100))
 @PROPERTY
-def test_another_change_is_told_from_rounding(drawn: tuple[Tensor, Sum], place: int) -> None:
+def test_another_change_is_told_from_rounding(drawn: tuple[Tensor, Edits], place: int) -> None:
     original, edits = drawn
     weight = edited(original, edits)
     scale = float(original.norm() + weight.norm()
                   + (edits.update.values.norm(dim=0) * edits.update.keys.norm(dim=0)).sum())
     weight.view(-1)[place % weight.numel()] += 1e-3 * scale
     with pytest.raises(ValueError, match="not the original one plus the edits on file"):
-        withdraw_from(0, original, weight, edits)
+        remove_from(0, original, weight, edits)
 
 
 # --- tiny models --------------------------------------------------------------------------------------------
@@ -158,7 +165,7 @@ def test_another_change_is_told_from_rounding(drawn: tuple[Tensor, Sum], place: 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Statistics are generated once for all tests."""
-    return tmp_path_factory.mktemp("withdrawal")
+    return tmp_path_factory.mktemp("removal")
 
 
 @pytest.fixture
@@ -206,7 +213,7 @@ def test_the_only_fact_of_a_batch(method: str, family: str, tok: PreTrainedToken
     before = weights_of(model, hparams)
     edit(model, tok, hparams, tmp_path, [BATCHES[0]])
     moved = {layer: relative_error(weight, before[layer]) for layer, weight in weights_of(model, hparams).items()}
-    withdraw(model, hparams, tmp_path, [2])
+    remove_facts(model, hparams, tmp_path, [2])
     for layer, weight in weights_of(model, hparams).items():
         assert relative_error(weight, before[layer]) < 3e-7 < 1e-3 < moved[layer]
 
@@ -221,7 +228,7 @@ def test_all_facts_at_once_and_one_by_one(method: str, family: str, tok: PreTrai
         edit(model, tok, hparams, kept)
         changed = weights_of(model, hparams)
         for portion in portions:
-            done = withdraw(model, hparams, kept, portion)
+            done = remove_facts(model, hparams, kept, portion)
         assert done.staying == ()
         for said in done.layers:
             now, was = weights_of(model, hparams)[said.layer], original[said.layer]
@@ -231,7 +238,7 @@ def test_all_facts_at_once_and_one_by_one(method: str, family: str, tok: PreTrai
                 size = float((changed[said.layer].double() - was.double()).norm())
                 assert off == pytest.approx(said.rounding * size, rel=1e-3, abs=1e-12)
                 assert said.taken == pytest.approx(1.0, abs=1e-4)
-            assert (said.largest, said.median, said.largest_at) == (0.0, 0.0, None)
+            assert (said.largest, said.median) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(("method", "family"), [("AlphaEdit", "llama"), ("MEMIT", "gpt2")])
@@ -241,16 +248,16 @@ def test_what_is_stated_is_so_in_the_weights(method: str, family: str, tok: PreT
     hparams, model, seen = hparams_of(method, family), tiny_model(family), Recorder()
     edit(model, tok, hparams, tmp_path / "factors", callbacks=[seen])
     before = weights_of(model, hparams)
-    # What each fact put at its own key: each by itself withdrawn from a copy of the run.
+    # What each fact put at its own key: each by itself removed from a copy of the run.
     own: dict[int, list[float]] = {layer: [] for layer in hparams.layers}
     sphere.EditSession.of(model).save(tmp_path / "session")
     for case in range(5):
         again, kept = tiny_model(family), shutil.copytree(tmp_path / "factors", tmp_path / f"copy-{case}")
         again.load_state_dict(model.state_dict())
-        withdraw(again, hparams, kept, [case], sphere.EditSession.load(tmp_path / "session"))
+        remove_facts(again, hparams, kept, [case], sphere.EditSession.load(tmp_path / "session"))
         for layer, weight in weights_of(again, hparams).items():
             own[layer].append(float(((before[layer].double() - weight.double()) @ seen.keys[layer][case]).norm()))
-    done = withdraw(model, hparams, tmp_path / "factors", [1])
+    done = remove_facts(model, hparams, tmp_path / "factors", [1])
     after = weights_of(model, hparams)
     for said in done.layers:
         layer, keys = said.layer, seen.keys[said.layer]
@@ -260,8 +267,6 @@ def test_what_is_stated_is_so_in_the_weights(method: str, family: str, tok: PreT
         ratios = [float((gone @ keys[case]).norm()) / own[layer][case] for case in (0, 2, 3, 4)]
         assert said.largest == pytest.approx(max(ratios), rel=1e-3)
         assert said.median == pytest.approx(sum(sorted(ratios)[1:3]) / 2, rel=1e-3)
-        assert said.largest_at is not None
-        assert done.staying[said.largest_at].case_id == (0, 2, 3, 4)[ratios.index(max(ratios))]
 
 
 @torch.no_grad()
@@ -284,7 +289,7 @@ def test_the_model_no_longer_says_it(family: str, tok: PreTrainedTokenizerBase, 
     never = said()
     edit(model, tok, hparams, tmp_path, [SPOKEN[:1], SPOKEN[1:3], SPOKEN[3:]])
     held = said()
-    withdraw(model, hparams, tmp_path, [1])
+    remove_facts(model, hparams, tmp_path, [1])
     now = said()
     assert held[1] - never[1] > 4.0
     assert now[1] - never[1] < 0.5
@@ -300,7 +305,7 @@ def test_nearer_to_a_run_without_the_fact_than_with_it(method: str, tok: PreTrai
     edit(model, tok, hparams, tmp_path)
     edit(without, tok, hparams, None, [BATCHES[0], BATCHES[1][1:], BATCHES[2]])
     held, never = weights_of(model, hparams), weights_of(without, hparams)
-    withdraw(model, hparams, tmp_path, [1])
+    remove_facts(model, hparams, tmp_path, [1])
     for layer, now in weights_of(model, hparams).items():
         off = float((now - never[layer]).norm()) / float((held[layer] - never[layer]).norm())
         assert 1e-3 < off < 0.9
@@ -314,7 +319,7 @@ def test_a_batch_whose_change_was_lowered(tok: PreTrainedTokenizerBase, hparams_
     hparams, model = hparams_of(), tiny_model("llama")
     original = weights_of(model, hparams)
     edit(model, tok, hparams, tmp_path, callbacks=[Halve()])
-    withdraw(model, hparams, tmp_path, range(5))
+    remove_facts(model, hparams, tmp_path, range(5))
     assert all(relative_error(weight, original[layer]) < 3e-7 for layer, weight in weights_of(model, hparams).items())
 
 
@@ -322,9 +327,10 @@ def test_bfloat16_says_what_its_steps_swallow(tok: PreTrainedTokenizerBase, hpar
     hparams, model = hparams_of(), tiny_model("llama").to(torch.bfloat16)
     edit(model, tok, hparams, tmp_path)
     before = weights_of(model, hparams)
-    done = withdraw(model, hparams, tmp_path, [3])
+    done = remove_facts(model, hparams, tmp_path, [3])
     for said in done.layers:
-        factors = [batch.update(said.layer, (48, 80)) for batch in read_batches(tmp_path, 5, hparams.layers)]
+        factors = [read_update(factors_path(tmp_path, batch.num_edits), said.layer, (48, 80))
+                   for batch in read_batches(tmp_path, 5, hparams.layers)]
         [of_fact] = [outer(one, torch.tensor([True, False])) for one in factors[2:]]
         now = weights_of(model, hparams)[said.layer]
         taken = float(((before[said.layer].double() - now.double()) * of_fact).sum() / (of_fact * of_fact).sum())
@@ -343,7 +349,7 @@ def test_editing_goes_on(method: str, tok: PreTrainedTokenizerBase, hparams_of: 
     edit(model, tok, hparams, tmp_path, BATCHES[:2])
     session = sphere.EditSession.of(model)
     keys = {layer: history.keys for layer, history in session.history.items()}
-    done = withdraw(model, hparams, tmp_path, [1])
+    done = remove_facts(model, hparams, tmp_path, [1])
     assert [fact.case_id for fact in done.staying] == [0, 2]
     assert (session.num_edits, session.num_batches, done.num_edits) == (3, 2, 3)
     for layer, history in session.history.items():
@@ -352,23 +358,23 @@ def test_editing_goes_on(method: str, tok: PreTrainedTokenizerBase, hparams_of: 
         edit(model, tok, hparams, tmp_path, BATCHES[2:])
     assert "afresh" not in caplog.text
     assert session.num_edits == 5
-    # Now statements leave the withdrawn fact out, and it can't be withdrawn again.
-    with pytest.raises(ValueError, match="case_id 1 was withdrawn already"):
-        withdraw(model, hparams, tmp_path, [1])
-    done = withdraw(model, hparams, tmp_path, [3])
+    # Now reports leave the removed fact out, and it can't be removed again.
+    with pytest.raises(ValueError, match="case_id 1 was removed already"):
+        remove_facts(model, hparams, tmp_path, [1])
+    done = remove_facts(model, hparams, tmp_path, [3])
     assert [fact.case_id for fact in done.staying] == [0, 2, 4]
     if method != "MEMIT":
         assert session.history[1].keys.shape == (80, 3)
     # Edited anew it is another edit, and goes by its name.
     edit(model, tok, hparams, tmp_path, [[{**REQUESTS[1], "case_id": 1}]])
-    assert [(fact.case_id, fact.batch) for fact in withdraw(model, hparams, tmp_path, [1]).facts] == [(1, 6)]
+    assert [(fact.case_id, fact.batch) for fact in remove_facts(model, hparams, tmp_path, [1]).facts] == [(1, 6)]
 
 
 def test_a_fact_edited_twice_goes_with_both_edits(tok: PreTrainedTokenizerBase, hparams_of: Make,
                                                   tmp_path: Path) -> None:
     hparams, model = hparams_of(), tiny_model("llama")
     edit(model, tok, hparams, tmp_path, [BATCHES[1], [{**REQUESTS[1], "case_id": 0}]])
-    assert [fact.batch for fact in withdraw(model, hparams, tmp_path, [0, 0]).facts] == [2, 3]
+    assert [fact.batch for fact in remove_facts(model, hparams, tmp_path, [0, 0]).facts] == [2, 3]
 
 
 def test_a_session_of_ones_own_and_a_saved_one(tok: PreTrainedTokenizerBase, hparams_of: Make, tmp_path: Path) -> None:
@@ -379,9 +385,9 @@ def test_a_session_of_ones_own_and_a_saved_one(tok: PreTrainedTokenizerBase, hpa
     session.save(tmp_path / "session")
     again = tiny_model("llama")
     again.load_state_dict(model.state_dict())
-    withdraw(again, hparams, shutil.copytree(tmp_path / "factors", tmp_path / "copy"), [2],
+    remove_facts(again, hparams, shutil.copytree(tmp_path / "factors", tmp_path / "copy"), [2],
              sphere.EditSession.load(tmp_path / "session"))
-    withdraw(model, hparams, tmp_path / "factors", [2], session)
+    remove_facts(model, hparams, tmp_path / "factors", [2], session)
     assert "_sphere_session" not in vars(model)
     assert all(torch.equal(weight, weights_of(again, hparams)[layer])
                for layer, weight in weights_of(model, hparams).items())
@@ -393,22 +399,22 @@ def test_a_rollback_brings_facts_back(tok: PreTrainedTokenizerBase, hparams_of: 
     session, editable = sphere.EditSession.of(model), hparams.editable(model)
     session.settle()
     save_checkpoint(editable, session, checkpoints)
-    withdraw(model, hparams, kept, [1])
-    withdraw(model, hparams, kept, [2])
+    remove_facts(model, hparams, kept, [1])
+    remove_facts(model, hparams, kept, [2])
     edit(model, tok, hparams, kept, BATCHES[2:])
-    session.rollback(3, checkpoints)  # to before the withdrawals
-    assert [fact.case_id for fact in withdraw(model, hparams, kept, [1]).staying] == [0, 2]
-    assert [entry.facts[0].case_id for entry in read_past(kept)] == [1]
+    session.rollback(3, checkpoints)  # to before the removals
+    assert [fact.case_id for fact in remove_facts(model, hparams, kept, [1]).staying] == [0, 2]
+    assert [entry.facts[0].case_id for entry in read_removals(kept)] == [1]
     session.settle()
     save_checkpoint(editable, session, checkpoints)
-    withdraw(model, hparams, kept, [2])
+    remove_facts(model, hparams, kept, [2])
     session.rollback(3, checkpoints)  # to between them
     edit(model, tok, hparams, kept, BATCHES[2:])
-    assert [entry.facts[0].case_id for entry in read_past(kept)] == [1]
-    assert [fact.case_id for fact in withdraw(model, hparams, kept, [0]).staying] == [2, 3, 4]
+    assert [entry.facts[0].case_id for entry in read_removals(kept)] == [1]
+    assert [fact.case_id for fact in remove_facts(model, hparams, kept, [0]).staying] == [2, 3, 4]
     session.rollback(0)
     edit(model, tok, hparams, kept, BATCHES[2:])
-    assert read_past(kept) == []
+    assert read_removals(kept) == []
     assert [path.name for path in kept.glob("factors-*.safetensors")] == ["factors-2.safetensors"]
 
 
@@ -459,7 +465,7 @@ def test_a_resumed_run_has_the_factors_of_an_undisturbed_one(at: int, tok: PreTr
 @pytest.mark.parametrize(("changes", "match"), [
     ({"base_alg": "RECT"}, "RECT zeroes single entries"),
     ({"base_alg": "PRUNE"}, "PRUNE restrains the singular values"),
-    ({"base_alg": "MEMIT", "executor": "easyedit"}, "executor easyedit hands over dense changes"),
+    ({"base_alg": "MEMIT", "executor": "easyedit"}, "executor easyedit returns dense changes"),
 ])
 def test_methods_without_factors(changes: dict[str, Any], match: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=match):
@@ -492,7 +498,7 @@ def test_factors_are_kept_from_the_first_batch_on(tok: PreTrainedTokenizerBase, 
         edit(model, tok, hparams, tmp_path, BATCHES[1:])
     assert all(torch.equal(weight, before[layer]) for layer, weight in edited_weights(model, hparams).items())
     with pytest.raises(ValueError, match="holds the factors of 0 edits, of 1 in the model"):
-        withdraw(model, hparams, tmp_path, [0])
+        remove_facts(model, hparams, tmp_path, [0])
 
 
 Edited = tuple[nn.Module, sphere.SPHEREHyperParams, Path]
@@ -500,11 +506,11 @@ Edited = tuple[nn.Module, sphere.SPHEREHyperParams, Path]
 
 @pytest.fixture(scope="module")
 def kept_once(folder: Path) -> Edited:
-    """A model after three batches with the first fact withdrawn, and its factors."""
+    """A model after three batches with the first fact removed, and its factors."""
     model, tok = tiny_model("llama"), AutoTokenizer.from_pretrained(GOLDEN / "llama" / "tiny-llama")
     hparams = tiny_hparams(folder / "llama", **METHODS["MEMIT_keys"], v_num_grad_steps=2)
     edit(model, tok, hparams, folder / "factors")
-    withdraw(model, hparams, folder / "factors", [0])
+    remove_facts(model, hparams, folder / "factors", [0])
     sphere.EditSession.of(model).save(folder / "session")
     return model, hparams, folder / "factors"
 
@@ -527,10 +533,10 @@ def unharmed(kept: Edited) -> Iterator[None]:
     def state() -> dict[str, Any]:
         return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(session).items()}
 
-    weights, record, held = edited_weights(model, hparams), past_path(folder).read_bytes(), state()
+    weights, record, held = edited_weights(model, hparams), record_path(folder).read_bytes(), state()
     yield
     assert all(torch.equal(weight, weights[layer]) for layer, weight in edited_weights(model, hparams).items())
-    assert past_path(folder).read_bytes() == record
+    assert record_path(folder).read_bytes() == record
     assert {name: id(value) for name, value in state().items() if not isinstance(value, dict)} == {
         name: id(value) for name, value in held.items() if not isinstance(value, dict)}
     assert {(name, key): id(value) for name, part in state().items() if isinstance(part, dict)
@@ -541,11 +547,11 @@ def unharmed(kept: Edited) -> Iterator[None]:
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize(("cases", "match"), [
     ([], "at least one case"), ("34", "give a list"), ([7], "case_id 7 was not edited"), (["3"], "'3' was not edited"),
-    ([3, 0], "case_id 0 was withdrawn already"),
+    ([3, 0], "case_id 0 was removed already"),
 ], ids=str)
 def test_wrong_cases(cases: Any, match: str, kept: Edited) -> None:
     with pytest.raises(ValueError, match=match):
-        withdraw(*kept, cases)
+        remove_facts(*kept, cases)
 
 
 def remove_one(folder: Path) -> None:
@@ -581,13 +587,13 @@ def poison(folder: Path) -> None:
 
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize(("harm", "match"), [
-    (remove_one, "holds the factors of 1 edits, of 5"), (flip_a_byte, "is damaged .its sha256 is"),
-    (cut, "is damaged"), (exchange, "it is of the batch after 5 edits"), (poison, "keys of layer 2 are no finite"),
+    (remove_one, "holds the factors of 1 edits, of 5"), (flip_a_byte, "is damaged .its sha256 is not"),
+    (cut, "is damaged"), (exchange, "it is of the batch after 5 edits"), (poison, "keys of layer 2 are not finite"),
 ])
 def test_damaged_factors(harm: Callable[[Path], None], match: str, kept: Edited) -> None:
     harm(kept[2])
     with pytest.raises(ValueError, match=match):
-        withdraw(*kept, [3])
+        remove_facts(*kept, [3])
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": "other", "withdrawals": []}',
@@ -595,9 +601,19 @@ def test_damaged_factors(harm: Callable[[Path], None], match: str, kept: Edited)
                                      '{"format": "sphere-easyedit withdrawals 1", "withdrawals": [{"num_edits": 5, '
                                      '"left": "", "facts": [{"case_id": [], "batch": 1, "column": 0}]}]}'])
 def test_a_damaged_record(content: str, kept: Edited) -> None:
-    past_path(kept[2]).write_text(content)
-    with pytest.raises(ValueError, match=r"withdrawn\.json (can't be read|holds no withdrawals)"):
-        withdraw(*kept, [3])
+    record_path(kept[2]).write_text(content)
+    with pytest.raises(ValueError, match=r"withdrawn\.json is no record of removals"):
+        remove_facts(*kept, [3])
+
+
+def test_a_record_of_an_earlier_release(tmp_path: Path) -> None:
+    assert read_removals(tmp_path) == []
+    record_path(tmp_path).write_text(
+        '{"format": "sphere-easyedit withdrawals 1", "withdrawals": [{"num_edits": 5, "left": "0a", "facts": '
+        '[{"case_id": "a", "batch": 1, "column": 0}, {"case_id": 7, "batch": 5, "column": 3}]}]}')
+    assert read_removals(tmp_path) == [PastRemoval(5, "0a", (Fact("a", 1, 0), Fact(7, 5, 3)))]
+    write_removals(tmp_path, read_removals(tmp_path))
+    assert read_removals(tmp_path)[0].facts[1].case_id == 7
 
 
 @pytest.mark.usefixtures("unharmed")
@@ -606,16 +622,16 @@ def test_the_factors_of_another_run(kept: Edited, tok: PreTrainedTokenizerBase, 
     other = tiny_model("llama")
     edit(other, tok, hparams, tmp_path / "other", [[request, *rest] for request, *rest in reversed(BATCHES)])
     with pytest.raises(ValueError, match="the weight is not the original one plus the edits on file"):
-        withdraw(model, hparams, tmp_path / "other", [3])
+        remove_facts(model, hparams, tmp_path / "other", [3])
     wider = tiny_model("llama", intermediate_size=96)
     with pytest.raises(ValueError, match="session holds no edits"):
-        withdraw(wider, hparams, tmp_path / "other", [3])
+        remove_facts(wider, hparams, tmp_path / "other", [3])
 
 
 @pytest.mark.usefixtures("unharmed")
 def test_other_hyperparameters(kept: Edited, hparams_of: Make) -> None:
     with pytest.raises(ValueError, match="the hyperparameters are others"):
-        withdraw(kept[0], hparams_of("MEMIT"), kept[2], [3])
+        remove_facts(kept[0], hparams_of("MEMIT"), kept[2], [3])
 
 
 def test_weights_changed_from_outside(kept: Edited) -> None:
@@ -624,21 +640,21 @@ def test_weights_changed_from_outside(kept: Edited) -> None:
         hparams.editable(model).parameter(1)[0, 0] += 1.0
     changed = edited_weights(model, hparams)
     with pytest.raises(ValueError, match="its weights were changed from outside"):
-        withdraw(model, hparams, folder, [3])
+        remove_facts(model, hparams, folder, [3])
     assert sphere.EditSession.of(model).num_edits == 5
     assert all(torch.equal(weight, changed[layer]) for layer, weight in edited_weights(model, hparams).items())
 
 
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize("error", [OSError("no room"), KeyboardInterrupt()], ids=str)
-@pytest.mark.parametrize("where", ["write_past", "weights_digest"])
+@pytest.mark.parametrize("where", ["write_removals", "weights_digest"])
 def test_an_error_on_the_way(where: str, error: BaseException, kept: Edited, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(withdrawing, where, fail)
+    monkeypatch.setattr(removing, where, fail)
     with pytest.raises(type(error)):
-        withdraw(*kept, [3])
+        remove_facts(*kept, [3])
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -647,7 +663,7 @@ def test_an_error_on_the_way(where: str, error: BaseException, kept: Edited, mon
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in ``base`` and a run of it in ``run``, with factors: two batches of two facts."""
-    folder = tmp_path_factory.mktemp("withdraw-cli")
+    folder = tmp_path_factory.mktemp("remove-cli")
     tiny_model("gpt2").save_pretrained(folder / "base")
     for file in (GOLDEN / "llama" / "tiny-llama").glob("tokenizer*"):
         shutil.copy(file, folder / "base")
@@ -670,13 +686,13 @@ def cases_of(run: Path) -> list[Any]:
 def test_from_the_shell(workplace: Path, tmp_path: Path) -> None:
     run, before = workplace / "run", tree(workplace / "run")
     first, *others = cases_of(run)
-    done = call("withdraw", run, "--case", first, "--output", tmp_path / "out")
+    done = call("remove", run, "--case", first, "--output", tmp_path / "out")
     assert done.exit_code == 0, done.output
-    assert "1 facts withdrawn, 3 stay" in done.stdout
+    assert "1 facts removed, 3 stay" in done.stdout
     assert len([line for line in done.stdout.splitlines() if line.startswith("│")]) == 2  # a line a layer
     assert tree(run) == before
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"withdrawn afterwards: case_id {first}" in card
+    assert f"removed afterwards: case_id {first}" in card
     assert "3 facts edited" in card
     applied = call("apply", tmp_path / "out", "--model", workplace / "base", "--output", tmp_path / "applied")
     assert applied.exit_code == 0, applied.output
@@ -685,13 +701,14 @@ def test_from_the_shell(workplace: Path, tmp_path: Path) -> None:
     for layer, weight in hparams.editable(model).weights().items():
         wanted = hparams.editable(base).weight(layer).double()
         for batch in read_batches(run / "factors", 4, hparams.layers):
-            wanted = wanted + outer(batch.update(layer, tuple(weight.shape)),
+            path = factors_path(run / "factors", batch.num_edits)
+            wanted = wanted + outer(read_update(path, layer, tuple(weight.shape)),
                                     torch.tensor([case != first for case in batch.case_ids]))
         assert relative_error(weight, wanted) < 3e-7
-    everything = call("withdraw", run, *(word for case in (first, *others) for word in ("--case", case)), "--output",
+    everything = call("remove", run, *(word for case in (first, *others) for word in ("--case", case)), "--output",
                       tmp_path / "all")
     assert everything.exit_code == 0, everything.output
-    assert "4 facts withdrawn, 0 stay" in everything.stdout
+    assert "4 facts removed, 0 stay" in everything.stdout
 
 
 def test_mistakes_on_the_command_line(workplace: Path, tmp_path: Path) -> None:
@@ -705,7 +722,7 @@ def test_mistakes_on_the_command_line(workplace: Path, tmp_path: Path) -> None:
             ((run, "--case", cases_of(run)[0], "--output", tmp_path / "taken"), "not empty"),
             ((bare, "--case", cases_of(run)[0], "--output", tmp_path / "out"), "edit --keep-factors"),
             ((tmp_path, "--case", "1", "--output", tmp_path / "out"), "holds no run")):
-        done = call("withdraw", *arguments)
+        done = call("remove", *arguments)
         assert isinstance(done.exception, ValueError), done.output
         assert match in str(done.exception)
     assert not (tmp_path / "out").exists()
