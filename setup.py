@@ -32,7 +32,8 @@ setup(
         "scipy>=1.11",
         "tqdm>=4.66",
         "packaging>=23",
-        "typer>=0.12",
+        "pydantic>=2.5",
+        "typer>=0.19",
         "rich>=13",
     ],
     extras_require={

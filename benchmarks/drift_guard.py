@@ -28,10 +28,10 @@ from sphere_easyedit.editing.requests import parse_requests
 from sphere_easyedit.evaluation.checkpoints import put_weights, saved_weights
 from sphere_easyedit.evaluation.collapse import collapse_of
 from sphere_easyedit.evaluation.revisiting import EditedRun
-from sphere_easyedit.evaluation.run_directory import GUARD
 from sphere_easyedit.evaluation.run_records import RunRecords
-from sphere_easyedit.files import replacing
+from sphere_easyedit.files import atomic_write
 from sphere_easyedit.loading import load_model
+from sphere_easyedit.runs.schema import GUARD
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def main() -> None:
     table = given.output / "guard.csv"
     if given.runs:
         found = list(rows(given.runs, given.facts))
-        with replacing(table) as path, path.open("w", newline="", encoding="utf-8") as stream:
+        with atomic_write(table) as path, path.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, fieldnames=list(found[0]))
             writer.writeheader()
             writer.writerows(found)

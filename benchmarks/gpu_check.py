@@ -29,7 +29,7 @@ from gpu_processes import processes
 from gpu_rows import FULL, ROOT, SMALL, Row
 from gpu_speed import models, speed
 
-from sphere_easyedit.files import replacing
+from sphere_easyedit.files import atomic_write
 
 PARTS = ("parity", "speed", "models", "processes")
 
@@ -92,7 +92,7 @@ def main() -> int:
         *(row.markdown() for row in rows), ""])
     print(table)
     if options.output is not None:
-        with replacing(options.output) as temporary:
+        with atomic_write(options.output) as temporary:
             temporary.write_text(table, encoding="utf-8")
     return 1 if failed else 0
 

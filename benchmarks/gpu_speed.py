@@ -19,6 +19,17 @@ from gpu_parity import ALPHA, GAMMA, golden_tokenizer
 from gpu_rows import Row, Sizes, left_out, measured, wait
 from published_models import MODELS
 from solves import L2, LAMBDA, SyntheticKeys
+from sphere_easyedit.planning.batches import micro_batches
+from sphere_easyedit.planning.counts import (
+    energy_flops,
+    metric_flops,
+    projection_flops,
+    solve_flops,
+    target_value_flops,
+)
+from sphere_easyedit.planning.facts import STAND_IN_CONTEXTS, facts_in_tokens
+from sphere_easyedit.planning.inventory import Statistics
+from sphere_easyedit.planning.shapes import ModelShape, model_shape
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
@@ -40,18 +51,7 @@ from sphere_easyedit.editing.target_values import optimise_target_values
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.models import frozen
 from sphere_easyedit.planning import PlanSettings
-from sphere_easyedit.planning.batches import micro_batches
-from sphere_easyedit.planning.counts import (
-    energy_flops,
-    metric_flops,
-    projection_flops,
-    solve_flops,
-    target_value_flops,
-)
-from sphere_easyedit.planning.facts import STAND_IN_CONTEXTS, facts_in_tokens
-from sphere_easyedit.planning.inventory import Statistics
 from sphere_easyedit.planning.memory import memory_items, peak_bytes
-from sphere_easyedit.planning.shapes import ModelShape, model_shape
 from sphere_easyedit.planning.sizes import activation_bytes
 
 SPEED, MEMORY = "speed", "memory"

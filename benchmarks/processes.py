@@ -27,9 +27,9 @@ from sphere_easyedit import SPHEREHyperParams
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.measuring import MeasureSettings
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
-from sphere_easyedit.files import replacing
+from sphere_easyedit.files import atomic_write
 from sphere_easyedit.loading import load_model
-from sphere_easyedit.replicas import Place, Replicas
+from sphere_easyedit.replicas import ProcessInfo, Replicas
 
 ALONE = "alone"
 KINDS = {"_optimise": "target values", "_open": "keys", "_read": "keys", "_advance": "keys", "_read_all": "keys",
@@ -60,7 +60,7 @@ def main() -> None:
                                 str(size), *sys.argv, "--output", folder], check=True)
                 found["processes"][size] = [json.loads((Path(folder) / f"{index}.json").read_text())
                                             for index in range(size)]
-        with replacing(arguments.output) as temporary:
+        with atomic_write(arguments.output) as temporary:
             temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -71,9 +71,9 @@ def count(arguments: argparse.Namespace) -> None:
         "v_num_grad_steps": 10, "v_lr": 1.0, "mom2_dataset": str(arguments.text), "mom2_n_samples": 1000,
         "stats_dir": str(arguments.stats_dir)})
     model, tok = load_model(hparams.model_name, "cpu", "float32")
-    place = Place.joined("cpu")
-    replicas = Counted(hparams.editable(model), place)
-    if place.index:
+    process = ProcessInfo.join("cpu")
+    replicas = Counted(hparams.editable(model), process)
+    if process.rank:
         replicas.follow()
     else:
         with replicas.leading(), tempfile.TemporaryDirectory() as folder, FlopCounterMode(display=False) as counter:
@@ -82,7 +82,7 @@ def count(arguments: argparse.Namespace) -> None:
                 Path(folder) / "run", arguments.num_edits, measure=MeasureSettings(before=False)))
         # Jobs are counted within, by counters of their own, and by this one too.
         replicas.flops[ALONE] = counter.get_total_flops() - replicas.flops.total()
-    (arguments.output / f"{place.index}.json").write_text(json.dumps(replicas.flops))
+    (arguments.output / f"{process.rank}.json").write_text(json.dumps(replicas.flops))
 
 
 class Counted(Replicas):

@@ -33,6 +33,8 @@ from projection import resident_bytes
 from published_models import MODELS, PublishedModel, with_one_weight
 from safetensors.torch import load_file, save_file
 from solves import L2, LAMBDA, SyntheticKeys
+from sphere_easyedit.planning.counts import energy_flops, metric_flops, projection_flops, solve_flops
+from sphere_easyedit.planning.shapes import model_shape
 from torch import Tensor
 
 from sphere_easyedit import PrincipalSpace, hyperspherical_energy
@@ -47,10 +49,8 @@ from sphere_easyedit.editing.solvers import (
     NullSpaceMetric,
     adjusted_keys,
 )
-from sphere_easyedit.files import replacing
+from sphere_easyedit.files import atomic_write
 from sphere_easyedit.hyperspherical import energy_from_gram
-from sphere_easyedit.planning.counts import energy_flops, metric_flops, projection_flops, solve_flops
-from sphere_easyedit.planning.shapes import model_shape
 
 Result = TypeVar("Result")
 BATCH: Final = 100
@@ -214,7 +214,7 @@ def measure(options: argparse.Namespace) -> None:
             raise SystemExit(f"{name}, {part} failed:\n{done.stderr}")
         found = json.loads(done.stdout)
         filed["measurements"].append(found)
-        with replacing(options.output) as temporary:
+        with atomic_write(options.output) as temporary:
             temporary.write_text(json.dumps(filed, indent=1) + "\n", encoding="utf-8")
         said = (f"{step} {runs[-1]['seconds']:.2f} s {runs[-1]['peak_bytes'] / 1e6:.0f} MB"
                 for step, runs in found["figures"].items())

@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from published_models import MODELS, PublishedModel
+from sphere_easyedit.planning.batches import micro_batches, total_tokens
+from sphere_easyedit.planning.facts import STAND_IN_CONTEXTS, facts_in_tokens, sample
+from sphere_easyedit.planning.inventory import find_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,9 +32,6 @@ from sphere_easyedit.editing.target_values import optimise_target_values
 from sphere_easyedit.loading import smollm2_folder
 from sphere_easyedit.models import frozen
 from sphere_easyedit.planning import Plan, PlanSettings, make_plan
-from sphere_easyedit.planning.batches import micro_batches, total_tokens
-from sphere_easyedit.planning.facts import STAND_IN_CONTEXTS, facts_in_tokens, sample
-from sphere_easyedit.planning.inventory import find_tokenizer
 
 EDITS, BATCH = 15000, 100
 # H100 SXM5, NVIDIA's data sheet, dense: bfloat16 tensor cores, float32 (torch leaves TF32 off unless told otherwise),

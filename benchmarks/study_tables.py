@@ -28,7 +28,7 @@ from sphere_easyedit.evaluation.checkpoints import saved_weights
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.run_records import PAPER, RunRecords, find_runs
 from sphere_easyedit.evaluation.tables import Table
-from sphere_easyedit.files import replacing
+from sphere_easyedit.files import atomic_write
 from sphere_easyedit.hparams import SPHEREHyperParams
 from sphere_easyedit.loading import load_model
 from sphere_easyedit.models import EditableModel
@@ -105,7 +105,7 @@ def write_tables(output: Path, command: str, tables: Sequence[Table], by_layer: 
         The tables in ``tables.md``.
     """
     readable = [table for table in (*tables[1:], *map(over_layers, by_layer)) if table.rows]
-    with replacing(output / "tables.md") as temporary:
+    with atomic_write(output / "tables.md") as temporary:
         temporary.write_text(f"Made by `{command}`.\n\n" + "\n".join(
             table.to_markdown() for table in readable), encoding="utf-8")
     for table in (*tables, *by_layer):

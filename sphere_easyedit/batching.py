@@ -1,4 +1,4 @@
-"""Which rows of tokens go through a model together."""
+"""Groups rows of tokens into batches that run through a model together."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from transformers import PretrainedConfig
 
 from .models import max_positions, text_config
 
-# A batch costs about as much as so many tokens besides its own, as a share of the most that are run at once.
+# A batch has a fixed cost of about the token budget divided by this, besides its tokens.
 _OVERHEAD = 16
 
 
-def kind_by_length(config: PretrainedConfig) -> Callable[[int], int]:
-    """A function from a row's number of tokens to its kind: rows may share a batch if they are of one kind.
+def length_class(config: PretrainedConfig) -> Callable[[int], int]:
+    """A function from a row's number of tokens to its length class: rows of one class may share a batch.
 
     Rotary embeddings of the types ``longrope`` (one set of frequencies up to a limit, another beyond it) and
-    ``dynamic`` (one set for each length beyond a limit) choose their frequencies by the longest row of a batch. Rows of
-    one kind get the frequencies that each of them gets alone. A longer row's kind is never smaller. Models with other
-    rotary embeddings, or without, have one kind, 0.
+    ``dynamic`` (a set for each length beyond a limit) choose their frequencies by the longest row of a batch. Rows of
+    one class get the same frequencies in a batch as alone. The class never decreases with length. Models with other
+    rotary embeddings, or without, have one class, 0.
     """
     config = text_config(config)
     limits: set[int] = set()
@@ -29,7 +29,7 @@ def kind_by_length(config: PretrainedConfig) -> Callable[[int], int]:
         name = str(rope.get("rope_type", rope.get("type")))
         if name in {"longrope", "su"} or "dynamic" in name:
             grows |= "dynamic" in name
-            # Releases of transformers differ in which of these is the limit. A wrong one only makes batches smaller.
+            # Which of these is the limit depends on the transformers release. A wrong one only makes batches smaller.
             found = (rope.get("original_max_position_embeddings"), max_positions(config),
                      getattr(config, "original_max_position_embeddings", None))
             limits |= {int(limit) for limit in found if limit}
@@ -42,14 +42,14 @@ def kind_by_length(config: PretrainedConfig) -> Callable[[int], int]:
 
 
 def _rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """A config's settings of rotary embeddings, of which there may be some for each type of layer."""
+    """A config's settings of rotary embeddings; there may be one for each layer type."""
     found = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]  # of transformers 5 and 4
     settings = [rope for rope in found if isinstance(rope, dict)]
     return settings + [inner for rope in settings for inner in rope.values() if isinstance(inner, dict)]
 
 
-def of_one_kind(lengths: Sequence[int], kind: Callable[[int], int]) -> list[list[int]]:
-    """Indices of rows in groups whose rows may run together (see ``kind_by_length``), each in ascending order."""
+def group_by_class(lengths: Sequence[int], kind: Callable[[int], int]) -> list[list[int]]:
+    """Indices of rows grouped by length class (see ``length_class``), ascending in each group."""
     groups: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         groups.setdefault(kind(length), []).append(index)
@@ -62,23 +62,23 @@ def padded_batches(
     costs: Sequence[int] | None = None,
     cost_budget: int = 0,
 ) -> list[list[int]]:
-    """Indices of rows in batches of like length, cut so that padding and the number of batches cost least.
+    """Indices of rows in batches of similar length, chosen to minimise padding and the number of batches.
 
-    Batches come longest first: one that does not fit in memory fails at once.
+    The longest batch comes first, so that running out of memory shows at once.
 
     Args:
         lengths: tokens of each row.
-        token_budget: most tokens of a batch, padding included. A longer row is a batch of its own.
-        costs: for each row, of whatever else a batch must not have too much; a dearer row is a batch of its own.
-        cost_budget: most of it in a batch.
+        token_budget: maximal number of tokens in a batch, padding included. A longer row is a batch of its own.
+        costs: another cost of each row that is limited per batch; a more expensive row is a batch of its own.
+        cost_budget: maximal sum of ``costs`` in a batch.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     widths = np.array([lengths[index] for index in order])
     spent = np.cumsum([0] + [0 if costs is None else costs[index] for index in order])
-    # Shortest path over where to cut: best[stop] is the least cost of the first `stop` rows in order.
+    # Dynamic programme over cuts: best[stop] is the least cost of the first `stop` rows in order.
     best = np.zeros(len(order) + 1)
     cuts = [0] * len(best)
-    first = 0  # where a batch up to `stop` may begin at the earliest
+    first = 0  # earliest start of a batch that ends at `stop`
     for stop in range(1, len(best)):
         while first < stop - 1 and (
             widths[first] * (stop - first) > token_budget or spent[stop] - spent[first] > cost_budget

@@ -7,15 +7,19 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .editing.requests import EditRequest
 from .editing.solvers import LowRankUpdate
 from .energy_metrics import MetricCorrelation, correlate, join_energy
-from .files import replacing
+from .files import atomic_write
 from .hyperspherical import energy_from_gram, hyperspherical_energy
+
+if TYPE_CHECKING:
+    from .evaluation.spaces import SpaceRecord
+    from .runs.schema import BatchRecord, Measurement, Summary
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +67,54 @@ class EditEvent:
         return float(hyperspherical_energy(weight) if gram is None else energy_from_gram(gram, weight=weight))
 
 
+@dataclass(frozen=True)
+class RunState:
+    """A sequential run as far as it came, the part of earlier processes included.
+
+    Attributes:
+        directory: of the run.
+        config: content of ``config.yaml``.
+        batches: so far.
+        measurements: so far.
+        energy: hyperspherical energy before the first batch and after each.
+        spaces: share of each batch's change in the principal space, by layer.
+        summary: what the run came to; None until it has ended.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    batches: Sequence[BatchRecord] = ()
+    measurements: Sequence[Measurement] = ()
+    energy: Sequence[EnergyRecord] = ()
+    spaces: Sequence[SpaceRecord] = ()
+    summary: Summary | None = None
+
+
+@dataclass(frozen=True)
+class MeasureEvent:
+    """What a sequential run has just measured and written down.
+
+    Attributes:
+        run: as far as it came, this record included.
+        batch: a batch that has ended, with its losses, times and norms; None for a measurement.
+        measurement: an evaluation by one protocol, or of general abilities; None for a batch.
+    """
+
+    run: RunState
+    batch: BatchRecord | None = None
+    measurement: Measurement | None = None
+
+
 class StopEditing(Exception):
     """Raised by a callback: this batch is undone like after any exception, and a sequential run ends in good order."""
 
 
 class EditCallback:
-    """Watches batches; override what is wanted. An exception from a hook undoes the batch."""
+    """Watches batches, and what a sequential run measures; override what is wanted.
+
+    An exception from a hook of a batch undoes the batch. One from ``on_measured`` or ``on_run_end`` ends the run; what
+    was written stands, and the run can be resumed.
+    """
 
     def on_batch_start(self, event: EditEvent) -> None:
         """Called before a batch changes anything."""
@@ -84,6 +130,12 @@ class EditCallback:
 
     def on_batch_end(self, event: EditEvent) -> None:
         """Called with the batch's weights in place."""
+
+    def on_measured(self, event: MeasureEvent) -> None:
+        """Called by a sequential run once a batch, or a measurement, is written to the run directory."""
+
+    def on_run_end(self, run: RunState) -> None:
+        """Called by a sequential run once its summary is written, and by one that finds it written already."""
 
     def deciding(self) -> Mapping[str, Any] | None:
         """Settings that decide about weights or where a run ends: a run is resumed with the same ones. None for one
@@ -166,7 +218,7 @@ class HETracker(EditCallback):
 
     def to_csv(self, path: str | Path) -> None:
         """Write all records, one line a record and layer."""
-        with replacing(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        with atomic_write(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(_COLUMNS)
             for record in self.records:

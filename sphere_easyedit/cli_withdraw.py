@@ -23,28 +23,21 @@ def withdraw(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more of what is going on.")] = False,
 ) -> None:
     """Write a run's edited weights without some of its facts, and say what that leaves of them and does to others."""
-    from .cli import _set_up, _without_bars_of_transformers
+    from .cli.common import load, set_up
 
-    console = _set_up(verbose).out
+    console = set_up(verbose).out
     from .export import ExportableRun, export_deltas
     from .export.folders import check_free
-    from .loading import load_model
 
     check_free(output)
-    _without_bars_of_transformers()
     edited_run = ExportableRun(run)
     # On the CPU, whatever the run was on: bits of weights don't depend on it.
-    model, _ = load_model(edited_run.hparams.model_name, "cpu", edited_run.dtype)
+    model, _ = load(edited_run.hparams.model_name, "cpu", edited_run.dtype)
     edited, done = _without(edited_run.read(model), edited_run.hparams.layers, run, case)
     export_deltas(output, edited, exact=True)
     console.print(_statement(done))
     console.print(Text(f"{len(done.facts)} facts withdrawn, {len(done.staying)} stay; deltas in {output}"),
                   soft_wrap=True)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to a command line."""
-    app.command()(withdraw)
 
 
 def _without(edited: EditedWeights, layers: list[int], run: Path, cases: list[str]

@@ -1,4 +1,4 @@
-"""Numbers of a model's config, whatever the architecture calls them."""
+"""Number of blocks and hidden size from a model's config, under the attribute names of each architecture."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _WIDTHS = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The language model's part of a config: itself, or the part for text of a multimodal one."""
+    """The config of the language model: the config itself, or the text part of a multimodal one."""
     own: Any = getattr(config, "get_text_config", None)
     found: Any = None
     if own is not None:
         try:
             found = own(decoder=True)
-        except (TypeError, ValueError):  # older than its argument, or several parts to choose from
+        except (TypeError, ValueError):  # transformers too old for the argument, or several text parts
             found = None
     if not isinstance(found, PretrainedConfig):
         found = getattr(config, "text_config", None) or config
-    if _first(found, _LAYER_COUNTS) is None:  # a wrapper that names its text part otherwise
+    if _first(found, _LAYER_COUNTS) is None:  # a wrapper with another name for its text part
         parts = [part for part in vars(found).values() if isinstance(part, PretrainedConfig)]
         decoders = [part for part in map(text_config, parts)
                     if _first(part, _LAYER_COUNTS) is not None and getattr(part, "vocab_size", None)]
@@ -38,19 +38,19 @@ def _first(config: PretrainedConfig, names: Sequence[str]) -> int | None:
 
 
 def num_blocks(config: PretrainedConfig) -> int:
-    """Number of decoder blocks by the config.
+    """Number of decoder blocks according to the config.
 
     Raises:
-        ValueError: it names none.
+        ValueError: the config has none.
     """
     return _number(config, _LAYER_COUNTS, "number of layers")
 
 
 def hidden_size(config: PretrainedConfig) -> int:
-    """Width of the residual stream by the config.
+    """Width of the residual stream according to the config.
 
     Raises:
-        ValueError: it names none.
+        ValueError: the config has none.
     """
     return _number(config, _WIDTHS, "hidden size")
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .callbacks import EditCallback, EditEvent, StopEditing
 from .evaluation.records import SLOT, EditRecord
-from .files import replacing
+from .files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ class DriftGuard(EditCallback):
 
     def _save(self) -> None:
         if self.path is not None:
-            with replacing(self.path) as temporary:
+            with atomic_write(self.path) as temporary:
                 temporary.write_text(json.dumps(asdict(self._state), indent=1), encoding="utf-8")
 
     def _told(self, seen: GuardRecord) -> str:

@@ -1,4 +1,4 @@
-"""Locks on objects that threads share: one thread at a time uses a model."""
+"""Locks a model or module, so that one thread at a time uses it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ATTRIBUTE = "_sphere_lock"
 
 
 class _Lock:
-    """A re-entrant lock. A copy of it, as in a copied or pickled model, is a new lock that nobody holds."""
+    """A re-entrant lock; copying or pickling it (with its model) gives a new, free lock."""
 
     def __init__(self) -> None:
         self.held = threading.RLock()
@@ -22,14 +22,13 @@ class _Lock:
 
 @contextmanager
 def exclusive(holder: Any) -> Iterator[None]:
-    """Keep other threads out of everything that runs under ``exclusive`` with the same object; they wait.
+    """Hold an object's lock inside the context; other threads that use ``exclusive`` on it wait.
 
-    A thread may enter several times. Code that locks several objects locks the model first, so that no two threads
-    wait for each other.
+    A thread may enter several times. Code that locks several objects locks the model first, to avoid deadlocks.
 
     Args:
-        holder: a model, or a Python module; the lock is kept as an attribute of it.
+        holder: a model, or a Python module; the lock is an attribute of it.
     """
-    lock: _Lock = vars(holder).setdefault(_ATTRIBUTE, _Lock())  # setdefault is atomic: all threads get the same one
+    lock: _Lock = vars(holder).setdefault(_ATTRIBUTE, _Lock())  # setdefault is atomic
     with lock.held:
         yield

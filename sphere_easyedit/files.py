@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whoever is killed and whatever breaks: replacing, locking, checksums."""
+"""Atomic writes, lock files, checksums, and paths that stay inside a folder."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 22  # bytes
 _PARTIAL = ".partial"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What file systems answer that know no locks.
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-_RECORDED = re.compile(r"([0-9a-f]{64})(?:\s|$)")  # as `sha256sum` writes it, and a bare one
+_RECORDED = re.compile(r"([0-9a-f]{64})(?:\s|$)")  # as `sha256sum` writes it, or the digest alone
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the context ends without an error.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Write a file atomically: a temporary path that is renamed to ``path`` if the context ends without an error.
 
-    The file's folder is made if need be. On an error the temporary file is removed and ``path`` stays as it was. The
-    content is on the disk before the name is, and the name is when this returns: without that, a power cut could leave
-    a file of the right name and length full of zeros. It costs two ``fsync``, some 4 ms each where we measured, against
-    batches that take seconds; only what is written many times a second should not go through here.
+    The folder is created if missing. On an error the temporary file is removed and ``path`` stays unchanged. Content
+    and name are synced to disk (two ``fsync``, about 4 ms each), since a power cut could otherwise leave a file full of
+    zeros. Not meant for files written many times a second.
 
-    The temporary file is locked while it is written, which tells one under way from what a killed process left behind
-    (see ``remove_leftovers``).
+    The temporary file is locked while it is written, so that ``remove_partial_files`` can tell it from what a killed
+    process left.
 
     Raises:
-        OSError: it can't be written; where there is no room, the message says so and names ``path``.
+        OSError: it can't be written; if the disk is full, the message says so and names ``path``.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,25 +48,25 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private, the run's are not meant to be
+        temporary.chmod(0o666 & ~umask)  # mkstemp creates private files
         _sync(temporary)
         temporary.replace(path)
-        with suppress(OSError):  # the file is in place, whole; some file systems can't sync a folder
+        with suppress(OSError):  # the file is complete; some file systems can't sync a folder
             _sync(path.parent)
     except OSError as error:
         raise _explained(error, path) from error
     finally:
         os.close(handle)
-        with suppress(OSError):  # a folder gone bad: what went wrong first is what should be told
+        with suppress(OSError):  # the first error is the one to report
             temporary.unlink(missing_ok=True)
 
 
 def _explained(error: OSError, path: Path) -> OSError:
-    """The same error, of the file that was meant and with the remedy."""
-    if error.errno not in _NO_ROOM:
+    """A full disk's error with ``path`` and the remedy; any other error unchanged."""
+    if error.errno not in _DISK_FULL:
         return error
-    return OSError(error.errno, f"{os.strerror(error.errno or errno.ENOSPC)}; nothing was written and what stood there "
-                                "is whole: make room, then go on", str(path))
+    return OSError(error.errno, f"{os.strerror(error.errno or errno.ENOSPC)}; nothing was written, and the previous "
+                                "content is intact: free disk space, then go on", str(path))
 
 
 def _sync(path: Path) -> None:
@@ -79,7 +78,7 @@ def _sync(path: Path) -> None:
 
 
 def _try_lock(handle: int) -> bool:
-    """Lock a file; False where another process holds it or the file system has no locks."""
+    """Lock a file; False if another process holds the lock or the file system has no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -87,61 +86,61 @@ def _try_lock(handle: int) -> bool:
     return True
 
 
-def place_in(folder: Path, name: str, what: str = "the folder") -> Path:
-    """The path of a file in a folder that may come from somebody else.
+def path_within(folder: Path, name: str, what: str = "the folder") -> Path:
+    """The path of a file in an untrusted folder.
 
     Args:
-        folder: need not be there; may itself be a link.
-        name: path from there.
-        what: the folder is called so in an error.
+        folder: may be missing, or a symbolic link itself.
+        name: path relative to the folder.
+        what: the folder's name in errors.
 
     Raises:
-        ValueError: it leads out of the folder, by its name or by a symbolic link.
+        ValueError: the path leaves the folder, by its name or by a symbolic link.
     """
     found, root = folder / name, folder.resolve()
     try:
         resolved = found.resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle
-        raise ValueError(f"{found} can't be followed ({error}): remove the link") from error
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise ValueError(f"{found} can't be resolved ({error}): remove the link") from error
     if not resolved.is_relative_to(root) or resolved == root:
         raise ValueError(f"{found} leads out of {what}, to {resolved}: put the file itself there")
     return found
 
 
-def remove_leftovers(folder: Path, beginning: str = "") -> None:
-    """Remove temporary files of ``replacing`` that killed processes left in a folder.
+def remove_partial_files(folder: Path, beginning: str = "") -> None:
+    """Remove temporary files of ``atomic_write`` that killed processes left in a folder.
 
-    A file that somebody writes is locked, so it stays; so do those on a file system without locks.
+    Files being written are locked and stay; so do all files on a file system without locks.
 
     Args:
-        folder: its own files alone are looked at.
-        beginning: of the names that the files were to get.
+        folder: searched without its subfolders.
+        beginning: prefix of the final file names.
     """
     for path in folder.glob(f".{beginning}*{_PARTIAL}*"):
-        with suppress(OSError):  # gone meanwhile, or not ours to remove
+        with suppress(OSError):  # removed meanwhile, or no permission
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 if _try_lock(handle):
                     path.unlink()
-                    logger.info("removed %s, which a process left half written", path)
+                    logger.info("removed %s, left incomplete by an interrupted process", path)
             finally:
                 os.close(handle)
 
 
 @contextmanager
 def locked(path: Path, waiting_for: str) -> Iterator[None]:
-    """Hold a lock on a lock file until the context, or the process, ends; wait for whoever holds it, and say so.
+    """Hold a lock file until the context or the process ends; while another process holds it, wait and log that.
 
-    The kernel frees the lock when its holder dies, so no killed process can leave it behind; the empty file that it
-    leaves is taken over by the next. Over NFS, Linux turns the lock into one that all machines see, if the server does
-    locks; on a file system without them a warning is logged and nothing is held.
+    The kernel frees the lock when its holder dies, so a killed process never blocks others; the empty file that it
+    leaves is reused. On NFS, Linux locks across machines if the server supports it. On a file system without locks a
+    warning is logged and nothing is locked.
 
     Args:
-        path: the lock file; made, with its folder, if need be, and removed at the end.
+        path: the lock file; created, with its folder, and removed at the end.
         waiting_for: what another process does under the lock, for the log.
 
     Raises:
-        OSError: the lock file can't be made.
+        OSError: the lock file can't be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = _locked_handle(path, waiting_for)
@@ -149,23 +148,23 @@ def locked(path: Path, waiting_for: str) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            path.unlink(missing_ok=True)  # while it is held: whoever waited sees that it is gone, and makes it anew
+            path.unlink(missing_ok=True)  # while locked: a waiting process notices and creates a new one
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)  # a forked child may hold the file open still
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a forked child may still hold the file open
         os.close(handle)
 
 
 def _locked_handle(path: Path, waiting_for: str) -> int:
-    told = False
+    logged = False
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not told:
+                if not logged:
                     logger.info("another process is %s: waiting for it (its lock: %s)", waiting_for, path)
-                told = True
+                logged = True
                 fcntl.flock(handle, fcntl.LOCK_EX)
         except BaseException as error:
             if not isinstance(error, OSError) or error.errno not in _NO_LOCKS:
@@ -177,7 +176,7 @@ def _locked_handle(path: Path, waiting_for: str) -> int:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), path.stat()):
                 return handle
-        os.close(handle)  # its last holder has removed it meanwhile
+        os.close(handle)  # its last holder has removed the file meanwhile
 
 
 def sha256_of(path: Path) -> str:
@@ -190,21 +189,21 @@ def sha256_of(path: Path) -> str:
 
 
 def checksum_path(path: Path) -> Path:
-    """Where a file's checksum is kept, in the format of ``sha256sum``."""
+    """Path of a file's checksum, in the format of ``sha256sum``."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def record_checksum(path: Path, digest: str) -> None:
-    """Write a file's SHA-256 beside it."""
-    with replacing(checksum_path(path)) as temporary:
+    """Write a file's SHA-256 to ``checksum_path``."""
+    with atomic_write(checksum_path(path)) as temporary:
         temporary.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
 
 
 def recorded_checksum(path: Path) -> str | None:
-    """The SHA-256 that was written beside a file; None where there is none.
+    """The recorded SHA-256 of a file, or None.
 
     Raises:
-        ValueError: what stands there is no checksum.
+        ValueError: the checksum file can't be read, or holds no checksum.
     """
     beside = checksum_path(path)
     try:
@@ -212,8 +211,8 @@ def recorded_checksum(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{beside} can't be read ({error}): remove it, and the file beside it if that is in doubt"
+        raise ValueError(f"{beside} can't be read ({error}): remove it, and its file too if that may be damaged"
                          ) from error
     if found is None:
-        raise ValueError(f"{beside} holds no sha256: remove it, and the file beside it if that is in doubt")
+        raise ValueError(f"{beside} holds no sha256: remove it, and its file too if that may be damaged")
     return found[1]

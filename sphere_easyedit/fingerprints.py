@@ -1,9 +1,9 @@
-"""Telling whether weights are what they were, bit for bit, without keeping a copy."""
+"""Fingerprints and checksums of weights, to detect changes without keeping a copy."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +12,22 @@ from .models import EditableModel
 from .offload import parameter_values
 from .quantised import dequantised
 
-_AT_ONCE = 1 << 22  # elements: torch widens them all to 8 bytes before it adds them up
+_BLOCK_ELEMENTS = 1 << 22  # summed at a time, since torch widens them to 8 bytes
 
 
 class Fingerprint:
-    """Exact sums of a weight's bit patterns by row and by column: any change that is no conspiracy shows."""
+    """Sums of a weight's bit patterns, as integers, by row and by column, which practically every change alters."""
 
     def __init__(self, rows: Tensor, columns: Tensor) -> None:
         self.rows, self.columns = rows, columns  # (d_out,), (d_in,) int64, on the CPU
 
     @classmethod
     def of(cls, weight: Tensor) -> Fingerprint:
-        """Of a weight ``(d_out, d_in)``, floating or quantised."""
+        """Fingerprint of a weight ``(d_out, d_in)``, floating or quantised."""
         integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
         bits = weight.detach().view(integer)
         rows, columns = [], torch.zeros(bits.shape[1], dtype=torch.int64, device=bits.device)
-        for block in torch.split(bits, max(1, _AT_ONCE // max(1, bits.shape[1]))):
+        for block in torch.split(bits, max(1, _BLOCK_ELEMENTS // max(1, bits.shape[1]))):
             rows.append(block.sum(dim=1, dtype=torch.int64))
             columns += block.sum(dim=0, dtype=torch.int64)
         return cls(torch.cat(rows).cpu(), columns.cpu())
@@ -40,19 +40,18 @@ class Fingerprint:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Digest of all parameters' values: any change that is no conspiracy shows."""
+    """Digest of the fingerprints of all parameters, offloaded or not."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        for part in _marks(name, parameter_values(model, name), parameter.dtype):  # offloaded ones, too
-            digest.update(part)
+        digest.update(_described(name, parameter_values(model, name), parameter.dtype))
     return digest.hexdigest()
 
 
 def tensor_digests(editable: EditableModel, names: Iterable[str]) -> dict[str, str]:
-    """Digest of the values of each parameter or buffer: any change that is no conspiracy shows.
+    """Digest of the fingerprint of each parameter or buffer.
 
-    A digest depends neither on where a tensor lies nor on which layers are edited: a down-projection that bitsandbytes
-    quantised counts as what it is dequantised to when its layer is edited.
+    A digest depends neither on a tensor's device nor on which layers are edited: a down-projection that bitsandbytes
+    quantised is dequantised first, as if its layer were edited.
     """
     down_projections = {editable.names.rewrite_module_tmp.format(layer) for layer in range(editable.num_blocks)}
     digests = {}
@@ -60,23 +59,19 @@ def tensor_digests(editable: EditableModel, names: Iterable[str]) -> dict[str, s
         module = name.rpartition(".")[0]
         plain = dequantised(editable.model, module) if module in down_projections else {}
         values = plain[name] if name in plain else parameter_values(editable.model, name)
-        digest = hashlib.sha256()
-        for part in _marks(name, values, values.dtype):
-            digest.update(part)
-        digests[name] = digest.hexdigest()
+        digests[name] = hashlib.sha256(_described(name, values, values.dtype)).hexdigest()
     return digests
 
 
-def _marks(name: str, values: Tensor, dtype: torch.dtype) -> Iterator[bytes]:
-    """What a tensor is told by, for a digest."""
-    prints = Fingerprint.of(values.flatten(1) if values.dim() > 1 else values.reshape(1, -1))
-    yield f"{name} {tuple(values.shape)} {dtype}".encode()
-    for sums in (prints.rows, prints.columns):
-        yield sums.numpy().tobytes()
+def _described(name: str, values: Tensor, dtype: torch.dtype) -> bytes:
+    """Name, shape, dtype and fingerprint of a tensor."""
+    sums = Fingerprint.of(values.flatten(1) if values.dim() > 1 else values.reshape(1, -1))
+    head = f"{name} {tuple(values.shape)} {dtype}".encode()
+    return head + sums.rows.numpy().tobytes() + sums.columns.numpy().tobytes()
 
 
 def weights_checksum(editable: EditableModel) -> str:
-    """SHA-256 of the edited weights' bytes, in the layers' order."""
+    """SHA-256 of the edited weights' bytes, in ascending order of layers."""
     digest = hashlib.sha256()
     for layer in editable.layers:
         stored = editable.parameter(layer).detach().cpu().contiguous()

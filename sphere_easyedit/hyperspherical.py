@@ -5,7 +5,7 @@ Notation follows SPHERE (arXiv 2510.01172). A weight ``W`` is ``(d_out, d_in)``,
 The energy is dimensionless: it depends on directions alone, so it is the same after a rotation, a positive
 scaling of rows or a change of their order.
 
-What every function here agrees on:
+Conventions of all functions:
 
 * **Zero rows** have no direction. They are left out of the sum and out of the count of pairs.
 * **Duplicate rows** would have infinite energy. Distances are floored at :data:`DISTANCE_FLOOR`, so that an
@@ -31,7 +31,16 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from .core.rows import COPY_ELEMENTS, row_blocks, row_norms, unit_rows
+from .core.tensors import (
+    as_number,
+    blocks,
+    check_gram_dtype,
+    check_matrix,
+    check_norms,
+    cosine_blocks,
+    row_norms,
+    unit_rows,
+)
 
 __all__ = [
     "DISTANCE_FLOOR",
@@ -56,12 +65,13 @@ Reduction = Literal["sum", "mean"]
 # 1e-4.
 _NEAR_FLOAT32: Final = 0.25
 _NEAR_FLOAT64: Final = 1e-4
-# A Gram matrix handed over without its rows cannot be measured again: distances stop at its own rounding.
+# Without the rows close pairs cannot be measured again: the Gram matrix's rounding bounds their distances.
 _GRAM_FLOOR_IN_EPS: Final = 8.0
 # A float32 quotient by a norm outside this range would lose digits to overflow or to denormals.
 _SAFE_NORM: Final = (1e-30, 1e30)
 _PANEL_BYTES: Final = 64 * 2**20  # one block of unit rows; two are alive at a time
 _MAX_BLOCK_ROWS: Final = 2048  # a float64 block of distances then takes 32 MiB
+_COPY_ELEMENTS: Final = 4 * 2**20  # elements in a float64 copy of some rows: 32 MiB
 _REFINE_ROWS: Final = 256
 
 
@@ -109,7 +119,7 @@ def energy_from_gram(
         s: exponent of the Riesz kernel, above 0.
         reduction: ``"sum"`` or ``"mean"`` per ordered pair.
         chunk_size: rows per block, None for a default.
-        weight: ``(d_out, d_in)``, the W that gram belongs to. With it, pairs too close for the Gram matrix's
+        weight: ``(d_out, d_in)``, the W that gram was computed from. With it, pairs too close for the Gram matrix's
             precision are measured again from the rows, and the result is as exact as
             :func:`hyperspherical_energy`. Without it, distances are floored at ``sqrt(8 eps)`` of gram's
             dtype: 1e-3 for float32, 4e-8 for float64.
@@ -175,8 +185,8 @@ def energy_change_bound(weight: Tensor, update: Tensor, chunk_size: int | None =
     _check_chunk_size(chunk_size)
     with torch.no_grad():
         rows = _Rows.of(weight)
-        _check_matching("update", update, weight, tuple(weight.shape))
-        steps = row_norms(update.detach(), "update", rescaled=True)
+        _check_update(update, weight)
+        steps = _row_norms(update.detach(), "update")
         if bool((steps[~rows.alive] > 0).any()):
             return torch.full((), math.inf, dtype=torch.float64, device=steps.device)
         return (_sensitivity(rows, chunk_size) * steps).sum()
@@ -185,7 +195,7 @@ def energy_change_bound(weight: Tensor, update: Tensor, chunk_size: int | None =
 def minimal_update_norm(
     weight: Tensor, energy_change: float | Tensor, chunk_size: int | None = None
 ) -> Tensor:
-    """Least squared Frobenius norm of a small update that changes the energy (s = 1) by so much (Theorem 1).
+    """Least squared Frobenius norm of a small update that changes the energy (s = 1) by a given amount (Theorem 1).
 
     ``||dW||_F^2 >= dHE^2 / sum_i K_i^2``, by Cauchy-Schwarz on Theorem 3. By the paper's reading, with
     orthonormal inputs, this is also the least disturbance of what the weight stores.
@@ -216,7 +226,7 @@ def minimal_update_norm(
 
 @dataclass(frozen=True)
 class _Rows:
-    """The neurons of a weight: raw rows, and their norms in float64."""
+    """A weight's rows and their norms."""
 
     weight: Tensor  # (d_out, d_in), as given
     norms: Tensor  # (d_out,) float64
@@ -225,9 +235,9 @@ class _Rows:
 
     @classmethod
     def of(cls, weight: Tensor) -> _Rows:
-        _check_matrix("weight", weight)
+        check_matrix("weight", weight)
         weight = weight.detach()
-        norms = row_norms(weight, rescaled=True)
+        norms = _row_norms(weight, "weight")
         alive = norms > 0
         low, high = _SAFE_NORM
         extreme = bool(((norms > high) | ((norms < low) & alive)).any())
@@ -237,6 +247,13 @@ class _Rows:
     def unit(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """Chosen rows scaled to unit norm, a new tensor; zero rows stay zero."""
         return unit_rows(self.weight, self.norms, index, dtype)
+
+
+def _row_norms(matrix: Tensor, name: str) -> Tensor:
+    """Norm of each row, ``(rows,)`` float64; refuses what is not finite."""
+    norms = row_norms(matrix, max(1, _COPY_ELEMENTS // max(1, matrix.shape[1])), rescaled=True)
+    check_norms(name, norms)
+    return norms
 
 
 def _rows_of_gram(weight: Tensor, gram: Tensor) -> _Rows:
@@ -254,7 +271,7 @@ def _rows_of_gram(weight: Tensor, gram: Tensor) -> _Rows:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """What turns cosines into distances that can be trusted."""
+    """What the distance of a pair is computed with, besides its cosine."""
 
     alive: Tensor  # (d_out,) bool
     rows: _Rows | None  # to measure close pairs again; None where there is only a Gram matrix
@@ -300,7 +317,7 @@ def _inverse_power(squared: Tensor, power: float) -> Tensor:
 
 
 def _exclude(squared: Tensor, i: slice, j: slice, alive: Tensor) -> None:
-    """Sends self-pairs and zero rows to infinity, where they contribute nothing."""
+    """Set the distances of self-pairs and zero rows to infinity, so that they contribute nothing."""
     if i == j:
         squared.fill_diagonal_(math.inf)
     for dead, mirrored in ((~alive[i], squared), (~alive[j], squared.T)):
@@ -311,39 +328,33 @@ def _exclude(squared: Tensor, i: slice, j: slice, alive: Tensor) -> None:
 def _weight_cosines(rows: _Rows, chunk_size: int | None) -> Iterator[tuple[slice, slice, Tensor]]:
     """Cosines between rows, block by block on and above the diagonal."""
     count, width = rows.weight.shape
-    blocks = list(row_blocks(count, chunk_size or _default_block_rows(count, width, rows.work)))
-    for position, i in enumerate(blocks):
-        left = rows.unit(i, rows.work)
-        for j in blocks[position:]:
-            # Scaling a block again for every partner costs memory traffic, a few percent of the product;
-            # keeping all of them would be a second copy of the weight.
-            right = left if i == j else rows.unit(j, rows.work)
-            yield i, j, left @ right.T
+    size = chunk_size or _default_block_rows(count, width, rows.work)
+    return cosine_blocks(rows.weight, rows.norms, rows.work, size)
 
 
 def _gram_cosines(
     gram: Tensor, norms: Tensor, chunk_size: int | None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """The same from a raw Gram matrix and the square roots of its diagonal."""
+    """Cosines as ``cosine_blocks`` gives them, from a raw Gram matrix and the square roots of its diagonal."""
     divisor = torch.where(norms > 0, norms, 1.0)
-    blocks = list(row_blocks(gram.shape[0], chunk_size or _MAX_BLOCK_ROWS // 2))
-    for position, i in enumerate(blocks):
-        for j in blocks[position:]:
+    parts = list(blocks(gram.shape[0], chunk_size or _MAX_BLOCK_ROWS // 2))
+    for position, i in enumerate(parts):
+        for j in parts[position:]:
             yield i, j, gram[i, j].to(torch.float64).div(divisor[i][:, None]).div_(divisor[j][None, :])
 
 
 def _measure_close_pairs(squared: Tensor, i: slice, j: slice, rows: _Rows, near: float) -> None:
-    """Replaces squared distances below ``near``, where cancellation shows, in place."""
+    """Recompute squared distances below ``near``, where cancellation costs digits, in place."""
     if float(squared.amin()) >= near:
         return
     # Small tiles bound the float64 copies of rows, whatever the block size.
-    for a in row_blocks(squared.shape[0], _REFINE_ROWS):
-        for b in row_blocks(squared.shape[1], _REFINE_ROWS):
+    for a in blocks(squared.shape[0], _REFINE_ROWS):
+        for b in blocks(squared.shape[1], _REFINE_ROWS):
             _measure_tile(squared[a, b], _shift(a, i.start), _shift(b, j.start), rows, near)
 
 
 def _measure_tile(tile: Tensor, i: slice, j: slice, rows: _Rows, near: float) -> None:
-    """One tile (a view): by a float64 product if many pairs are close, then directly if still too close."""
+    """Recompute one tile (a view): by a float64 product if many pairs are close, by differences if still too close."""
     close = tile < near
     if near > _NEAR_FLOAT64 and int(close.sum()) * 128 > tile.numel():
         product = rows.unit(i, torch.float64) @ rows.unit(j, torch.float64).T
@@ -367,13 +378,13 @@ def _measure_tile(tile: Tensor, i: slice, j: slice, rows: _Rows, near: float) ->
 def _direct_squared(rows: _Rows, first: Tensor, second: Tensor) -> Tensor:
     """``||what_a - what_b||^2`` of listed pairs from the rows, ``(pairs,)`` float64: nothing cancels."""
     squared = torch.empty(first.shape[0], dtype=torch.float64, device=first.device)
-    for part in row_blocks(first.shape[0], max(1, COPY_ELEMENTS // rows.weight.shape[1] // 2)):
+    for part in blocks(first.shape[0], max(1, _COPY_ELEMENTS // rows.weight.shape[1] // 2)):
         difference = rows.unit(first[part], torch.float64).sub_(rows.unit(second[part], torch.float64))
         squared[part] = difference.square_().sum(dim=1)
     return squared
 
 
-# --- small change -------------------------------------------------------------------------------------------
+# --- helpers ------------------------------------------------------------------------------------------------
 
 
 def _reduce(sums: Tensor, alive: Tensor, reduction: Reduction) -> Tensor:
@@ -406,38 +417,22 @@ def _gram_floor(dtype: torch.dtype) -> float:
 # --- checks -------------------------------------------------------------------------------------------------
 
 
-def _check_matrix(name: str, matrix: Tensor) -> None:
-    if not isinstance(matrix, Tensor):
+def _check_update(update: Tensor, weight: Tensor) -> None:
+    check_matrix("update", update)
+    if update.shape != weight.shape or update.device != weight.device:
         raise ValueError(
-            f"{name} must be a torch.Tensor, got {type(matrix).__name__}; wrap it in torch.as_tensor"
-        )
-    if matrix.dim() != 2:
-        raise ValueError(
-            f"{name} must be 2-D (d_out, d_in), got shape {tuple(matrix.shape)}; flatten or select one matrix"
-        )
-    if not matrix.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {matrix.dtype}; dequantise it or call .float()")
-
-
-def _check_matching(name: str, matrix: Tensor, weight: Tensor, shape: tuple[int, ...]) -> None:
-    _check_matrix(name, matrix)
-    if tuple(matrix.shape) != shape or matrix.device != weight.device:
-        raise ValueError(
-            f"{name} must be {shape} on {weight.device} like the weight, got {tuple(matrix.shape)} on "
-            f"{matrix.device}; transpose a Conv1D update to (d_out, d_in), or move it"
+            f"update must be {tuple(weight.shape)} on {weight.device} like the weight, got {tuple(update.shape)} on "
+            f"{update.device}; transpose a Conv1D update to (d_out, d_in), or move it"
         )
 
 
 def _checked_gram(gram: Tensor) -> Tensor:
-    _check_matrix("gram", gram)
+    check_matrix("gram", gram)
     if gram.shape[0] != gram.shape[1]:
         raise ValueError(
             f"gram must be square, W W^T, got shape {tuple(gram.shape)}; of a weight: hyperspherical_energy"
         )
-    if gram.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"gram must be float32 or float64, got {gram.dtype}; accumulate W W^T in float32 or better"
-        )
+    check_gram_dtype(gram)
     gram = gram.detach()
     if not bool(gram.isfinite().all()):
         raise ValueError(
@@ -471,10 +466,7 @@ def _check_chunk_size(chunk_size: int | None) -> None:
 
 
 def _checked_number(name: str, value: float | Tensor) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number):
+    number = as_number(value)
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be one finite number, got {value!r}; pass a float")
     return number

@@ -1,8 +1,8 @@
-"""The scale and the soft cap of a model's logits, found by running it.
+"""Finds the scale and soft cap that a model applies to its logits, by running it once.
 
-Gemma and RecurrentGemma cap logits softly; Granite, Cohere and Falcon-H1 multiply them or what enters the head, each
-under a name of its own. Here the model is run once with a hook on the head, which feeds it the last state at several
-scales, so that scale and cap show whatever they are called.
+Gemma and RecurrentGemma softly cap their logits; Granite, Cohere and Falcon-H1 scale them or the head's input, each
+under a config name of its own. Here a hook feeds the LM head the last state at several scales, and the scale and cap
+are fitted to the resulting logits.
 
 Shape legend: n states; d the width of the residual stream; V the vocabulary.
 """
@@ -25,11 +25,11 @@ from .messages import one_line
 if TYPE_CHECKING:
     from .models import EditableModel
 
-# Multiples of the last state that the head is fed: itself, one that shows the slope at 0, one that shows a cap.
+# Multiples of the last state fed to the head: the state itself, one for the slope at 0, one that reaches a cap.
 _SCALES = (1.0, 1.0 / 64.0, 64.0)
-_FITTED = 4096  # logits that a cap is fitted to
-# By whether logits are float32 (or wider) or of half precision: the largest relative error, up to which one no cap is
-# looked for, and how near to 1 a factor is none.
+_FITTED = 4096  # number of logits that a cap is fitted to
+# By whether logits are float32 or wider (True) or half precision (False): the largest relative error accepted, the
+# error below which no cap is fitted, and the distance from 1 below which a factor counts as 1.
 _TOLERANCE: Mapping[bool, float] = MappingProxyType({True: 1e-3, False: 5e-2})
 _ROUNDING: Mapping[bool, float] = MappingProxyType({True: 1e-5, False: 2e-2})
 _NO_FACTOR: Mapping[bool, float] = MappingProxyType({True: 1e-5, False: 2e-3})
@@ -47,49 +47,49 @@ class LogitMap:
         """Logits ``(n, V)`` in float32 of last-block outputs ``(n, d)``."""
         entering = final_norm(states)
         raw: Tensor = head(entering if self.input_scale == 1.0 else entering * self.input_scale).float()
-        return self.of_head(raw)
+        return self.from_head(raw)
 
-    def of_head(self, raw: Tensor) -> Tensor:
-        """Logits of what the head puts out."""
+    def from_head(self, raw: Tensor) -> Tensor:
+        """Logits from the head's output."""
         scaled = raw if self.scale == 1.0 else raw * self.scale
         return scaled if self.cap is None else torch.tanh(scaled / self.cap) * self.cap
 
 
 @torch.no_grad()
 def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
-    """Find how a model's logits follow from its last block's output, by one run on a prompt.
+    """Find how a model computes its logits from its last block's output, by one run on a prompt.
 
     Args:
         editable: the model with its final norm and LM head, frozen.
         input_ids: ``(1, tokens)``.
 
     Raises:
-        ValueError: they follow by more than the named final norm, the LM head, constant factors and a soft cap.
+        ValueError: the logits are not the final norm, the LM head, constant factors and a soft cap applied in turn.
     """
     names, model = editable.names, type(editable.model).__name__
     states, entering, raw, own = _run(editable, input_ids)
     if states is None:
         last = names.layer_module_tmp.format(editable.num_blocks - 1)
-        raise ValueError(f"{last!r} gives no hidden states in a forward pass of {model}: give the decoder blocks as "
+        raise ValueError(f"{last!r} returns no hidden states in a forward pass of {model}: give the decoder blocks as "
                          "layer_module_tmp")
     if raw is None or entering is None:
         raise ValueError(f"{names.lm_head_module!r} is not run on hidden states in a forward pass of {model}: give the "
-                         "module that puts out the logits as lm_head_module")
+                         "module that computes the logits as lm_head_module")
     if raw.shape[-1] != own.shape[-1]:
-        raise ValueError(f"{names.lm_head_module!r} puts out {raw.shape[-1]} numbers a token, but {model} has "
-                         f"{own.shape[-1]} logits: give the module that puts out the logits as lm_head_module")
+        raise ValueError(f"{names.lm_head_module!r} returns {raw.shape[-1]} numbers per token, but {model} has "
+                         f"{own.shape[-1]} logits: give the module that computes the logits as lm_head_module")
     if states.shape[-1] != entering.shape[-1] or states.dim() != 3:
         raise ValueError(f"{names.lm_head_module!r} takes states of shape {tuple(entering.shape)}, but the last block "
-                         f"puts out {tuple(states.shape)}: {model} does more between the two than "
+                         f"returns {tuple(states.shape)}: {model} does more between the two than "
                          f"{names.ln_f_module!r}, which is not supported")
     if not bool(torch.isfinite(own).all() and torch.isfinite(raw).all()):
-        return _without_numbers(own, raw, model)
+        return _not_finite(own, raw, model)
     full = min(own.element_size(), raw.element_size()) >= 4
     input_scale, off = _multiple(entering, _normed(editable, states)[0, -1])
     if off > _TOLERANCE[full]:
-        raise ValueError(f"what enters {names.lm_head_module!r} is not what {names.ln_f_module!r} makes of the last "
-                         f"block's output of {model} ({off:.1%} apart): correct these module names; if they are right, "
-                         "this architecture is not supported")
+        raise ValueError(f"the input of {names.lm_head_module!r} is not what {names.ln_f_module!r} returns for the "
+                         f"last block's output of {model} (relative error {off:.1%}): correct these module names; if "
+                         "they are right, this architecture is not supported")
     scale, off = _multiple(own, raw)
     cap = None
     if not off < _ROUNDING[full]:
@@ -97,15 +97,15 @@ def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
         if capped[-1] < off:
             scale, cap, off = capped
         if not off < _TOLERANCE[full]:
-            raise ValueError(f"the logits of {model} are not what {names.lm_head_module!r} puts out, nor a multiple of "
-                             f"it, softly capped or not ({off:.1%} apart): correct lm_head_module; if it is right, "
-                             "what this architecture does to its logits is not supported")
+            raise ValueError(f"the logits of {model} are not what {names.lm_head_module!r} returns, nor a multiple of "
+                             f"it, softly capped or not (relative error {off:.1%}): correct lm_head_module; if it is "
+                             "right, this architecture's transform of its logits is not supported")
     input_scale, scale = (1.0 if abs(factor - 1.0) < _NO_FACTOR[full] else factor for factor in (input_scale, scale))
     return LogitMap(input_scale, scale, cap)
 
 
 def _normed(editable: EditableModel, states: Tensor) -> Tensor:
-    """What the final norm makes of ``states``, of the same shape; ValueError if it can't be the norm."""
+    """The final norm's output for ``states``, of the same shape; ValueError if it can't be a norm."""
     try:
         normed: Any = editable.final_norm(states)
         why = "" if isinstance(normed, Tensor) and normed.shape == states.shape else "the shape changes"
@@ -113,17 +113,17 @@ def _normed(editable: EditableModel, states: Tensor) -> Tensor:
         why = one_line(error)
     if why:
         raise ValueError(f"{editable.names.ln_f_module!r} does not take the last block's output as a norm does "
-                         f"({why}): give the norm in front of the LM head as ln_f_module")
+                         f"({why}): give the norm before the LM head as ln_f_module")
     return normed  # type: ignore[no-any-return]
 
 
 def _run(editable: EditableModel, input_ids: Tensor
          ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """Run one row for each scale.
+    """Run the prompt once per scale, as one batch.
 
     Returns:
-        The last block's output ``(1, tokens, d)``; what enters the head at the last token, ``(d,)``; what the head puts
-        out for its multiples, and the logits for them, each ``(scales, V)``. None for what was not seen.
+        The last block's output ``(1, tokens, d)``; the head's input at the last token, ``(d,)``; the head's output and
+        the logits at all multiples of that input, each ``(scales, V)``. None where a hook was not called.
     """
     states: list[Tensor] = []
     entering: list[Tensor] = []
@@ -138,7 +138,7 @@ def _run(editable: EditableModel, input_ids: Tensor
         last.mul_(torch.tensor(_SCALES, device=fed.device, dtype=fed.dtype)[:, None])
         return (fed, *args[1:])
 
-    def note(found: list[Tensor]) -> Any:
+    def recorder(found: list[Tensor]) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
             if _is_states(first):
@@ -146,9 +146,9 @@ def _run(editable: EditableModel, input_ids: Tensor
 
         return hook
 
-    handles = [editable.block(editable.num_blocks - 1).register_forward_hook(note(states)),
+    handles = [editable.block(editable.num_blocks - 1).register_forward_hook(recorder(states)),
                editable.lm_head.register_forward_pre_hook(feed),
-               editable.lm_head.register_forward_hook(note(raw))]
+               editable.lm_head.register_forward_hook(recorder(raw))]
     rows = input_ids.expand(len(_SCALES), -1)
     try:
         logits: Tensor = editable.model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits
@@ -160,24 +160,23 @@ def _run(editable: EditableModel, input_ids: Tensor
 
 
 def _is_states(value: Any) -> bool:
-    """Whether a module's input or output can be states of some rows, as many for each scale."""
+    """Whether a module's input or output can be hidden states of the batch."""
     return (isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
             and value.shape[:-1].numel() % len(_SCALES) == 0)
 
 
 def _multiple(found: Tensor, of: Tensor) -> tuple[float, float]:
-    """The factor that makes ``of`` most like ``found``, and how far apart they are with it, relatively."""
+    """Least-squares factor from ``of`` to ``found``, and the relative difference that remains."""
     x, y = of.double().flatten(), found.double().flatten().to(of.device)
     factor = float((x @ y) / (x @ x))
     return factor, float((y - factor * x).norm() / y.norm())
 
 
 def _soft_cap(own: Tensor, raw: Tensor) -> tuple[float, float, float]:
-    """The scale and the cap with which ``cap * tanh(scale * raw / cap)`` is most like the logits, and the relative
-    difference left."""
+    """Fit ``cap * tanh(scale * raw / cap)`` to the logits: scale, cap, and the relative difference that remains."""
     y, x = own.double().cpu().flatten(), raw.double().cpu().flatten()
     slope, _ = _multiple(own[1], raw[1])
-    some = x.abs().argsort().flip(0)[::math.ceil(len(x) / _FITTED)]  # of all sizes, the largest among them
+    some = x.abs().argsort().flip(0)[::math.ceil(len(x) / _FITTED)]  # a sample of all magnitudes with the largest
 
     def capped(logs: np.ndarray, raw: Tensor) -> Tensor:
         scale, cap = (math.copysign(math.exp(logs[0]), slope), math.exp(logs[1]))
@@ -191,8 +190,8 @@ def _soft_cap(own: Tensor, raw: Tensor) -> tuple[float, float, float]:
     return math.copysign(scale, slope), cap, float((capped(found.x, x) - y).norm() / y.norm())
 
 
-def _without_numbers(own: Tensor, raw: Tensor, model: str) -> LogitMap:
-    """Of logits that are not all finite: a broken model is told by its losses, a model that masks tokens refused."""
+def _not_finite(own: Tensor, raw: Tensor, model: str) -> LogitMap:
+    """Handle logits that are not finite: refuse a model that masks tokens; a broken model shows in its losses later."""
     if bool(torch.isfinite(raw).all()):
         masked = int((~torch.isfinite(own)).any(dim=0).sum())
         raise ValueError(f"{model} overwrites {masked} of its {own.shape[-1]} logits with values that are not finite, "

@@ -1,4 +1,4 @@
-"""The class of transformers that a config's model is loaded as, and the model without weights."""
+"""Selects the transformers class to load a model with by its config, and builds the model on the meta device."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from transformers.models.auto import modeling_auto
 from .config_fields import text_config
 from .messages import one_line
 
-# Wrappers around a decoder, which run on text alone, too.
+# Auto classes of multimodal models, many of which also run on text alone.
 _WRAPPER_CLASSES = (
     ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "AutoModelForImageTextToText"),
     ("MODEL_FOR_MULTIMODAL_LM_MAPPING", "AutoModelForMultimodalLM"),
     ("MODEL_FOR_VISION_2_SEQ_MAPPING", "AutoModelForVision2Seq"),
 )
 _CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING"
-WANTED = "give a decoder-only causal language model"
+DECODER_REMEDY = "give a decoder-only causal language model"
 
 
 def language_model_class(config: PretrainedConfig) -> Any:
-    """The class of transformers that a model to be edited is loaded with, by its config alone.
+    """The transformers class to load a model with, by its config alone.
 
-    It is ``AutoModelForCausalLM`` where that knows the config; else the class that the checkpoint was saved from, if
-    that generates text; else the auto class that knows the config among those of models that read more than text.
+    ``AutoModelForCausalLM`` if it supports the config; else the class that the checkpoint was saved from, if that
+    generates text; else the multimodal auto class that supports the config.
 
     Raises:
-        ValueError: encoders, encoder-decoders, and models that generate no text.
+        ValueError: the config is of an encoder, an encoder-decoder, or a model that does not generate text.
     """
     check_decoder(config)
     kind = str(config.model_type)
@@ -45,7 +45,7 @@ def language_model_class(config: PretrainedConfig) -> Any:
         if type(config) in _mapping(mapping):
             return getattr(transformers, auto)
     if kind in transformers.CONFIG_MAPPING:
-        raise ValueError(f"{kind!r} is no causal language model of transformers: {WANTED}")
+        raise ValueError(f"{kind!r} is not a causal language model of transformers: {DECODER_REMEDY}")
     near = difflib.get_close_matches(kind, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1)
     hint = f" (nearest known: {near[0]})" if near else ""
     raise ValueError(f"architecture {kind!r} is not known to transformers {transformers.__version__}{hint}: upgrade "
@@ -58,34 +58,34 @@ def check_decoder(config: PretrainedConfig) -> None:
     """Refuse encoders and encoder-decoders (ValueError)."""
     kind = str(config.model_type)
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, text_config(config))):
-        raise ValueError(f"{kind!r} is an encoder-decoder, which can't be edited: {WANTED}")
+        raise ValueError(f"{kind!r} is an encoder-decoder, which can't be edited: {DECODER_REMEDY}")
     if type(config) in _mapping("MODEL_FOR_MASKED_LM_MAPPING") and not getattr(config, "is_decoder", False):
-        raise ValueError(f"{kind!r} is an encoder, which sees the tokens after a word, too: {WANTED}")
+        raise ValueError(f"{kind!r} is an encoder, whose attention is bidirectional: {DECODER_REMEDY}")
 
 
 def meta_model(config: PretrainedConfig) -> nn.Module:
-    """The model of a config on the meta device, where it takes no memory; remote code is never run.
+    """The model of a config on the meta device, without memory for weights; remote code is never run.
 
     Raises:
-        ValueError: see ``language_model_class``; or the config's values do not fit together.
+        ValueError: see ``language_model_class``; or the config is inconsistent.
     """
     loader = language_model_class(config)
     config = copy.deepcopy(config)
     if loader is transformers.AutoModelForCausalLM:
         built = getattr(_mapping(_CAUSAL)[type(config)], "config_class", None)
         if built is not None and not isinstance(config, built) and isinstance(text_config(config), built):
-            config = text_config(config)  # of such wrappers transformers loads the text model alone
+            config = text_config(config)  # transformers loads only the text model of such wrappers
     make = getattr(loader, "from_config", None) or loader._from_config
     try:
         try:
             with torch.device("meta"):
                 model: nn.Module = make(config)
-        except NotImplementedError:  # it reads values of tensors while it is built
+        except NotImplementedError:  # its constructor reads tensor values
             from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
             with init_empty_weights():
                 model = make(config)
-    except Exception as error:  # checks of configs and missing packages: of many kinds
+    except Exception as error:  # inconsistent configs and missing packages raise many types
         raise ValueError(f"no model can be built from this {type(config).__name__}: {one_line(error).rstrip('.')}: "
                          "correct config.json") from error
     return model

@@ -1,8 +1,8 @@
-"""Everything the package knows about model architectures.
+"""Access to a decoder's blocks, its edited weights and its logits, whatever the architecture.
 
 Names used throughout: a *block* is one decoder layer, the *down-projection* is the second linear map of its
-feed-forward network, whose weight is edited. Oriented weights are ``(d_out, d_in)`` with neurons as rows,
-whatever way the module stores them; GPT-2's ``Conv1D`` stores the transpose.
+feed-forward network, whose weight is edited. Weights are returned as ``(d_out, d_in)`` with neurons as rows, however
+the module stores them; GPT-2's ``Conv1D`` stores the transpose.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-# Re-exported: the other modules import these names from here.
+# Re-exported for the other modules.
 from .config_fields import hidden_size as hidden_size
 from .config_fields import num_blocks as num_blocks
 from .config_fields import text_config as text_config
@@ -27,47 +27,47 @@ from .logit_map import LogitMap
 from .module_discovery import ModuleNames as ModuleNames
 from .module_discovery import decoder_parts, input_embeddings
 from .module_discovery import module_names as module_names
-from .offload import execution_device, lent_again_for_backward, offloaded_weight
+from .offload import execution_device, offloaded_weight, reload_for_backward
 from .quantised import check_editable, dequantise
 
 logger = logging.getLogger(__name__)
 
-# What configs call the longest context. Where a release of transformers maps one of these names to another, both work.
+# Config attributes that hold the longest context, by architecture.
 _CONTEXT_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length",
                    "max_target_positions", "n_ctx", "context_length")
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
-    """Longest context in tokens by the config, or None where it names no limit."""
+    """Longest context in tokens according to the config, or None if it has no limit."""
     config = text_config(config)
     for name in _CONTEXT_LIMITS:
         limit = getattr(config, name, None)
-        if isinstance(limit, int) and limit > 0:  # XLNet has -1, for no limit
+        if isinstance(limit, int) and limit > 0:  # XLNet's -1 means no limit
             return limit
     return None
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Device that a model's token ids go to: where its embeddings are, or are lent to."""
+    """Device that a model expects token ids on: where its embedding layer computes."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     device: torch.device = embeddings.weight.device
     return execution_device(model, embeddings) or device
 
 
 class EditableModel:
-    """A decoder with its parts at hand and its edited weights in one orientation.
+    """A decoder whose blocks, norm, head and edited weights are accessible by layer number, in one orientation.
 
-    Weights that accelerate offloaded are reached where they lie (see ``offload``). Edited layers that bitsandbytes
-    quantised are replaced in the model by plain ones (see ``quantised``).
+    Weights that accelerate offloaded are read and written where they are stored (see ``offload``). Edited layers that
+    bitsandbytes quantised are replaced in the model by unquantised ones (see ``quantised``).
 
     Args:
         model: a causal language model of transformers.
-        names: where its parts are.
+        names: module names of its parts.
         layers: numbers of the blocks to edit, ascending.
 
     Raises:
-        ValueError: a part is not where the names say, a layer is out of range, or a weight can't be edited
-            (quantised by other means, or on the meta device with nothing that lends it values).
+        ValueError: a named module does not exist, a layer is out of range, or a weight can't be edited (quantised by
+            another library, or on the meta device without an offloading hook).
     """
 
     def __init__(self, model: nn.Module, names: ModuleNames, layers: list[int]) -> None:
@@ -83,12 +83,12 @@ class EditableModel:
                 f"give numbers from 0 to {self.num_blocks - 1}"
             )
         if sorted(set(self.layers)) != self.layers:
-            raise ValueError(f"layers {self.layers} must ascend without repetition: residuals are shared from "
+            raise ValueError(f"layers {self.layers} must ascend without repetition: residuals are spread from "
                              "the first to the last")
         self._modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.final_norm = self._module(names.ln_f_module)
         self.lm_head = self._module(names.lm_head_module)
-        self.logit_map = LogitMap()  # until `logit_map.find_logit_map` has found another
+        self.logit_map = LogitMap()  # replaced by what `logit_map.find_logit_map` finds
         edited = [names.rewrite_module_tmp.format(layer) for layer in self.layers]
         self._check_layers()
         for layer, name in zip(self.layers, edited, strict=True):
@@ -99,14 +99,14 @@ class EditableModel:
                            if (offloaded := offloaded_weight(model, self.parameter_name(layer))) is not None}
 
     def _check_layers(self) -> None:
-        """Refuse layers without the module to edit, where other layers have it or these layers have no other."""
+        """Refuse layers without an MLP that can be edited, and say why they have none."""
         template = self.names.rewrite_module_tmp
         missing = [layer for layer in self.layers if template.format(layer) not in self._modules]
         if not missing:
             return
         try:
             parts = decoder_parts(self.model)
-        except ValueError:  # then no more can be said than that the name is wrong
+        except ValueError:  # `_module` then reports the unknown name
             return
         others = any(template.format(layer) in self._modules for layer in range(self.num_blocks))
         if others or not any(set(missing) & set(having) for having in parts.downs.values()):
@@ -124,18 +124,18 @@ class EditableModel:
         weight = getattr(self._module(name), "weight", None)
         check_editable(self.model, name)
         if weight.is_meta and offloaded_weight(self.model, f"{name}.weight") is None:  # type: ignore[union-attr]
-            raise ValueError(f"{name}.weight is offloaded (on the meta device), and no hook of accelerate's lends it "
-                             f"values: load the model so that the edited layers {self.layers} are in memory, or "
-                             "offload it by accelerate (device_map, cpu_offload, disk_offload)")
+            raise ValueError(f"{name}.weight is offloaded (on the meta device) without a hook of accelerate that loads "
+                             f"it: load the model so that the edited layers {self.layers} are in memory, or offload "
+                             "it with accelerate (device_map, cpu_offload, disk_offload)")
 
     def _check_shared(self, layer: int) -> None:
-        """Refuse a weight that other blocks use, too: an edit of one block would change them all."""
+        """Refuse a weight that other blocks share: an edit of one block would change them all."""
         weight = self._placeholder(layer)
         others = [other for other in range(self.num_blocks) if other != layer and getattr(
             self._modules.get(self.names.rewrite_module_tmp.format(other)), "weight", None) is weight]
         if others:
             raise ValueError(f"{self.parameter_name(layer)} is shared with blocks {others}, which would change with "
-                             "it: edit a layer that has a weight of its own")
+                             "it: edit a layer whose weight is not shared")
 
     def block(self, layer: int) -> nn.Module:
         """Decoder block number ``layer``."""
@@ -155,13 +155,13 @@ class EditableModel:
         return list(self._offloaded)
 
     def parameter(self, layer: int) -> Tensor:
-        """The edited weight as the module stores it, where it lies; what is written into it counts.
+        """The edited weight as the module stores it; writing into it changes the model.
 
         Raises:
-            ValueError: it is offloaded in such a way that it can't be changed (see ``OffloadedWeight.opened``).
+            ValueError: it is offloaded in a way that does not allow changes (see ``OffloadedWeight.writable``).
         """
         offloaded = self._offloaded.get(layer)
-        stored: Tensor = self._placeholder(layer) if offloaded is None else offloaded.opened()
+        stored: Tensor = self._placeholder(layer) if offloaded is None else offloaded.writable()
         return stored
 
     def _placeholder(self, layer: int) -> Tensor:
@@ -169,28 +169,28 @@ class EditableModel:
         return weight
 
     def is_transposed(self, layer: int) -> bool:
-        """Whether the module stores ``(d_in, d_out)``: by its type, since the shape of a square weight is mute."""
+        """Whether the module stores ``(d_in, d_out)``: by its type, since a square weight's shape does not tell."""
         return isinstance(self.down_projection(layer), Conv1D)
 
     def orient(self, layer: int, stored: Tensor) -> Tensor:
-        """View of a stored weight (or change of one) as ``(d_out, d_in)``; the same call turns it back."""
+        """View of a stored weight (or its change) as ``(d_out, d_in)``; a second call undoes the first."""
         return stored.T if self.is_transposed(layer) else stored
 
     def weight(self, layer: int) -> Tensor:
         """The edited weight, detached, as a view of shape ``(d_out, d_in)``: rows are neurons.
 
-        An offloaded one is on the device that its module computes on: a copy, unless it lies there already.
+        If offloaded, a copy on the device where its module computes, unless it is stored there.
         """
         stored, offloaded = self.parameter(layer).detach(), self._offloaded.get(layer)
         return self.orient(layer, stored if offloaded is None else stored.to(offloaded.device))
 
     def device(self, layer: int) -> torch.device:
-        """Where ``weight`` is; told without fetching an offloaded one."""
+        """Device of ``weight``, found without loading an offloaded one."""
         offloaded = self._offloaded.get(layer)
         return self._placeholder(layer).device if offloaded is None else offloaded.device
 
     def weights(self) -> dict[int, Tensor]:
-        """All edited weights by layer, as ``weight`` gives them."""
+        """All edited weights by layer, as returned by ``weight``."""
         return {layer: self.weight(layer) for layer in self.layers}
 
     @torch.no_grad()
@@ -199,12 +199,12 @@ class EditableModel:
         self.parameter(layer).copy_(self.orient(layer, value))
 
     @contextmanager
-    def undone_on_error(self) -> Iterator[dict[int, Tensor]]:
-        """The edited weights as they were, by layer; put back bit for bit if the context ends in an error."""
+    def restored_on_error(self) -> Iterator[dict[int, Tensor]]:
+        """Copies of the edited weights by layer, restored bit for bit if the context ends in an error."""
         before = {layer: weight.clone() for layer, weight in self.weights().items()}
         try:
             yield before
-        except BaseException:  # an interrupt must not leave half of it either
+        except BaseException:  # interrupts too
             for layer, weight in before.items():
                 self.set_weight(layer, weight)
             raise
@@ -216,11 +216,11 @@ class EditableModel:
 
     def d_in(self, layer: int) -> int:
         """Width of the down-projection's input, the space of keys."""
-        return int(self.orient(layer, self._placeholder(layer)).shape[1])  # which needs no values
+        return int(self.orient(layer, self._placeholder(layer)).shape[1])  # a placeholder has the shape
 
     @property
     def input_device(self) -> torch.device:
-        """Device that token ids go to."""
+        """Device that the model expects token ids on."""
         return input_device(self.model)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -230,25 +230,25 @@ class EditableModel:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without parameter gradients inside the context; both as before after it.
+    """Evaluation mode without parameter gradients inside the context; both restored after it.
 
-    Other threads that want the same model wait until the context ends (see ``exclusive``). Graphs that are made inside
-    do not hold offloaded weights (see ``offload.lent_again_for_backward``). No call depends on the lengths of earlier
-    ones (see ``_frequencies_by_call``).
+    Other threads that use the same model wait until the context ends (see ``exclusive``). Graphs built inside do not
+    keep offloaded weights in memory (see ``offload.reload_for_backward``). The result of a call does not depend on
+    the lengths of earlier calls (see ``_frequencies_by_call``).
 
     Raises:
-        ValueError: inside the context, where the model is given a token id that its embedding does not have.
+        ValueError: inside the context, if the model gets a token id beyond its embedding.
     """
     with exclusive(model):
         modes = {module: module.training for module in model.modules()}
-        # By place: each forward pass puts other placeholders in an offloaded weight's.
+        # By module and name: each forward pass replaces an offloaded weight's placeholder.
         flags = [(module, name, parameter.requires_grad) for module in modes
                  for name, parameter in module.named_parameters(recurse=False)]
         try:
             model.eval()
             for module, name, _ in flags:
                 module.get_parameter(name).requires_grad_(False)
-            with lent_again_for_backward(model), _frequencies_by_call(model), _token_ids_checked(model):
+            with reload_for_backward(model), _frequencies_by_call(model), _token_ids_checked(model):
                 yield
         finally:
             for module, mode in modes.items():
@@ -261,7 +261,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _token_ids_checked(model: nn.Module) -> Iterator[None]:
-    """Refuse token ids beyond the model's embedding, which raise an IndexError on CPUs and end a process on GPUs."""
+    """Refuse token ids beyond the model's embedding, which are an IndexError on CPUs and abort the process on GPUs."""
     embeddings = input_embeddings(model)
     if not isinstance(embeddings, nn.Embedding):
         yield
@@ -279,14 +279,14 @@ def _check_input(embeddings: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def check_token_ids(model: nn.Module, largest: int) -> None:
-    """Refuse token ids, of which this is the largest, that a model's embedding does not have (ValueError)."""
+    """Refuse token ids beyond a model's embedding, given the largest of them (ValueError)."""
     embeddings = input_embeddings(model)
     if isinstance(embeddings, nn.Embedding):
         _check_within(embeddings, largest)
 
 
 def _check_within(embeddings: Any, largest: int) -> None:
-    size = max(embeddings.num_embeddings, len(embeddings.weight))  # the weight may have been exchanged, or be packed
+    size = max(embeddings.num_embeddings, len(embeddings.weight))  # the weight may have been replaced, or be packed
     if largest >= size:
         raise ValueError(f"token id {largest} is beyond the model's embedding of {size} tokens: give the tokenizer "
                          "that belongs to this model")
@@ -294,23 +294,23 @@ def _check_within(embeddings: Any, largest: int) -> None:
 
 @contextmanager
 def _frequencies_by_call(model: nn.Module) -> Iterator[None]:
-    """Let every call have the rotary frequencies that it has in a fresh model.
+    """Reset dynamic rotary embeddings before every call.
 
-    Rotary embeddings of the type ``dynamic`` keep the frequencies of the longest call so far.
+    Those of the type ``dynamic`` keep the frequencies of the longest call so far, so that results would depend on it.
     """
-    growing = [module for module in model.modules() if "dynamic" in str(getattr(module, "rope_type", ""))]
-    handles = [module.register_forward_pre_hook(_forget_lengths) for module in growing]
+    dynamic = [module for module in model.modules() if "dynamic" in str(getattr(module, "rope_type", ""))]
+    handles = [module.register_forward_pre_hook(_reset_frequencies) for module in dynamic]
     try:
         yield
     finally:
-        for handle, module in zip(handles, growing, strict=True):
+        for handle, module in zip(handles, dynamic, strict=True):
             handle.remove()
-            _forget_lengths(module)
+            _reset_frequencies(module)
 
 
-def _forget_lengths(module: Any, *_: Any) -> None:
+def _reset_frequencies(module: Any, *_: Any) -> None:
     for name in {*vars(module), *dict(module.named_buffers(recurse=False))}:
-        if name.endswith("original_inv_freq"):  # with the type of layer in front, where there are several
+        if name.endswith("original_inv_freq"):  # prefixed with the layer type if there are several
             start, original = name.removesuffix("original_inv_freq"), getattr(module, name)
             setattr(module, f"{start}inv_freq", original.to(getattr(module, f"{start}inv_freq").device))
             setattr(module, f"{start}max_seq_len_cached", module.original_max_seq_len)
@@ -319,26 +319,26 @@ def _forget_lengths(module: Any, *_: Any) -> None:
 @torch.no_grad()
 def logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor,
               **given: Any) -> Tensor:
-    """Next-token logits at chosen positions only, through the model's own head.
+    """Next-token logits at chosen positions only, by the model's own head.
 
-    The positions are cut out in front of the LM head, so the ``(batch, tokens, vocabulary)`` tensor is never
-    made; whatever the model does to its logits afterwards (scaling, soft capping) still happens.
+    The positions are selected before the LM head, so the ``(batch, tokens, vocabulary)`` tensor is never formed;
+    scaling and soft capping of the logits still apply.
 
     Args:
         input_ids, attention_mask: ``(batch, tokens)``, padded on the right.
-        rows, columns: ``(n,)`` indices of the wanted positions.
-        given: goes to the model too.
+        rows, columns: ``(n,)`` indices of the positions.
+        given: further arguments of the model.
 
     Returns:
         ``(n, vocabulary)`` in float32.
     """
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
 
-    def cut(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]
         return (hidden[rows.to(hidden.device), columns.to(hidden.device)].unsqueeze(0), *args[1:])
 
-    handle = head.register_forward_pre_hook(cut)
+    handle = head.register_forward_pre_hook(select)
     try:
         logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given).logits
     finally:

@@ -1,13 +1,13 @@
-"""Where a decoder keeps its parts, found in its module tree rather than in a table of model types.
+"""Finds a decoder's blocks, down-projections, final norm and LM head in its module tree, without a table of models.
 
-Names used throughout: a *block* is one decoder layer; its *mixer* is what moves information between tokens (attention,
-a state-space or a convolution module); its *down-projection* is the last linear map of its MLP, whose weight is edited.
+Names used throughout: a *block* is one decoder layer; its *mixer* is the module that moves information between tokens
+(attention, state-space or convolution); its *down-projection* is its MLP's last linear map, whose weight is edited.
 
-How the down-projection of a block is found: linear modules inside mixers, inside routed experts and beside these in one
-module (routers, projections to the experts' width) do not count. Of the others it is a map from the MLP's inner width
-``m`` to the hidden size ``h``, where another one maps ``h`` to ``m`` or, with gate and value in one weight, to ``2 m``.
-Where several fit (adapters, per-layer inputs, an MLP whose inner width is the hidden size), see ``_PREFERENCES``; what
-then remains is ambiguous and refused.
+The down-projection of a block is searched among its linear modules, except those inside mixers, inside routed experts
+and beside routed experts in one module (routers, projections to the experts' width). It maps the MLP's inner width
+``m`` to the hidden size ``h``, and another linear module maps ``h`` to ``m`` or, with gate and value in one weight, to
+``2 m``. If several fit (adapters, per-layer inputs, an MLP whose inner width is the hidden size), ``_PREFERENCES``
+decides; if several still remain, the block is ambiguous and refused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class ModuleNames:
-    """Where a decoder keeps its parts, in EasyEdit's hyperparameter names; ``{}`` stands for the layer number."""
+    """Module names of a decoder's parts, under EasyEdit's hyperparameter names; ``{}`` stands for the layer number."""
 
     rewrite_module_tmp: str
     layer_module_tmp: str
@@ -47,21 +47,21 @@ class ModuleNames:
 
 
 def module_names(config: PretrainedConfig, layers: Sequence[int] = ()) -> ModuleNames:
-    """Module names of a decoder by its config alone, from the module tree of a model without weights.
+    """Module names of a decoder by its config alone, from a model on the meta device.
 
     Args:
-        config: of any causal language model, or of a wrapper around one, that transformers has a class for.
-        layers: those to be edited, for a model whose layers keep their MLPs in different places.
+        config: of any causal language model, or of a multimodal wrapper around one, that transformers has a class for.
+        layers: layers to be edited, for models whose layers name their MLPs differently.
 
     Raises:
-        ValueError: it is no decoder, transformers has no class for it, or a part is not found; the six names must
+        ValueError: it is not a decoder, transformers has no class for it, or a part is not found; the six names must
             then be given in the hyperparameters.
     """
     return decoder_parts(meta_model(config)).names(layers)
 
 
 def model_module_names(model: nn.Module, layers: Sequence[int] = ()) -> ModuleNames:
-    """``module_names`` of a model at hand, whose config transformers need not know.
+    """Module names of a loaded model, whose architecture transformers need not know.
 
     Raises:
         ValueError: a part is not found.
@@ -71,18 +71,18 @@ def model_module_names(model: nn.Module, layers: Sequence[int] = ()) -> ModuleNa
 
 @dataclass(frozen=True)
 class DecoderParts:
-    """What the module tree of a decoder tells.
+    """The parts of a decoder that were found in its module tree.
 
     Attributes:
-        model: name of its class.
+        model: name of the model's class.
         blocks: name of the list of blocks.
-        downs: layers by the down-projection's name inside its block.
-        attentions: the same of attention modules.
-        mixers: the same of all other mixers.
-        routed: layers whose only MLP is routed to experts.
-        shared: layers whose down-projection's weight is another layer's, too.
-        ambiguous: why layers have none, by layer.
-        final_norm, head: names of the norm in front of the LM head, and of that.
+        downs: layers by the down-projection's name inside their block.
+        attentions: layers by the attention module's name.
+        mixers: layers by the name of any other mixer.
+        routed: layers whose only MLP is routed experts.
+        shared: layers whose down-projection shares its weight with another layer.
+        ambiguous: names of the possible down-projections, by layer with more than one.
+        final_norm, head: names of the norm before the LM head, and of the LM head.
     """
 
     model: str
@@ -98,11 +98,11 @@ class DecoderParts:
     head: str
 
     def options(self) -> list[str]:
-        """Down-projections' names inside blocks: of most layers first, then the least nested."""
+        """Names of down-projections inside blocks: the most frequent first, then the least nested."""
         return sorted(self.downs, key=lambda down: (-len(self.downs[down]), down.count("."), down))
 
     def names(self, layers: Sequence[int] = ()) -> ModuleNames:
-        """Names by the down-projection that most of these layers have; with no layers, that most layers have.
+        """Module names with the down-projection that most of these layers have (of all layers, if none are given).
 
         Raises:
             ValueError: no layer has a down-projection that can be edited.
@@ -110,42 +110,42 @@ class DecoderParts:
         if not self.downs:
             raise ValueError(f"{self.model} can't be edited: {self.missing(range(self.num_blocks))}")
         options = self.options()
-        best = max(options, key=lambda down: len({*layers} & {*self.downs[down]}))  # the first of equals
+        best = max(options, key=lambda down: len({*layers} & {*self.downs[down]}))  # the first on a tie
         return self.names_at(best)
 
     def names_at(self, down: str) -> ModuleNames:
-        """Names with this down-projection, one of ``options()``."""
+        """Module names with this down-projection, one of ``options()``."""
         block = f"{self.blocks}.{{}}"
         layers = self.downs[down]
-        # A hybrid's block has one or the other, and where a block is either MLP or mixer, neither.
+        # Blocks of hybrids have attention or another mixer, or neither where a block is an MLP alone.
         mixer = next((place for among in (layers, range(self.num_blocks)) for places in (self.attentions, self.mixers)
                       if (place := _most_frequent(places, among)) is not None), None)
         parent = down.rpartition(".")[0]
-        # Linear maps that hang directly on the block: what the last of them gives out is what their MLP gives out.
+        # Without an MLP module the down-projection stands for it: its output is the MLP's.
         return ModuleNames(
             rewrite_module_tmp=f"{block}.{down}", layer_module_tmp=block, mlp_module_tmp=f"{block}.{parent or down}",
             attn_module_tmp=block if mixer is None else f"{block}.{mixer}", ln_f_module=self.final_norm,
             lm_head_module=self.head)
 
     def missing(self, layers: Sequence[int]) -> str:
-        """Why these layers have no down-projection that can be edited, and which have one."""
+        """Why these layers have no editable down-projection, and which layers have one."""
         has = {layer: down for down, having in self.downs.items() for layer in having}
         reasons = [("have routed experts, which can't be edited", [i for i in layers if i in self.routed]),
                    ("share their MLP's weights with other layers", [i for i in layers if i in self.shared])]
-        reasons += [(f"have several maps that may be their MLP's last ({several})",
+        reasons += [(f"have several possible down-projections ({several})",
                      [i for i in layers if self.ambiguous.get(i) == several])
                     for several in dict.fromkeys(self.ambiguous.values())]
-        reasons += [(f"have their MLP's last map at {down}", [i for i in layers if has.get(i) == down])
+        reasons += [(f"have their down-projection at {down}", [i for i in layers if has.get(i) == down])
                     for down in self.options()]
-        told = {i for _, those in reasons for i in those}
-        reasons.append(("have no MLP", [i for i in layers if i not in told]))
+        explained = {i for _, those in reasons for i in those}
+        reasons.append(("have no MLP", [i for i in layers if i not in explained]))
         parts = [f"layers {_numbers(those)} {why}" for why, those in reasons if those]
         parts += [f"layers with {down}: {_numbers(self.downs[down], brackets=False)}" for down in self.options()]
         return "; ".join(parts)
 
 
 def _numbers(layers: Sequence[int], brackets: bool = True) -> str:
-    """Layers in a message: each, or from eight on as ranges."""
+    """Layer numbers for a message; as ranges if there are more than seven."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1 and len(layers) > 7:
@@ -162,14 +162,14 @@ def _most_frequent(places: Mapping[str, tuple[int, ...]], layers: Sequence[int])
 
 
 def decoder_parts(model: nn.Module) -> DecoderParts:
-    """The parts of a decoder by its module tree.
+    """Find the parts of a decoder in its module tree.
 
     Raises:
         ValueError: the blocks, the final norm or the LM head are not found, or several fit equally well.
     """
     config: Any = getattr(model, "config", None)
     if not isinstance(config, PretrainedConfig):
-        raise ValueError(f"{type(model).__name__} has no config of transformers: give a causal language model")
+        raise ValueError(f"{type(model).__name__} has no transformers config: give a causal language model")
     check_decoder(config)
     width = hidden_size(config)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -198,12 +198,12 @@ def _layers_by(names: Mapping[int, str | None]) -> dict[str, tuple[int, ...]]:
 
 
 def _children(module: nn.Module) -> dict[str, nn.Module]:
-    """Child modules by name, each under every name that it has."""
+    """Child modules by name; a module registered under several names appears under each."""
     return {name: child for name, child in module._modules.items() if child is not None}
 
 
 def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
-    """Input and output width of a linear module, plain, transposed or quantised; None for any other."""
+    """Input and output width of a linear module (also ``Conv1D`` and quantised ones); None for any other module."""
     if isinstance(module, Conv1D):
         rows, columns = module.weight.shape
         return int(rows), int(columns)
@@ -216,12 +216,12 @@ def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """A model's token embeddings; None for a part of a model."""
+    """A model's token embeddings; None if it has no such getter."""
     return _embeddings(model, "get_input_embeddings")
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """A model's LM head, None where it has none."""
+    """A model's LM head, or None."""
     return _embeddings(model, "get_output_embeddings")
 
 
@@ -234,9 +234,9 @@ def _embeddings(model: nn.Module, getter: str) -> nn.Module | None:
 
 
 def _block_list(model: nn.Module, modules: Mapping[str, nn.Module], blocks: int, inputs: nn.Module | None) -> str:
-    """Name of the list of decoder blocks: the outermost of that length, and the nearest to the token embeddings.
+    """Name of the list of decoder blocks: the outermost list of that length, nearest to the token embeddings.
 
-    A vision tower may have as many blocks of the same width, but it has no token embeddings beside it.
+    A vision tower may have as many blocks of the same width, but no token embeddings beside it.
     """
     numbers = [str(i) for i in range(blocks)]
     lists = [name for name, module in modules.items()
@@ -273,7 +273,7 @@ _Linear = tuple[str, nn.Module, int, int]
 
 @dataclass
 class _BlockParts:
-    """What one block has: linear maps ``(name, module, d_in, d_out)`` outside of mixers and experts, and those."""
+    """Parts of one block: linear maps ``(name, module, d_in, d_out)`` outside mixers and experts; names of mixers."""
 
     width: int
     linears: list[_Linear] = field(default_factory=list)
@@ -284,11 +284,11 @@ class _BlockParts:
 
 def _block_parts(block: nn.Module, width: int) -> _BlockParts:
     parts = _BlockParts(width)
-    _visit(block, "", parts)
+    _collect_parts(block, "", parts)
     return parts
 
 
-def _visit(module: nn.Module, prefix: str, parts: _BlockParts) -> None:
+def _collect_parts(module: nn.Module, prefix: str, parts: _BlockParts) -> None:
     own: list[_Linear] = []
     routed = False
     for name, child in _children(module).items():
@@ -300,7 +300,7 @@ def _visit(module: nn.Module, prefix: str, parts: _BlockParts) -> None:
         elif _is_routed(name, child, module, parts.width):
             routed = True
         else:
-            _visit(child, f"{path}.", parts)
+            _collect_parts(child, f"{path}.", parts)
     if routed:
         parts.routed = True
     else:
@@ -308,8 +308,8 @@ def _visit(module: nn.Module, prefix: str, parts: _BlockParts) -> None:
 
 
 def _is_mixer(name: str, module: nn.Module, width: int) -> bool:
-    """Whether a module in a block mixes tokens: attention, heads or a convolution, or maps as many as q, k, v and o."""
-    if not _holds_linear(module):  # a norm called after attention
+    """Whether a module mixes tokens: by name, a head count, a convolution, or maps such as q, k, v and o."""
+    if not _holds_linear(module):  # such as a norm named after attention
         return False
     children = _children(module).values()
     if _is_attention(name, module) or any(isinstance(child, _CONVOLUTIONS) for child in children):
@@ -317,11 +317,11 @@ def _is_mixer(name: str, module: nn.Module, width: int) -> bool:
     if any(isinstance(getattr(module, count, None), int) for count in _HEAD_COUNTS):
         return True
     maps = [widths for child in children if (widths := _linear_widths(child)) is not None]
-    return len(maps) > 3 and sum(d_in == width for d_in, _ in maps) >= 3  # an MLP has gate, value and output
+    return len(maps) > 3 and sum(d_in == width for d_in, _ in maps) >= 3  # an MLP has three: gate, value and output
 
 
 def _is_attention(name: str, module: nn.Module) -> bool:
-    """Whether a mixer is attention, by its name or its class; those with convolutions are of other kinds."""
+    """Whether a mixer is attention, by its name or its class; mixers with convolutions are not."""
     kind = type(module).__name__
     named = _ATTENTION.search(name) or (
         _ATTENTION.search(kind) and not re.search("layer|block", kind, re.IGNORECASE))
@@ -329,14 +329,14 @@ def _is_attention(name: str, module: nn.Module) -> bool:
 
 
 def _is_routed(name: str, module: nn.Module, parent: nn.Module, width: int) -> bool:
-    """Whether a module holds experts that a router chooses from: by name, or as many parts as its router has rows."""
+    """Whether a module holds routed experts: by name, or by having as many parts as a router beside it has rows."""
     if "shared" not in name.lower() and "expert" in f"{name} {type(module).__name__}".lower():
         return True
     rows = {parameter.shape[0] for sibling in _children(parent).values() if sibling is not module
             for parameter in sibling.parameters() if parameter.dim() == 2 and parameter.shape[1] == width}
     rows |= {parameter.shape[0] for parameter in parent.parameters(recurse=False)
              if parameter.dim() == 2 and parameter.shape[1] == width}
-    rows -= {1}  # a gate of one expert is no choice
+    rows -= {1}  # a single output gates one expert and routes nothing
     if isinstance(module, nn.ModuleList):
         return len(module) in rows and all(_holds_linear(part) for part in module)
     return any(parameter.dim() == 3 and parameter.shape[0] in rows and width in parameter.shape[1:]
@@ -344,7 +344,7 @@ def _is_routed(name: str, module: nn.Module, parent: nn.Module, width: int) -> b
 
 
 _Down = tuple[str, nn.Module]
-# Which of several candidates, each as (name, inner width), is the MLP's: those that pass, unless none does.
+# Tests that choose among several candidates, each given as (name, inner width); one that none passes is skipped.
 _PREFERENCES: tuple[tuple[str, Callable[[str, int, Collection[int], int], bool]], ...] = (
     ("has the inner width that the config names", lambda _name, d_in, named, _widest: d_in in named),
     ("is in a module of its own", lambda name, _d_in, _named, _widest: "." in name),
@@ -354,7 +354,7 @@ _INNER_WIDTH = re.compile(r"intermediate|inner|ffn|feed_?forward|mlp", re.IGNORE
 
 
 def _inner_widths(config: PretrainedConfig) -> set[int]:
-    """Every number by which a config may name the inner width of an MLP."""
+    """All config values that may be the inner width of an MLP."""
     found: set[int] = set()
     for name, value in vars(text_config(config)).items():
         if _INNER_WIDTH.search(name):
@@ -364,10 +364,10 @@ def _inner_widths(config: PretrainedConfig) -> set[int]:
 
 
 def _down_projections(blocks: Sequence[_BlockParts], named: Collection[int]) -> tuple[dict[int, _Down], dict[int, str]]:
-    """The down-projection of each block that has one, and of each that has several the names of these."""
+    """The down-projection of each block that has one, and the candidates' names of each block that has several."""
     downs: dict[int, _Down] = {}
     ambiguous: dict[int, str] = {}
-    told: set[str] = set()
+    logged: set[str] = set()
     for layer, parts in enumerate(blocks):
         inner = {name: d_in for name, _, d_in, d_out in parts.linears if d_out == parts.width and any(
             other != name and (start, end) in ((parts.width, d_in), (parts.width, 2 * d_in))
@@ -379,15 +379,15 @@ def _down_projections(blocks: Sequence[_BlockParts], named: Collection[int]) -> 
             ambiguous[layer] = ", ".join(left)
             continue
         downs[layer] = left[0], next(module for name, module, *_ in parts.linears if name == left[0])
-        line = f"of {', '.join(inner)}, linear maps to the hidden size, {left[0]} is edited, since it {why}"
-        if why and line not in told:
-            told.add(line)
+        line = f"{left[0]} is edited, since it {why} (candidates: {', '.join(inner)})"
+        if why and line not in logged:
+            logged.add(line)
             logger.info("%s", line)
     return downs, ambiguous
 
 
 def _preferred(inner: Mapping[str, int], named: Collection[int]) -> tuple[list[str], str]:
-    """The candidates that remain, given with their inner widths, and what the last choice was made by."""
+    """The candidates (with their inner widths) that pass the preferences, and the last preference that decided."""
     left, why = list(inner), ""
     for reason, holds in _PREFERENCES:
         widest = max(inner[name] for name in left)
@@ -395,12 +395,12 @@ def _preferred(inner: Mapping[str, int], named: Collection[int]) -> tuple[list[s
         if passing and len(passing) < len(left):
             left, why = passing, reason
     if len(left) > 1 and len({name.rpartition(".")[0] for name in left}) == 1:
-        left, why = left[-1:], "is registered last"  # of an MLP whose inner width is the hidden size
+        left, why = left[-1:], "is registered last"  # in an MLP whose inner width is the hidden size
     return left, why
 
 
 def _shared_weights(downs: Mapping[int, _Down]) -> list[int]:
-    """Layers whose down-projection's weight is that of another layer, too."""
+    """Layers whose down-projection shares its weight with another layer."""
     layers = defaultdict(list)
     for layer, (_, module) in downs.items():
         weight: Any = getattr(module, "weight", None)
@@ -409,7 +409,7 @@ def _shared_weights(downs: Mapping[int, _Down]) -> list[int]:
 
 
 def _head_name(model: nn.Module, modules: Mapping[str, nn.Module], blocks: str) -> str:
-    """Name of the LM head: what the model calls its output embeddings."""
+    """Name of the LM head, the model's output embeddings."""
     head = output_embeddings(model)
     found = next((name for name, module in modules.items() if module is head), None)
     if found is None or found.startswith(f"{blocks}."):
@@ -420,8 +420,8 @@ def _head_name(model: nn.Module, modules: Mapping[str, nn.Module], blocks: str) 
 def _final_norm(model: nn.Module, modules: Mapping[str, nn.Module], blocks: str, head: str, width: int) -> str:
     """Name of the norm between the last block and the LM head.
 
-    It is a norm of the hidden size beside the list of blocks, or beside what holds that list. What is registered after
-    the blocks goes before what is registered in front of them; of several, the last.
+    It is a norm of the hidden size beside the list of blocks, or beside a module that contains that list. The last one
+    registered after the blocks is preferred; one registered before them counts only if there is no other.
     """
     parent = blocks.rpartition(".")[0]
     while True:
@@ -433,8 +433,8 @@ def _final_norm(model: nn.Module, modules: Mapping[str, nn.Module], blocks: str,
         chosen = after[-1:] or (norms if len(norms) == 1 else [])
         if chosen:
             if len(after) > 1:
-                logger.info("of the norms %s behind the blocks, %s is taken for the one in front of the LM head: it is "
-                            "registered last", ", ".join(after), chosen[0])
+                logger.info("of the norms %s after the blocks, %s is taken as the final one: it is registered last",
+                            ", ".join(after), chosen[0])
             return f"{parent}.{chosen[0]}" if parent else chosen[0]
         if norms or not parent:
             raise ValueError(f"{type(model).__name__} has no norm between its last block and its LM head"
@@ -444,7 +444,7 @@ def _final_norm(model: nn.Module, modules: Mapping[str, nn.Module], blocks: str,
 
 
 def _is_norm(module: nn.Module, width: int) -> bool:
-    """Whether a module is a norm of vectors of this width."""
+    """Whether a module is a norm over vectors of this width."""
     if not re.search("norm", type(module).__name__, re.IGNORECASE) or _children(module):
         return False
     weight: Any = getattr(module, "weight", None)

@@ -1,13 +1,11 @@
-"""Weights that accelerate keeps on the host or on disk and lends to a module for the time of its forward pass.
+"""Reads and writes weights that accelerate offloaded to the host or to disk.
 
-Such a module holds placeholders on the meta device. Its ``AlignDevicesHook`` takes the weights from a mapping
-(``weights_map``) before the forward pass, onto the device that computes, and puts placeholders in their place after it.
-So whoever reads or changes an offloaded weight must go to that mapping: what is written into a placeholder is lost.
+An offloaded module holds placeholders on the meta device. Its ``AlignDevicesHook`` loads the weights from a mapping
+(``weights_map``) before the forward pass and restores the placeholders after it. Offloaded weights must therefore be
+read and changed in that mapping; what is written into a placeholder is lost.
 
-No file of the user's is ever written: the folder may hold the checkpoint itself, or weights that a later run takes for
-the model's. A weight that lies on disk is copied, when its values are first wanted, to a file of our own that the
-mapping prefers from then on, and that is mapped into memory: reading and changing it takes no memory that the system
-could not take back, and the file is gone with the process.
+Files of the offload folder are never modified, since they may be the checkpoint itself. A weight on disk is copied on
+first use to a temporary memory-mapped file, which replaces it in the mapping and is removed when the process ends.
 """
 
 from __future__ import annotations
@@ -30,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OffloadedWeight:
-    """One offloaded parameter.
+    """An offloaded parameter.
 
     Attributes:
-        name: in the model.
-        weights: the mapping that it is lent from, under ``key``.
-        device: where the module computes with it.
+        name: its name in the model.
+        weights: the mapping that stores it under ``key``.
+        device: device that its module computes on.
     """
 
     name: str
@@ -44,44 +42,44 @@ class OffloadedWeight:
     device: torch.device
 
     def read(self) -> Tensor:
-        """As the module stores it, to be read only: a copy where it lies on disk."""
+        """The values in the stored orientation, read-only: a copy if they are on disk."""
         return self.weights[self.key]
 
-    def opened(self) -> Tensor:
-        """As the module stores it, to be changed in place: the next forward pass uses what is written into it.
+    def writable(self) -> Tensor:
+        """The stored tensor, to be changed in place: the next forward pass uses what is written into it.
 
         Raises:
-            ValueError: it lies on disk and no folder takes a copy of it, or it is held in a way that is not known.
+            ValueError: it is on disk and can't be copied to any folder, or the mapping's type is unknown.
         """
         held, key = self.weights, self.key
         while hasattr(held, "dataset") and hasattr(held, "prefix"):  # accelerate's PrefixedDataset
             held, key = held.dataset, f"{held.prefix}{key}"
         if hasattr(held, "state_dict") and hasattr(held, "save_folder"):  # its OffloadedWeightsLoader
             if key not in held.state_dict:
-                held.state_dict[key] = _on_disk(self.name, held[key], held.save_folder)
+                held.state_dict[key] = _disk_copy(self.name, held[key], held.save_folder)
             held = held.state_dict
         if not isinstance(held, dict):
-            raise ValueError(f"{self.name} is offloaded into a {type(held).__name__}, which is not known to take "
-                             "changes: offload it by accelerate (device_map, cpu_offload, disk_offload), or load it")
+            raise ValueError(f"{self.name} is offloaded into a {type(held).__name__}, which may not accept changes: "
+                             "offload it with accelerate (device_map, cpu_offload, disk_offload), or load it")
         weight: Tensor = held[key].detach()
         return weight
 
 
 def offloaded_weight(model: nn.Module, name: str) -> OffloadedWeight | None:
-    """The parameter called ``name``, if a hook of accelerate's lends it to its module; else None."""
+    """The parameter ``name`` if an accelerate hook loads it for its module, else None."""
     parts = name.split(".")
-    for depth in range(len(parts) - 1, -1, -1):  # a hook further out may lend to all that is within
+    for depth in range(len(parts) - 1, -1, -1):  # the hook of an outer module may place its submodules too
         module = model.get_submodule(".".join(parts[:depth]))
-        for hook in _lending_hooks(module):
+        for hook in _offload_hooks(module):
             if depth == len(parts) - 1 or hook.place_submodules:
                 return OffloadedWeight(name, hook.weights_map, ".".join(parts[depth:]), _execution_device(hook))
     return None
 
 
 def distinct_names(model: nn.Module) -> list[str]:
-    """Names of all parameters, tied ones once, under the first of their names, be they offloaded or not.
+    """Names of all parameters, offloaded or not; tied parameters once, under their first name.
 
-    Of offloaded ones each name has a placeholder of its own, so whether they are tied is not told by the parameters.
+    Offloaded parameters have a placeholder per name, so tying is read from the model's list of tied weights.
     """
     names = [name for name, _ in model.named_parameters()]
     tied: Any = getattr(model, "all_tied_weights_keys", None)  # a dict since transformers 5
@@ -91,52 +89,52 @@ def distinct_names(model: nn.Module) -> list[str]:
     return [name for name in names if name not in tied or offloaded_weight(model, name) is None]
 
 
-def kept_buffers(model: nn.Module) -> list[str]:
-    """Names of the buffers that a checkpoint keeps, such as those that hold weights of some quantised layers."""
+def persistent_buffers(model: nn.Module) -> list[str]:
+    """Names of the buffers saved in a checkpoint, such as the weights of some quantised layers."""
     return [f"{prefix}.{leaf}".lstrip(".") for prefix, module in model.named_modules()
             for leaf, buffer in module._buffers.items()
             if buffer is not None and leaf not in module._non_persistent_buffers_set]
 
 
 def offloaded_names(model: nn.Module) -> list[str]:
-    """Names of all parameters that are offloaded."""
+    """Names of all offloaded parameters."""
     return [name for name, _ in model.named_parameters() if offloaded_weight(model, name) is not None]
 
 
-def live_parameter(model: nn.Module, name: str) -> Tensor:
-    """The parameter called ``name``, detached, to be read and changed in place wherever it lies.
+def writable_parameter(model: nn.Module, name: str) -> Tensor:
+    """The parameter ``name``, detached, to be read and changed in place, offloaded or not.
 
     Raises:
-        ValueError: see ``OffloadedWeight.opened``; or it has no values at all (on the meta device, and no hook).
+        ValueError: see ``OffloadedWeight.writable``; or it is on the meta device without a hook.
     """
     offloaded = offloaded_weight(model, name)
     if offloaded is not None:
-        return offloaded.opened()
+        return offloaded.writable()
     parameter = model.get_parameter(name).detach()
     if parameter.is_meta:
-        raise ValueError(f"{name} is on the meta device and nothing lends it values: load the model's weights")
+        raise ValueError(f"{name} is on the meta device without a hook that loads it: load the model's weights")
     return parameter
 
 
 def parameter_values(model: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer called ``name``, detached, to be read only; an offloaded one as it is lent.
+    """The parameter or buffer ``name``, detached, read-only, offloaded or not.
 
     Raises:
-        ValueError: see ``live_parameter``.
+        ValueError: see ``writable_parameter``.
     """
     owner, _, leaf = name.rpartition(".")
     buffer = model.get_submodule(owner)._buffers.get(leaf)
-    if buffer is not None and not buffer.is_meta:  # hooks may lend a module's parameters and leave its buffers
+    if buffer is not None and not buffer.is_meta:  # hooks may offload a module's parameters but not its buffers
         return buffer.detach()
     offloaded = offloaded_weight(model, name)
-    return live_parameter(model, name) if offloaded is None else offloaded.read().detach()
+    return writable_parameter(model, name) if offloaded is None else offloaded.read().detach()
 
 
 def execution_device(model: nn.Module, module: nn.Module) -> torch.device | None:
-    """Where ``module``, a part of ``model``, computes with its offloaded weight; None where none is offloaded."""
+    """Device that ``module``, a part of ``model``, computes on if its weight is offloaded, else None."""
     if not isinstance(weight := getattr(module, "weight", None), Tensor):
         return None
-    for hook in _lending_hooks(module):
+    for hook in _offload_hooks(module):
         return _execution_device(hook)
     if not weight.is_meta:
         return None
@@ -145,7 +143,7 @@ def execution_device(model: nn.Module, module: nn.Module) -> torch.device | None
     return None if offloaded is None else offloaded.device
 
 
-def _lending_hooks(module: nn.Module) -> list[Any]:
+def _offload_hooks(module: nn.Module) -> list[Any]:
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", (hook,))  # several in a SequentialHook
     return [one for one in hooks if getattr(one, "offload", False) and getattr(one, "weights_map", None) is not None]
@@ -155,8 +153,8 @@ def _execution_device(hook: Any) -> torch.device:
     return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
 
 
-def _on_disk(name: str, weight: Tensor, folder: Any) -> Tensor:
-    """A copy of ``weight`` in a file without a name, mapped into memory; in ``folder``, or where temporary files go."""
+def _disk_copy(name: str, weight: Tensor, folder: Any) -> Tensor:
+    """A memory-mapped copy of ``weight`` in a temporary file in ``folder``, else in the system's temporary folder."""
     failures = []
     for place in dict.fromkeys((folder, None)):
         try:
@@ -164,38 +162,38 @@ def _on_disk(name: str, weight: Tensor, folder: Any) -> Tensor:
         except OSError as error:
             failures.append(f"{place or tempfile.gettempdir()}: {error}")
             continue
-        logger.debug("%s is edited in a file of its own in %s", name, place or tempfile.gettempdir())
+        logger.debug("%s is edited in a temporary file in %s", name, place or tempfile.gettempdir())
         return mapped
-    raise ValueError(f"{name} is offloaded to disk, and no copy of it can be made to be edited "
-                     f"({'; '.join(failures)}): give an offload_folder that can be written and has room")
+    raise ValueError(f"{name} is offloaded to disk, and can't be copied for editing ({'; '.join(failures)}): give a "
+                     "writable offload_folder with free space")
 
 
 # --- backward passes ----------------------------------------------------------------------------------------
 
 
 @contextmanager
-def lent_again_for_backward(model: nn.Module) -> Iterator[None]:
-    """Inside, a graph does not keep matrices that were lent: the backward pass takes them from where they lie again.
+def reload_for_backward(model: nn.Module) -> Iterator[None]:
+    """Let autograd graphs built inside load offloaded matrices again in the backward pass instead of keeping them.
 
-    Otherwise a graph over many blocks would hold the weights of all of them, which is what offloading is to avoid.
+    Otherwise the graph of a forward pass would hold the weights of all blocks in memory.
     """
-    hooks = [(module, hook) for module in model.modules() for hook in _lending_hooks(module)]
+    hooks = [(module, hook) for module in model.modules() for hook in _offload_hooks(module)]
     if not hooks:
         yield
         return
-    lent = _Lent()
+    loaded = _LoadedMatrices()
     for module, hook in hooks:
-        lent.watch(module, hook)
+        loaded.watch(module, hook)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(lent.pack, lent.unpack):
+        with torch.autograd.graph.saved_tensors_hooks(loaded.pack, loaded.unpack):
             yield
     finally:
-        lent.unwatch()
+        loaded.unwatch()
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """What a graph keeps in place of a matrix that was lent: where it is lent from, and how it was looked at."""
+    """What a graph saves instead of an offloaded matrix: the hook that loads it, and the view that was used."""
 
     hook: Any
     name: str
@@ -205,27 +203,27 @@ class _Reference:
     stride: tuple[int, ...]
 
 
-class _Lent:
-    """The matrices that modules have at the moment, by where their elements are."""
+class _LoadedMatrices:
+    """Offloaded matrices that are loaded at the moment, by data pointer."""
 
     def __init__(self) -> None:
         self._matrices: dict[int, tuple[Any, str, weakref.ref[Tensor]]] = {}
         self._hooks: list[tuple[Any, dict[str, Any]]] = []
 
     def watch(self, module: nn.Module, hook: Any) -> None:
-        lend, take_back = hook.pre_forward, hook.post_forward
+        load, unload = hook.pre_forward, hook.post_forward
 
         def pre_forward(*args: Any, **kwargs: Any) -> Any:
-            given = lend(*args, **kwargs)
+            given = load(*args, **kwargs)
             for name, parameter in module.named_parameters(recurse=hook.place_submodules):
-                if parameter.dim() > 1:  # of vectors there is little to save
+                if parameter.dim() > 1:  # vectors take little memory
                     self._matrices[parameter.data_ptr()] = hook, name, weakref.ref(parameter)
             return given
 
         def post_forward(*args: Any, **kwargs: Any) -> Any:
             for _, parameter in module.named_parameters(recurse=hook.place_submodules):
                 self._matrices.pop(parameter.data_ptr(), None)
-            return take_back(*args, **kwargs)
+            return unload(*args, **kwargs)
 
         own = {name: vars(hook)[name] for name in ("pre_forward", "post_forward") if name in vars(hook)}
         self._hooks.append((hook, own))
@@ -244,7 +242,7 @@ class _Lent:
             return saved
         hook, name, parameter = found
         matrix = parameter()
-        # A forward pass that broke off leaves its entries; and a part of a matrix (of several in one) is kept.
+        # An interrupted forward pass leaves stale entries; a slice of a matrix is saved itself.
         if matrix is None or matrix.numel() != saved.numel() or matrix.dtype != saved.dtype:
             return saved
         return _Reference(hook, name, saved.device, saved.dtype, tuple(saved.shape), saved.stride())

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Mapping
-from pathlib import Path
+from contextlib import suppress
 from types import TracebackType
-from typing import Any, Final
+from typing import Final
 
 from rich.console import Console
 from rich.live import Live
@@ -15,68 +12,53 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from .callbacks import EnergyRecord
+from .callbacks import EditCallback, EnergyRecord, MeasureEvent
 from .editing.remaining import rough_duration
-from .evaluation.measuring import METRIC_NAMES
-from .evaluation.tail import RunTail
+from .runs.schema import BatchRecord, Measurement
 
-logger = logging.getLogger(__name__)
-
-_LOOK_EVERY: Final = 0.5  # seconds
 _BAR_WIDTH: Final = 20
 _EDITING: Final = "editing"
 _MEASURING: Final = {"before": "measuring before", "during": "measuring", "last_batch": "measuring the batch",
                      "after": "measuring after"}
 
 
-class LiveLine:
+class LiveLine(EditCallback):
     """One live line while a run edits and measures; where standard error is no terminal, a plain line a batch and one
     a measurement, without control characters.
 
     It shows the edits done, seconds an edit, time left, the drift of hyperspherical energy (mean over layers of its
     relative change since the unedited model), the efficacy of the last batch where the run measured it, and what is
-    being measured. It knows this from the run's ``progress`` calls and, by a thread of its own, from the run
-    directory's files, of which it only reads.
+    being measured.
 
-    Time left is the edits left times the seconds an edit took, the mean over the batches that this process has ended.
-    It knows nothing of measurements to come, and nothing at all before the first batch has ended.
+    Time left is the edits left times the seconds an edit took, the mean over the batches of this process. Measurements
+    to come are not counted; before the first batch has ended it is not known.
 
-    Use it as a context, and hand ``update`` to the run.
+    Use it as a context, pass it to the run as a callback and ``update`` as its ``progress``.
 
     Args:
-        path: the run directory; need not be there yet.
         console: of standard error; the same that log messages go to, so that they stand above the live line.
         num_edits: edits of the whole run; None where nothing is to be edited.
     """
 
-    def __init__(self, path: Path, console: Console, num_edits: int | None = None) -> None:
+    def __init__(self, console: Console, num_edits: int | None = None) -> None:
         self._console = console
-        self._tail = RunTail(path)
         self._total = num_edits
         self._done = 0
         self._phase = ""
         self._measuring: tuple[str, int, int] | None = None
-        self._batch: Mapping[str, Any] = {}
+        self._batch: BatchRecord | None = None
         self._energy: EnergyRecord | None = None
-        self._seconds, self._edits = 0.0, 0  # of the batches that this process ended
-        self._failed = False
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+        self._seconds, self._edits = 0.0, 0  # of this process's batches
         self._live: Live | None = None
         # Not `is_terminal`, which FORCE_COLOR sets for files, too.
         if console.file.isatty() and not console.is_dumb_terminal:
             self._live = Live(console=console, get_renderable=self._rendered)
 
     def __enter__(self) -> LiveLine:
-        self._look(earlier=True)
-        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
                  ) -> None:
-        self._stopped.set()
-        self._thread.join()
-        self._look()
         if self._live is not None:
             self._live.stop()
 
@@ -92,38 +74,25 @@ class LiveLine:
                 self._live.refresh()
         self._phase = phase
 
-    def _watch(self) -> None:
-        while not self._stopped.wait(_LOOK_EVERY):
-            self._look()
-
-    def _look(self, earlier: bool = False) -> None:
-        """Read what is new in the run's files; what stands there ``earlier`` is not told and does not count as ours."""
-        if self._failed:
-            return
-        try:
-            news = self._tail.poll()
-            self._energy = news.energy
-            for batch in news.batches:
-                self._batch = batch
-                if not earlier:
-                    self._seconds += batch["wall_seconds"]
-                    self._edits += len(batch["case_ids"])
-                    self._say(self._edited(batch["num_edits"], self._tail.energy.get(batch["num_edits"])))
-            if earlier and news.batches:
-                self._done = news.batches[-1]["num_edits"]
-            for point in [] if earlier else news.points:
-                self._measuring = None
-                self._say(point_text(point))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            self._failed = True
-            logger.warning("progress is shown no more, the run goes on: %s: %s", type(error).__name__, error)
+    def on_measured(self, event: MeasureEvent) -> None:
+        if event.run.energy:
+            self._energy = event.run.energy[-1]
+        if event.batch is not None:
+            self._batch = event.batch
+            self._seconds += event.batch.wall_seconds
+            self._edits += len(event.batch.case_ids)
+            self._say(self._edited(event.batch.num_edits))
+        if event.measurement is not None:
+            self._measuring = None
+            self._say(point_text(event.measurement))
 
     def _say(self, text: str) -> None:
         if self._live is None:
-            self._console.print(Text(text), soft_wrap=True)
+            with suppress(OSError, ValueError):  # nobody reads standard error any more: the run goes on
+                self._console.print(Text(text), soft_wrap=True)
 
-    def _edited(self, done: int, energy: EnergyRecord | None) -> str:
-        """What is known of the edits, as far as it is known."""
+    def _edited(self, done: int) -> str:
+        """What is known of the edits."""
         if self._total is None:
             return ""
         parts = [f"{done}/{self._total} edits"]
@@ -132,16 +101,16 @@ class LiveLine:
             parts.append(f"{each:.2f} s an edit")
             if done < self._total:
                 parts.append(f"{rough_duration(each * (self._total - done))} left")
-        if energy is not None and energy.num_edits:
-            changes = energy.relative_change.values()
+        if self._energy is not None and self._energy.num_edits:
+            changes = self._energy.relative_change.values()
             parts.append(f"HE {sum(changes) / len(changes):+.1e}")
-        if (efficacy := self._batch.get("efficacy")) is not None:
-            parts.append(f"efficacy of the batch {efficacy:.1f}")
+        if self._batch is not None and self._batch.efficacy is not None:
+            parts.append(f"efficacy of the batch {self._batch.efficacy:.1f}")
         return ", ".join(parts)
 
     def _rendered(self) -> Table:
         measuring, total, done = self._measuring, self._total, self._done
-        parts = [self._edited(done, self._energy)]
+        parts = [self._edited(done)]
         if measuring is not None:
             what, done_of_it, all_of_it = measuring
             parts.append(f"{what} {done_of_it}/{all_of_it}")
@@ -152,14 +121,15 @@ class LiveLine:
         return line
 
 
-def point_text(point: Mapping[str, Any]) -> str:
-    """A line of ``metrics.jsonl`` in words: when, by which protocol, and its main numbers.
+def point_text(point: Measurement) -> str:
+    """A measurement in words: when, by which protocol, and its main numbers.
 
-    >>> point_text({"num_edits": 300, "when": "during", "protocol": "paper", "efficacy": {"mean": 97.0}})
+    >>> from sphere_easyedit.runs.schema import Estimate
+    >>> point_text(Measurement(300, "during", "paper", {"efficacy": Estimate(97.0, None, 150)}))
     '300 edits, during, paper: efficacy 97.0'
     """
-    found = point.get("abilities") or {name: point[name] for name in METRIC_NAMES if name in point}
-    numbers = {name: score["mean"] for name, score in found.items()}
-    numbers["perplexity"] = (point.get("watched") or {}).get("perplexity")
-    shown = ", ".join(f"{name} {value:.1f}" for name, value in numbers.items() if value is not None)
-    return f"{point['num_edits']} edits, {point['when']}, {point['protocol']}: {shown or 'nothing measured'}"
+    numbers = {name: found.mean for name, found in (point.abilities or point.main_metrics()).items() if found.n}
+    if point.perplexity is not None:
+        numbers["perplexity"] = point.perplexity
+    shown = ", ".join(f"{name} {value:.1f}" for name, value in numbers.items())
+    return f"{point.num_edits} edits, {point.when}, {point.protocol}: {shown or 'nothing measured'}"

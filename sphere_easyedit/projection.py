@@ -1,4 +1,4 @@
-"""The principal hyperspherical space of a weight, and the sparse projection that keeps updates out of it.
+"""The principal hyperspherical space of a weight, and the projection that suppresses an update's part in it.
 
 Notation follows SPHERE (arXiv 2510.01172). A weight ``W`` is ``(d_out, d_in)``, rows are neurons; ``What`` is
 W with its rows scaled to unit norm (zero rows stay zero). With ``U`` ``(d_in, r)`` the eigenvectors of
@@ -19,7 +19,17 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from .core.rows import row_blocks, row_norms, unit_rows
+from .core.tensors import (
+    as_number,
+    blocks,
+    check_floating,
+    check_gram_dtype,
+    check_matrix,
+    check_norms,
+    cosine_blocks,
+    row_norms,
+    unit_rows,
+)
 
 __all__ = ["PrincipalSpace"]
 
@@ -29,13 +39,12 @@ logger = logging.getLogger(__name__)
 # by one. Above it a float64 eigenproblem takes many times longer than all the rest of a batch, and float32 is
 # good for about 1e-6 of the total: much less than one eigenvalue's share of it.
 FLOAT64_SIDE: Final = 1024
-# Below this side a partial eigenproblem saves nothing worth having.
+# Below this side a partial eigenproblem saves no time.
 _WHOLE_SIDE: Final = 512
-# Rounding that may not decide whether a cumulated share "passes" gamma (equal eigenvalues, say, give round
-# shares).
+# Tolerance on cumulated shares compared with gamma: equal eigenvalues give round shares, which rounding may not decide.
 _SHARE_ROUNDING: Final = 1e-12
-# What W's row norms may differ from the given Gram matrix's diagonal: far above rounding, far below another
-# weight.
+# Largest relative difference between squared row norms and the given Gram matrix's diagonal: far above rounding, far
+# below the difference to another weight.
 _GRAM_MISMATCH: Final = 1e-2
 _BLOCK_ELEMENTS: Final = 8 * 2**20
 _SAFE_NORMS: Final = (1e-10, 1e10)
@@ -47,8 +56,8 @@ class PrincipalSpace:
     Build one with :meth:`from_weight` or :meth:`from_gram` (controls: :meth:`spanned_by`). The space describes
     the weight as it was then. It refers to that weight, without copying it, until :attr:`directions` has been
     read; if the weight was changed before that, whatever needs it raises ``RuntimeError`` instead of mixing two
-    weights. To keep a space beyond an edit (DESIGN's ``principal_space: pretrained``), read :attr:`directions`
-    first: the space then needs the weight no more.
+    weights. To keep a space beyond an edit (``principal_space: pretrained``), read :attr:`directions` first: the
+    space then no longer needs the weight.
 
     Precision: eigenproblems are float64 where the smaller side is at most 1024 or the weight is float64;
     float32 elsewhere.
@@ -57,7 +66,7 @@ class PrincipalSpace:
     """
 
     def __init__(self, basis: Tensor | _GramBasis, spectrum: Tensor, gamma: float) -> None:
-        """Internal: use :meth:`from_weight` or :meth:`from_gram`. ``basis`` is U, or what forms it."""
+        """Internal: use :meth:`from_weight` or :meth:`from_gram`. ``basis`` is U, or its factors."""
         self._basis = basis
         self._spectrum = spectrum
         self._gamma = gamma
@@ -81,10 +90,10 @@ class PrincipalSpace:
             ValueError: the weight is not a finite, non-empty floating 2-D tensor, or gamma is out of [0, 1].
         """
         gamma = _checked_share("gamma", gamma)
-        _check_matrix("weight", weight)
+        _check_weight(weight)
         with torch.no_grad():
             weight = weight.detach()
-            norms = row_norms(weight)
+            norms = _row_norms(weight)
             tall = weight.shape[0] > weight.shape[1]
             if gamma == 0.0 or not bool(norms.any()):
                 return cls._empty(weight, gamma)
@@ -94,28 +103,27 @@ class PrincipalSpace:
     @classmethod
     def from_gram(cls, weight: Tensor, gram: Tensor, gamma: float = 0.5, likely_rank: int | None = None
                   ) -> PrincipalSpace:
-        """The same from a raw Gram matrix ``W W^T`` that the caller has at hand, which saves the product.
+        """The principal space from a raw Gram matrix ``W W^T`` that the caller has, which saves the product.
 
-        Meant for ``d_out <= d_in``. A tall weight is served as well, at the price of an eigenproblem of its
-        larger side.
+        Meant for ``d_out <= d_in``. For a tall weight it solves an eigenproblem of the larger side.
 
         Args:
             weight: ``(d_out, d_in)``, rows are neurons.
             gram: ``(d_out, d_out)``, ``W W^T`` of exactly this weight, not normalised; float32 or float64.
             gamma: share of the total to pass, in [0, 1].
-            likely_rank: of a space like this one, as of the batch before: little more need be solved for. Of no
-                influence on the result.
+            likely_rank: expected rank, such as that of the batch before: about as many eigenpairs are solved for
+                first. It has no influence on the result.
 
         Raises:
             ValueError: as in :meth:`from_weight`; or gram has another shape or device, is narrower than
                 float32, is not finite, or its diagonal is not the squared row norms of the weight to 1%.
         """
         gamma = _checked_share("gamma", gamma)
-        _check_matrix("weight", weight)
+        _check_weight(weight)
         with torch.no_grad():
             weight, gram = weight.detach(), gram.detach() if isinstance(gram, Tensor) else gram
             fingerprint = _fingerprint(weight)
-            norms = fingerprint.double() if _are_safe(fingerprint) else row_norms(weight)
+            norms = fingerprint.double() if _are_safe(fingerprint) else _row_norms(weight)
             _check_gram(gram, weight, norms)
             if gamma == 0.0 or not bool(norms.any()):
                 return cls._empty(weight, gamma)
@@ -125,16 +133,16 @@ class PrincipalSpace:
 
     @classmethod
     def spanned_by(cls, directions: Tensor, gamma: float) -> PrincipalSpace:
-        """A space of given directions, for controls: of the weight's spectrum it knows nothing.
+        """A space of given directions, for control experiments; its spectrum is empty.
 
         Args:
             directions: ``(d_in, r)``, orthonormal columns.
-            gamma: the share that the space which it stands in for passes; only kept.
+            gamma: returned by :attr:`gamma`; not used otherwise.
 
         Raises:
             ValueError: the columns are not orthonormal to 1e-4, or gamma is out of [0, 1].
         """
-        _check_floating("directions", directions)
+        check_floating("directions", directions)
         basis = directions.detach().to(_public_dtype(directions))
         error = (basis.T @ basis - torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)).abs()
         if basis.shape[1] and not float(error.max()) <= 1e-4:
@@ -168,12 +176,12 @@ class PrincipalSpace:
 
     @property
     def gamma(self) -> float:
-        """The share of the total that the directions pass."""
+        """Share of the spectrum's total that the directions pass."""
         return self._gamma
 
     @property
     def device(self) -> torch.device:
-        """Where the weight was."""
+        """Device of the weight."""
         return self._device
 
     @property
@@ -185,8 +193,8 @@ class PrincipalSpace:
     def spectrum(self) -> Tensor:
         """Eigenvalues found of ``What^T What / d_out``, ``(found,)`` float64, descending, ``found >= rank``.
 
-        They need not be all: the smallest are left unsolved on large weights. All together sum to the share
-        of rows that are not zero, which is 1 as a rule. Empty at gamma 0.
+        On large weights the smallest are not computed. All together sum to the share of rows that are not zero,
+        usually 1. Empty at gamma 0.
         """
         return self._spectrum
 
@@ -231,7 +239,7 @@ class PrincipalSpace:
             dtype = _product_dtype(update, self._float)
             basis = self.directions.to(dtype)
             result = torch.empty_like(update)
-            for block in row_blocks(update.shape[0], _block_rows(self._d_in)):
+            for block in blocks(update.shape[0], _block_rows(self._d_in)):
                 part = update[block].to(dtype)
                 result[block] = torch.addmm(part, part @ basis, basis.T, alpha=-alpha).to(update.dtype)
             return result
@@ -274,7 +282,7 @@ class PrincipalSpace:
 
     def _check_operand(self, name: str, operand: Tensor, axis: int) -> None:
         wanted = f"(rows, {self._d_in})" if axis == 1 else f"({self._d_in}, n)"
-        _check_floating(name, operand)
+        check_floating(name, operand)
         if operand.dim() != 2 or operand.shape[axis] != self._d_in:
             raise ValueError(
                 f"{name} must be {wanted}, got shape {tuple(operand.shape)}; transpose it, or build the "
@@ -289,7 +297,7 @@ class PrincipalSpace:
 
 @dataclass(frozen=True)
 class _GramBasis:
-    """U by its factors, ``What^T V S^-1/2``, while it is not formed."""
+    """U as its factors ``What^T V S^-1/2``, before it is formed."""
 
     weight: Tensor  # (d_out, d_in), not a copy
     norms: Tensor  # (d_out,) float64, of its rows
@@ -311,7 +319,7 @@ class _GramBasis:
         return _public_dtype(self.weight)
 
     def is_well_conditioned(self) -> bool:
-        """Whether ``S^-1`` magnifies rounding little: by the ratio of the largest eigenvalue to the least."""
+        """Whether ``S^-1`` magnifies rounding only a little, by the ratio of the smallest eigenvalue to the largest."""
         least = 1e-7 if self.vectors.dtype == torch.float64 else 1e-4
         return float(self.values[-1] / self.values[0]) > least
 
@@ -339,10 +347,10 @@ class _GramBasis:
         return principal
 
     def _scaled_rows(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Blocks of rows and of factors ``(rows, 1)`` that make them unit ones, which spares copies of the weight."""
+        """Blocks of rows, and the factors ``(rows, 1)`` that scale them to unit norm, without copying the weight."""
         dtype = self.vectors.dtype
         safe = _are_safe(self.norms)
-        for block in row_blocks(self.weight.shape[0], _block_rows(self.weight.shape[1])):
+        for block in blocks(self.weight.shape[0], _block_rows(self.weight.shape[1])):
             if safe:
                 yield block, self.weight[block].to(dtype), self.norms[block].reciprocal().to(dtype)[:, None]
             else:
@@ -350,7 +358,7 @@ class _GramBasis:
                 yield block, rows, torch.ones_like(rows[:, :1])
 
     def _check_unchanged(self) -> None:
-        # Row norms see what tensors' version counters do not: edits through ``.data``.
+        # Unlike tensors' version counters, row norms notice edits through ``.data``.
         if not torch.equal(_fingerprint(self.weight), self.fingerprint):
             raise RuntimeError(
                 "the weight was changed after its PrincipalSpace was built, and the space still needs it; "
@@ -380,7 +388,7 @@ def _principal_eigenpairs(
 
 
 def _passing_count(values: Tensor, total: float, gamma: float) -> int:
-    """``count(cumsum / total <= gamma) + 1``; more than there are values if their sum does not pass gamma."""
+    """``count(cumsum / total <= gamma) + 1``; one more than there are values if their sum does not pass gamma."""
     if gamma == 1.0:
         return len(values) + 1  # no share passes 1, whatever rounding says
     shares = values.cumsum(dim=0) / total
@@ -388,7 +396,7 @@ def _passing_count(values: Tensor, total: float, gamma: float) -> int:
 
 
 def _attempts(side: int, gamma: float, on_gpu: bool, likely_rank: int | None) -> list[int]:
-    """How many eigenpairs to ask for, one try after the other; the last is always all of them.
+    """Numbers of eigenpairs to solve for, one attempt after the other; the last is all of them.
 
     Real weights pass one half of the total within a quarter of their directions, and even a flat spectrum
     passes gamma within a share gamma of them. A GPU has no partial solver.
@@ -414,7 +422,7 @@ def _largest_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _partial_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
-    """The ``count`` largest by LAPACK's evr driver; None, with a warning, where it does not deliver them."""
+    """The ``count`` largest by LAPACK's evr driver; None, with a warning, if it fails."""
     side = gram.shape[0]
     try:
         values, vectors = scipy.linalg.eigh(
@@ -454,7 +462,7 @@ def _orthonormal(basis: Tensor) -> Tensor:
 def _rank_tolerance(weight: Tensor, rounding: float) -> float:
     """Share of the largest eigenvalue below which one is taken for 0.
 
-    The larger of two: the usual tolerance of a matrix rank, ``max(d_out, d_in) eps`` on singular values of a
+    The larger of two: the common tolerance of a matrix rank, ``max(d_out, d_in) eps`` on singular values of a
     float32 (or float64) matrix, squared; and the noise that rounding leaves on a Gram matrix's eigenvalues.
     """
     size = max(weight.shape)
@@ -474,14 +482,9 @@ def _unit_gram(weight: Tensor, norms: Tensor, dtype: torch.dtype, tall: bool) ->
             gram.addmm_(panel.T, panel)
         return gram
     gram = torch.zeros((count, count), dtype=dtype, device=weight.device)
-    blocks = list(row_blocks(count, _block_rows(width)))
-    for position, i in enumerate(blocks):
-        left = unit_rows(weight, norms, i, dtype)
-        for j in blocks[position:]:
-            right = left if i == j else unit_rows(weight, norms, j, dtype)
-            product = left @ right.T
-            gram[i, j] = product
-            gram[j, i] = product.T
+    for i, j, cosines in cosine_blocks(weight, norms, dtype, _block_rows(width)):
+        gram[i, j] = cosines
+        gram[j, i] = cosines.T
     return gram
 
 
@@ -495,21 +498,25 @@ def _normalised(gram: Tensor, alive: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _unit_panels(weight: Tensor, norms: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    for block in row_blocks(weight.shape[0], _block_rows(weight.shape[1])):
+    for block in blocks(weight.shape[0], _block_rows(weight.shape[1])):
         yield block, unit_rows(weight, norms, block, dtype)
 
 
+def _row_norms(weight: Tensor) -> Tensor:
+    """Norm of each row, ``(d_out,)`` float64; refuses what is not finite."""
+    norms = row_norms(weight, _block_rows(weight.shape[1]))
+    check_norms("weight", norms)
+    return norms
+
+
 def _are_safe(norms: Tensor) -> bool:
-    """Whether float32 holds what products with rows of these norms make: none is zero, extreme or not finite."""
+    """Whether products with rows of these norms stay within float32: none is zero, extreme or not finite."""
     return bool(((norms > _SAFE_NORMS[0]) & (norms < _SAFE_NORMS[1])).all())
 
 
 def _fingerprint(weight: Tensor) -> Tensor:
-    """Row norms in the products' precision, ``(d_out,)``: one quick pass over the weight."""
-    fingerprint = torch.empty(weight.shape[0], dtype=_public_dtype(weight), device=weight.device)
-    for block in row_blocks(weight.shape[0], _block_rows(weight.shape[1])):
-        fingerprint[block] = torch.linalg.vector_norm(weight[block].to(fingerprint.dtype), dim=1)
-    return fingerprint
+    """Row norms ``(d_out,)`` in the products' precision, to notice a changed weight: one quick pass over it."""
+    return row_norms(weight, _block_rows(weight.shape[1]), _public_dtype(weight))
 
 
 def _public_dtype(weight: Tensor) -> torch.dtype:
@@ -535,37 +542,25 @@ def _block_rows(width: int) -> int:
 
 
 def _checked_share(name: str, value: float) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
-    if isinstance(value, bool) or not 0.0 <= number <= 1.0:
+    number = as_number(value)
+    if not 0.0 <= number <= 1.0:
         raise ValueError(
             f"{name} must be a number in [0, 1], got {value!r}; the paper uses gamma 0.5 and alpha 0.5 or 0.8"
         )
     return number
 
 
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
+def _check_weight(weight: Tensor) -> None:
+    check_matrix("weight", weight)
+    if weight.numel() == 0:
         raise ValueError(
-            f"{name} must be a torch.Tensor, got {type(tensor).__name__}; wrap it in torch.as_tensor"
-        )
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {tensor.dtype}; dequantise it or call .float()")
-
-
-def _check_matrix(name: str, matrix: Tensor) -> None:
-    _check_floating(name, matrix)
-    if matrix.dim() != 2 or matrix.numel() == 0:
-        raise ValueError(
-            f"{name} must be 2-D (d_out, d_in), not empty, got shape {tuple(matrix.shape)}; select one matrix"
+            f"weight must be 2-D (d_out, d_in), not empty, got shape {tuple(weight.shape)}; select one matrix"
         )
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
     rows = tensor.shape[0]
-    for block in row_blocks(rows, max(1, _BLOCK_ELEMENTS * rows // max(1, tensor.numel()))):
+    for block in blocks(rows, max(1, _BLOCK_ELEMENTS * rows // max(1, tensor.numel()))):
         if not bool(tensor[block].isfinite().all()):
             raise ValueError(
                 f"{name} must be finite, but it holds NaN or infinity; check the solve that produced it"
@@ -573,17 +568,14 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 
 def _check_gram(gram: Tensor, weight: Tensor, norms: Tensor) -> None:
-    _check_floating("gram", gram)
+    check_floating("gram", gram)
     side = weight.shape[0]
     if tuple(gram.shape) != (side, side) or gram.device != weight.device:
         raise ValueError(
             f"gram must be W W^T, {(side, side)} on {weight.device}, got {tuple(gram.shape)} on "
             f"{gram.device}; compute it from the same weight"
         )
-    if gram.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"gram must be float32 or float64, got {gram.dtype}; accumulate W W^T in float32 or better"
-        )
+    check_gram_dtype(gram)
     _check_finite("gram", gram)
     squared = norms.square()
     off = (gram.diagonal().to(torch.float64) - squared).abs() > _GRAM_MISMATCH * squared

@@ -1,7 +1,7 @@
-"""Layers of quantised base models, dequantised so that they can be edited.
+"""Dequantises the edited layers of quantised models, and refuses weights that can't be edited.
 
-A change of weights is far smaller than the steps that a quantised weight can take, so rounding it into them again would
-undo the edit. The layers that are edited are therefore kept unquantised; all others stay as they are.
+An edit is far smaller than a quantisation step, so quantising the edited weight again would undo it. Edited layers
+therefore stay unquantised; all other layers stay quantised.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _REMEDY = ("load the base model in float32, bfloat16 or float16, or quantise it 
 
 
 def check_editable(model: nn.Module, name: str) -> None:
-    """Refuse a module whose weight can't be edited, nor be dequantised for it.
+    """Refuse a module whose weight can be neither edited nor dequantised.
 
     Args:
-        model: the model that it is in.
-        name: of the module.
+        model: the model that contains the module.
+        name: the module's name.
 
     Raises:
-        ValueError: it has no matrix, or a quantised one that ``dequantise`` does not know.
+        ValueError: it has no weight matrix, or a quantised one that ``dequantise`` does not support.
     """
     module = model.get_submodule(name)
     weight = getattr(module, "weight", None)
@@ -40,26 +40,26 @@ def check_editable(model: nn.Module, name: str) -> None:
         if method is not None or "quantized" in type(module).__module__:
             by = type(module).__name__ if method is None else getattr(method, "value", method)
             raise ValueError(f"{name} is quantised ({by}), and a quantised weight can't be edited: {_REMEDY}")
-        raise ValueError(f"{name}.weight is no matrix: rewrite_module_tmp must name a linear layer")
+        raise ValueError(f"{name}.weight is not a matrix: rewrite_module_tmp must name a linear layer")
     kind = type(weight)
     if kind.__name__ in _BITSANDBYTES:
         if not _is_quantised(weight):
-            raise ValueError(f"{name}.weight is to be quantised by bitsandbytes and is not yet: move the model to its "
-                             "device first")
+            raise ValueError(f"{name}.weight is not quantised by bitsandbytes yet: move the model to its device "
+                             "first")
         return
     if "weight" not in module._parameters:
         raise ValueError(f"{name}.weight is computed from other parameters (by pruning, weight norm or another "
                          "parametrisation), which an edit would not reach: remove the parametrisation first, as "
                          "torch.nn.utils.parametrize.remove_parametrizations and torch.nn.utils.prune.remove do")
     if weight.dim() != 2:
-        raise ValueError(f"{name}.weight is no matrix: rewrite_module_tmp must name a linear layer")
+        raise ValueError(f"{name}.weight is not a matrix: rewrite_module_tmp must name a linear layer")
     if weight.dtype not in _EDITABLE or kind not in _PLAIN:
         held = f"{weight.dtype}" + ("" if kind in _PLAIN else f" in a {kind.__module__}.{kind.__name__}")
         raise ValueError(f"{name}.weight holds {held}: a quantised weight can't be edited; {_REMEDY}")
 
 
 def _is_quantised(weight: Any) -> bool:
-    """Whether a weight of bitsandbytes has its values in their few bits, which it gets on its device."""
+    """Whether a bitsandbytes weight is quantised already, which happens when it is moved to its device."""
     if weight.is_meta or weight.is_floating_point():
         return False
     return type(weight).__name__ == "Int8Params" or weight.quant_state is not None
@@ -67,14 +67,14 @@ def _is_quantised(weight: Any) -> bool:
 
 @torch.no_grad()
 def dequantise(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Put plain linear layers in the place of those of bitsandbytes, with a warning that says what it costs.
+    """Replace bitsandbytes layers by unquantised linear layers, with a warning about the memory that they take.
 
-    Their weights are what the quantised ones stand for, in the dtype of the model's hidden states. The model's
-    quantisation config is told to leave them so, for a saved model to be loaded as it was.
+    The new weights are the dequantised ones in the dtype of the model's hidden states. The model's quantisation config
+    then lists them as not quantised, so that a saved model loads as it was.
 
     Args:
         model: changed in place.
-        names: of modules, each of which ``check_editable`` let pass; those that are not quantised stay.
+        names: modules that passed ``check_editable``; those that are not quantised are left alone.
 
     Returns:
         The new modules by name.
@@ -88,23 +88,23 @@ def dequantise(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     before = sum(_bytes(module.weight) for module in quantised.values())
     after = sum(_bytes(module.weight) for module in plain.values())
     bits = " and ".join(sorted({_BITSANDBYTES[type(module.weight).__name__] for module in quantised.values()}))
-    logger.warning("%s weights can't be edited: %s %s dequantised to %s for good, which takes %.1f MB in place of %.1f",
-                   bits, ", ".join(plain), "is" if len(plain) == 1 else "are", str(dtype).removeprefix("torch."),
+    logger.warning("%s weights can't be edited: %s %s dequantised to %s, which takes %.1f MB instead of %.1f", bits,
+                   ", ".join(plain), "is" if len(plain) == 1 else "are", str(dtype).removeprefix("torch."),
                    after / 1e6, before / 1e6)
     for name, module in plain.items():
         hook = getattr(quantised[name], "_hf_hook", None)
-        if hook is not None:  # spread over several devices
+        if hook is not None:  # of accelerate, on several devices
             from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped,unused-ignore]
 
             add_hook_to_module(module, hook)
         model.set_submodule(name, module)
-    _keep_from_quantisation(model)
+    _exclude_from_quantisation(model)
     return dict(plain)
 
 
 @torch.no_grad()
 def dequantised(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Weight and bias, under their names in the model, that ``dequantise`` would give a module; none if it is plain."""
+    """Dequantised weight and bias of a module, by parameter name; empty if the module is not quantised."""
     module = model.get_submodule(name)
     if type(getattr(module, "weight", None)).__name__ not in _BITSANDBYTES:
         return {}
@@ -113,7 +113,7 @@ def dequantised(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def _states_dtype(model: nn.Module) -> torch.dtype:
-    """Of the model's hidden states."""
+    """Dtype of the model's hidden states."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     dtype: torch.dtype = embeddings.weight.dtype
     return dtype
@@ -129,11 +129,11 @@ def _plain_linear(module: Any, dtype: torch.dtype) -> nn.Module:
     weight = module.weight
     if type(weight).__name__ == "Params4bit":
         values = functional.dequantize_4bit(weight.data, weight.quant_state)
-    else:  # the scales of rows move to the module's state with its first forward pass
+    else:  # the row scales move to the module's state in its first forward pass
         scales = weight.SCB if weight.SCB is not None else module.state.SCB
         values = functional.int8_vectorwise_dequant(weight.data, scales)
     plain: Any
-    if getattr(module, "source_cls", None) is Conv1D:  # as which a saved model is loaded again
+    if getattr(module, "source_cls", None) is Conv1D:  # the class that a saved model is loaded with
         plain = Conv1D(module.out_features, module.in_features)  # type: ignore[no-untyped-call]
         values = values.T.contiguous()
     else:
@@ -145,10 +145,10 @@ def _plain_linear(module: Any, dtype: torch.dtype) -> nn.Module:
     return made
 
 
-def _keep_from_quantisation(model: Any) -> None:
+def _exclude_from_quantisation(model: Any) -> None:
     config = getattr(model.config, "quantization_config", None)
     if config is None or not hasattr(config, "llm_int8_skip_modules"):
         return
-    # A list leaves no defaults, such as the LM head, so all plain layers are named.
+    # A list replaces the defaults (the LM head), so all unquantised layers are listed.
     config.llm_int8_skip_modules = [name for name, module in model.named_modules()
                                     if type(module) in (nn.Linear, Conv1D)]

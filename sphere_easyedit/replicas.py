@@ -1,13 +1,12 @@
-"""The same model on several processes: the first leads, the others work for it.
+"""Data-parallel editing: several processes hold the same model, and a leader distributes work to the others.
 
-The engine is accelerate and torch.distributed: their launchers start the processes and tell each its place, their
-collectives carry what passes between them (gloo on CPUs, nccl on GPUs). The **leader** alone edits, decides and writes
-files, by the very code of a single process. What can be shared out (target values, keys, evaluation, statistics: see
-who calls ``Replicas.run``) goes to all processes as a **job**, and comes back to it; before a job it hands over the
-edited weights that have changed since the last one, bit for bit. So nothing needs to be decided twice, and a batch that
-is undone, lowered or tried again on the leader is so everywhere.
+Processes are started by accelerate's launcher or torchrun and communicate by torch.distributed (gloo on CPUs, nccl on
+GPUs). The **leader** (rank 0) alone edits, decides and writes files, with the same code as a single process. Work that
+can be divided (target values, keys, evaluation, statistics: the callers of ``Replicas.run``) is sent to all processes
+as a **job**, and the results are gathered. Before a job the leader broadcasts the edited weights that changed since the
+last one, so a batch that it rolls back or repeats needs no further coordination.
 
-Jobs and their shares are pickled, by and for processes of one run that trust each other.
+Jobs and their arguments are pickled between processes of one run, which trust each other.
 """
 
 from __future__ import annotations
@@ -33,231 +32,231 @@ from .signals import ProcessLost
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Job = Callable[..., T]  # called with the process's own Replicas, then its share
+Job = Callable[..., T]  # called with the process's own Replicas, then its arguments
 
 _ATTRIBUTE = "_sphere_replicas"
-# A lost process shows by its connection or by the launcher, not by the clock: the leader may be busy for hours.
-_PATIENCE = timedelta(days=2)
+# A lost process is noticed by its connection or by the launcher; the leader itself may be busy for hours.
+_TIMEOUT = timedelta(days=2)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which process of how many this is, and the device that is its own.
+class ProcessInfo:
+    """Rank and device of this process.
 
     Attributes:
-        index, size: of the processes; 0 leads.
-        device: where its model belongs, as hyperparameters name it.
+        rank: 0 is the leader.
+        world_size: number of processes.
+        device: device of its model, as hyperparameters name it.
     """
 
-    index: int
-    size: int
+    rank: int
+    world_size: int
     device: str
 
     @classmethod
-    def joined(cls, device: int | str | None = None) -> Place:
-        """Join the processes that ``accelerate launch`` or ``torchrun`` started; a place of one without them.
+    def join(cls, device: int | str | None = None) -> ProcessInfo:
+        """Join the processes that ``accelerate launch`` or ``torchrun`` started; without a launcher, one process.
 
         Args:
-            device: what the hyperparameters say. Each process has a GPU of its own, unless it is ``cpu`` or there are
-                none.
+            device: the hyperparameters' device. Each process gets a GPU, unless it is ``cpu`` or there are none.
 
         Raises:
-            ValueError: there are fewer GPUs here than processes.
+            ValueError: this machine has fewer GPUs than processes.
         """
         from accelerate import PartialState  # type: ignore[import-untyped]
 
-        on_cpu = device == "cpu" or not torch.cuda.is_available()  # accelerate joins by CPU only where it is told to
-        state: Any = PartialState(cpu=on_cpu, timeout=_PATIENCE)
-        place: torch.device = state.device
-        if state.num_processes > 1 and place.type == "cuda":
+        on_cpu = device == "cpu" or not torch.cuda.is_available()  # accelerate uses the CPU only if asked to
+        state: Any = PartialState(cpu=on_cpu, timeout=_TIMEOUT)
+        own: torch.device = state.device
+        if state.num_processes > 1 and own.type == "cuda":
             if state.local_process_index >= torch.cuda.device_count():
                 raise ValueError(f"process {state.process_index} is number {state.local_process_index} of its machine, "
-                                 f"which has {torch.cuda.device_count()} GPUs: start as many processes as GPUs")
-            return cls(state.process_index, state.num_processes, str(place))
-        return cls(state.process_index, state.num_processes, place.type)
+                                 f"which has {torch.cuda.device_count()} GPUs: start one process per GPU")
+            return cls(state.process_index, state.num_processes, str(own))
+        return cls(state.process_index, state.num_processes, own.type)
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """What a job raised on a process."""
+    """An error raised by a job."""
 
     error: Exception
 
 
 class Replicas:
-    """One of the processes that hold the same model.
+    """One of several processes that hold the same model.
 
     Args:
-        editable: this process's model, with the layers that are edited.
-        place: this process.
+        editable: this process's model, with the layers to edit.
+        process: this process's rank and device.
 
     Attributes:
-        editable: as given.
-        store: what jobs keep from one to the next on this process.
-        progress: whom a job tells how far it is; None on all but the leader.
+        editable, process: as given.
+        store: values that jobs keep on this process from one job to the next.
+        progress: progress callback of a job; None except on the leader.
 
     Raises:
         ValueError: the processes' models differ.
     """
 
-    def __init__(self, editable: EditableModel, place: Place) -> None:
-        self.editable, self.place = editable, place
+    def __init__(self, editable: EditableModel, process: ProcessInfo) -> None:
+        self.editable, self.process = editable, process
         self.store: dict[str, Any] = {}
         self.progress: Callable[..., None] | None = None
         self._broken = False
-        with self._talking():
-            found: list[Any] = [None] * place.size
+        with self._communicating():
+            found: list[Any] = [None] * process.world_size
             dist.all_gather_object(found, model_fingerprint(editable.model))
         if len(set(found)) > 1:
-            raise ValueError(f"the models of the {place.size} processes differ: load the same weights in all of them")
+            raise ValueError(f"the models of the {process.world_size} processes differ: load the same weights in all")
         self._known = self._fingerprints()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None  # a copy of the model is on this process alone
+        return None  # a copy of the model exists on this process only
 
     @classmethod
     def of(cls, model: nn.Module) -> Replicas | None:
-        """The replicas that a model leads, or None."""
+        """The replicas whose leader holds this model, or None."""
         found = getattr(model, _ATTRIBUTE, None)
         return found if isinstance(found, cls) else None
 
     @property
-    def size(self) -> int:
+    def world_size(self) -> int:
         """Number of processes."""
-        return self.place.size
+        return self.process.world_size
 
     @contextmanager
     def leading(self) -> Iterator[None]:
-        """Have the other processes work for this one; at the end they hold its weights, bit for bit, and are let go.
+        """Distribute jobs to the other processes; at the end check that all hold the same weights, and stop them.
 
         Raises:
-            ProcessLost: one of them is gone.
-            RuntimeError: their weights are not the leader's, against all care.
+            ProcessLost: a process has died.
+            RuntimeError: a process's weights differ from the leader's.
         """
         vars(self.editable.model)[_ATTRIBUTE] = self
         try:
             yield
-            checksums = self.run(_checksum, [()] * self.size)
+            checksums = self.run(_checksum, [()] * self.world_size)
             if any(one != checksums[0] for one in checksums):
-                raise RuntimeError("the weights of the processes differ after editing: trust none of them, and tell us")
-            logger.info("%d processes hold the same weights, bit for bit", self.size)
+                raise RuntimeError("the weights of the processes differ after editing: discard them, and report this")
+            logger.info("%d processes hold the same weights, bit for bit", self.world_size)
         finally:
             vars(self.editable.model).pop(_ATTRIBUTE, None)
             if not self._broken:
-                with self._talking():
+                with self._communicating():
                     _broadcast(None)
 
     def follow(self) -> None:
-        """Do the leader's jobs until it lets go.
+        """Run the leader's jobs until it ends.
 
         Raises:
-            ProcessLost: it is gone.
+            ProcessLost: the leader has died.
         """
         with frozen(self.editable.model):
             while True:
-                with self._talking():
+                with self._communicating():
                     message = _broadcast()
                 if message is None:
                     return
                 job, shares, changed = message
-                with self._talking():
-                    self._exchange(changed)
-                found = self._attempt(job, shares[self.place.index])
-                with self._talking():
+                with self._communicating():
+                    self._broadcast_weights(changed)
+                found = self._attempt(job, shares[self.process.rank])
+                with self._communicating():
                     dist.gather_object(found, dst=0)
 
     def run(self, job: Job[T], shares: Sequence[tuple[Any, ...]], progress: Callable[..., None] | None = None,
-            hand_over: bool = True) -> list[T]:
-        """Have every process do a job on its share, by the leader's weights.
+            sync_weights: bool = True) -> list[T]:
+        """Run a job on every process, with the leader's weights.
 
         Args:
-            job: a function that can be imported by its name. Tensors that it returns should be on the CPU.
-            shares: its arguments behind the process's own ``Replicas``, by process.
-            progress: of the leader's own share.
-            hand_over: weights that have changed; a job that does not use the model can leave that to the next.
+            job: an importable function. Tensors that it returns should be on the CPU.
+            shares: the job's arguments after the process's own ``Replicas``, by rank.
+            progress: progress callback of the leader's own share.
+            sync_weights: broadcast changed weights first; not needed by a job that does not use the model.
 
         Returns:
-            What it returned, by process.
+            The job's results, by rank.
 
         Raises:
-            Exception: what the job raised, on the first process where it did.
-            ProcessLost: a process is gone.
+            Exception: the job's error of the lowest rank that failed.
+            ProcessLost: a process has died.
         """
         if self._broken:
-            raise ProcessLost("an earlier job was cut off: start the processes anew")
-        now = self._fingerprints() if hand_over else self._known
+            raise ProcessLost("an earlier job was interrupted: restart the processes")
+        now = self._fingerprints() if sync_weights else self._known
         changed = [layer for layer, was in self._known.items() if now[layer] != was]
-        with self._talking():
+        with self._communicating():
             _broadcast((job, list(shares), changed))
-            self._exchange(changed)
+            self._broadcast_weights(changed)
         self._known = now
         self.progress = progress
         try:
             own = self._attempt(job, shares[0])
         except BaseException:
-            self._broken = True  # the others wait to be asked for theirs
+            self._broken = True  # the others wait in gather
             raise
         finally:
             self.progress = None
-        found: list[Any] = [None] * self.size
-        with self._talking():
+        found: list[Any] = [None] * self.world_size
+        with self._communicating():
             dist.gather_object(own, found, dst=0)
-        for index, one in enumerate(found):
-            if isinstance(one, _Failure):
-                if index:
-                    logger.warning("process %d failed: %s", index, one.error)
-                raise one.error
+        for rank, result in enumerate(found):
+            if isinstance(result, _Failure):
+                if rank:
+                    logger.warning("process %d failed: %s", rank, result.error)
+                raise result.error
         return found
 
     def sum_to_leader(self, tensor: Tensor) -> None:
-        """Within a job that every process reaches: the sum over processes takes the tensor's place on the leader."""
-        with self._talking():
-            there = self._here(tensor)
-            dist.reduce(there, dst=0)
-            if there is not tensor:
-                tensor.copy_(there)
+        """Sum a tensor over all processes into the leader's tensor; called by a job that runs on all of them."""
+        with self._communicating():
+            sent = self._on_device(tensor)
+            dist.reduce(sent, dst=0)
+            if sent is not tensor:
+                tensor.copy_(sent)
 
     def _attempt(self, job: Job[T], share: tuple[Any, ...]) -> T | _Failure:
         try:
             return job(self, *share)
-        except Exception as error:  # the leader decides what becomes of it
+        except Exception as error:  # raised by the leader
             return _Failure(_portable(error))
 
-    def _exchange(self, layers: Sequence[int]) -> None:
+    def _broadcast_weights(self, layers: Sequence[int]) -> None:
         for layer in layers:
             weight = self.editable.weight(layer)
-            there = self._here(weight)
-            dist.broadcast(there, src=0)
-            if self.place.index:
-                self.editable.set_weight(layer, there)
+            sent = self._on_device(weight)
+            dist.broadcast(sent, src=0)
+            if self.process.rank:
+                self.editable.set_weight(layer, sent)
 
-    def _here(self, tensor: Tensor) -> Tensor:
-        """A tensor where this process's backend takes it from."""
-        return tensor.to(self.place.device).contiguous()
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        """A tensor on the device of this process's backend."""
+        return tensor.to(self.process.device).contiguous()
 
     def _fingerprints(self) -> dict[int, Fingerprint]:
         return {layer: Fingerprint.of(weight) for layer, weight in self.editable.weights().items()}
 
     @contextmanager
-    def _talking(self) -> Iterator[None]:
+    def _communicating(self) -> Iterator[None]:
         try:
             yield
         except torch.cuda.OutOfMemoryError:  # a RuntimeError, too
             self._broken = True
             raise
-        except RuntimeError as error:  # torch's word for whatever befalls a connection
+        except RuntimeError as error:  # torch's error for a lost connection
             self._broken = True
-            raise ProcessLost(f"process {self.place.index} of {self.size} lost touch with another, which has ended or "
-                              f"been killed ({str(error).splitlines()[0]})") from error
+            raise ProcessLost(f"process {self.process.rank} of {self.world_size} lost its connection to another, which "
+                              f"has ended or been killed ({str(error).splitlines()[0]})") from error
         except BaseException:
             self._broken = True
             raise
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or where it can't be sent to another process one that says the same."""
+    """The error, or a RuntimeError with its text if it can't be pickled."""
     try:
-        pickle.dumps(copy.copy(error))  # a copy is made as a pickle is read
+        pickle.dumps(copy.copy(error))  # copying builds it as unpickling does
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
@@ -270,37 +269,37 @@ def _broadcast(message: Any = None) -> Any:
     return box[0]
 
 
-def _checksum(here: Replicas) -> str:
-    return weights_checksum(here.editable)
+def _checksum(replicas: Replicas) -> str:
+    return weights_checksum(replicas.editable)
 
 
-def shared_out(costs: Sequence[float], parts: int) -> list[list[int]]:
-    """Places ``0 .. len(costs) - 1`` in so many parts of about equal cost, each ascending; some may be empty.
+def split_balanced(costs: Sequence[float], parts: int) -> list[list[int]]:
+    """Split the indices of ``costs`` into parts of about equal cost, each ascending; some may be empty.
 
-    The dearest first, each to the part that has least: no part has more than the average and one item's cost.
+    The most expensive come first, each to the cheapest part: no part exceeds the average by more than one item.
     """
     found: list[list[int]] = [[] for _ in range(parts)]
     sums = [0.0] * parts
-    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
         part = min(range(parts), key=sums.__getitem__)
-        found[part].append(place)
-        sums[part] += costs[place]
+        found[part].append(index)
+        sums[part] += costs[index]
     return [sorted(part) for part in found]
 
 
-def stretches(costs: Sequence[float], parts: int) -> list[range]:
-    """So many stretches of the places ``0 .. len(costs) - 1``, one behind the other, of about equal cost."""
+def split_contiguous(costs: Sequence[float], parts: int) -> list[range]:
+    """Split the indices of ``costs`` into contiguous ranges of about equal cost."""
     total, done, ends = sum(costs), 0.0, [0]
-    for place, cost in enumerate(costs):
+    for index, cost in enumerate(costs):
         done += cost
         while len(ends) < parts and done >= total * len(ends) / parts:
-            ends.append(place + 1)
+            ends.append(index + 1)
     ends += [len(costs)] * (parts + 1 - len(ends))
     return [range(start, stop) for start, stop in pairwise(ends)]
 
 
-def put_together(parts: Sequence[Sequence[int]], found: Sequence[Sequence[T]]) -> list[T]:
-    """Results of all parts, in the order of the places."""
-    by_place = {place: one for part, ones in zip(parts, found, strict=True)
-                for place, one in zip(part, ones, strict=True)}
-    return [by_place[place] for place in range(len(by_place))]
+def merge_parts(parts: Sequence[Sequence[int]], results: Sequence[Sequence[T]]) -> list[T]:
+    """Results of all parts, in the order of the indices."""
+    by_index = {index: result for part, own in zip(parts, results, strict=True)
+                for index, result in zip(part, own, strict=True)}
+    return [by_index[index] for index in range(len(by_index))]

@@ -1,4 +1,4 @@
-"""YAML from anybody: plain values, or one kind of error."""
+"""Loads untrusted YAML safely, with one type of error."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ import yaml
 
 from .messages import one_line
 
-_LARGEST = 1_000_000  # values, aliases written out; a sweep of a thousand runs has some ten thousand
+_LARGEST = 1_000_000  # number of values with aliases expanded; a sweep of 1,000 runs has about 10,000
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """The plain value that a YAML text holds: no tags that build objects, nothing within itself, nothing explosive.
+    """Load a YAML document of plain values, without tags that build objects.
 
     Args:
         text: the document.
-        source: what errors call it.
+        source: its name in errors.
 
     Raises:
-        ValueError: it is no YAML, holds itself, or is too large with its aliases written out ("a billion laughs").
+        ValueError: it is not valid YAML, refers to itself, or is too large with aliases expanded ("billion laughs").
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        # Before anything is built of it: merging (<<) writes aliases out.
+        # Checked before loading, since merge keys (<<) expand aliases.
         if node is not None and _size(node, {}) > _LARGEST:
-            raise ValueError(f"its aliases (*name) stand for more than {_LARGEST} values: write out what is meant")
+            raise ValueError(f"its aliases (*name) expand to more than {_LARGEST} values: remove them")
         return yaml.safe_load(text)
     except RecursionError as error:
-        raise ValueError(f"{source}: not readable as YAML: it is nested too deep") from error
-    except Exception as error:  # PyYAML lets AttributeError, KeyError and more out of malformed tagged scalars
+        raise ValueError(f"{source}: not readable as YAML: it is nested too deeply") from error
+    except Exception as error:  # malformed tagged scalars raise AttributeError, KeyError and others
         raise ValueError(f"{source}: not readable as YAML: {one_line(error)}") from error
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node is with every alias in it written out."""
+    """Number of values in a node with all aliases expanded."""
     if id(node) in known:
         if known[id(node)] == 0:
-            raise ValueError(f"the value in line {node.start_mark.line + 1} holds itself by an alias (*name)")
+            raise ValueError(f"the value in line {node.start_mark.line + 1} contains itself by an alias (*name)")
         return known[id(node)]
     known[id(node)] = 0
     children: list[yaml.Node] = []

@@ -1,4 +1,4 @@
-"""What ends a run from outside, as exceptions: a batch under way is undone as after any other; files are whole."""
+"""Turns SIGINT and SIGTERM into exceptions, so that an interrupted batch is rolled back like a failed one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """The process was asked to end; no ``Exception``, so that nothing takes it for a failure of its own.
+    """The process got a signal to end; a ``BaseException``, so that no ``except Exception`` catches it.
 
     Attributes:
-        name: of the signal.
-        exit_status: what a shell expects of a process that a signal ended: 128 and its number.
+        name: the signal's name.
+        exit_status: 128 plus the signal's number, as shells expect.
     """
 
     def __init__(self, number: int) -> None:
@@ -23,14 +23,14 @@ class Interrupted(BaseException):
 
 
 class ProcessLost(BaseException):
-    """Another process of the run is gone; no ``Exception`` either."""
+    """Another process of a distributed run has died."""
 
 
 @contextmanager
-def interrupts_raised() -> Iterator[None]:
+def raise_on_interrupts() -> Iterator[None]:
     """Raise ``Interrupted`` in the main thread at the first SIGINT or SIGTERM.
 
-    Later ones are ignored within the context: undoing a batch takes milliseconds and must not be cut short itself.
+    Later ones are ignored within the context, so that the rollback, which takes milliseconds, is not interrupted.
     """
     def interrupt(number: int, frame: FrameType | None) -> None:
         for one in handled:

@@ -33,7 +33,7 @@ from .editing.requests import parse_requests, tokenize_request
 from .editing.session import EditSession
 from .editing.target_values import optimise_target_values
 from .exclusive import exclusive
-from .files import replacing
+from .files import atomic_write
 from .hparams import SPHEREHyperParams
 from .models import EditableModel, frozen, max_positions
 
@@ -280,7 +280,7 @@ class WrappedExecutor:
         for request, value in zip(requests, targets.values, strict=True):
             path = Path(template.format(editable.layers[-1], own.clamp_norm_factor, request["case_id"]))
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary, temporary.open("wb") as stream:
+            with atomic_write(path) as temporary, temporary.open("wb") as stream:
                 np.savez(stream, v_star=value.float().cpu().numpy())
 
 

@@ -23,7 +23,7 @@ from .editing.session import EditSession
 from .editing.solvers import KeyHistory
 from .exclusive import exclusive
 from .hparams import NATIVE_ALGS, SPHEREHyperParams, check_hparams
-from .inputs import check_model, check_parameters, check_tokenizer, ordinary_torch
+from .inputs import check_model, check_parameters, check_tokenizer, default_torch_settings
 from .models import EditableModel, check_token_ids
 from .reviewing import change_norms, reviewed
 from .shaping import Shaping, check_finite
@@ -86,7 +86,7 @@ def apply_sphere_to_model(
         raise TypeError(f"session is a {type(session).__name__}: give an EditSession, or None for the model's own")
     if isinstance(callbacks, EditCallback):
         raise TypeError(f"callbacks is a single {type(callbacks).__name__}: wrap it in a list")
-    with ordinary_torch():
+    with default_torch_settings():
         if copy:
             with exclusive(model):
                 model = copying.deepcopy(model)
@@ -132,7 +132,7 @@ def _edit_batch(
         for callback in callbacks:
             callback.on_batch_start(event)
 
-        with editable.undone_on_error() as before:
+        with editable.restored_on_error() as before:
             shaping = Shaping(editable, hparams, session, grams)
             shaping.resume_unrestrained()
             if executor is None:

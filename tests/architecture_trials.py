@@ -1,6 +1,6 @@
 """Editing a tiny model of each architecture, held against plain forward passes; and the table of it in the docs.
 
-    python tests/architecture_trials.py > docs/ARCHITECTURES.md
+    python tests/architecture_trials.py > docs/MODELS.md
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ loss, taken by a plain forward pass, is what the optimiser reported: with `I` ->
 `In a city John Smith plays for` -> `the United States` the edit is taken out but at the subject's last token.
 Differences above {tolerance} nats fail. What is refused is refused with this line, and no weight is touched.
 
-`python tests/architecture_trials.py > docs/ARCHITECTURES.md` writes this page; `tests/test_architectures.py` holds it
+`python tests/architecture_trials.py > docs/MODELS.md` writes this page; `tests/test_architectures.py` holds it
 against what it finds. The random weights of a tiny model say that edits do what they should, not how well a real one of
 that architecture takes edits. Edited for real here: SmolLM2-135M (Llama) and Gemma-3-270M.
 

@@ -28,12 +28,13 @@ from sphere_easyedit.editing.covariance import moment_path, save_moment
 from sphere_easyedit.evaluation.analysis import energy_correlations, energy_points
 from sphere_easyedit.evaluation.arms import Arm, arms_of
 from sphere_easyedit.evaluation.collapse import Collapse, collapse_of
-from sphere_easyedit.evaluation.run_records import Estimate, RunRecords, find_runs
+from sphere_easyedit.evaluation.run_records import RunRecords, find_runs
 from sphere_easyedit.evaluation.spaces import principal_share
 from sphere_easyedit.evaluation.tables import Column, Table
+from sphere_easyedit.runs.schema import Estimate, Summary
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "study_tables.py"
-METRICS = ("efficacy", "generalization", "specificity")
+METRIC_NAMES = ("efficacy", "generalization", "specificity")
 
 
 def metric(mean: float | None, n: int = 8) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
     before, after = run.before(), run.after()
     assert before is not None and after is not None
     assert before.metrics["specificity"] == Estimate(20.0, (19.0, 21.0), 8)
-    assert after.num_edits == 300 and set(after.metrics) == set(METRICS)  # no case has fluency
+    assert after.num_edits == 300 and set(after.metrics) == set(METRIC_NAMES)  # no case has fluency
     assert after.update_norms == {4: 3.0, 5: 9.0} and after.perplexity == 22.0
     assert [point.num_edits for point in run.trajectory()] == [100, 200, 300]
     assert run.after("rome") is None and run.trajectory("rome") == []
@@ -103,7 +104,7 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
     assert [point.abilities["gsm8k"].mean for point in run.abilities] == [40, 20]
     assert run.batches[1].case_ids == (2, "b") and run.batches[1].seconds == {"solve": 0.5}
     assert math.isnan(run.batches[1].losses[1]) and run.batches[1].energy == {4: 1.0, 5: 2.0}
-    assert run.summary == {"num_edits": 300}
+    assert run.summary == Summary(300)
     assert run.scores("after", 300) == {7: {"efficacy": 1.0}}
     assert run.scores("after", 300, "rome") == {7: {"efficacy": 0.0}}
 
@@ -144,17 +145,17 @@ AFTER_ONE = {"num_edits": 1, "when": "after", "protocol": "p"}
 
 
 @pytest.mark.parametrize(("file", "line", "complaint"), [
-    ("metrics.jsonl", {"num_edits": 100, "when": "later", "protocol": "paper"}, "when is 'later', not one of before"),
-    ("metrics.jsonl", {"num_edits": -1, "when": "after", "protocol": "paper"}, "num_edits is -1, not a count"),
-    ("metrics.jsonl", {"num_edits": 1, "when": "after"}, "protocol is None"),
+    ("metrics.jsonl", {"num_edits": 100, "when": "later", "protocol": "paper"}, "when is 'later' .*'before'"),
+    ("metrics.jsonl", {"num_edits": -1, "when": "after", "protocol": "paper"}, "num_edits is -1 "),
+    ("metrics.jsonl", {"num_edits": 1, "when": "after"}, "protocol is missing"),
     ("metrics.jsonl", {"num_edits": 300, "when": "after", "protocol": "paper"}, "two lines of"),
-    ("metrics.jsonl", AFTER_ONE | {"efficacy": {"mean": "x", "n": 1}}, "'x', not a number"),
-    ("metrics.jsonl", AFTER_ONE | {"efficacy": {"mean": 1}}, "n of efficacy is None"),
+    ("metrics.jsonl", AFTER_ONE | {"efficacy": {"mean": "x", "n": 1}}, "efficacy.mean is 'x' .*not a number"),
+    ("metrics.jsonl", AFTER_ONE | {"efficacy": {"mean": 1}}, "efficacy.n is missing"),
     ("metrics.jsonl", AFTER_ONE | {"efficacy": {"mean": 1, "n": 1, "ci95": [1]}},
-     r"not \[low, high\]"),
+     "efficacy.ci95.1 is missing"),
     ("metrics.jsonl", AFTER_ONE | {"watched": {"update_norms": {"a": 1}}},
-     "not a layer's number"),
-    ("edits.jsonl", {"num_edits": 1, "case_ids": 3}, "case_ids is 3, not a list"),
+     "update_norms.a.*valid integer"),
+    ("edits.jsonl", {"num_edits": 1, "case_ids": 3}, "case_ids is 3 .*valid tuple"),
     ("edits.jsonl", {"num_edits": 300}, "two lines of 300")])
 def test_wrong_lines_are_named(tmp_path: Path, file: str, line: dict[str, Any], complaint: str) -> None:
     folder = write_run(tmp_path / "run")
@@ -256,7 +257,7 @@ def test_regressions_pool_runs(tmp_path: Path) -> None:
 def arms_with_scores(folder: Path) -> list[Arm]:
     """MEMIT by itself, with SPHERE (a tenth better on each case) and with a control as good; and a ZsRE run."""
     rng = np.random.default_rng(0)
-    base = {case: {name: float(rng.uniform(0.2, 0.8)) for name in METRICS} for case in range(40)}
+    base = {case: {name: float(rng.uniform(0.2, 0.8)) for name in METRIC_NAMES} for case in range(40)}
     better = {case: {name: 1.1 * value for name, value in values.items()} for case, values in base.items()}
     write_run(folder / "a", scores=base)
     write_run(folder / "b", alpha=0.8, scores=better)

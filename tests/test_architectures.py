@@ -8,7 +8,7 @@ import pytest
 from architecture_trials import TOLERANCE, try_edit
 from architectures import ARCHITECTURES, tiny_architecture
 
-PAGE = Path(__file__).parents[1] / "docs" / "ARCHITECTURES.md"
+PAGE = Path(__file__).parents[1] / "docs" / "MODELS.md"
 
 pytestmark = pytest.mark.architectures
 

@@ -17,16 +17,19 @@ from unittest import mock
 
 import pytest
 import torch
+import typer
 import yaml
 from architectures import architecture_config
 from conftest import GOLDEN, tiny_config, tiny_hparams, tiny_model
 from processes import ENVIRONMENT, run_forked
+from typer.testing import CliRunner
 
-from sphere_easyedit import cli
+from sphere_easyedit.cli import app as app_module
 from sphere_easyedit.cli import main
 from sphere_easyedit.hparams import SPHEREHyperParams
 
 COMMAND = [sys.executable, "-m", "sphere_easyedit"]
+COMMANDS = typer.main.get_group(app_module.app).commands
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
@@ -53,6 +56,14 @@ def call_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
             ours.setLevel(level)
     assert isinstance(status, int)
     return subprocess.CompletedProcess(arguments, status, said.getvalue(), complained.getvalue())
+
+
+def edit(workplace: Path, output: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """An ``edit`` of four facts in two batches, unless told otherwise, that has to succeed."""
+    done = call_cli("edit", "--hparams", "tiny.yaml", "--num-edits", "4", "--batch-size", "2", "--output", output,
+                    *more, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def run_cli_in_terminal(*arguments: str, cwd: Path) -> tuple[int, str]:
@@ -105,10 +116,8 @@ def test_edit_runs_end_to_end(workplace: Path) -> None:
 
 
 def test_a_run_is_measured_again(workplace: Path, caplog: pytest.LogCaptureFixture) -> None:
-    done = call_cli("edit", "--hparams", "tiny.yaml", "--num-edits", "4", "--batch-size", "2", "--output", "again",
-                   "--set", "v_num_grad_steps=2", "--no-eval-before", "--eval-every", "2", "--keep-weights-every", "2",
-                   "--guard", "lower", cwd=workplace)
-    assert done.returncode == 0, done.stderr
+    edit(workplace, "again", "--set", "v_num_grad_steps=2", "--no-eval-before", "--eval-every", "2",
+         "--keep-weights-every", "2", "--guard", "lower")
     assert "--guard has nothing to act on: its first 5 batches" in caplog.text
     done = call_cli("evaluate", "again", "--at", "2", "--at", "0", "--protocol", "rome", "--quiet", cwd=workplace)
     assert done.returncode == 0, done.stderr
@@ -118,21 +127,19 @@ def test_a_run_is_measured_again(workplace: Path, caplog: pytest.LogCaptureFixtu
     lines = [json.loads(line) for line in (workplace / "again" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["num_edits"], line["protocol"]) for line in lines] == [
         (2, "paper"), (4, "paper"), (0, "rome"), (2, "rome")]
-    done = call_cli("evaluate", "again", "--at", "3", cwd=workplace)
-    assert done.returncode == 2
-    assert "kept are 2, 4" in done.stderr
-    done = call_cli("evaluate", "again", "--no-facts", cwd=workplace)
-    assert done.returncode == 2
-    assert "nothing to measure" in done.stderr
+    for mistake, message in ((("--at", "3"), "kept are 2, 4"), (("--no-facts",), "nothing to measure")):
+        done = call_cli("evaluate", "again", *mistake, cwd=workplace)
+        assert done.returncode == 2
+        assert message in done.stderr
 
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("CUDA out of memory.\nTried 2 GiB"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
 def test_out_of_memory_is_told_in_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch,
                                            capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "app", mock.Mock(side_effect=error))
+    monkeypatch.setattr(app_module, "app", mock.Mock(side_effect=error))
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     said = capsys.readouterr().err
     assert ended.value.code == 1
     assert said.startswith(f"error: out of memory ({' '.join(str(error).split())})") and said.count("\n") == 1
@@ -140,9 +147,9 @@ def test_out_of_memory_is_told_in_one_line(error: Exception, monkeypatch: pytest
 
 
 def test_errors_of_the_program_are_not_taken_for_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "app", mock.Mock(side_effect=RuntimeError("shapes do not match")))
+    monkeypatch.setattr(app_module, "app", mock.Mock(side_effect=RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes"):
-        cli.main()
+        main()
 
 
 def test_a_terminal_has_one_live_line(workplace: Path) -> None:
@@ -171,9 +178,8 @@ def test_quiet_says_the_result_alone_and_trackers_keep_quiet(workplace: Path) ->
 
 
 def test_show_puts_three_models_side_by_side(workplace: Path) -> None:
-    done = call_cli("edit", "--hparams", "tiny.yaml", "--num-edits", "2", "--batch-size", "1", "--output", "shown",
-                   "--set", "v_num_grad_steps=4", "--keep-weights-every", "1", "--no-eval-before", cwd=workplace)
-    assert done.returncode == 0, done.stderr
+    edit(workplace, "shown", "--num-edits", "2", "--batch-size", "1", "--set", "v_num_grad_steps=4",
+         "--keep-weights-every", "1", "--no-eval-before")
     case = json.loads((workplace / "shown" / "cases.jsonl").read_text().splitlines()[1])
     done = call_cli("show", "shown", "--case", str(case["case_id"]), "--max-new-tokens", "4", cwd=workplace)
     assert done.returncode == 0, done.stderr
@@ -266,6 +272,34 @@ def test_no_arguments_show_help(workplace: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_the_command_line_starts_without_torch() -> None:
+    code = "import sys; import sphere_easyedit.cli.app; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, **ENVIRONMENT}, check=False).returncode == 0
+
+
+def test_every_option_is_described_once() -> None:
+    """In a sentence, and in the same one wherever commands share the option; in edit under one of six headings."""
+    described: dict[str, dict[str, str]] = {}
+    for name, command in COMMANDS.items():
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert re.fullmatch(r"[A-Za-z].*\.", parameter.help, re.DOTALL), (name, parameter.name)
+                described.setdefault(name, {})[parameter.name] = parameter.help
+    assert {parameter.rich_help_panel for parameter in COMMANDS["edit"].params} == {
+        "Data", "Method", "Evaluation", "Checkpoints", "Guard", "Output"}
+    shared = described["edit"].keys() & described["evaluate"].keys()
+    assert len(shared) > 15
+    assert all(described["edit"][name] == described["evaluate"][name] for name in shared)
+
+
+def test_shells_complete_options_and_their_values() -> None:
+    for words, expected in (("edit --guard-", "--guard-warmup"), ("export run --as del", "deltas")):
+        done = CliRunner().invoke(app_module.app, prog_name="sphere-easyedit", env={
+            "_SPHERE_EASYEDIT_COMPLETE": "complete_bash", "COMP_WORDS": f"sphere-easyedit {words}",
+            "COMP_CWORD": str(len(words.split()))})
+        assert expected in done.output.split()
+
+
 def test_hparams_writes_a_yaml_that_loads(workplace: Path) -> None:
     tiny_config("qwen2").save_pretrained(workplace / "tiny-qwen")
     done = run_forked("hparams", "tiny-qwen", "--output", "qwen.yaml", cwd=workplace)
@@ -287,17 +321,18 @@ def test_hparams_needs_no_more_than_a_config(workplace: Path) -> None:
     assert "layers [3, 4] have routed experts" in done.stdout.replace("\n# ", " ")
 
 
-@pytest.mark.parametrize(("label", "message"), [("mixtral", "have routed experts"), ("mamba", "have no MLP")])
+@pytest.mark.parametrize(("label", "message"), [
+    ("mixtral", "have routed experts"), ("mamba", "have no MLP"), ("t5", "'t5' is an encoder-decoder")])
 def test_hparams_of_a_model_that_can_not_be_edited_is_one_line(label: str, message: str, workplace: Path) -> None:
-    architecture_config(label).save_pretrained(workplace / label)
+    (workplace / label).mkdir()
+    if label == "t5":
+        (workplace / label / "config.json").write_text('{"model_type": "t5"}')
+    else:
+        architecture_config(label).save_pretrained(workplace / label)
     done = call_cli("hparams", label, cwd=workplace)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    (workplace / label / "config.json").write_text('{"model_type": "t5"}')
-    done = call_cli("hparams", label, cwd=workplace)
-    assert done.returncode == 2
-    assert "'t5' is an encoder-decoder" in done.stderr
 
 
 def test_stats_are_collected_once(workplace: Path) -> None:

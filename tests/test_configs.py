@@ -135,7 +135,7 @@ def test_a_config_that_is_here_comes_before_the_shipped_one(tmp_path: Path, monk
 
 def test_other_libraries_lines_are_written_once(tmp_path: Path) -> None:
     """huggingface_hub has a handler of its own and hands its lines on to the root's, too."""
-    code = ("from sphere_easyedit.cli import _set_up; _set_up(); import logging, huggingface_hub, transformers;"
+    code = ("from sphere_easyedit.cli.common import set_up; set_up(); import logging, huggingface_hub, transformers;"
             "from transformers.utils import logging as own;"
             "logging.getLogger('huggingface_hub.file').warning('hub line');"
             "own.get_logger('transformers.thing').warning('model line');"

@@ -916,7 +916,7 @@ def test_folder_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         raise PermissionError(13, "Permission denied", str(path))
 
     statistics = _statistics(tmp_path)
-    monkeypatch.setattr(covariance, "replacing", refuse)
+    monkeypatch.setattr(covariance, "atomic_write", refuse)
     assert filed_null_space(statistics, 40, None, 0.9, CPU).dimensions == 36
     assert "can't be written" in caplog.text
     assert "made again in the next session" in caplog.text

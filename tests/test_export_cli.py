@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from conftest import GOLDEN, tiny_hparams, tiny_model
 from peft import PeftModel
 from processes import run_forked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from sphere_easyedit import cli
-from sphere_easyedit.cli_export import register
+from sphere_easyedit.cli.app import app
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.measuring import MeasureSettings
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
@@ -40,8 +38,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*arguments: object) -> Result:
-    app = typer.Typer()
-    register(app)
     return CliRunner(env={"COLUMNS": "120"}).invoke(app, [str(one) for one in arguments])
 
 
@@ -142,11 +138,6 @@ def test_another_model_is_refused(workplace: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-registered = pytest.mark.skipif(
-    not {"export", "apply"} <= set(typer.main.get_group(cli.app).commands), reason="cli.py does not register them")
-
-
-@registered
 def test_in_a_process_of_its_own(workplace: Path, tmp_path: Path) -> None:
     done = run_forked("export", workplace / "run", "--as", "deltas", "--output", "deltas", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

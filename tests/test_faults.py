@@ -43,7 +43,7 @@ from sphere_easyedit.evaluation.downloads import PUBLISHED, dataset_path
 from sphere_easyedit.evaluation.measuring import MeasureSettings
 from sphere_easyedit.evaluation.run_directory import RunDirectory
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
-from sphere_easyedit.files import checksum_path, locked, remove_leftovers, replacing
+from sphere_easyedit.files import atomic_write, checksum_path, locked, remove_partial_files
 from sphere_easyedit.loading import smollm2_folder
 
 PACKAGE = Path(sphere.__file__).parent
@@ -115,13 +115,13 @@ def test_a_full_disk_leaves_the_old_file(disk: Disk) -> None:
     path = disk.folder / "file.txt"
     path.write_text("old")
     disk.leave(8192)
-    with pytest.raises(OSError, match=r"make room.*file\.txt") as caught, replacing(path) as temporary:
+    with pytest.raises(OSError, match=r"free disk space.*file\.txt") as caught, atomic_write(path) as temporary:
         temporary.write_bytes(b"x" * 50_000)
     assert caught.value.errno == errno.ENOSPC
     assert names(disk.folder) == ["file.txt", "filler"]
     assert path.read_text() == "old"
     disk.leave(0)  # not even a temporary file
-    with pytest.raises(OSError, match="No space left"), replacing(path) as temporary:
+    with pytest.raises(OSError, match="No space left"), atomic_write(path) as temporary:
         temporary.write_bytes(b"new" * 5000)
     assert path.read_text() == "old"
 
@@ -214,7 +214,7 @@ def test_a_read_only_cache(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPHERE_DATA", raising=False)
     assert dataset_path("zsre") == data / "zsre_mend_eval.json"
     monkeypatch.setattr("sphere_easyedit.loading._smollm2_gguf", lambda: Path("some.gguf"))
-    with pytest.raises(ValueError, match="set SPHERE_CACHE to a folder that can be written"):
+    with pytest.raises(ValueError, match="set SPHERE_CACHE to a writable folder"):
         smollm2_folder()
 
 
@@ -343,7 +343,7 @@ def test_no_stale_checksum_outlives_a_kill(tmp_path: Path, monkeypatch: pytest.M
 
 
 def _die_while_writing(path: Path) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -362,13 +362,13 @@ def test_what_a_killed_process_left_is_told_from_what_is_being_written(tmp_path:
     left = [name for name in names(tmp_path) if name != path.name]
     assert len(left) == 1
     assert path.read_bytes() == b"old"
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(b"new")
-        remove_leftovers(tmp_path)
+        remove_partial_files(tmp_path)
         assert names(tmp_path) == sorted([temporary.name, path.name])
     assert path.read_bytes() == b"new"
     (tmp_path / ".hidden.npz").write_bytes(b"somebody's own")
-    remove_leftovers(tmp_path)
+    remove_partial_files(tmp_path)
     assert names(tmp_path) == [".hidden.npz", path.name]
 
 

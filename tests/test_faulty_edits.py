@@ -429,8 +429,6 @@ def test_a_run_stopped_at_its_first_batch_has_nothing_to_sum_up(tmp_path: Path, 
 
 
 def test_settings_that_contradict_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="follows another"):
-        RunSettings(tmp_path, 3, on_error="skip", follows=tmp_path)
     with pytest.raises(ValueError, match="on_error is 'never'"):
         RunSettings(tmp_path, 3, on_error="never")  # type: ignore[arg-type]
 

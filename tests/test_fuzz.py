@@ -31,7 +31,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.cli import app, main
+from sphere_easyedit.cli import main
+from sphere_easyedit.cli.app import app
 from sphere_easyedit.editing.requests import EditRequest, parse_requests, tokenize_request
 from sphere_easyedit.evaluation.conflicts import find_conflicts
 from sphere_easyedit.evaluation.datasets import (

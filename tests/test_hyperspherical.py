@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sphere_easyedit import hyperspherical
-from sphere_easyedit.core import rows as core_rows
+from sphere_easyedit.core import tensors
 from sphere_easyedit.hyperspherical import (
     DISTANCE_FLOOR,
     energy_change_bound,
@@ -165,8 +165,7 @@ def test_sizes_of_blocks_change_nothing(
     powers = torch.zeros(29, dtype=torch.float64)
     powers[weight.norm(dim=1) > 0] = brute_distances(weight).pow(-2).sum(dim=1)
     sensitivity = torch.where(powers > 0, 2 * powers / weight.double().norm(dim=1), 0.0)
-    monkeypatch.setattr("sphere_easyedit.core.rows.COPY_ELEMENTS", 40)
-    for name, size in {"COPY_ELEMENTS": 40, "_PANEL_BYTES": 400, "_MAX_BLOCK_ROWS": 6, "_REFINE_ROWS": 4}.items():
+    for name, size in {"_COPY_ELEMENTS": 40, "_PANEL_BYTES": 400, "_MAX_BLOCK_ROWS": 6, "_REFINE_ROWS": 4}.items():
         monkeypatch.setattr(hyperspherical, name, size)
     assert hyperspherical_energy(weight).item() == pytest.approx(expected, rel=1e-6)
     assert hyperspherical_energy(weight, chunk_size=11).item() == pytest.approx(expected, rel=1e-6)
@@ -456,7 +455,7 @@ def test_bound_when_a_zero_row_moves() -> None:
 def test_all_is_computed_where_the_weight_is(answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: fake tensors have no numbers, but refuse as a GPU does what mixes devices."""
     for name, known in {"int": 0, "float": 1.0, "bool": answer}.items():  # of what has no numbers
-        for module in (hyperspherical, core_rows):
+        for module in (hyperspherical, tensors):
             monkeypatch.setattr(module, name, type(name, (), {"__new__": lambda _, __, known=known: known}),
                                 raising=False)
     monkeypatch.setattr(hyperspherical, "_exclude", lambda *_: None)  # by masks, whose count has no number either

@@ -456,7 +456,7 @@ def test_parameters_made_under_inference_mode_are_refused(tmp_path: Path, tok: P
     with torch.inference_mode():
         model = tiny_model("llama")
     for state in (contextlib.nullcontext(), torch.inference_mode()):
-        with state, refused(ValueError, "parameters were made under torch.inference_mode, .*load the model outside"):
+        with state, refused(ValueError, "parameters were created under torch.inference_mode, .*load the model outside"):
             sphere.apply_sphere_to_model(model, tok, REQUESTS, tiny_hparams(tmp_path))
     assert not list(tmp_path.iterdir())
 
@@ -503,7 +503,7 @@ def test_a_model_without_an_argument_of_decoders_is_refused(missing: str, tok: P
 
     model.forward = narrow
     before = state_of(model)
-    with refused(ValueError, f"LlamaForCausalLM does not run as a decoder of transformers does.*{missing}"):
+    with refused(ValueError, f"LlamaForCausalLM does not run like a transformers decoder.*{missing}"):
         sphere.apply_sphere_to_model(model, tok, REQUESTS, tiny_hparams(tmp_path))
     assert is_untouched(model, before)
 
@@ -518,5 +518,5 @@ def test_a_model_that_needs_pictures_is_refused(tok: PreTrainedTokenizerBase, tm
         return forward(**kwargs)
 
     model.forward = seeing
-    with refused(ValueError, "does not run as a decoder of transformers does.*specify pixel_values"):
+    with refused(ValueError, "does not run like a transformers decoder.*specify pixel_values"):
         sphere.apply_sphere_to_model(model, tok, REQUESTS, tiny_hparams(tmp_path))

@@ -134,7 +134,7 @@ def test_a_model_that_sees_later_tokens_is_refused(tmp_path: Path, tok: PreTrain
         one, other = (model(input_ids=torch.tensor([[5, 6, last]])).logits[0, :2] for last in (7, 8))
     if torch.equal(one, other):
         pytest.skip(f"PaliGemma of transformers {transformers.__version__} is causal on text alone")
-    assert "PaliGemmaForConditionalGeneration sees the tokens after a word, too" in refusal(
+    assert "PaliGemmaForConditionalGeneration is not causal" in refusal(
         lambda: load_model(str(folder), "cpu"))
 
 
@@ -188,8 +188,8 @@ NONE = {
     "roberta": (BERT, "AutoModelForSequenceClassification", "'roberta' is an encoder"),
     "wav2vec2": ({**BERT, "conv_dim": [8], "conv_kernel": [2], "conv_stride": [2], "num_feat_extract_layers": 1,
                   "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
-                 "AutoModelForCTC", "'wav2vec2' is no causal language model"),
-    "vit": (VISION, "AutoModelForImageClassification", "'vit' is no causal language model"),
+                 "AutoModelForCTC", "'wav2vec2' is not a causal language model"),
+    "vit": (VISION, "AutoModelForImageClassification", "'vit' is not a causal language model"),
     "llama": (TEXT, "AutoModelForSequenceClassification",
               "its checkpoint lacks 1 weights of a LlamaForCausalLM, such as lm_head.weight"),
 }
@@ -301,7 +301,7 @@ def test_a_damaged_folder_is_refused_in_a_line_with_the_remedy(
     said = refusal(lambda: load_model(str(folder), "cpu"))
     assert said.startswith(f"model {str(folder)!r} can't be loaded: ")
     assert why in said
-    assert any(remedy in said for remedy in ("give a", "put tokenizer.json", "anew", "correct its config.json"))
+    assert any(remedy in said for remedy in ("give a", "put tokenizer.json", "again", "correct its config.json"))
 
 
 def test_an_adapter_is_loaded_by_what_its_base_is(whole: Path, tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:

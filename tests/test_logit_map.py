@@ -55,7 +55,7 @@ def _of_last_block(editable: EditableModel) -> tuple[Tensor, Tensor]:
                                             (2.0, 1000.0)])
 def test_scale_and_cap_are_found(scale: float, cap: float | None, spread: float) -> None:
     """Whether or not the logits at hand come near the cap."""
-    editable = _editable(_with_logits(LogitMap(1.0, scale, cap).of_head, spread))
+    editable = _editable(_with_logits(LogitMap(1.0, scale, cap).from_head, spread))
     found = find_logit_map(editable, IDS)
     assert found.input_scale == 1.0
     assert found.scale == pytest.approx(scale, rel=1e-4) and (scale != 1.0 or found.scale == pytest.approx(1.0))
@@ -81,8 +81,8 @@ def test_a_factor_in_front_of_the_head() -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda logits: logits + torch.linspace(-3, 3, logits.shape[-1]), r"are not what 'lm_head' puts out"),
-    (torch.sin, r"are not what 'lm_head' puts out"),
+    (lambda logits: logits + torch.linspace(-3, 3, logits.shape[-1]), r"are not what 'lm_head' returns"),
+    (torch.sin, r"are not what 'lm_head' returns"),
     (lambda logits: logits.masked_fill(torch.arange(logits.shape[-1]) < 7, -torch.inf), r"overwrites 7 of its 1500"),
 ])
 def test_what_else_is_done_is_refused(change: Callable[[Tensor], Tensor], message: str, tok: PreTrainedTokenizerBase,
@@ -95,9 +95,9 @@ def test_what_else_is_done_is_refused(change: Callable[[Tensor], Tensor], messag
 
 
 @pytest.mark.parametrize(("names", "message"), [
-    ({"lm_head_module": "model.norm"}, r"'model\.norm' puts out 48 numbers a token, but LlamaForCausalLM has 1500"),
-    ({"ln_f_module": "model.layers.0.input_layernorm"}, r"is not what 'model\.layers\.0\.input_layernorm' makes"),
-    ({"lm_head_module": "model.layers.3.mlp.act_fn"}, r"puts out 80 numbers a token"),
+    ({"lm_head_module": "model.norm"}, r"'model\.norm' returns 48 numbers per token, but LlamaForCausalLM has 1500"),
+    ({"ln_f_module": "model.layers.0.input_layernorm"}, r"is not what 'model\.layers\.0\.input_layernorm' returns"),
+    ({"lm_head_module": "model.layers.3.mlp.act_fn"}, r"returns 80 numbers per token"),
     ({"lm_head_module": "model.embed_tokens"}, r"is not run on hidden states"),
     ({"ln_f_module": "model.embed_tokens"}, r"'model\.embed_tokens' does not take the last block's output"),
 ])
@@ -129,5 +129,5 @@ def test_any_other_module_is_refused_in_one_line(family: str, field: str) -> Non
 
 def test_blocks_that_are_not_run_are_refused() -> None:
     editable = _editable(tiny_model("gpt2"), layer_module_tmp="transformer.h.{}.attn.attn_dropout")
-    with pytest.raises(ValueError, match=r"'transformer\.h\.3\.attn\.attn_dropout' gives no hidden states"):
+    with pytest.raises(ValueError, match=r"'transformer\.h\.3\.attn\.attn_dropout' returns no hidden states"):
         find_logit_map(editable, IDS)

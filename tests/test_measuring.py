@@ -87,8 +87,8 @@ def test_text_is_measured_again_as_on_the_way(tmp_path: Path, tok: PreTrainedTok
     assert "has fluency after 6 edits already, by top-5 seed 0, 8 new tokens" in caplog.text
     found = EditedRun(tmp_path / "with").measure(tiny_model("llama"), tok, [6], MeasureSettings(
         protocols=("rome",), cases=2, decoding=Decoding(4)))
-    assert (found[-1]["fluency"]["n"], found[-1]["cases"]) == (2, 2)
-    assert "4 new tokens" in found[-1]["fluency"]["protocol"]
+    assert (found[-1].metrics["fluency"].n, found[-1].cases) == (2, 2)
+    assert "4 new tokens" in str(found[-1].metrics["fluency"].protocol)
 
 
 def test_easyedits_protocol_in_a_run(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
@@ -122,12 +122,13 @@ def test_a_run_is_measured_again_from_its_weights(tmp_path: Path, tok: PreTraine
     assert edited.records == records
     again = tiny_model("llama")
     found = edited.measure(again, tok, [0, 4, 6], MeasureSettings(protocols=("rome",)))
-    rome = {line["num_edits"]: line for line in found if line["protocol"] == "rome"}
-    assert [rome[number]["when"] for number in (0, 4, 6)] == ["before", "during", "after"]
-    assert rome[6]["specificity"] == summarise(evaluate_records(model, tok, records, protocol="rome"))["specificity"]
-    assert rome[4]["cases"] == 4
-    assert rome[4]["watched"]["update_norms"] != rome[6]["watched"]["update_norms"]
-    assert rome[0]["watched"]["update_norms"] == {"1": 0.0, "2": 0.0}
+    rome = {one.num_edits: one for one in found if one.protocol == "rome"}
+    assert [rome[number].when for number in (0, 4, 6)] == ["before", "during", "after"]
+    expected = summarise(evaluate_records(model, tok, records, protocol="rome"))["specificity"]
+    assert rome[6].metrics["specificity"].to_dict() == expected
+    assert rome[4].cases == 4
+    assert rome[4].update_norms != rome[6].update_norms
+    assert rome[0].update_norms == {1: 0.0, 2: 0.0}
     assert model_fingerprint(again) == model_fingerprint(model)
     scores = lines_of(tmp_path / "run" / "scores" / "after-6.jsonl")
     assert [line["protocol"] for line in scores] == ["paper"] * 6 + ["rome"] * 6  # none took another's place
@@ -137,8 +138,7 @@ def test_a_run_is_measured_again_from_its_weights(tmp_path: Path, tok: PreTraine
     with pytest.raises(ValueError, match="kept are 4, 6"):
         edited.measure(tiny_model("llama"), tok, [2], MeasureSettings())
     easyedit = edited.measure(tiny_model("llama"), tok, [4], MeasureSettings(protocols=("easyedit",)))
-    specificity = {line["num_edits"]: line["specificity"]["mean"] for line in easyedit
-                   if line["protocol"] == "easyedit"}
+    specificity = {one.num_edits: one.metrics["specificity"].mean for one in easyedit if one.protocol == "easyedit"}
     assert specificity[0] == 100.0 > specificity[4]
 
 
@@ -188,7 +188,7 @@ def test_a_perplexity_that_is_there_stays_when_a_line_lacks_something_else(
     texts[1].write_text("In the town there is a house by the sea.\n")
     EditedRun(run).measure(tiny_model("llama"), tok, [6], MeasureSettings(text=texts[0]))
     before = lines_of(run / "metrics.jsonl")[1]
-    monkeypatch.setattr(Measurer, "_lacking", lambda *_: True)  # as where fluency is missing
+    monkeypatch.setattr(Measurer, "_lacks", lambda *_: True)  # as where fluency is missing
     EditedRun(run).measure(tiny_model("llama"), tok, [6], MeasureSettings(text=texts[1]))
     assert lines_of(run / "metrics.jsonl")[1] == before
 
@@ -210,7 +210,7 @@ def test_other_facts_than_those_measured_are_told(run: Path, tok: PreTrainedToke
 def test_protocol_easyedit_finds_what_it_compares_with(run: Path, tok: PreTrainedTokenizerBase) -> None:
     found = EditedRun(run).measure(tiny_model("llama"), tok, [6],
                                    MeasureSettings(protocols=("easyedit",), cases=3, sample=3))
-    assert [(line["when"], line["cases"]) for line in found if line["protocol"] == "easyedit"] == [
+    assert [(one.when, one.cases) for one in found if one.protocol == "easyedit"] == [
         ("before", 6), ("after", 3)]
 
 
@@ -227,7 +227,7 @@ def test_a_run_that_stopped_ends_where_it_did(tmp_path: Path, tok: PreTrainedTok
     run_sequential(tiny_model("llama"), tok, load_records("demo", None, 6, 5), tiny_hparams(tmp_path,
                    v_num_grad_steps=2), RunSettings(run, 2, described=DEMO), [Stop()])
     found = EditedRun(run).measure(tiny_model("llama"), tok, [0, 4], MeasureSettings(protocols=("rome",)))
-    assert [(line["when"], line["num_edits"], line["protocol"], line["cases"]) for line in found] == [
+    assert [(one.when, one.num_edits, one.protocol, one.cases) for one in found] == [
         ("before", 0, "paper", 6), ("after", 4, "paper", 4), ("before", 0, "rome", 6), ("after", 4, "rome", 4)]
 
 

@@ -209,7 +209,7 @@ def test_missing_block_leaves_the_model_alone(tok: PreTrainedTokenizerBase, tmp_
 def test_module_without_a_matrix() -> None:
     model = tiny_model("llama")
     names = replace(module_names(model.config), rewrite_module_tmp="model.layers.{}.input_layernorm")
-    with pytest.raises(ValueError, match=r"layers\.1\.input_layernorm\.weight is no matrix"):
+    with pytest.raises(ValueError, match=r"layers\.1\.input_layernorm\.weight is not a matrix"):
         EditableModel(model, names, [1])
 
 

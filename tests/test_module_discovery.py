@@ -231,7 +231,7 @@ def _settings(layers: list[int], **changes: Any) -> dict[str, Any]:
     ("jamba", [1, 3], r"layers \[1, 3\] have routed experts, which can't be edited; "
                       r"layers with feed_forward.down_proj: 0, 2$"),
     ("nemotron_h", [1, 2], r"layers \[2\] have no MLP; layers with mixer.down_proj: 1, 3, 5$"),
-    ("qwen2_moe:dense_first", [1, 2], r"layers \[2\] have their MLP's last map at mlp.shared_expert.down_proj; "
+    ("qwen2_moe:dense_first", [1, 2], r"layers \[2\] have their down-projection at mlp.shared_expert.down_proj; "
                                       r"layers with mlp.down_proj: 0, 1; "
                                       r"layers with mlp.shared_expert.down_proj: 2, 3$")])
 def test_layers_without_such_an_mlp_are_named(label: str, layers: list[int], message: str) -> None:
@@ -277,8 +277,8 @@ def test_several_candidates_are_told_once_a_session(tok: PreTrainedTokenizerBase
 @pytest.mark.parametrize(("model_type", "message"), [
     ("t5", "'t5' is an encoder-decoder"), ("bart", "'bart' is an encoder-decoder"),
     ("whisper", "'whisper' is an encoder-decoder"), ("bert", "'bert' is an encoder,"),
-    ("roberta", "'roberta' is an encoder,"), ("vit", "'vit' is no causal language model"),
-    ("clip", "'clip' is no causal language model")])
+    ("roberta", "'roberta' is an encoder,"), ("vit", "'vit' is not a causal language model"),
+    ("clip", "'clip' is not a causal language model")])
 def test_models_that_are_no_decoders_are_refused_shortly(model_type: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         module_names(AutoConfig.for_model(model_type))
@@ -395,7 +395,7 @@ def test_two_mlps_of_one_width_in_a_block_are_ambiguous() -> None:
     model = OddForText(OddConfig())
     for stage in model.body["stages"]:
         stage.second = nn.Sequential(nn.Linear(48, 80), nn.ReLU(), nn.Linear(80, 48))
-    with pytest.raises(ValueError, match=r"layers \[0, 1, 2, 3\] have several maps that may be their MLP's last "
+    with pytest.raises(ValueError, match=r"layers \[0, 1, 2, 3\] have several possible down-projections "
                                          r"\(dense\.back, second\.2\)$"):
         model_module_names(model)
     for stage in model.body["stages"]:

@@ -29,10 +29,10 @@ from sphere_easyedit.fingerprints import model_fingerprint
 from sphere_easyedit.loading import load_model
 from sphere_easyedit.models import EditableModel, frozen, input_device, module_names
 from sphere_easyedit.offload import (
-    live_parameter,
     offloaded_names,
     offloaded_weight,
     parameter_values,
+    writable_parameter,
 )
 
 accelerate = pytest.importorskip("accelerate")
@@ -394,13 +394,13 @@ def test_names_and_values(saved: Callable[[str], Path]) -> None:
     assert {name.split(".layers.")[1][0] for name in offloaded_names(parts)} == {"2"}
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter_values(parts, name), parameter)
-        assert torch.equal(live_parameter(parts, name), parameter)
-    live_parameter(parts, "model.layers.2.input_layernorm.weight").zero_()
+        assert torch.equal(writable_parameter(parts, name), parameter)
+    writable_parameter(parts, "model.layers.2.input_layernorm.weight").zero_()
     assert parameter_values(parts, "model.layers.2.input_layernorm.weight").abs().sum() == 0
-    assert live_parameter(whole, "lm_head.weight").data_ptr() == whole.lm_head.weight.data_ptr()
+    assert writable_parameter(whole, "lm_head.weight").data_ptr() == whole.lm_head.weight.data_ptr()
     bare = nn.Linear(2, 2, device="meta")
-    with pytest.raises(ValueError, match="weight is on the meta device and nothing lends it"):
-        live_parameter(bare, "weight")
+    with pytest.raises(ValueError, match="weight is on the meta device without a hook"):
+        writable_parameter(bare, "weight")
 
 
 def test_a_mapping_that_is_not_known_is_refused_before_anything_changes(tok: PreTrainedTokenizerBase,
@@ -428,13 +428,13 @@ def test_where_no_copy_can_be_made(saved: Callable[[str], Path], tmp_path: Path,
     with caplog.at_level(logging.DEBUG, "sphere_easyedit.offload"):
         editable.weight(1)
     assert tried == [str(tmp_path / "away"), None]
-    assert f"edited in a file of its own in {tempfile.gettempdir()}" in caplog.text
+    assert f"edited in a temporary file in {tempfile.gettempdir()}" in caplog.text
 
     def full(**options: Any) -> Any:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    with pytest.raises(ValueError, match=r"layers\.2.*offloaded to disk.*No space left.*give an offload_folder"):
+    with pytest.raises(ValueError, match=r"layers\.2.*offloaded to disk.*No space left.*a writable offload_folder"):
         editable.set_weight(2, torch.zeros(48, 80))
     monkeypatch.undo()
     assert float(editable.weight(2).abs().sum()) > 0
@@ -444,8 +444,8 @@ def test_where_no_copy_can_be_made(saved: Callable[[str], Path], tmp_path: Path,
 
 
 @pytest.mark.parametrize(("device", "options", "message"), [
-    ("cpu", {"max_memory": {"cpu": "1GiB"}}, 'for a model that is spread, but device is \'cpu\': give device "auto"'),
-    (None, {"offload_folder": "x"}, "for a model that is spread"),
+    ("cpu", {"max_memory": {"cpu": "1GiB"}}, 'need a device map, but device is \'cpu\': give device "auto"'),
+    (None, {"offload_folder": "x"}, "need a device map"),
     ("auto", {"max_memory": {"disk": "1GiB"}}, "max_memory is given for 'disk'"),
     ("auto", {"max_memory": {True: "1GiB"}}, "max_memory is given for True"),
     ("auto", {"max_memory": {"cpu": "10gb"}}, "max_memory of 'cpu' is '10gb'"),  # bits, to accelerate

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sphere_easyedit import projection
-from sphere_easyedit.core import rows as core_rows
+from sphere_easyedit.core import tensors
 from sphere_easyedit.projection import PrincipalSpace
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "llama"
@@ -498,7 +498,6 @@ def test_blocks_of_rows_change_nothing(
 
 def test_what_is_not_finite_is_found_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(projection, "_BLOCK_ELEMENTS", 12)
-    monkeypatch.setattr("sphere_easyedit.core.rows.COPY_ELEMENTS", 12)
     weight = gaussian(42, 7, 6, torch.float32)
     space = PrincipalSpace.from_weight(weight)
     for row in range(7):
@@ -724,9 +723,9 @@ def test_what_is_made_lies_where_the_weight_is(monkeypatch: pytest.MonkeyPatch) 
     assert projection._unit_gram(wide, norms[:3], torch.float32, False).is_meta
     assert projection._unit_gram(tall, norms, torch.float32, True).is_meta
     for name, known in {"int": 0, "float": 0.0}.items():  # no number can be read there
-        for module in (projection, core_rows):
+        for module in (projection, tensors):
             monkeypatch.setattr(module, name, lambda _, known=known: known, raising=False)
-    assert core_rows.row_norms(tall).is_meta
+    assert projection._row_norms(tall).is_meta
     assert projection._orthonormal(tall).is_meta
     space = PrincipalSpace.spanned_by(tall, 0.4)
     assert space.directions.is_meta

@@ -32,7 +32,7 @@ from sphere_easyedit.evaluation.measuring import MeasureSettings
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
 from sphere_easyedit.evaluation.text_quality import Decoding
 from sphere_easyedit.models import EditableModel
-from sphere_easyedit.replicas import Place, Replicas, put_together, shared_out, stretches
+from sphere_easyedit.replicas import ProcessInfo, Replicas, merge_parts, split_balanced, split_contiguous
 from sphere_easyedit.signals import ProcessLost
 
 TEXT = " ".join(f"The {noun} of the town is {number} years old." for number, noun in
@@ -42,18 +42,18 @@ COSTS = st.lists(st.integers(0, 50), max_size=40)
 
 @given(COSTS, st.integers(1, 7))
 def test_shares_hold_every_place_once_and_are_about_equal(costs: list[int], parts: int) -> None:
-    found = shared_out(costs, parts)
+    found = split_balanced(costs, parts)
     assert len(found) == parts
     assert sorted(place for part in found for place in part) == list(range(len(costs)))
     assert all(part == sorted(part) for part in found)
     most = max(sum(costs[place] for place in part) for part in found)
     assert most <= sum(costs) / parts + max(costs, default=0)
-    assert put_together(found, [[costs[place] for place in part] for part in found]) == costs
+    assert merge_parts(found, [[costs[place] for place in part] for part in found]) == costs
 
 
 @given(COSTS, st.integers(1, 7))
 def test_stretches_follow_each_other_and_are_about_equal(costs: list[int], parts: int) -> None:
-    found = stretches(costs, parts)
+    found = split_contiguous(costs, parts)
     assert len(found) == parts
     assert [place for part in found for place in part] == list(range(len(costs)))
     most = max(sum(costs[place] for place in part) for part in found)
@@ -65,7 +65,7 @@ def test_a_model_has_no_replicas_and_its_copy_has_none() -> None:
 
 
 class Processes:
-    """So many processes that know each other, each running ``work(place, folder, *given)``."""
+    """So many processes that know each other, each running ``work(process, folder, *given)``."""
 
     def __init__(self, size: int, work: Callable[..., None], folder: Path, *given: Any) -> None:
         with socket.socket() as one:
@@ -94,41 +94,41 @@ class Processes:
 def _joined(environment: dict[str, str], work: Callable[..., None], folder: Path, given: Sequence[Any]) -> None:
     os.environ.update({**ENVIRONMENT, **environment})
     torch.set_num_threads(1)
-    place = Place.joined("cpu")
-    with open(folder / f"stderr-{place.index}", "w", encoding="utf-8") as stream:
+    process = ProcessInfo.join("cpu")
+    with open(folder / f"stderr-{process.rank}", "w", encoding="utf-8") as stream:
         os.dup2(stream.fileno(), 2)
         try:
-            work(place, folder, *given)
+            work(process, folder, *given)
         except ProcessLost as error:
             stream.write(str(error))
             stream.flush()
             os._exit(7)
 
 
-def lead_or_follow(place: Place, editable: EditableModel, work: Callable[[], object]) -> None:
+def lead_or_follow(process: ProcessInfo, editable: EditableModel, work: Callable[[], object]) -> None:
     """Do the work on the first process, with the others' help if there are any."""
-    if place.size == 1:
+    if process.world_size == 1:
         work()
         return
-    replicas = Replicas(editable, place)
-    if place.index:
+    replicas = Replicas(editable, process)
+    if process.rank:
         replicas.follow()
         return
     with replicas.leading():
         work()
 
 
-def edit_here(place: Place, folder: Path, family: str, settings: dict[str, Any], num_edits: int, batch_size: int,
-              measured: bool, counted: bool) -> None:
+def edit_here(process: ProcessInfo, folder: Path, family: str, settings: dict[str, Any], num_edits: int,
+              batch_size: int, measured: bool, counted: bool) -> None:
     """A run of which this process leads or follows; it leaves its weights, and counts its own work if asked to."""
     model, tok = tiny_model(family), AutoTokenizer.from_pretrained(GOLDEN / "llama" / "tiny-llama")
     hparams = SPHEREHyperParams.from_dict(settings)
     editable = hparams.editable(model)
     counter = FlopCounterMode(display=False)  # which makes a tiny model's run several times as long
     with counter if counted else nullcontext():
-        lead_or_follow(place, editable, lambda: run(folder, model, tok, hparams, num_edits, batch_size, measured))
+        lead_or_follow(process, editable, lambda: run(folder, model, tok, hparams, num_edits, batch_size, measured))
     save_file({str(layer): weight.contiguous() for layer, weight in editable.weights().items()},
-              folder / f"weights-{place.index}.safetensors", metadata={"flops": str(counter.get_total_flops())})
+              folder / f"weights-{process.rank}.safetensors", metadata={"flops": str(counter.get_total_flops())})
 
 
 def run(folder: Path, model: Any, tok: Any, hparams: SPHEREHyperParams, num_edits: int, batch_size: int, measured: bool
@@ -220,10 +220,10 @@ def flops_of(path: Path) -> int:
         return int(stored.metadata()["flops"])
 
 
-def fail_elsewhere(place: Place, folder: Path) -> None:
+def fail_elsewhere(process: ProcessInfo, folder: Path) -> None:
     model = tiny_model("llama")
-    replicas = Replicas(tiny_hparams(folder).editable(model), place)
-    if place.index:
+    replicas = Replicas(tiny_hparams(folder).editable(model), process)
+    if process.rank:
         replicas.follow()
         return
     with replicas.leading():
@@ -236,8 +236,8 @@ def fail_elsewhere(place: Place, folder: Path) -> None:
 
 
 def refuse(here: Replicas) -> None:
-    if here.place.index:
-        raise ValueError(f"process {here.place.index} says no")
+    if here.process.rank:
+        raise ValueError(f"process {here.process.rank} says no")
 
 
 class Unsendable(Exception):
@@ -248,12 +248,12 @@ class Unsendable(Exception):
 
 
 def fail_oddly(here: Replicas) -> None:
-    if here.place.index:
+    if here.process.rank:
         raise Unsendable(1, 2)
 
 
 def index_of(here: Replicas) -> int:
-    return here.place.index
+    return here.process.rank
 
 
 def test_an_error_elsewhere_is_raised_by_the_leader_and_leaves_all_at_work(tmp_path: Path) -> None:
@@ -261,25 +261,25 @@ def test_an_error_elsewhere_is_raised_by_the_leader_and_leaves_all_at_work(tmp_p
     assert (tmp_path / "done").exists()
 
 
-def different_models(place: Place, folder: Path) -> None:
+def different_models(process: ProcessInfo, folder: Path) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
-        model.get_parameter("model.embed_tokens.weight")[0, 0] += place.index
+        model.get_parameter("model.embed_tokens.weight")[0, 0] += process.rank
     with pytest.raises(ValueError, match="the models of the 2 processes differ"):
-        Replicas(tiny_hparams(folder).editable(model), place)
+        Replicas(tiny_hparams(folder).editable(model), process)
 
 
 def test_different_models_are_refused(tmp_path: Path) -> None:
     assert Processes(2, different_models, tmp_path).wait() == [0, 0]
 
 
-def edit_long(place: Place, folder: Path, settings: dict[str, Any]) -> None:
+def edit_long(process: ProcessInfo, folder: Path, settings: dict[str, Any]) -> None:
     """A run of several batches that goes on where an earlier one was cut off."""
     model, tok = tiny_model("llama"), AutoTokenizer.from_pretrained(GOLDEN / "llama" / "tiny-llama")
     hparams = SPHEREHyperParams.from_dict(settings)
     run_settings = RunSettings(folder / "run", 3, checkpoint_every=6, resume=True,
                                measure=MeasureSettings(before=False))
-    lead_or_follow(place, hparams.editable(model), lambda: run_sequential(
+    lead_or_follow(process, hparams.editable(model), lambda: run_sequential(
         model, tok, load_records("demo", None, 24, 0), hparams, run_settings))
 
 
@@ -302,7 +302,7 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_to_the_same_bits(k
     statuses = cut.wait(60)
     assert statuses[killed] == -signal.SIGKILL
     assert statuses[1 - killed] == 7, f"after {time.monotonic() - began:.0f} s"
-    assert "lost touch with another" in (tmp_path / "cut" / f"stderr-{1 - killed}").read_text()
+    assert "lost its connection to another" in (tmp_path / "cut" / f"stderr-{1 - killed}").read_text()
     assert not (tmp_path / "cut" / "run" / "summary.json").exists()
     assert Processes(2, edit_long, tmp_path / "cut", settings).wait() == [0, 0]
     summaries = [json.loads((tmp_path / name / "run" / "summary.json").read_text()) for name in ("whole", "cut")]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_analysis_runs import write_run
 from test_cli import call_cli, workplace  # noqa: F401 - a fixture
 
+from sphere_easyedit.callbacks import MeasureEvent, RunState
+from sphere_easyedit.evaluation.run_directory import RunDirectory
+from sphere_easyedit.evaluation.run_records import read_state
 from sphere_easyedit.report import live
 from sphere_easyedit.report.live import LiveReport
 
@@ -45,22 +49,29 @@ def test_what_is_no_run_is_said_in_one_line(workplace: Path) -> None:  # noqa: F
     assert done.stderr.startswith("error: absent has no config.yaml")
 
 
-def test_a_live_report_follows_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def under_way(run: Path, measurements: int) -> RunState:
+    """A run as it stands after so many measurements."""
+    state = read_state(RunDirectory(run))
+    return replace(state, measurements=state.measurements[:measurements], summary=None)
+
+
+def test_a_live_report_is_made_of_what_the_run_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "REFRESH", 0)
     monkeypatch.setattr(live, "_SHARE", 1e9)
     run = write_run(tmp_path / "run")
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join(lines[:2]))
-    (run / "summary.json").unlink()
-    report = LiveReport(run)
-    report.update("editing", 1, 3)
-    first = (run / "report.html").stat().st_mtime_ns
+    states = [under_way(run, count) for count in (0, 2, 5)]
+    for name in ("metrics.jsonl", "edits.jsonl", "energy.csv", "summary.json", "config.yaml"):
+        (run / name).unlink()  # a live report reads none of them
+    report = LiveReport()
+    report.on_measured(MeasureEvent(states[0]))
+    assert not (run / "report.html").exists()  # nothing is measured yet
+    report.on_measured(MeasureEvent(states[1]))
+    first = (run / "report.html").read_text(encoding="utf-8")
+    assert "has not ended" in first
     report.update("editing", 2, 3)
-    assert (run / "report.html").stat().st_mtime_ns == first  # nothing was written since
-    with (run / "metrics.jsonl").open("a") as stream:
-        stream.writelines(lines[2:])
-    report.update("editing", 3, 3)
-    assert (run / "report.html").stat().st_mtime_ns > first
+    assert (run / "report.html").read_text(encoding="utf-8") == first  # no news since
+    report.on_measured(MeasureEvent(states[2]))
+    assert (run / "report.html").read_text(encoding="utf-8") != first
 
 
 def test_a_live_report_takes_a_share_of_the_time_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,30 +84,27 @@ def test_a_live_report_takes_a_share_of_the_time_at_most(tmp_path: Path, monkeyp
         clock[0] += 4.0
 
     monkeypatch.setattr(live, "write_report", write)
-    run = write_run(tmp_path / "run")
-    report = LiveReport(run)
+    event, report = MeasureEvent(under_way(write_run(tmp_path / "run"), 2)), LiveReport()
     for _ in range(300):
-        with (run / "edits.jsonl").open("a") as stream:
-            stream.write('{"num_edits": 1}\n')
-        report.update("editing", 1, 2)
+        report.on_measured(event)
         clock[0] += 1.0
     assert 3 <= len(written) <= 5  # 4 s each in 300 s and the time that they took
+    clock[0] += 100.0
+    report.update("during", 1, 2)  # what came too soon to be shown is shown while the run measures
+    assert written[-1] == clock[0] - 4.0
 
 
-@pytest.mark.parametrize("harm", [None, RuntimeError("Vega is out of order"), KeyError("edits")])
+@pytest.mark.parametrize("harm", [RuntimeError("Vega is out of order"), KeyError("edits")])
 def test_a_report_that_fails_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture,
-                                         monkeypatch: pytest.MonkeyPatch, harm: Exception | None) -> None:
-    run = write_run(tmp_path / "run")
-    if harm is None:
-        (run / "energy.csv").write_text("nonsense\n")
-    else:
-        def fail(*_: object, **__: object) -> None:
-            raise harm
+                                         monkeypatch: pytest.MonkeyPatch, harm: Exception) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise harm
 
-        monkeypatch.setattr(live, "write_report", fail)
-    report = LiveReport(run)
+    monkeypatch.setattr(live, "write_report", fail)
+    state, report = under_way(write_run(tmp_path / "run"), 2), LiveReport()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            report.update("editing", 1, 2)
-        assert report.finish() is None
+            report.on_measured(MeasureEvent(state))
+        report.on_run_end(state)
+    assert report.page is None
     assert len(caplog.records) == 2

@@ -15,7 +15,7 @@ from test_metrics import tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sphere_easyedit.batching import kind_by_length, of_one_kind
+from sphere_easyedit.batching import group_by_class, length_class
 from sphere_easyedit.editing import covariance, steering
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import TokenizedRequest, parse_requests, tokenize_request
@@ -84,15 +84,15 @@ def logits_alone(family: str, ids: Sequence[int]) -> Tensor:
 
 
 def test_rows_of_one_kind() -> None:
-    phi, llama, plain = (kind_by_length(config) for config in (config_of("phi3"), config_of("llama"),
+    phi, llama, plain = (length_class(config) for config in (config_of("phi3"), config_of("llama"),
                                                                tiny_model("llama").config))
     assert [phi(length) for length in (1, 16, 17, 100, 128)] == [0, 0, 1, 1, 1]
     assert [llama(length) for length in (1, 16, 17, 18, 100)] == [0, 0, 17, 18, 100]
     assert {plain(length) for length in (1, 128, 10**6)} == {0}
-    assert of_one_kind([3, 17, 16, 18, 17], phi) == [[0, 2], [1, 3, 4]]
-    assert of_one_kind([3, 17, 16, 18, 17], llama) == [[0, 2], [1, 4], [3]]
-    assert of_one_kind([], llama) == []
-    gemma = kind_by_length(config_of("gemma3_text"))
+    assert group_by_class([3, 17, 16, 18, 17], phi) == [[0, 2], [1, 3, 4]]
+    assert group_by_class([3, 17, 16, 18, 17], llama) == [[0, 2], [1, 4], [3]]
+    assert group_by_class([], llama) == []
+    gemma = length_class(config_of("gemma3_text"))
     assert [gemma(length) for length in (1, 16, 17, 18, 100)] == [0, 0, 17, 18, 100]
 
 

@@ -21,10 +21,10 @@ from sphere_easyedit import EditEvent, EditSession, SPHEREHyperParams
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.measuring import MeasureSettings
 from sphere_easyedit.evaluation.revisiting import EditedRun
-from sphere_easyedit.evaluation.run_directory import NEURONS, SPACES
 from sphere_easyedit.evaluation.run_records import RunRecords
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
 from sphere_easyedit.evaluation.spaces import SpaceRecord, SpaceTracker, covers, read_spaces_csv
+from sphere_easyedit.runs.schema import NEURONS, SPACES
 
 SEEDS = st.integers(0, 2**31)
 

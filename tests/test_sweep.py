@@ -14,9 +14,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sphere_easyedit.cli import _hparams_with, app
+from sphere_easyedit.cli.app import app
+from sphere_easyedit.cli.options import read_hparams
 from sphere_easyedit.evaluation.sweep import Run, Sweep, load_sweep
-from sphere_easyedit.evaluation.sweep.names import LONGEST, compose, is_name
+from sphere_easyedit.evaluation.sweep.grid import LONGEST, compose, is_name
 from sphere_easyedit.hparams import SPHERE_ONLY, SPHEREHyperParams
 
 BASE: dict[str, Any] = {"model": "smollm2-135m", "methods": ["MEMIT", "AlphaEdit"]}
@@ -69,24 +70,17 @@ def test_arguments_are_what_edit_takes(tmp_path: Path) -> None:
                        "eval-last-batch": True, "text": None},
                  set={"context_templates": ["He said: {}", "No. {}"], "mom2_dataset": "1e-3", "v_lr": 1e-5,
                       "P_loc": None, "mom2_update_weight": 1e-7},
-                 methods={"MEMIT": {"v_weight_decay": 0}, "PRUNE": None}, follow={"PRUNE": "MEMIT-plain"})
+                 methods={"MEMIT": {"v_weight_decay": 0}, "PRUNE": None})
     command = typer.main.get_command(app).commands["edit"]  # type: ignore[attr-defined]
     for run in sweep.runs:
         parsed = command.make_context("edit", run.arguments(tmp_path / "out" / run.name)).params
-        assert _hparams_with(parsed["hparams"], parsed["override"]).to_dict() == run.hyperparameters
+        assert read_hparams(parsed["hparams"], parsed["override"]).to_dict() == run.hyperparameters
         assert (parsed["num_edits"], parsed["batch_size"], parsed["seed"]) == (20, 5, 4)
         assert (parsed["eval_every"], parsed["eval_sample"], parsed["eval_before"]) == (10, 3, False)
         assert ([one.value for one in parsed["protocol"]], parsed["eval_last_batch"]) == (["paper", "rome"], True)
-        assert (parsed["dataset"].value, parsed["data"], parsed["resume"]) == ("counterfact", Path("cf.json"), True)
+        assert (parsed["dataset"], parsed["data"], parsed["resume"]) == ("counterfact", Path("cf.json"), True)
         assert parsed["output"] == tmp_path / "out" / run.name
     assert (sweep.runs[0].value("mom2_update_weight"), sweep.runs[0].value("v_weight_decay")) == (1e-7, 0)
-    by_name = {run.name: run for run in sweep.runs}
-    followers = [run for run in sweep.runs if run.method == "PRUNE"]
-    assert {run.follows for run in followers} == {"MEMIT-plain-seed4"}
-    assert followers[0].arguments(tmp_path / "x")[-2:] == ["--follow", str(tmp_path / "MEMIT-plain-seed4")]
-    # Whom they follow keeps what they need, the others do as they were told.
-    assert by_name["MEMIT-plain-seed4"].edit["keep-weights-every"] == 5
-    assert "keep-weights-every" not in by_name["MEMIT-sphere-gamma0.5-alpha0.8-seed4"].edit
 
 
 def test_without_sphere_its_axes_are_one_run(tmp_path: Path) -> None:
@@ -208,7 +202,7 @@ def test_a_name_is_one_directory_and_no_way_out(parts: list[str], told: dict[str
 @settings(deadline=None)
 @given(VALUES)
 def test_values_pass_the_command_line_as_they_are(value: Any) -> None:
-    run = Run("a-seed0", "a", "M", False, 0, "f.yaml", {"x": value}, "demo", None, None, 1, {}, None, {})
+    run = Run("a-seed0", "a", "M", False, 0, "f.yaml", {"x": value}, "demo", None, None, 1, {}, {})
     arguments = run.arguments(Path("out"))
     name, _, text = arguments[arguments.index("--set") + 1].partition("=")
     assert name == "x"
@@ -251,9 +245,7 @@ def test_values_pass_the_command_line_as_they_are(value: Any) -> None:
     ({"exclude": [{"method": "RECT"}]}, "describes no run"),
     ({"exclude": {"method": "MEMIT"}}, "exclude must be a list"),
     ({"exclude": [{"method": ["MEMIT", "AlphaEdit"]}]}, "leaves nothing to run"),
-    ({"follow": {"MEMIT": "PRUNE-plain"}}, "no run of this sweep that edits by itself"),
-    ({"follow": {"MEMIT": "MEMIT-plain"}}, "no run of this sweep that edits by itself"),
-    ({"follow": {"PRUNE": "MEMIT-plain"}}, "follow knows no 'PRUNE'"),
+    ({"follow": {"PRUNE": "MEMIT-plain"}}, "the sweep knows no 'follow'"),
     ({"runs": {"method": "MEMIT"}}, "runs must be a list"),
     ({"runs": [{"name": "x"}]}, "runs[0].method must be given"),
     ({"runs": [{"method": "MEMIT", "metod": 1}]}, "did you mean 'method'"),

@@ -1,18 +1,16 @@
-"""A sweep's runs as submitit's jobs: on this machine, and for a SLURM of which only the commands are there.
+"""A sweep's runs as submitit's jobs, for a SLURM of which only the commands are there.
 
 submitit is the real one; ``sbatch`` keeps what it is given, and tests start that as SLURM would.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from conftest import GOLDEN, tiny_hparams, tiny_model
 from test_cli import call_cli
 from test_sweep_runs import PROGRAM, calls, is_alive, run_named, sweep_of, wait_for
 
-from sphere_easyedit.evaluation.sweep import load_sweep, local_jobs, parse_slurm, run_sweep, submit_sweep, wait_for_jobs
+from sphere_easyedit.evaluation.sweep import load_sweep, parse_slurm, submit_sweep, wait_for_jobs
 from sphere_easyedit.evaluation.sweep.slurm import _CHECKS, check_slurm
 
 submitit = pytest.importorskip("submitit", reason="needs submitit: pip install 'sphere-easyedit[cluster]'")
@@ -81,37 +79,26 @@ def say(slurm: Path, **states: str) -> None:
     submitit.SlurmJob.watcher.clear()
 
 
-def test_runs_are_an_array_and_followers_wait(tmp_path: Path, program: tuple[str, str], slurm: Path) -> None:
+def test_runs_are_an_array(tmp_path: Path, program: tuple[str, str], slurm: Path) -> None:
     out = tmp_path / "my sweep"
-    runs = [run_named("prune", follows="memit-seed0"), run_named("memit"), run_named("other")]
+    runs = [run_named("memit"), run_named("other")]
     settings = check_slurm({"partition": "gpu", "time": "1-00:30:00", "gpus-per-node": 1, "cpus_per_task": 8,
                             "mem": "64GB", "array_parallelism": 1, "signal_delay_s": 45, "setup": "module load cuda",
                             "additional_parameters": {"reservation": "mine"}, "max_num_timeout": 7}, "slurm")
     submitted = submit_sweep(sweep_of(*runs), out, settings, program)
     assert [(one.name, one.status, one.job) for one in submitted] == [
-        ("prune-seed0", "submitted", "101"), ("memit-seed0", "submitted", "100_0"),
-        ("other-seed0", "submitted", "100_1")]
-    asked = options(slurm / "100.sh")
+        ("memit-seed0", "submitted", "100_0"), ("other-seed0", "submitted", "100_1")]
     expected = {"partition": "gpu", "time": "1470", "gpus-per-node": "1", "cpus-per-task": "8", "mem": "64GB",
                 "array": "0-1%1", "signal": "USR2@45", "job-name": "sphere-my sweep", "reservation": "mine"}
-    assert expected.items() <= asked.items()
-    assert "dependency" not in asked
+    assert expected.items() <= options(slurm / "100.sh").items()
     assert "\nmodule load cuda\n" in (slurm / "100.sh").read_text()
-    follower = options(slurm / "101.sh")
-    assert follower["dependency"] == "afterok:100_0"
-    assert follower["kill-on-invalid-dep"] == "yes"
-    assert follower["reservation"] == "mine"
-    assert "array" not in follower
     for folder in (out / "submitit").iterdir():
         assert folder.stat().st_mode & 0o777 == 0o700
-    # A run that waits for nothing that is still to be done is in the array with all others.
     (out / "memit-seed0").mkdir()
     (out / "memit-seed0" / "summary.json").write_text('{"num_edits": 4}')
-    say(slurm, _100_0="COMPLETED", _100_1="FAILED", _101="CANCELLED")
+    say(slurm, _100_0="COMPLETED", _100_1="FAILED")
     again = submit_sweep(sweep_of(*runs), out, settings, program)
-    assert [(one.status, one.job) for one in again] == [("submitted", "102_0"), ("present", None),
-                                                        ("submitted", "102_1")]
-    assert "dependency" not in options(slurm / "102.sh")
+    assert [(one.status, one.job) for one in again] == [("present", None), ("submitted", "101")]
 
 
 def test_a_job_is_the_local_command(tmp_path: Path, program: tuple[str, str], slurm: Path,
@@ -145,13 +132,12 @@ def test_what_is_under_way_is_not_submitted_again(tmp_path: Path, program: tuple
     assert "sacct knows nothing of job 100_0 of memit-seed0" in caplog.text
     caplog.clear()
     say(slurm, _100_0="RUNNING", _100_1="FAILED", _100_2="PENDING")
-    grown = sweep_of(*runs, run_named("prune", follows="memit-seed0"))
+    grown = sweep_of(*runs, run_named("prune"))
     submitted = submit_sweep(grown, tmp_path, {}, program)
     assert [(one.status, one.job) for one in submitted] == [
-        ("under way", "100_0"), ("submitted", "101"), ("under way", "100_2"), ("submitted", "102")]
+        ("under way", "100_0"), ("submitted", "101_0"), ("under way", "100_2"), ("submitted", "101_1")]
     assert caplog.text == ""
-    assert options(slurm / "102.sh")["dependency"] == "afterok:100_0"
-    say(slurm, _100_0="FAILED", _101="CANCELLED", _100_2="TIMEOUT", _102="CANCELLED")
+    say(slurm, _100_0="FAILED", _101_0="CANCELLED", _100_2="TIMEOUT", _101_1="CANCELLED")
     result = wait_for_jobs(grown, tmp_path)
     assert len(result.failed) == 4
     assert "`sacct` says why" in result.failed[0].tail
@@ -198,9 +184,8 @@ def test_what_slurm_refuses(tmp_path: Path, program: tuple[str, str], slurm: Pat
 
 def test_without_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
-    for start in (lambda: local_jobs({}), lambda: submit_sweep(sweep_of(run_named("a")), tmp_path / "out")):
-        with pytest.raises(ValueError, match=r"pip install 'sphere-easyedit\[cluster\]'"):
-            start()
+    with pytest.raises(ValueError, match=r"pip install 'sphere-easyedit\[cluster\]'"):
+        submit_sweep(sweep_of(run_named("a")), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -227,7 +212,8 @@ def test_settings_of_the_file_and_of_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"partion": "gpu"}, "slurm knows no 'partion': did you mean 'partition'"), ({"nodes": 2}, "a run is one process"),
-    ({"dependency": "x"}, "a sweep sets it"), ({"time": "soon"}, "time is 'soon'"), ({"time": 0}, "at least 1"),
+    ({"dependency": "x"}, "knows no .dependency."),
+    ({"time": "soon"}, "time is 'soon'"), ({"time": 0}, "at least 1"),
     ({"time": "0:00:00"}, "at least 1"), ({"gpus_per_node": "two"}, "gpus_per_node is 'two'"),
     ({"partition": ["a"]}, "partition is"), ({"comment": "x\n#SBATCH --uid=0"}, "on one line"),
     ({"gpus-per-node": 1, "gpus_per_node": 1}, "two spellings"), ([1], "must be a mapping"),
@@ -238,59 +224,6 @@ def test_settings_that_are_refused(given: Any, message: str) -> None:
         check_slurm(given, "slurm")
     with pytest.raises(ValueError, match="has no '='"):
         parse_slurm(["partition"])
-
-
-def test_local_jobs(tmp_path: Path, program: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    runs = [run_named("prune", follows="memit-seed0"), run_named("memit", "work"), run_named("bad", "fail")]
-    result = run_sweep(sweep_of(*runs), tmp_path, 4, None, program, pool=local_jobs({}))
-    assert [(one.status, one.returncode) for one in result.outcomes] == [
-        ("finished", None), ("finished", None), ("failed", None)]
-    assert result.failed[0].tail.endswith("the reason")
-    started = {call["name"]: call for call in calls(tmp_path)}
-    assert started["prune-seed0"]["at"] > {call["name"]: call["at"] for call in calls(tmp_path, "ended")}["memit-seed0"]
-    for run in runs:
-        assert started[run.name]["arguments"] == run.arguments(tmp_path / run.name)
-    again = run_sweep(sweep_of(*runs), tmp_path, 1, None, program, pool=local_jobs({}))
-    assert [one.status for one in again.outcomes] == ["present", "present", "failed"]
-
-
-@pytest.mark.parametrize(("timeouts", "status", "starts"), [(1, "finished", 2), (0, "failed", 1)])
-def test_a_local_job_whose_time_is_up_goes_on(tmp_path: Path, program: tuple[str, str], timeouts: int, status: str,
-                                              starts: int) -> None:
-    """submitit takes a job that has one minute as out of time whenever it is told to make room."""
-    def make_room() -> None:
-        wait_for((tmp_path / "a-seed0" / "hung").exists)
-        stat = Path(f"/proc/{calls(tmp_path)[0]['pid']}/stat").read_text()
-        os.kill(int(stat.rsplit(")", 1)[1].split()[1]), signal.SIGUSR2)  # its parent, submitit's process
-
-    thread = threading.Thread(target=make_room)
-    thread.start()
-    pool = local_jobs({"time": 1, "max_num_timeout": timeouts})
-    result = run_sweep(sweep_of(run_named("a", "hang-once")), tmp_path, 1, None, program, pool=pool)
-    thread.join()
-    assert [one.status for one in result.outcomes] == [status]
-    assert len(calls(tmp_path)) == starts
-    assert not any(is_alive(call["pid"]) for call in calls(tmp_path))
-
-
-@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
-def test_local_jobs_are_ended_with_the_sweep(tmp_path: Path, program: tuple[str, str], handler: Any) -> None:
-    """Also where SIGINT is ignored, as by a shell's background jobs."""
-    def fails(name: str, status: str, done: int, total: int) -> None:
-        if name == "b-seed0" and status == "finished":
-            raise RuntimeError("as planned")
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        with pytest.raises(RuntimeError, match="as planned"):
-            run_sweep(sweep_of(run_named("a", "hang"), run_named("b", "meet")), tmp_path, 2, fails, program,
-                      pool=local_jobs({}))
-        assert signal.getsignal(signal.SIGINT) == handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert len(calls(tmp_path)) == 2
-    wait_for(lambda: not any(is_alive(call["pid"]) for call in calls(tmp_path)), 5.0)
 
 
 @pytest.fixture(scope="module")
@@ -308,19 +241,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_edits": 4, "batch_size": 2, "set": {"v_num_grad_steps": 2}, "edit": {"eval-before": False, "examples": 0},
         "slurm": {"partition": "gpu", "time": "0:10:00"}}))
     return folder
-
-
-def test_local_jobs_give_the_table_of_a_local_sweep(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for arguments in (["--output", "plain"], ["--output", "jobs", "--launcher", "local", "--jobs", "2"]):
-        done = call_cli("sweep", "sweep.yaml", *arguments, cwd=workplace)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "2/2 AlphaEdit-" in done.stdout
-    for name in ("table.csv", "differences.csv", "table.md"):
-        assert (workplace / "jobs" / name).read_text() == (workplace / "plain" / name).read_text()
-    with (workplace / "jobs" / "table.csv").open() as stream:
-        assert {row["run"] for row in csv.DictReader(stream)} == {"AlphaEdit-plain-seed0", "AlphaEdit-sphere-seed0"}
 
 
 def test_slurm_from_the_command_line(workplace: Path, slurm: Path) -> None:

@@ -67,7 +67,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def run_named(name: str, stub: str = "finish", **changes: Any) -> Run:
     run = Run(f"{name}-seed0", name, "MEMIT", False, 0, "MEMIT/x", {"alpha": 0}, "demo", None, 4, 2, {"stub": stub},
-              None, {"alpha": 0.0, "v_lr": 0.5, "device": None})
+              {"alpha": 0.0, "v_lr": 0.5, "device": None})
     return replace(run, **changes)
 
 
@@ -154,23 +154,12 @@ def test_no_more_at_a_time_than_jobs_and_in_order(tmp_path: Path, program: tuple
     assert [name for _, step, name in events if step == 1][-1] == "e-seed0"
 
 
-def test_who_follows_waits(tmp_path: Path, program: tuple[str, str]) -> None:
-    follower = run_named("prune", follows="memit-seed0")
-    result = run_sweep(sweep_of(follower, run_named("other"), run_named("memit", "work")), tmp_path, 3, None, program)
-    assert [one.status for one in result.outcomes] == ["finished"] * 3
-    ended = {call["name"]: call["at"] for call in calls(tmp_path, "ended")}
-    started = {call["name"]: call["at"] for call in calls(tmp_path)}
-    assert started["prune-seed0"] > ended["memit-seed0"]
-    assert calls(tmp_path)[-1]["arguments"][-2:] == ["--follow", str(tmp_path / "memit-seed0")]
-
-
-def test_who_follows_a_failure_is_not_started(tmp_path: Path, program: tuple[str, str]) -> None:
-    follower = run_named("prune", follows="memit-seed0")
-    result = run_sweep(sweep_of(run_named("memit", "fail-once"), follower), tmp_path, 2, None, program)
-    assert [one.status for one in result.outcomes] == ["failed", "failed"]
-    assert "memit-seed0, which it follows, failed" in result.failed[1].tail
-    again = run_sweep(sweep_of(run_named("memit", "fail-once"), follower), tmp_path, 2, None, program)
-    assert [one.status for one in again.outcomes] == ["finished", "finished"]
+def test_a_record_of_an_older_version_is_read(tmp_path: Path, program: tuple[str, str]) -> None:
+    run_sweep(sweep_of(run_named("a")), tmp_path, 1, None, program)
+    content = yaml.safe_load((tmp_path / RECORD).read_text())
+    content["runs"][0]["follows"] = "memit-seed0"
+    (tmp_path / RECORD).write_text(yaml.safe_dump(content))
+    assert run_sweep(sweep_of(run_named("a")), tmp_path, 1, None, program).outcomes[0].status == "present"
 
 
 def test_a_sweep_may_only_grow(tmp_path: Path, program: tuple[str, str]) -> None:

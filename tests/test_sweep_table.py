@@ -29,7 +29,7 @@ def run_of(arm: str, seed: int = 0, method: str = "MEMIT", alpha: float = 0.0, e
     every = {"model_name": "m", "gamma": 0.5, "alpha": alpha, "principal_space": "current", **hyperparameters}
     changed = {"alpha": alpha, **hyperparameters}
     return Run(f"{arm}-seed{seed}", arm, method, alpha > 0, seed, "f.yaml", changed, "demo", None, num_edits, 2,
-               edit or {}, None, every)
+               edit or {}, every)
 
 
 def metrics(num_edits: int, when: str, protocol: str, watched: Any = None, **means: float) -> dict[str, Any]:

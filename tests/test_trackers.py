@@ -15,12 +15,13 @@ from accelerate import tracking
 from conftest import GOLDEN, tiny_hparams, tiny_model
 from transformers import AutoTokenizer
 
-from sphere_easyedit.callbacks import read_energy_csv
+from sphere_easyedit.callbacks import MeasureEvent, RunState, read_energy_csv
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.measuring import MeasureSettings
-from sphere_easyedit.evaluation.run_directory import CONFIG, EDITS, METRICS, RunDirectory
+from sphere_easyedit.evaluation.run_directory import RunDirectory
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
 from sphere_easyedit.evaluation.trackers import RunTrackers, batch_numbers, flat_config, point_numbers
+from sphere_easyedit.runs.schema import EDITS, METRICS, AbilityEstimate, BatchRecord, Estimate, Measurement
 
 
 class StandIn(tracking.GeneralTracker):  # type: ignore[misc]
@@ -68,12 +69,12 @@ def edit(tmp_path_factory: pytest.TempPathFactory) -> Edit:
     tok = AutoTokenizer.from_pretrained(GOLDEN / "llama" / "tiny-llama")
 
     def edit(folder: Path, trackers: list[Any], resume: bool = False) -> dict[str, Any]:
-        with RunTrackers(folder / "run", trackers) as watching:
+        with RunTrackers(trackers) as watching:
             result = run_sequential(
                 tiny_model("llama"), tok, load_records("demo", None, 5, 0),
                 tiny_hparams(statistics, v_num_grad_steps=4),
                 RunSettings(folder / "run", 2, measure=MeasureSettings(protocols=("paper", "rome"), every=4),
-                            resume=resume, described={"dataset": "demo", "seed": 0}), progress=watching.update)
+                            resume=resume, described={"dataset": "demo", "seed": 0}), [watching])
         return result.summary
 
     return edit
@@ -143,16 +144,16 @@ def test_trackers_change_no_bit(tmp_path: Path, edit: Edit) -> None:
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run = RunDirectory(tmp_path / "run")
-    run.write_text(CONFIG, "hparams: {alpha: 0.5, layers: [4, 5]}\nrun: {num_edits: 4}\n")
-    with RunTrackers(run.path, ["wandb"], quiet=True) as watching:
-        watching.update("editing", 1, 4)
-        run.append(EDITS, {"num_edits": 2, "case_ids": [1, 2], "wall_seconds": 4.0, "update_norms": {"4": 1.5}})
-        run.append(METRICS, {"num_edits": 2, "when": "during", "protocol": "paper", "specificity": {"mean": 75.0}})
+    run = RunState(tmp_path, {"hparams": {"alpha": 0.5, "layers": [4, 5]}, "run": {"num_edits": 4}},
+                   [BatchRecord(2, (1, 2), wall_seconds=4.0, update_norms={4: 1.5})])
+    with RunTrackers(["wandb"], quiet=True) as watching:
+        watching.on_measured(MeasureEvent(run, batch=run.batches[0]))
+        watching.on_measured(MeasureEvent(run, measurement=Measurement(
+            2, "during", "paper", {"specificity": Estimate(75.0, None, 4)})))
     names = {b"update_norm/layer_4", b"paper/during/specificity", b"batch/seconds_per_edit"}
     deadline = time.monotonic() + 30  # its service may write for a moment after `finish` has returned
     while time.monotonic() < deadline:
-        files = list((run.path / "trackers" / "wandb").glob("offline-run-*/*.wandb"))
+        files = list((tmp_path / "trackers" / "wandb").glob("offline-run-*/*.wandb"))
         missing = {name for name in names if not any(name in file.read_bytes() for file in files)}
         if not missing:
             break
@@ -185,46 +186,44 @@ def test_a_refused_run_begins_no_tracker(tmp_path: Path, edit: Edit) -> None:
 
 
 def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
-    run, one = RunDirectory(tmp_path), StandIn()
-    run.write_text(CONFIG, "hparams: {alpha: 0.5}\nrun: {}\n")
-    with RunTrackers(tmp_path, [one]) as watching:
-        run.append(EDITS, {"num_edits": 2, "case_ids": [1, 2], "wall_seconds": 4.0, "losses": [math.nan, 1.0],
-                           "update_norms": {"4": math.inf}, "efficacy": 50.0})
-        watching.update("editing", 2, 4)
+    one, batch = StandIn(), BatchRecord(2, (1, 2), wall_seconds=4.0, losses=(math.nan, 1.0),
+                                        update_norms={4: math.inf}, efficacy=50.0)
+    with RunTrackers([one]) as watching:
+        watching.on_measured(MeasureEvent(RunState(tmp_path, {"hparams": {}, "run": {}}, [batch]), batch=batch))
     assert one.logged == [(2, {"batch/seconds_per_edit": 2.0, "batch/efficacy": 50.0})]
 
 
-def test_a_damaged_file_ends_tracking_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run, one = RunDirectory(tmp_path), StandIn()
-    run.write_text(CONFIG, "hparams: {}\nrun: {}\n")
-    with caplog.at_level(logging.WARNING), RunTrackers(tmp_path, [one]) as watching:
-        run.write_text(EDITS, "{no\n")
-        watching.update("editing", 2, 4)
-        watching.update("editing", 3, 4)
-    assert one.finished
-    assert len([record for record in caplog.records if "nothing is handed" in record.message]) == 1
+def test_a_resumed_run_is_told_from_its_beginning(tmp_path: Path) -> None:
+    batches = [BatchRecord(number, (number,), wall_seconds=1.0) for number in (1, 2, 3)]
+    points = [Measurement(number, "during", "paper", {"efficacy": Estimate(50.0, None, 1)}) for number in (1, 3)]
+    one, config = StandIn(), {"hparams": {}, "run": {}}
+    with RunTrackers([one]) as watching:
+        watching.on_measured(MeasureEvent(RunState(tmp_path, config, batches, points[:1]), batch=batches[2]))
+        watching.on_measured(MeasureEvent(RunState(tmp_path, config, batches, points), measurement=points[1]))
+    assert [(step, *values) for step, values in one.logged] == [
+        (1, "batch/seconds_per_edit"), (1, "paper/during/efficacy"), (2, "batch/seconds_per_edit"),
+        (3, "batch/seconds_per_edit"), (3, "paper/during/efficacy")]
 
 
-def test_names_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_names_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'tensorbord' is not known: choose one of .*tensorboard.*wandb"):
-        RunTrackers(tmp_path, ["tensorbord"])
+        RunTrackers(["tensorbord"])
     with pytest.raises(ValueError, match="'all' is not known"):
-        RunTrackers(tmp_path, ["all"])
+        RunTrackers(["all"])
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
     with pytest.raises(ValueError, match="'comet_ml' is not installed: pip install comet-ml"):
-        RunTrackers(tmp_path, ["comet_ml"])
+        RunTrackers(["comet_ml"])
 
 
-def test_numbers_of_lines() -> None:
-    abilities = {"num_edits": 4, "when": "after", "protocol": "lm-eval 0.4",
-                 "abilities": {"rte": {"mean": 50.0}, "boolq": {"mean": None}}}
+def test_numbers_of_records() -> None:
+    abilities = Measurement(4, "after", "lm-eval 0.4", abilities={
+        "rte": AbilityEstimate(50.0, n=4), "boolq": AbilityEstimate(math.nan)})
     assert point_numbers(abilities) == {"abilities/after/rte": 50.0}
-    point = {"num_edits": 4, "when": "during", "protocol": "rome", "cases": 4, "efficacy": {"mean": 75.0},
-             "fluency": {"mean": 5.5}, "watched": {"perplexity": 25.0, "update_norms": {"4": 1.0}}, "seconds": 1.0}
+    point = Measurement(4, "during", "rome", {"efficacy": Estimate(75.0, None, 4), "fluency": Estimate(5.5, None, 4)},
+                        25.0, {4: 1.0}, 4, seconds=1.0)
     assert point_numbers(point) == {"rome/during/efficacy": 75.0, "rome/during/fluency": 5.5,
                                     "perplexity/during": 25.0}
-    old = {"num_edits": 4, "case_ids": [1], "wall_seconds": 2.0}
-    assert batch_numbers(old, {}) == {"batch/seconds_per_edit": 2.0}
+    assert batch_numbers(BatchRecord(4, (1,), wall_seconds=2.0), {}) == {"batch/seconds_per_edit": 2.0}
 
 
 def test_config_is_flat_and_plain() -> None:

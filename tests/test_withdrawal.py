@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from conftest import GOLDEN, REQUESTS, edited_weights, relative_error, tiny_hparams, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from typer.testing import CliRunner, Result
 
 import sphere_easyedit as sphere
-from sphere_easyedit import cli_export, cli_withdraw
 from sphere_easyedit.callbacks import EditEvent
+from sphere_easyedit.cli.app import app
 from sphere_easyedit.editing.solvers import LowRankUpdate
 from sphere_easyedit.evaluation.checkpoints import save_checkpoint
 from sphere_easyedit.evaluation.datasets import load_records
@@ -661,9 +660,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*arguments: object) -> Result:
-    app = typer.Typer()
-    cli_withdraw.register(app)
-    cli_export.register(app)
     return CliRunner(env={"COLUMNS": "140"}).invoke(app, [str(one) for one in arguments])
 
 

@@ -16,15 +16,16 @@ from typing import Final
 
 import numpy as np
 
-from sphere_easyedit.evaluation.arms import DATASET_TITLES, METRICS, Arm, title_of
+from sphere_easyedit.evaluation.arms import DATASET_TITLES, Arm, title_of
 from sphere_easyedit.evaluation.paired import PairedDifference, Values, paired_bootstrap, paired_gain
-from sphere_easyedit.evaluation.run_records import PAPER, SPHERE, CaseId, Point
+from sphere_easyedit.evaluation.run_records import PAPER, SPHERE
 from sphere_easyedit.evaluation.tables import Cell, Column, Table
+from sphere_easyedit.runs.schema import METRIC_NAMES, CaseId, Measurement
 
 logger = logging.getLogger(__name__)
 
 WHO: Final = (Column("model"), Column("data set"), Column("seed"), Column("method"))
-_SHARES: Final = METRICS[:3]  # 0 to 1 in scores of cases, percent in the means of a run
+_SHARES: Final = METRIC_NAMES[:3]  # 0 to 1 in scores of cases, percent in the means of a run
 
 
 def who(arm: Arm) -> tuple[Cell, ...]:
@@ -47,7 +48,7 @@ def results_table(arms: Sequence[Arm], protocol: str = PAPER) -> Table:
             logger.warning("%s has not ended, or not by the protocol %s: left out", arm.run.directory, protocol)
         else:
             ended.append((arm, point))
-    by_row: dict[tuple[str, str, int | str | None], dict[str, Point]] = {}
+    by_row: dict[tuple[str, str, int | str | None], dict[str, Measurement]] = {}
     for model in sorted({arm.run.model for arm, _ in ended}):
         unedited = by_row.setdefault((model, "unedited", None), {})
         for arm, _ in sorted(ended, key=lambda pair: -pair[1].num_edits):
@@ -59,13 +60,13 @@ def results_table(arms: Sequence[Arm], protocol: str = PAPER) -> Table:
                 by_row.setdefault((model, arm.label, arm.run.draw), {})[arm.run.dataset] = after
     columns = [Column("model"), Column("method"), Column("seed")]
     for dataset in datasets:
-        columns += [Column(f"{title_of(dataset)} edits"), *(Column(f"{title_of(dataset)} {name}") for name in METRICS)]
+        columns += [Column(f"{title_of(dataset)} {name}") for name in ("edits", *METRIC_NAMES)]
     rows = []
     for (model, label, seed), points in by_row.items():
         row: list[Cell] = [model, label, seed]
         for dataset in datasets:
-            row += [None] * (1 + len(METRICS)) if dataset not in points else [
-                points[dataset].num_edits, *(points[dataset].metrics.get(name) for name in METRICS)]
+            row += [None] * (1 + len(METRIC_NAMES)) if dataset not in points else [
+                points[dataset].num_edits, *(points[dataset].metrics.get(name) for name in METRIC_NAMES)]
         rows.append(tuple(row))
     return Table("results", "After the last edit", tuple(columns), tuple(rows),
                  f"Protocol `{protocol}`, mean over cases with its 95% interval (bootstrap over cases)."
@@ -99,7 +100,7 @@ def gains_table(arms: Sequence[Arm], protocol: str = PAPER, seed: int = 0, resam
 def _compared(arms: Sequence[Arm], protocol: str, name: str, title: str,
               compare: Callable[[Values, Values], PairedDifference], against: Callable[[Arm], bool]) -> Table:
     """SPHERE's arms beside others of their experiments, case by case."""
-    experiments: defaultdict[tuple[object, ...], list[tuple[Arm, Point]]] = defaultdict(list)
+    experiments: defaultdict[tuple[object, ...], list[tuple[Arm, Measurement]]] = defaultdict(list)
     for arm in arms:
         run, after = arm.run, arm.run.after(protocol)
         if after is not None:
@@ -110,15 +111,15 @@ def _compared(arms: Sequence[Arm], protocol: str, name: str, title: str,
             for other, _ in members:
                 if arm.run.variant == SPHERE and against(other) and arm.run.shares_settings(other.run):
                     scores = _scores(arm, after, protocol), _scores(other, after, protocol)
-                    found = [_paired(*scores, metric, compare) for metric in METRICS]
+                    found = [_paired(*scores, metric, compare) for metric in METRIC_NAMES]
                     if any(cell is not None for cell in found):
                         rows.append((*who(arm), other.label, after.num_edits, *found))
-    return Table(name, title, (*WHO, Column("against"), Column("edits"), *(Column(metric) for metric in METRICS)),
+    return Table(name, title, (*WHO, Column("against"), Column("edits"), *(Column(metric) for metric in METRIC_NAMES)),
                  tuple(rows), f"Protocol `{protocol}`, on the cases that both runs scored, with a 95% interval "
                               "(bootstrap over pairs).")
 
 
-def _scores(arm: Arm, point: Point, protocol: str) -> Mapping[CaseId, Mapping[str, float]]:
+def _scores(arm: Arm, point: Measurement, protocol: str) -> Mapping[CaseId, Mapping[str, float]]:
     try:
         return arm.run.scores(point.when, point.num_edits, protocol)
     except ValueError as error:

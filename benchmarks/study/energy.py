@@ -19,10 +19,11 @@ from sphere_easyedit.evaluation.analysis import (
     mean_magnitude,
     regress,
 )
-from sphere_easyedit.evaluation.arms import METRICS, Arm, title_of
+from sphere_easyedit.evaluation.arms import Arm, title_of
 from sphere_easyedit.evaluation.collapse import collapse_of
-from sphere_easyedit.evaluation.run_records import PAPER, Estimate, Point, RunRecords
+from sphere_easyedit.evaluation.run_records import PAPER, RunRecords
 from sphere_easyedit.evaluation.tables import Cell, Column, Table
+from sphere_easyedit.runs.schema import METRIC_NAMES, Estimate, Measurement
 
 from .comparisons import WHO, who
 
@@ -31,7 +32,7 @@ _CHANGE = ".2e"
 
 def curves_table(arms: Sequence[Arm], protocol: str = PAPER) -> Table:
     """Every evaluation of every run, of the unedited model too: metrics, energy, perplexity, how far weights moved."""
-    columns = (*WHO, Column("run"), Column("edits"), Column("when"), *(Column(name) for name in METRICS),
+    columns = (*WHO, Column("run"), Column("edits"), Column("when"), *(Column(name) for name in METRIC_NAMES),
                Column("HE change", _CHANGE), Column("|HE change|", _CHANGE), Column("perplexity", ".2f"),
                Column("perplexity ratio", ".2f"), Column("update norm", ".3g"))
     rows: list[tuple[Cell, ...]] = []
@@ -40,7 +41,7 @@ def curves_table(arms: Sequence[Arm], protocol: str = PAPER) -> Table:
             if point.protocol == protocol:
                 norms = list(point.update_norms.values())
                 rows.append((*who(arm), arm.run.name, point.num_edits, point.when,
-                             *(point.metrics.get(name) for name in METRICS), *_energy_at(arm.run, point.num_edits),
+                             *(point.metrics.get(name) for name in METRIC_NAMES), *_energy_at(arm.run, point.num_edits),
                              point.perplexity, _perplexity_ratio(arm.run, point, protocol),
                              float(np.mean(norms)) if norms else None))
     return Table("curves", "Along the runs", columns, tuple(rows),
@@ -152,7 +153,7 @@ def _energy_at(run: RunRecords, num_edits: int | None) -> tuple[float | None, fl
     return mean_change(change), mean_magnitude(change)
 
 
-def _perplexity_ratio(run: RunRecords, point: Point, protocol: str) -> float | None:
+def _perplexity_ratio(run: RunRecords, point: Measurement, protocol: str) -> float | None:
     before = run.before(protocol)
     if before is None or not before.perplexity or point.perplexity is None:
         return None

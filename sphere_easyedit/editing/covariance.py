@@ -27,12 +27,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..batching import kind_by_length
-from ..files import locked, remove_leftovers, replacing, sha256_of
+from ..batching import length_class
+from ..files import atomic_write, locked, remove_partial_files, sha256_of
 from ..hparams import SPHEREHyperParams
 from ..messages import kind_and_text
 from ..models import EditableModel, frozen
-from ..replicas import Replicas, shared_out
+from ..replicas import Replicas, split_balanced
 from .corpus import corpus_name, text_length, token_sequences
 from .origins import Finding, Origins, StatisticsFile, contents_of, unchanged, write_origin
 from .remaining import RemainingTime
@@ -94,7 +94,7 @@ def save_moment(path: Path, total: Tensor, count: int, samples: int, origin: Map
     Args:
         origin: what it was collected from, to be written beside it.
     """
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         with temporary.open("wb") as stream:
             np.savez(stream, **{  # type: ignore[arg-type]
                 "mom2.constructor": np.array(_EASYEDIT_CLASS),
@@ -141,7 +141,7 @@ def statistics_files(editable: EditableModel, tok: PreTrainedTokenizerBase, hpar
     if not all(finding.fits and finding.settled for finding in found.values()):
         try:
             with locked(folder / _LOCK, f"collecting statistics in {folder}"):
-                remove_leftovers(folder)  # of a process killed while it wrote
+                remove_partial_files(folder)  # of a process killed while it wrote
                 found = {layer: origins.examine(path, layer) for layer, path in paths.items()}
                 unfit = {layer: path for layer, path in paths.items() if not found[layer].fits}
                 _say_what_is_replaced(folder, found)
@@ -217,10 +217,10 @@ def _sum_outer_products(editable: EditableModel, sequences: Sequence[Sequence[in
     replicas = Replicas.of(editable.model)
     if replicas is None:
         return _sum_here(editable, sequences, layers)
-    parts = shared_out([len(sequence) for sequence in sequences], replicas.size)
+    parts = split_balanced([len(sequence) for sequence in sequences], replicas.world_size)
     replicas.run(_sum_share, [([sequences[place] for place in part], layers) for part in parts])
     # A job of its own: it would wait for ever for a process whose sums failed.
-    replicas.run(_add_up, [()] * replicas.size)
+    replicas.run(_add_up, [()] * replicas.world_size)
     totals: dict[int, Tensor] = replicas.store.pop(_TOTALS)
     return totals
 
@@ -233,7 +233,7 @@ def _add_up(here: Replicas) -> None:
     """The sum over processes takes the place of the leader's own; the others forget theirs."""
     for total in here.store[_TOTALS].values():
         here.sum_to_leader(total)
-    if here.place.index:
+    if here.process.rank:
         del here.store[_TOTALS]
 
 
@@ -255,7 +255,7 @@ def _sum_here(editable: EditableModel, sequences: Sequence[Sequence[int]], layer
         return editable.down_projection(layer).register_forward_pre_hook(hook, with_kwargs=True)
 
     handles = [add(layer) for layer in layers]
-    batches = _batches(sequences, kind_by_length(editable.config))
+    batches = _batches(sequences, length_class(editable.config))
     sizes = [len(batch) * max(map(len, batch)) for batch in batches]  # tokens, padding included: what time goes by
     try:
         with RemainingTime("statistics", sum(sizes), "token") as remaining:
@@ -437,7 +437,7 @@ def _read_derived(path: Path, origin: Mapping[str, str]) -> dict[str, Tensor]:
 def _write_derived(path: Path, origin: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
     on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file(on_cpu, temporary, metadata={**origin, "contents": _digest(on_cpu)})
     except (OSError, SafetensorError) as error:  # a folder that others share may not be ours to write
         logger.warning("%s can't be written (%s): it will be made again in the next session", path, error)

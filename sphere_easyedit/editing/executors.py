@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..hparams import SPHEREHyperParams
-from ..inputs import as_decoder, check_causal
+from ..inputs import check_causal, decoder_errors
 from ..logit_map import find_logit_map
 from ..models import EditableModel, frozen, max_positions
 from .contexts import generate_contexts
@@ -116,7 +116,7 @@ def _proven_paths(editable: EditableModel, tok: PreTrainedTokenizerBase) -> dict
     """
     limit = max_positions(editable.config)
     prompts = [tokenize_prompt(tok, before, subject, after).ids[:limit] for before, subject, after in _PROBE_PROMPTS]
-    with frozen(editable.model), as_decoder(editable.model):
+    with frozen(editable.model), decoder_errors(editable.model):
         check_causal(editable.model, prompts[0])
         find_logit_map(editable, pad_rows(prompts[:1], editable.input_device).input_ids)
         check_replay(editable, prompts[0])

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ..batching import kind_by_length, of_one_kind, padded_batches
+from ..batching import group_by_class, length_class, padded_batches
 from ..models import EditableModel
 from .output_path import OutputPath, Scaled
 from .replay import BlockReplay, as_rows, first_input, pad_rows
@@ -50,7 +50,7 @@ class BatchStates:
     def __init__(self, editable: EditableModel, requests: Sequence[TokenizedRequest], token_budget: int,
                  paths: Mapping[int, OutputPath] = MappingProxyType({})) -> None:
         self._editable, self._count, self._paths = editable, len(requests), paths
-        self._kind = kind_by_length(editable.config)
+        self._kind = length_class(editable.config)
         self._contexts = len(requests[0].contexts)
         plain = [(edit, request.plain) for edit, request in enumerate(requests)]
         context = [(edit, prompt) for edit, request in enumerate(requests) for prompt in request.contexts]
@@ -61,7 +61,7 @@ class BatchStates:
     def _batches(self, rows: list[tuple[int, TokenizedPrompt]], token_budget: int
                  ) -> Iterator[list[tuple[int, TokenizedPrompt]]]:
         lengths = [self._tokens_of(prompt) for _, prompt in rows]
-        for alike in of_one_kind(lengths, self._kind):
+        for alike in group_by_class(lengths, self._kind):
             for batch in padded_batches([lengths[index] for index in alike], token_budget):
                 yield [rows[alike[number]] for number in batch]
 

@@ -23,11 +23,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..files import replacing, sha256_of
+from ..files import atomic_write, sha256_of
 from ..fingerprints import tensor_digests
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel
-from ..offload import distinct_names, kept_buffers
+from ..offload import distinct_names, persistent_buffers
 from .corpus import text_length, text_source
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def origin_path(path: Path) -> Path:
 
 def write_origin(path: Path, contents: str | None, origin: Mapping[str, Any]) -> None:
     """Write the fingerprint of a statistics file that is about to take its place at ``path``."""
-    with replacing(origin_path(path)) as temporary:
+    with atomic_write(origin_path(path)) as temporary:
         temporary.write_text(json.dumps({"format": _FORMAT, "contents": contents, **origin}, indent=1) + "\n",
                              encoding="utf-8")
 
@@ -194,7 +194,7 @@ class Origins:
             later.append(names.lm_head_module)
         parameters = [name for name, _ in editable.model.named_parameters(remove_duplicate=False)]
         beginnings = tuple(f"{module}." for module in later)
-        return [name for name in [*parameters, *kept_buffers(editable.model)] if not name.startswith(beginnings)]
+        return [name for name in [*parameters, *persistent_buffers(editable.model)] if not name.startswith(beginnings)]
 
     def _names_of_all(self) -> list[str]:
         """All parameters and buffers; tied ones once, also where a tied head was given a parameter of its own."""
@@ -203,7 +203,7 @@ class Origins:
         for name in distinct_names(model):
             parameter = model.get_parameter(name)
             found.setdefault(name if parameter.is_meta else (parameter.data_ptr(), parameter.shape), name)
-        return [*found.values(), *kept_buffers(model)]
+        return [*found.values(), *persistent_buffers(model)]
 
     def _digest(self, names: list[str]) -> str:
         missing = [name for name in names if name not in self._digests]

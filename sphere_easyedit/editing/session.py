@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..exclusive import exclusive
-from ..files import replacing
+from ..files import atomic_write
 from ..fingerprints import Fingerprint
 from ..hparams import SPHEREHyperParams
-from ..inputs import check_model, ordinary_torch
+from ..inputs import check_model, default_torch_settings
 from ..messages import kind_and_text
 from ..models import EditableModel, ModuleNames
 from ..projection import PrincipalSpace
@@ -213,14 +213,14 @@ class EditSession:
         if to not in kept:
             where = "no folder of checkpoints was given" if checkpoints is None else f"checkpoints are in {checkpoints}"
             raise ValueError(f"can't roll back to {to} edits ({where}): possible are {', '.join(map(str, kept))}")
-        with ordinary_torch(), exclusive(model):
+        with default_torch_settings(), exclusive(model):
             self._roll_back(EditableModel(model, self._names, sorted(self.original)), to, checkpoints)
 
     def _roll_back(self, editable: EditableModel, to: int, checkpoints: Path | None) -> None:
         model = editable.model
         attached = vars(model).get(_ATTRIBUTE)
         try:
-            with editable.undone_on_error():
+            with editable.restored_on_error():
                 found = self._restored(editable, to, checkpoints)
         finally:
             vars(model).pop(_ATTRIBUTE, None)
@@ -267,7 +267,7 @@ class EditSession:
                 tensors |= {f"{kind}.rows.{layer}": fingerprint.rows, f"{kind}.columns.{layer}": fingerprint.columns}
         state = {"key": self._key, "num_edits": self.num_edits, "num_batches": self.num_batches,
                  "contexts": self.contexts}
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary,
                       metadata={"format": _FORMAT, "state": json.dumps(state)})
 
@@ -279,7 +279,7 @@ class EditSession:
             ValueError: the file is damaged or no session.
         """
         try:
-            with ordinary_torch():
+            with default_torch_settings():
                 return cls._read(path)
         except (OSError, SafetensorError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} can't be read as a saved session ({kind_and_text(error)})") from error

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel
-from ..replicas import Replicas, put_together, shared_out
+from ..replicas import Replicas, merge_parts, split_balanced
 from .keys import BatchStates
 from .output_path import OutputPath
 from .requests import TokenizedRequest
@@ -41,13 +41,13 @@ def target_values(editable: EditableModel, requests: Sequence[TokenizedRequest],
     replicas = Replicas.of(editable.model)
     if replicas is None:
         return optimise_target_values(editable, requests, hparams, progress, paths)
-    parts = dealt_out(requests, replicas.size)
+    parts = dealt_out(requests, replicas.world_size)
     found = replicas.run(_optimise, [(_chosen(requests, part), hparams, dict(paths)) for part in parts], progress)
     if progress is not None and (elsewhere := len(requests) - len(parts[0])):
         progress(elsewhere)
-    return TargetValues(torch.stack(put_together(parts, [list(one.values) for one in found])),
-                        put_together(parts, [one.losses for one in found]),
-                        put_together(parts, [one.steps for one in found]))
+    return TargetValues(torch.stack(merge_parts(parts, [list(one.values) for one in found])),
+                        merge_parts(parts, [one.losses for one in found]),
+                        merge_parts(parts, [one.steps for one in found]))
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def batch_states(editable: EditableModel, requests: Sequence[TokenizedRequest], 
         yield BatchStates(editable, requests, token_budget, paths)
     else:
         yield _SharedStates(replicas, requests, token_budget, paths)
-        replicas.run(_close, [()] * replicas.size, hand_over=False)
+        replicas.run(_close, [()] * replicas.world_size, sync_weights=False)
 
 
 class _SharedStates:
@@ -67,7 +67,7 @@ class _SharedStates:
 
     def __init__(self, replicas: Replicas, requests: Sequence[TokenizedRequest], token_budget: int,
                  paths: Mapping[int, OutputPath]) -> None:
-        self._replicas, self._parts = replicas, dealt_out(requests, replicas.size)
+        self._replicas, self._parts = replicas, dealt_out(requests, replicas.world_size)
         replicas.run(_open, [(_chosen(requests, part), token_budget, dict(paths)) for part in self._parts])
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,17 +84,18 @@ class _SharedStates:
         return {layer: self._rows([part and part[layer] for part in found]) for layer in layers}
 
     def _run(self, job: Callable[..., Any], *given: Any) -> list[Any]:
-        return self._replicas.run(job, [given] * self._replicas.size)
+        return self._replicas.run(job, [given] * self._replicas.world_size)
 
     def _rows(self, found: Sequence[Tensor | None]) -> Tensor:
         """Rows of the processes' parts in the batch's order."""
-        return torch.stack(put_together(self._parts, [[] if part is None else list(part) for part in found]))
+        return torch.stack(merge_parts(self._parts, [[] if part is None else list(part) for part in found]))
 
 
 def dealt_out(requests: Sequence[TokenizedRequest], processes: int) -> list[list[int]]:
     """Which of a batch's edits each process takes: about as many tokens as any other."""
-    return shared_out([sum(len(prompt.ids) + len(request.target_ids) for prompt in (request.plain, *request.contexts))
-                       for request in requests], processes)
+    tokens = [sum(len(prompt.ids) + len(request.target_ids) for prompt in (request.plain, *request.contexts))
+              for request in requests]
+    return split_balanced(tokens, processes)
 
 
 def _chosen(requests: Sequence[TokenizedRequest], places: Sequence[int]) -> list[TokenizedRequest]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..batching import kind_by_length, of_one_kind
+from ..batching import group_by_class, length_class
 from ..messages import kind_and_text
 from ..models import EditableModel
 from .packing import PackedRows, pack_behind, packs_exactly, same_states, select_packed
@@ -221,15 +221,15 @@ class Steering:
     @torch.no_grad()
     def record(cls, editable: EditableModel, rows: Sequence[Row], block: int, layout: Layout) -> Steering:
         """Run everything once. Prompts with targets and drift prompts are padded apart, and rows of different kinds
-        (see ``batching.kind_by_length``) are run apart.
+        (see ``batching.length_class``) are run apart.
 
         Args:
             rows: of the edits in order.
             block: the edited one.
         """
-        kind = kind_by_length(editable.config)
+        kind = length_class(editable.config)
         parts: list[_Recorded] = []
-        for index in of_one_kind([len(row.ids) for row in rows], kind):
+        for index in group_by_class([len(row.ids) for row in rows], kind):
             alike = [rows[i] for i in index]
             if layout == "packed":
                 parts.append(_Packed.record(editable, alike, block))
@@ -268,8 +268,8 @@ def _joined(parts: Sequence[Tensor], order: Tensor) -> Tensor:
 def layout_of(editable: EditableModel, requests: Sequence[TokenizedRequest]) -> Layout:
     """How these edits' rows can be laid out on this model, which must be frozen: the cheapest way that is exact."""
     prompts = [prompt for request in requests for prompt in (request.plain, *request.contexts)]
-    kind = kind_by_length(editable.config)
-    alike = of_one_kind([len(prompt.ids) for prompt in prompts], kind)
+    kind = length_class(editable.config)
+    alike = group_by_class([len(prompt.ids) for prompt in prompts], kind)
 
     def chosen(choose: Callable[..., int], among: list[int]) -> TokenizedPrompt:
         return prompts[choose(among, key=lambda i: prompts[i].lookup)]

@@ -18,7 +18,8 @@ import numpy as np
 
 from ..callbacks import EnergyRecord
 from ..energy_metrics import MetricCorrelation, correlate
-from .run_records import PAPER, Point, RunRecords
+from ..runs.schema import Measurement
+from .run_records import PAPER, RunRecords
 
 LOG_PERPLEXITY: Final = "log_perplexity"
 FEWEST: Final = 3  # points, or pairs, that a correlation or a slope with its standard error needs
@@ -88,7 +89,7 @@ def energy_points(run: RunRecords, protocol: str = PAPER, before: int | None = N
     return points
 
 
-def _values(point: Point) -> dict[str, float]:
+def _values(point: Measurement) -> dict[str, float]:
     values = {name: estimate.mean for name, estimate in point.metrics.items()}
     if point.perplexity is not None and point.perplexity > 0:
         values[LOG_PERPLEXITY] = math.log(point.perplexity)

@@ -10,7 +10,6 @@ from typing import Final
 
 from .run_records import SPHERE, RunRecords
 
-METRICS: Final = ("efficacy", "generalization", "specificity", "fluency", "consistency")
 DATASET_TITLES: Final = MappingProxyType({"counterfact": "CounterFact", "zsre": "ZsRE"})
 
 

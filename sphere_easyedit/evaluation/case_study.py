@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..fingerprints import weights_checksum
+from ..runs.schema import CASES, CaseRecord
 from .checkpoints import choose_kept, put_weights
 from .generation import generate_continuations
 from .records import EditRecord
 from .revisiting import EditedRun
-from .run_directory import CASES
 
 Kind = Literal["edit", "paraphrase", "neighborhood", "generation"]
 
@@ -125,8 +125,8 @@ def study_case(run: EditedRun, model: nn.Module, tok: PreTrainedTokenizerBase, i
     rolled_back = generate()
     continuations = tuple(Continuations(kind, prompt, *texts) for (kind, prompt), *texts
                           in zip(prompts, unedited, edited, rolled_back, strict=True))
-    line = next((line for line in run.directory.lines(CASES) if line.get("case_id") == record.case_id), None)
-    scores = None if line is None else {when: line.get(when) for when in ("pre", "post")}
+    found = next((one for one in run.directory.records(CASES, CaseRecord) if one.case_id == record.case_id), None)
+    scores = None if found is None else {"pre": found.pre, "post": found.post}
     return CaseStudy(record.case_id, record.subject, record.target_new, record.target_true, index + 1, num_edits,
                      len(run.records), continuations, scores, restored)
 

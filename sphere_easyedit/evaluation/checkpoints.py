@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..editing.session import EditSession
-from ..files import checksum_path, record_checksum, recorded_checksum, replacing, sha256_of
+from ..files import atomic_write, checksum_path, record_checksum, recorded_checksum, sha256_of
 from ..models import EditableModel
 from .run_directory import RunDirectory
 
@@ -49,7 +49,7 @@ def save_weights(editable: EditableModel, folder: Path, num_edits: int) -> None:
     weights = {editable.parameter_name(layer): editable.parameter(layer).detach().cpu().contiguous()
                for layer in editable.layers}
     path = weights_path(folder, num_edits)
-    with _with_checksum(path), replacing(path) as temporary, _disk_errors():
+    with _with_checksum(path), atomic_write(path) as temporary, _disk_errors():
         save_file(weights, temporary)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from ..files import replacing
+from ..files import atomic_write
 from ..loading import cache_folder
 from .facts import FACTS_FILE
 from .json_records import existing
@@ -110,7 +110,7 @@ def download(published: Published, target: Path) -> None:
     logger.info("downloading %s to %s", url, target)
     try:
         # The folder is made only once there is something to put into it.
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, replacing(target) as temporary:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, atomic_write(target) as temporary:
             announced = response.headers.get("Content-Length")
             with temporary.open("wb") as file:
                 shutil.copyfileobj(response, file, _CHUNK)

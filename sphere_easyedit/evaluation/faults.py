@@ -5,39 +5,18 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
 from ..callbacks import StopEditing
 from ..messages import kind_and_text
+from ..runs.schema import Skipped
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["stop", "skip"]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A fact that was left out.
-
-    Attributes:
-        place: its place in the run's facts, from 0.
-        case_id: its case.
-        num_edits: edits in the model when it was left out.
-        error: why, in one line.
-    """
-
-    place: int
-    case_id: int | str
-    num_edits: int
-    error: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """As a line of ``skipped.jsonl``."""
-        return asdict(self)
 
 
 class Skips:

@@ -19,12 +19,12 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..batching import kind_by_length
+from ..batching import length_class
 from ..editing.packing import same_states
 from ..inputs import check_inputs
 from ..messages import kind_and_text
 from ..models import frozen, input_device, logits_at, max_positions
-from ..replicas import Replicas, shared_out
+from ..replicas import Replicas, split_balanced
 from ..tokenization import continuation_ids_batch
 from .teacher_forcing import Progress
 
@@ -52,7 +52,7 @@ def generate_continuations(
     together from the first token on, so nothing is padded, and a prompt's continuation does not depend on the others;
     model and tokenizer stay as they are. A continuation is what plain forward passes over the prompt alone and each new
     token give. The model's cache is used only where it gives the same; so it isn't where a row grows past a limit from
-    which its earlier tokens get other rotary frequencies (see ``batching.kind_by_length``).
+    which its earlier tokens get other rotary frequencies (see ``batching.length_class``).
 
     Args:
         top_k: None for greedy.
@@ -91,7 +91,7 @@ def generate_continuations(
         new = _generate_all(model, distinct, max_new_tokens, top_k, ends, progress)
     else:
         shares = [([distinct[place] for place in part], max_new_tokens, top_k, ends)
-                  for part in shared_out([len(ids) + max_new_tokens for ids, _ in distinct], replicas.size)]
+                  for part in split_balanced([len(ids) + max_new_tokens for ids, _ in distinct], replicas.world_size)]
         new = {one: ids for found in replicas.run(_generate_share, shares, progress) for one, ids in found.items()}
     texts = {one: _new_text(tok, list(one[0]), ids) for one, ids in new.items()}
     return [texts[one] for one in wanted]
@@ -106,7 +106,7 @@ def _generate_all(model: nn.Module, wanted: Sequence[_Wanted], max_new_tokens: i
                   progress: Progress | None) -> dict[_Wanted, list[int]]:
     """New token ids of what is wanted, once each."""
     new: dict[_Wanted, list[int]] = {}
-    kind = kind_by_length(model.config)  # type: ignore[arg-type]
+    kind = length_class(model.config)  # type: ignore[arg-type]
 
     def kinds(one: _Wanted) -> tuple[int, int]:
         return kind(len(one[0])), kind(len(one[0]) + max_new_tokens - 1)  # the last new token is not read any more

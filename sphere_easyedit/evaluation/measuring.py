@@ -20,7 +20,8 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +29,26 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..editing.session import EditSession
-from ..files import replacing
+from ..files import atomic_write
 from ..fingerprints import model_fingerprint
 from ..models import EditableModel
 from ..reviewing import change_norms
+from ..runs.schema import METRICS, SCORES, TEXTS, AbilityEstimate, Estimate, Measurement, When, read_record
 from .datasets import EditRecord, records_fingerprint
 from .metrics import CaseScores, Protocol, evaluate_protocols, summarise
 from .perplexity import held_out_texts, perplexity
 from .references import load_references
-from .run_directory import METRICS, SCORES, TEXTS, RunDirectory, When
+from .run_directory import RunDirectory
 from .text_quality import Decoding, TextQuality, fluency_protocol, measure_text_quality, summarise_text_quality
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
-# What a line of metrics.jsonl may hold as {"mean", "ci95", "n"}.
-METRIC_NAMES = ("efficacy", "generalization", "specificity", "fluency", "consistency")
-
 # Cases whose scores are written at once: minutes of work on two cores, seconds on a GPU.
 _CHUNK = 200
 _CHUNK_OF_TEXTS = 50
+_BEFORE = f"{SCORES}/before-0.jsonl"
 
 
 @dataclass(frozen=True)
@@ -141,34 +141,41 @@ class MeasureSettings:
 
 
 @dataclass(frozen=True)
-class Point:
-    """One measurement: when, after how many edits, and on which of the run's records."""
+class DueMeasurement:
+    """A measurement that is to be made.
+
+    Attributes:
+        when: before editing, on the way, or after.
+        num_edits: edits in the model then.
+        cases: indices into the run's records, of the facts that are measured.
+    """
 
     when: When
     num_edits: int
-    cases: tuple[int, ...]  # places in the run's records
+    cases: tuple[int, ...]
 
 
-def points_after(num_edits: int, batch: int, total: int, settings: MeasureSettings) -> list[Point]:
+def points_after(num_edits: int, batch: int, total: int, settings: MeasureSettings
+                 ) -> list[DueMeasurement]:
     """What is due once a batch of so many edits has brought the model to ``num_edits`` of ``total``."""
     if num_edits == 0:
         return [point_at(0, total, settings)] if settings.before else []
     points = []
     if settings.last_batch:
-        points.append(Point("last_batch", num_edits, tuple(range(num_edits - batch, num_edits))))
+        points.append(DueMeasurement("last_batch", num_edits, tuple(range(num_edits - batch, num_edits))))
     if settings.after if num_edits == total else passed(num_edits, batch, settings.every):
         points.append(point_at(num_edits, total, settings))
     return points
 
 
-def point_at(num_edits: int, total: int, settings: MeasureSettings) -> Point:
+def point_at(num_edits: int, total: int, settings: MeasureSettings) -> DueMeasurement:
     """The measurement of the model after so many edits: on all facts before and after, else on those edited so far."""
     when = when_after(num_edits, total)
     among, wanted = (num_edits, settings.sample) if when == "during" else (total, settings.cases)
     if wanted is None or wanted >= among:
-        return Point(when, num_edits, tuple(range(among)))
+        return DueMeasurement(when, num_edits, tuple(range(among)))
     drawn = np.random.default_rng([settings.seed, among]).choice(among, wanted, replace=False)
-    return Point(when, num_edits, tuple(np.sort(drawn).tolist()))
+    return DueMeasurement(when, num_edits, tuple(np.sort(drawn).tolist()))
 
 
 def abilities_are_due(num_edits: int, batch: int, total: int, settings: AbilitySettings) -> bool:
@@ -186,22 +193,16 @@ def when_after(num_edits: int, total: int) -> When:
     return "before" if num_edits == 0 else "after" if num_edits == total else "during"
 
 
-def lines_at(lines: Sequence[dict[str, Any]], point: Point) -> dict[str, dict[str, Any]]:
-    """Those lines of ``metrics.jsonl`` that a point has, by protocol."""
-    return {line["protocol"]: line for line in lines if (line["when"], line["num_edits"]) ==
-            (point.when, point.num_edits)}
+def measured_at(measurements: Sequence[Measurement], point: DueMeasurement) -> dict[str, Measurement]:
+    """The measurements that a point has already, by protocol."""
+    return {one.protocol: one for one in measurements
+            if not one.abilities and (one.when, one.num_edits) == (point.when, point.num_edits)}
 
 
-def perplexity_of(line: Mapping[str, Any]) -> float | None:
-    """The perplexity that goes with a line of ``metrics.jsonl``; None where none was measured."""
-    found: float | None = (line.get("watched") or {}).get("perplexity")
-    return found
-
-
-def abilities_at(lines: Sequence[Mapping[str, Any]], num_edits: int) -> dict[str, dict[str, Any]]:
-    """General abilities in ``metrics.jsonl`` after so many edits, by task."""
-    return {task: score for line in lines if line["num_edits"] == num_edits
-            for task, score in line.get("abilities", {}).items()}
+def abilities_at(measurements: Sequence[Measurement], num_edits: int) -> dict[str, AbilityEstimate]:
+    """General abilities after so many edits, by task."""
+    return {task: estimate for one in measurements if one.num_edits == num_edits
+            for task, estimate in one.abilities.items()}
 
 
 class Measurer:
@@ -214,6 +215,10 @@ class Measurer:
         settings: what is measured.
         run: where it is written.
         progress: told how far a measurement is.
+        on_measured: called with each measurement once it is written.
+
+    Attributes:
+        measurements: all of the run so far, those of earlier processes included.
 
     Raises:
         ImportError: general abilities are to be measured, and lm-eval is missing.
@@ -222,9 +227,11 @@ class Measurer:
     """
 
     def __init__(self, editable: EditableModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord],
-                 settings: MeasureSettings, run: RunDirectory, progress: Progress) -> None:
+                 settings: MeasureSettings, run: RunDirectory, progress: Progress,
+                 on_measured: Callable[[Measurement], None] | None = None) -> None:
         self._editable, self._tok, self._records = editable, tok, records
-        self._settings, self._run, self._progress = settings, run, progress
+        self._settings, self._run, self._progress, self._on_measured = settings, run, progress, on_measured
+        self._scores: dict[str, dict[tuple[str, int], CaseScores]] = {}  # by file, those of before and the latest
         if len(settings.protocols) > 1 and "easyedit" in settings.protocols and any(
                 record.dataset == "zsre" for record in records):
             raise ValueError(f"protocols are {', '.join(settings.protocols)}, but 'easyedit' edits other targets into "
@@ -238,45 +245,57 @@ class Measurer:
 
             check_abilities(editable.model, tok, settings.abilities.tasks, **settings.abilities.asked())
 
-    def measure(self, point: Point) -> None:
-        """Measure at a point what ``metrics.jsonl`` does not have: lines, or what lines lack (see ``_lacking``)."""
-        lines = self._run.lines(METRICS)
-        written = lines_at(lines, point)
-        missing = [protocol for protocol in self._settings.protocols if protocol not in written]
-        lacking = [written[protocol] for protocol in self._settings.protocols
-                   if protocol in written and self._lacking(written[protocol], point)]
+    @cached_property
+    def measurements(self) -> list[Measurement]:
+        return self._run.measurements()
+
+    def _add(self, measurement: Measurement) -> None:
+        self._run.append(METRICS, measurement.to_dict())
+        self.measurements.append(measurement)
+        if self._on_measured is not None:
+            self._on_measured(measurement)
+
+    def measure(self, point: DueMeasurement) -> None:
+        """Measure at a point what is missing: whole measurements, or parts of them (see ``_lacks``)."""
+        written = measured_at(self.measurements, point)
+        protocols = self._settings.protocols
+        missing = [protocol for protocol in protocols if protocol not in written]
+        lacking = [written[protocol] for protocol in protocols
+                   if protocol in written and self._lacks(written[protocol], point)]
         if not missing and not lacking:
             return
         started = time.perf_counter()
         scores = self.scores(point) if missing else {}
-        watched = self._watched()
+        perplexity, norms = self._perplexity(), self._change_norms()
         quality = self._text_quality(point)
         seconds = time.perf_counter() - started
         if lacking:
-            for line in lacking:
-                line |= {name: one for name, one in quality.items() if name not in line}
-                # One that is there stays, on whatever text it was measured.
-                if watched["perplexity"] is not None and perplexity_of(line) is None:
-                    line["watched"] = {**(line.get("watched") or {}), "perplexity": watched["perplexity"]}
-            self._run.write_lines(METRICS, lines)
+            # What is there stays, however it was measured.
+            completed = {id(one): replace(one, metrics={**one.metrics, **{name: found for name, found in quality.items()
+                                                                          if name not in one.metrics}},
+                                          perplexity=perplexity if one.perplexity is None else one.perplexity)
+                         for one in lacking}
+            self.measurements[:] = [completed.get(id(one), one) for one in self.measurements]
+            self._run.write_lines(METRICS, [one.to_dict() for one in self.measurements])
         for protocol in missing:
-            line = {"num_edits": point.num_edits, "when": point.when, "protocol": protocol, "cases": len(point.cases)}
-            self._run.append(METRICS, line | dict(summarise(scores[protocol], self._settings.seed)) | quality
-                             | {"watched": watched, "seconds": seconds})
+            found = summarise(scores[protocol], self._settings.seed)
+            metrics = {name: read_record(Estimate, one, name) for name, one in found.items()} | quality
+            self._add(Measurement(point.num_edits, point.when, protocol, metrics, perplexity, norms, len(point.cases),
+                                  seconds=seconds))
             seconds = 0.0  # all protocols were measured at once
 
-    def _lacking(self, line: Mapping[str, Any], point: Point) -> bool:
-        """Whether a line has no perplexity, fluency or consistency, which is asked for."""
+    def _lacks(self, found: Measurement, point: DueMeasurement) -> bool:
+        """Whether a measurement has no perplexity, fluency or consistency, which is asked for."""
         wanted = set()
         if any(self._records[case].generation_prompts for case in point.cases):
             wanted = ({"fluency"} if self._settings.decoding is not None else set()) | (
                 {"consistency"} if self._references is not None else set())
-        return not wanted <= line.keys() or (self._texts is not None and perplexity_of(line) is None)
+        return not wanted <= found.metrics.keys() or (self._texts is not None and found.perplexity is None)
 
     def measure_abilities(self, when: When, num_edits: int) -> None:
         """Measure those of the general abilities that are not written down already."""
         settings = self._settings.abilities
-        measured = abilities_at(self._run.lines(METRICS), num_edits)
+        measured = abilities_at(self.measurements, num_edits)
         tasks = [task for task in settings.tasks if task not in measured]
         if not tasks:
             return
@@ -286,21 +305,18 @@ class Measurer:
         found = general_abilities(self._editable.model, self._tok, tasks, **settings.asked(),
                                   progress=lambda task, done, total: self._progress(when, done, total))
         protocols = sorted({score.protocol for score in found.values()})
-        self._run.append(METRICS, {
-            "num_edits": num_edits, "when": when, "protocol": "; ".join(protocols),
-            "abilities": {task: score.to_dict() for task, score in found.items()},
-            "seconds": time.perf_counter() - started})
+        self._add(Measurement(
+            num_edits, when, "; ".join(protocols), seconds=time.perf_counter() - started,
+            abilities={task: read_record(AbilityEstimate, score.to_dict(), task) for task, score in found.items()}))
 
-    def scores(self, point: Point) -> dict[Protocol, list[CaseScores]]:
+    def scores(self, point: DueMeasurement) -> dict[Protocol, list[CaseScores]]:
         """Scores of a point's cases by protocol, from its file as far as that goes, and measured from there on."""
         name = f"{SCORES}/{point.when}-{point.num_edits}.jsonl"
         shared = self._shared() if point.when == "before" and not self._run.has(name) else None
         if shared is not None and shared.exists():
             logger.info("the unedited model was measured on these facts before: %s", shared)
             self._run.write_text(name, shared.read_text(encoding="utf-8"))
-        protocols = self._settings.protocols
-        self._run.keep_whole_lines(name)
-        known = {(line["protocol"], line["case_id"]): CaseScores.from_dict(line) for line in self._run.lines(name)}
+        protocols, known = self._settings.protocols, self._known_scores(name)
         records = [self._records[case] for case in point.cases]
         unedited = self._unedited(point)
         for start in range(0, len(records), _CHUNK):
@@ -316,13 +332,13 @@ class Measurer:
             found = evaluate_protocols(self._editable.model, self._tok, chunk, protocols, unedited, progress=report)
             fresh = {(one.protocol, one.case_id): one for scores in found.values() for one in scores}
             self._run.append_text(name, _lines(one for key, one in fresh.items() if key in missing))
-            known |= fresh
+            known.update(fresh)
         if shared is not None and not shared.exists():
-            with replacing(shared) as temporary:
+            with atomic_write(shared) as temporary:
                 temporary.write_bytes((self._run.path / name).read_bytes())
         return {protocol: [known[protocol, record.case_id] for record in records] for protocol in protocols}
 
-    def _text_quality(self, point: Point) -> dict[str, Any]:
+    def _text_quality(self, point: DueMeasurement) -> dict[str, Estimate]:
         """Fluency and consistency of a point's cases that have generation prompts, with their protocols."""
         decoding = self._settings.decoding
         records = [self._records[case] for case in point.cases if self._records[case].generation_prompts]
@@ -343,22 +359,32 @@ class Measurer:
             self._run.append_text(name, _lines(found))
             self._progress(point.when, len(records) - len(missing) + start + len(found), len(records))
         summary = summarise_text_quality([known[record.case_id] for record in records], self._settings.seed)
-        return {name: {**one, "protocol": protocols[name]} for name, one in summary.items() if one["n"]}
+        return {name: read_record(Estimate, {**one, "protocol": protocols[name]}, name)
+                for name, one in summary.items() if one["n"]}
 
-    def _unedited(self, point: Point) -> Mapping[int, CaseScores] | None:
+    def _known_scores(self, name: str) -> dict[tuple[str, int], CaseScores]:
+        """Scores that are in a file, by protocol and case_id, read once."""
+        if name not in self._scores:
+            self._run.keep_whole_lines(name)
+            self._scores = {kept: found for kept, found in self._scores.items() if _BEFORE in (kept, name)}
+            self._scores[name] = {(line["protocol"], line["case_id"]): CaseScores.from_dict(line)
+                                  for line in self._run.lines(name)}
+        return self._scores[name]
+
+    def _unedited(self, point: DueMeasurement) -> Mapping[int, CaseScores] | None:
         """What the unedited model said, by case_id, where a protocol compares with it."""
         if "easyedit" not in self._settings.protocols or point.when == "before":
             return None
-        return {line["case_id"]: CaseScores.from_dict(line) for line in self._run.lines(f"{SCORES}/before-0.jsonl")
-                if line["protocol"] == "easyedit"}
+        return {case: found for (protocol, case), found in self._known_scores(_BEFORE).items()
+                if protocol == "easyedit"}
 
-    def _watched(self) -> dict[str, Any]:
-        session = EditSession.of(self._editable.model)
-        found: float | None = None
-        if self._texts is not None:
-            found = perplexity(self._editable.model, self._tok, self._texts, self._settings.text_tokens).perplexity
-        norms = change_norms(self._editable.weights(), session.original)
-        return {"perplexity": found, "update_norms": {str(layer): norm for layer, norm in norms.items()}}
+    def _perplexity(self) -> float | None:
+        if self._texts is None:
+            return None
+        return perplexity(self._editable.model, self._tok, self._texts, self._settings.text_tokens).perplexity
+
+    def _change_norms(self) -> dict[int, float]:
+        return change_norms(self._editable.weights(), EditSession.of(self._editable.model).original)
 
     def _shared(self) -> Path | None:
         """Where other runs look for what this one measures before editing."""

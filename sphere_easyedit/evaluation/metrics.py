@@ -14,12 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..inputs import check_inputs
 from ..models import max_positions
+from ..runs.schema import FACT_METRICS, MetricName
 from .bootstrap import MetricSummary, summary_of
 from .datasets import EditRecord
 from .protocols import (
-    METRICS,
     RULES,
-    MetricName,
     PromptScore,
     Protocol,
     Question,
@@ -183,9 +182,9 @@ def _case_scores(record: EditRecord, protocol: Protocol, answers: Mapping[Metric
         said = tuple(answer[0].said for answer in answers["specificity"])
         before = said if unedited is None else _said_before(record, protocol, said, unedited)
         found["specificity"] = [PromptScore(agreement(*pair)) for pair in zip(said, before, strict=True)]
-    values = {metric: tuple(score.value for score in found[metric]) for metric in METRICS}
+    values = {metric: tuple(score.value for score in found[metric]) for metric in FACT_METRICS}
     magnitudes = {metric: tuple(score.magnitude for score in found[metric] if score.magnitude is not None)
-                  for metric in METRICS}
+                  for metric in FACT_METRICS}
     return CaseScores(
         case_id=record.case_id,
         dataset=record.dataset,
@@ -251,7 +250,7 @@ def summarise(scores: Sequence[CaseScores], seed: int = 0, resamples: int = 1000
     if len(protocols) > 1:
         raise ValueError(f"scores are of the protocols {', '.join(protocols)}: summarise each on its own")
     values: dict[str, list[float | None]] = {
-        metric: [getattr(score, metric) for score in scores] for metric in METRICS}
+        metric: [getattr(score, metric) for score in scores] for metric in FACT_METRICS}
     if any(score.efficacy_magnitudes for score in scores):
-        values |= {f"{metric}_magnitude": [score.magnitude(metric) for score in scores] for metric in METRICS}
+        values |= {f"{metric}_magnitude": [score.magnitude(metric) for score in scores] for metric in FACT_METRICS}
     return {name: summary_of(cases, 100.0, seed, resamples) for name, cases in values.items()}

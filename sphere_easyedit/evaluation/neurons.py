@@ -33,8 +33,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from ..core.rows import row_norms, unit_rows
-from ..files import replacing
+from ..core.tensors import check_norms, row_norms, unit_rows
+from ..files import atomic_write
 from ..projection import FLOAT64_SIDE
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class NeuronRecord:
                    for layer, found in self.layers.items() for name, field, _ in _TENSORS}
         described = {"format": _FORMAT, "num_edits": self.num_edits, "seed": self.seed, "gamma": self.gamma,
                      "d_in": {str(layer): found.d_in for layer, found in self.layers.items()}}
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata={_METADATA: json.dumps(described)})
 
     @classmethod
@@ -216,7 +216,8 @@ def directed_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the weight holds nan or infinity.
     """
-    norms = row_norms(weight)
+    norms = row_norms(weight, _BLOCK_ROWS)
+    check_norms("weight", norms)
     numbers = (norms > 0).nonzero()[:, 0]
     work = torch.float64 if len(numbers) <= FLOAT64_SIDE else torch.float32
     return unit_rows(weight, norms, numbers, work), numbers
@@ -237,7 +238,7 @@ def cosine_blocks(unit: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 def _directions(rows: Tensor) -> Tensor:
     """Unit rows in float64; zero rows stay zero."""
-    return unit_rows(rows, row_norms(rows), slice(None), torch.float64)
+    return unit_rows(rows, row_norms(rows, _BLOCK_ROWS), slice(None), torch.float64)
 
 
 def _distribution(weight: Tensor, unit: Tensor, gamma: float) -> _Distribution:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..inputs import check_inputs
 from ..models import frozen, input_device, max_positions
-from ..replicas import Replicas, shared_out
+from ..replicas import Replicas, split_balanced
 from ..tokenization import leading_special_ids
 from .teacher_forcing import TOKENS_PER_PLACE, Progress, fast_token_budget
 
@@ -108,7 +108,7 @@ def perplexity(
         total = _sum_of_windows(model, windows, at_once, skipped, progress)
     else:
         shares = [([windows[place] for place in part], at_once, skipped)
-                  for part in shared_out([len(one) for one in windows], replicas.size)]
+                  for part in split_balanced([len(one) for one in windows], replicas.world_size)]
         total = math.fsum(replicas.run(_share_of_windows, shares, progress))
     nll = total / tokens
     try:

@@ -67,17 +67,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, Literal, get_args
+from typing import Final, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from ..runs.schema import MetricName
 from ..tokenization import continuation_ids_batch
 from .datasets import EditRecord
 from .teacher_forcing import Row, RowScore
 
 Protocol = Literal["paper", "rome", "easyedit"]
-MetricName = Literal["efficacy", "generalization", "specificity"]
-METRICS: Final[tuple[MetricName, ...]] = get_args(MetricName)
 
 
 @dataclass(frozen=True)

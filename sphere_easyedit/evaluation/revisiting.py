@@ -12,26 +12,36 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..callbacks import EditEvent
+from ..callbacks import EditCallback, EditEvent, MeasureEvent, RunState
 from ..editing.session import EditSession
 from ..hparams import SPHEREHyperParams
+from ..runs.schema import (
+    METRICS,
+    NEURONS,
+    SCORES,
+    SKIPPED,
+    SPACES,
+    SUMMARY,
+    Measurement,
+    Skipped,
+    Summary,
+    read_record,
+)
 from .checkpoints import put_weights, saved_weights
 from .datasets import EditRecord, load_records, records_fingerprint, with_protocol_targets
 from .measuring import (
     AbilitySettings,
+    DueMeasurement,
     Measurer,
     MeasureSettings,
-    Point,
     Progress,
     abilities_at,
-    lines_at,
-    perplexity_of,
+    measured_at,
     point_at,
     when_after,
 )
 from .neurons import NeuronRecord, NeuronWatch
-from .run_directory import METRICS, NEURONS, SCORES, SKIPPED, SPACES, SUMMARY, RunDirectory
-from .run_records import RunRecords
+from .run_directory import RunDirectory
 from .spaces import SpaceTracker, covers, read_spaces_csv
 
 logger = logging.getLogger(__name__)
@@ -66,14 +76,16 @@ class EditedRun:
             raise ValueError(f"the facts of {path} are not in its data set any more: {config['run']['data']} has "
                              "changed since")
         # Refused before editing or left out at it; the summary has both, but only once the run has ended.
-        skipped = {line["case_id"] for line in self.directory.lines(SKIPPED)}
-        left_out, ended = self._end()
-        self.records = [record for record in records if record.case_id not in skipped | left_out]
-        self.last = len(self.records) if ended is None else ended
+        skipped = {one.case_id for one in self.directory.records(SKIPPED, Skipped)}
+        summary = self._summary()
+        if summary is not None:
+            skipped |= {one.case_id for one in summary.skipped}
+        self.records = [record for record in records if record.case_id not in skipped]
+        self.last = len(self.records) if summary is None else summary.num_edits
 
     def measure(self, model: nn.Module, tok: PreTrainedTokenizerBase, at: Sequence[int], settings: MeasureSettings,
-                progress: Progress | None = None) -> list[dict[str, Any]]:
-        """Measure the model after so many edits, and add the lines to ``metrics.jsonl`` that are not there.
+                progress: Progress | None = None, callbacks: Sequence[EditCallback] = ()) -> list[Measurement]:
+        """Measure the model after so many edits, and add what is not there to ``metrics.jsonl``.
 
         What is there stays, and a warning says where it may be something else than what is asked for now.
 
@@ -84,19 +96,25 @@ class EditedRun:
             settings: what to measure. With ``before`` and ``after`` off facts are left alone, and general abilities
                 measured alone.
             progress: told how far a measurement is.
+            callbacks: told of each measurement (``on_measured``).
 
         Returns:
-            The lines at these numbers of edits, those included that were there before. Protocol ``easyedit`` measures
-            the unedited model too, if that was not done.
+            The measurements at these numbers of edits, those included that were there before. Protocol ``easyedit``
+            measures the unedited model too, if that was not done.
 
         Raises:
             ValueError: weights were not kept, or are of another model, or what was measured before is damaged.
         """
-        if self.directory.has(METRICS):
-            RunRecords.read(self.directory.path)  # which names the line that is not of its form
         editable = self.hparams.editable(model)
         EditSession.of(model).bind(editable, self.hparams)  # takes note of the original weights
-        measurer = Measurer(editable, tok, self.records, settings, self.directory, progress or (lambda *_: None))
+        config = self.directory.read_config()
+
+        def tell(measurement: Measurement) -> None:
+            run = RunState(self.directory.path, config, measurements=measurer.measurements)
+            for callback in callbacks:
+                callback.on_measured(MeasureEvent(run, measurement=measurement))
+
+        measurer = Measurer(editable, tok, self.records, settings, self.directory, progress or (lambda *_: None), tell)
         # The unedited model's scores are what protocol easyedit compares with.
         numbers = sorted({*at, *([0] if "easyedit" in settings.protocols else [])})
         with self.directory.locked():
@@ -105,60 +123,56 @@ class EditedRun:
                     put_weights(editable, self.directory.checkpoints, num_edits)
                 if settings.before or settings.after:
                     point = self._point(num_edits, settings)
-                    self._warn_of_facts(point, settings)
+                    self._warn_of_facts(point, settings, measurer.measurements)
                     measurer.measure(point)
                 if settings.abilities.tasks:
-                    self._warn_of_abilities(num_edits, settings.abilities)
+                    self._warn_of_abilities(num_edits, settings.abilities, measurer.measurements)
                     measurer.measure_abilities(when_after(num_edits, self.last), num_edits)
-        return [line for line in self.directory.lines(METRICS) if line["num_edits"] in numbers]
+        return [one for one in measurer.measurements if one.num_edits in numbers]
 
-    def _end(self) -> tuple[set[Any], int | None]:
-        """Of a run that has ended: case_ids that it left out, and its last number of edits."""
+    def _summary(self) -> Summary | None:
         if not self.directory.has(SUMMARY):
-            return set(), None
-        summary = self.directory.read_json(SUMMARY)
-        try:
-            left_out, last = {one["case_id"] for one in summary.get("skipped", ())}, summary["num_edits"]
-            if type(last) is not int or last < 1:
-                raise ValueError(f"num_edits is {last!r}")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.directory.path / SUMMARY} is no summary of a run ({type(error).__name__}: {error})"
-                             ": it was changed by hand or damaged") from error
-        return left_out, last
+            return None
+        where = f"{self.directory.path / SUMMARY} is no summary of a run"
+        summary = read_record(Summary, self.directory.read_json(SUMMARY), where)
+        if summary.num_edits < 1:
+            raise ValueError(f"{where}: num_edits is {summary.num_edits}: it was changed by hand or damaged")
+        return summary
 
-    def _point(self, num_edits: int, settings: MeasureSettings) -> Point:
+    def _point(self, num_edits: int, settings: MeasureSettings) -> DueMeasurement:
         if num_edits:
             return point_at(num_edits, self.last, settings)
         # Whatever facts another point is measured on, protocol easyedit compares them with what is said here.
         every = replace(settings, cases=None) if "easyedit" in settings.protocols else settings
         return point_at(0, len(self.records), every)
 
-    def _warn_of_facts(self, point: Point, settings: MeasureSettings) -> None:
-        """Say what a point's lines keep to, though it is asked for otherwise or can't be told."""
-        name = f"{SCORES}/{point.when}-{point.num_edits}.jsonl"
-        scores = self.directory.lines(name)
+    def _warn_of_facts(self, point: DueMeasurement, settings: MeasureSettings, measurements: Sequence[Measurement]
+                       ) -> None:
+        """Warn of what a point's measurements keep to, though it is asked for otherwise or can't be told."""
+        scores = self.directory.lines(f"{SCORES}/{point.when}-{point.num_edits}.jsonl")
         asked = {self.records[case].case_id for case in point.cases}
         whole = len(asked) == (point.num_edits or len(self.records))
-        for protocol, line in lines_at(self.directory.lines(METRICS), point).items():
+        for protocol, found in measured_at(measurements, point).items():
             if protocol not in settings.protocols:
                 continue
             known = {one.get("case_id") for one in scores if one.get("protocol") == protocol}
-            cases = line.get("cases", len(asked))
+            cases = len(asked) if found.cases is None else found.cases
             if (cases != len(asked) and not (whole and cases > len(asked))) or (known and not asked <= known):
                 self._warn(f"{protocol} after {point.num_edits} edits", f"on {cases} facts, which are not the "
                            f"{len(asked)} asked for")
-            if settings.text is not None and perplexity_of(line) is not None:
+            if settings.text is not None and found.perplexity is not None:
                 self._warn(f"perplexity after {point.num_edits} edits", "on whatever text it was measured")
             asked_of_texts = {"fluency": settings.decoding, "consistency": settings.references}
             for quality, how in asked_of_texts.items():
-                if how is not None and quality in line:
-                    self._warn(f"{quality} after {point.num_edits} edits", f"by {line[quality].get('protocol')}")
+                if how is not None and quality in found.metrics:
+                    self._warn(f"{quality} after {point.num_edits} edits", f"by {found.metrics[quality].protocol}")
 
-    def _warn_of_abilities(self, num_edits: int, settings: AbilitySettings) -> None:
-        for task, score in abilities_at(self.directory.lines(METRICS), num_edits).items():
+    def _warn_of_abilities(self, num_edits: int, settings: AbilitySettings, measurements: Sequence[Measurement]
+                           ) -> None:
+        for task, found in abilities_at(measurements, num_edits).items():
             if task in settings.tasks:
-                self._warn(f"{task} after {num_edits} edits", f"on {score.get('n')} records, {score.get('shots')} "
-                           f"examples, by {score.get('protocol')}")
+                self._warn(f"{task} after {num_edits} edits", f"on {found.n} records, {found.shots} examples, by "
+                           f"{found.protocol}")
 
     def _warn(self, what: str, how: str) -> None:
         logger.warning("%s has %s already, %s: it stays. Remove its line to have it measured anew",

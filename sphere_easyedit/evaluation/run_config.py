@@ -14,14 +14,15 @@ from torch import nn
 from ..editing.session import EditSession
 from ..hparams import SPHEREHyperParams
 from ..replicas import Replicas
-from .run_directory import CONFIG, RunDirectory
+from ..runs.schema import CONFIG
+from .run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("sphere-easyedit", "torch", "transformers", "numpy", "scipy", "safetensors", "tokenizers")
 # Entries of config.yaml's "run" that must be the same where a run is resumed: they decide about bits, or about which
 # numbers stand side by side.
-_FIXED: Final = ("records", "batch_size", "checkpoint_every", "follows")
+_FIXED: Final = ("records", "batch_size", "checkpoint_every")
 # Hyperparameters that say where things lie, and change no bits.
 _ELSEWHERE: Final = ("device", "stats_dir", "state_memory", "state_folder")
 _FIXED_MEASURES: Final = ("protocols", "before", "cases", "sample", "seed", "text", "text_tokens", "decoding",
@@ -50,7 +51,7 @@ def run_config(model: nn.Module, hparams: SPHEREHyperParams, run: Mapping[str, A
                   "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
                   "context_templates": EditSession.of(model).contexts},
         "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(),
-                    "processes": 1 if replicas is None else replicas.size,
+                    "processes": 1 if replicas is None else replicas.world_size,
                     "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
     }
 
@@ -70,6 +71,7 @@ def check_same_run(run: RunDirectory, config: Mapping[str, Any]) -> bool:
         pairs = {f"hyperparameter {name}": (hparams_then.get(name), value)
                  for name, value in config["hparams"].items() if name not in _ELSEWHERE}
         pairs |= {name: (was["run"].get(name), config["run"][name]) for name in _FIXED}
+        pairs["follows"] = (was["run"].get("follows"), None)  # removed: PRUNE took another run's weights
         pairs |= {f"measure.{name}": (was["run"]["measure"].get(name), config["run"]["measure"][name])
                   for name in _FIXED_MEASURES}
         if "callbacks" in was["run"]:  # older runs did not write them down

@@ -9,20 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-from ..files import place_in, remove_leftovers, replacing
+from ..files import atomic_write, path_within, remove_partial_files
+from ..runs.schema import CONFIG, FILES, METRICS, Count, Measurement, read_record
 from ..safe_yaml import read_yaml
 
-# On what a run was measured: all facts before or after, those so far, those of the last batch (see `measuring`).
-When = Literal["before", "during", "last_batch", "after"]
-
-CONFIG, EDITS, METRICS, SUMMARY = "config.yaml", "edits.jsonl", "metrics.jsonl", "summary.json"
-ENERGY, CASES, EXAMPLES = "energy.csv", "cases.jsonl", "examples.json"
-SPACES, NEURONS, SKIPPED, GUARD = "spaces.csv", "neurons.safetensors", "skipped.jsonl", "guard.json"
-CONFLICTS, SCORES, TEXTS = "conflicts.json", "scores", "texts"  # the latter two are folders
-_NAMES = (CONFIG, EDITS, METRICS, SUMMARY, ENERGY, CASES, EXAMPLES, SPACES, NEURONS, SKIPPED, GUARD, CONFLICTS, SCORES,
-          TEXTS)
+_R = TypeVar("_R")
 _OF_CHECKPOINTS = ("weights-", "session-")  # names in the folder of checkpoints begin so
 _CHUNK = 1 << 16  # bytes
 
@@ -55,7 +48,7 @@ class RunDirectory:
         Raises:
             ValueError: it leads out of the directory, by its name or by a symbolic link.
         """
-        return place_in(self.path, name, "the run directory")
+        return path_within(self.path, name, "the run directory")
 
     def check_places(self) -> None:
         """Refuse a directory one of whose names leads out of it; to be called before anything is done there.
@@ -63,7 +56,7 @@ class RunDirectory:
         Raises:
             ValueError: names the first that does.
         """
-        for name in _NAMES:
+        for name in FILES:
             self.place(name)
 
     @contextmanager
@@ -90,13 +83,13 @@ class RunDirectory:
     def _remove_leftovers(self) -> None:
         linked = self.checkpoints.is_symlink()
         for folder in (self.path, *(path for path in self.path.iterdir() if path.is_dir() and not path.is_symlink())):
-            remove_leftovers(folder)
+            remove_partial_files(folder)
         for beginning in _OF_CHECKPOINTS if linked else ():  # other programs may keep theirs on that disk
-            remove_leftovers(self.checkpoints, beginning)
+            remove_partial_files(self.checkpoints, beginning)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a whole file, or leave the one before it."""
-        with replacing(self.place(name)) as temporary:
+        with atomic_write(self.place(name)) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -170,7 +163,25 @@ class RunDirectory:
         if not target.exists():
             return []
         raw = target.read_bytes().split(b"\n")[:-1]  # what stands behind the last line break is torn, or nothing
-        return [parse_line(target, number, text) for number, text in enumerate(raw, start=1)]
+        return [_parsed(target, number, text) for number, text in enumerate(raw, start=1)]
+
+    def records(self, name: str, kind: type[_R]) -> list[_R]:
+        """All whole lines of a JSONL file as records of ``runs.schema``; none where it is absent.
+
+        Raises:
+            ValueError: a line is no such record.
+        """
+        return [read_record(kind, line, f"{self.path / name}, line {number}")
+                for number, line in enumerate(self.lines(name), start=1)]
+
+    def measurements(self) -> list[Measurement]:
+        """All whole lines of ``metrics.jsonl``.
+
+        Raises:
+            ValueError: a line is no measurement.
+        """
+        return [Measurement.from_dict(line, f"{self.path / METRICS}, line {number}")
+                for number, line in enumerate(self.lines(METRICS), start=1)]
 
     def keep_whole_lines(self, name: str) -> None:
         """Drop a JSONL file's last line if it was torn."""
@@ -181,9 +192,10 @@ class RunDirectory:
         """Drop a JSONL file's lines of more edits than these; a file that is absent stays so."""
         if not self.has(name):
             return
-        kept = [line for number, line in enumerate(self.lines(name), start=1)
-                if _edits(line, f"{self.path / name}, line {number}") <= num_edits]
-        self.write_lines(name, kept)
+        edits = [read_record(Count, line.get("num_edits"), f"{self.path / name}, line {number}: num_edits")
+                 for number, line in enumerate(self.lines(name), start=1)]
+        self.write_lines(name, [line for line, found in zip(self.lines(name), edits, strict=True)
+                                if found <= num_edits])
 
 
 def _whole_lines(stream: FileIO) -> int:
@@ -199,14 +211,7 @@ def _whole_lines(stream: FileIO) -> int:
     return 0
 
 
-def _edits(line: Mapping[str, Any], where: str) -> int:
-    found = line.get("num_edits")
-    if isinstance(found, bool) or not isinstance(found, int):
-        raise ValueError(f"{where}: num_edits is {found!r}, not a count: it was changed by hand or damaged")
-    return found
-
-
-def parse_line(path: Path, number: int, text: bytes) -> dict[str, Any]:
+def _parsed(path: Path, number: int, text: bytes) -> dict[str, Any]:
     """A line of a JSONL file.
 
     Raises:

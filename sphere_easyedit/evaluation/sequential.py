@@ -8,7 +8,6 @@ bits depends on when the process was started.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import resource
 import sys
@@ -23,44 +22,31 @@ import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..callbacks import EditCallback, EditEvent, HETracker, StopEditing, read_energy_csv
+from ..callbacks import (
+    EditCallback,
+    EditEvent,
+    HETracker,
+    MeasureEvent,
+    RunState,
+    StopEditing,
+    read_energy_csv,
+)
 from ..editing.executors import tokenize_batch
 from ..editing.requests import EditRequest
 from ..editing.session import EditSession
 from ..fingerprints import weights_checksum
 from ..hparams import SPHEREHyperParams, check_hparams
-from ..inputs import check_parameters, check_tokenizer, ordinary_torch
+from ..inputs import check_parameters, check_tokenizer, default_torch_settings
 from ..messages import kind_and_text
 from ..models import EditableModel
-from ..wrapper import Executor, apply_sphere_to_model, prepare_method, read_requests
-from .checkpoints import resumable, resume_from, save_checkpoint, save_weights, thin_out
-from .conflicts import find_conflicts
-from .datasets import EditRecord, records_fingerprint
-from .faults import OnError, Skipped, Skips, edit_around_faults, enough_tries
-from .following import FollowedWeights
-from .generation import generate_continuations
-from .measuring import (
-    METRIC_NAMES,
-    Measurer,
-    MeasureSettings,
-    Point,
-    Progress,
-    abilities_are_due,
-    passed,
-    point_at,
-    points_after,
-    when_after,
-)
-from .metrics import CaseScores, Protocol, edit_efficacy
-from .neurons import NeuronWatch
-from .run_config import check_same_run, run_config
-from .run_directory import (
+from ..runs.schema import (
     CASES,
     CONFIG,
     CONFLICTS,
     EDITS,
     ENERGY,
     EXAMPLES,
+    FACT_METRICS,
     METRICS,
     NEURONS,
     SCORES,
@@ -68,10 +54,39 @@ from .run_directory import (
     SPACES,
     SUMMARY,
     TEXTS,
-    RunDirectory,
+    BatchRecord,
+    CaseRecord,
+    Measurement,
+    Skipped,
+    SkippedCase,
+    Summary,
     When,
+    estimates_to_dict,
+    read_record,
 )
-from .spaces import SpaceTracker
+from ..wrapper import apply_sphere_to_model, prepare_method, read_requests
+from .checkpoints import resumable, resume_from, save_checkpoint, save_weights, thin_out
+from .conflicts import find_conflicts
+from .datasets import EditRecord, records_fingerprint
+from .faults import OnError, Skips, edit_around_faults, enough_tries
+from .generation import generate_continuations
+from .measuring import (
+    DueMeasurement,
+    Measurer,
+    MeasureSettings,
+    Progress,
+    abilities_are_due,
+    passed,
+    point_at,
+    points_after,
+    when_after,
+)
+from .metrics import CaseScores, edit_efficacy
+from .neurons import NeuronWatch
+from .run_config import check_same_run, run_config
+from .run_directory import RunDirectory
+from .run_records import read_state
+from .spaces import SpaceTracker, read_spaces_csv
 
 logger = logging.getLogger(__name__)
 
@@ -82,18 +97,16 @@ class RunSettings:
 
     Attributes:
         output: run directory; must be empty or absent, unless ``resume``.
-        batch_size: edits a batch.
-        examples: so many cases' greedy continuations are kept from before and after editing.
+        batch_size: edits per batch.
+        examples: number of cases whose greedy continuations are kept from before and after editing.
         described: further entries for ``config.yaml`` (data set, seed, command ...).
         measure: what is measured, and when.
         resume: go on from the directory's last checkpoint; a directory without one begins from the start.
-        checkpoint_every: a checkpoint is written after the first batch with which so many edits have come since the
-            last one. What was edited since then is what a killed run does again.
-        keep_checkpoints: so many of the newest are kept; 0 keeps all.
-        keep_weights_every: weights (not sessions) are kept for good after every so many edits; None for none but the
-            last. They are what ``evaluate --at`` and exports start from.
-        follows: directory of a finished run of MEMIT with the same facts and batches, all of whose weights were kept:
-            PRUNE restrains that run's weights in place of editing anew. It edits as MEMIT does.
+        checkpoint_every: least number of edits between two checkpoints. A killed run repeats what it edited since the
+            last one.
+        keep_checkpoints: number of recent checkpoints to keep (0 = all).
+        keep_weights_every: keep the weights (without the session) for good at this interval, in edits; None keeps the
+            last ones only. ``evaluate --at`` and exports start from them.
         on_error: ``skip`` leaves out edits that can't be made, and lists them in ``summary.json``; ``stop`` ends the
             run, naming them. Either looks for them by bisection.
     """
@@ -107,7 +120,6 @@ class RunSettings:
     checkpoint_every: int = 10
     keep_checkpoints: int = 1
     keep_weights_every: int | None = None
-    follows: Path | None = None
     on_error: OnError = "stop"
 
     def __post_init__(self) -> None:
@@ -118,9 +130,6 @@ class RunSettings:
                 raise ValueError(f"{name} is {value}; give at least {least}")
         if self.on_error not in get_args(OnError):
             raise ValueError(f"on_error is {self.on_error!r}: give stop or skip")
-        if self.on_error == "skip" and self.follows is not None:
-            raise ValueError("on_error is 'skip', but the run follows another, which has edited all of its facts: "
-                             "leave one out")
 
 
 @dataclass(frozen=True)
@@ -132,7 +141,7 @@ class RunResult:
     generations: list[tuple[str, str, str]]  # prompt, before, after
 
 
-@ordinary_torch()
+@default_torch_settings()
 def run_sequential(
     model: nn.Module,
     tok: PreTrainedTokenizerBase,
@@ -150,7 +159,8 @@ def run_sequential(
         records: in the order of editing.
         hparams: method and settings.
         settings: where to write, how large a batch is, what to measure.
-        callbacks: told of every batch, before it is written down: a batch that one of them undoes leaves no line.
+        callbacks: told of every batch, before it is written down (a batch that one of them undoes leaves no line), of
+            what was measured, and of the run's end.
         progress: called with a phase ("before", "editing", "during" ...), and how much of it is done.
 
     Raises:
@@ -176,14 +186,12 @@ def run_sequential(
         raise ValueError(f"the model holds {session.num_edits} edits already: start a run from a model just loaded")
     # All that can be refused is refused, and what takes long is collected, before anything is measured or changed.
     started = time.perf_counter()
-    report = progress or (lambda what, done, total: None)
-    measurer = Measurer(editable, tok, records, settings.measure, run, report)
-    refused = _prepare(editable, tok, records, hparams, session, settings)
+    work = _Run(editable, tok, records, hparams, settings, run, callbacks, progress or (lambda what, done, total: None))
+    work.prepare()
     preparation_seconds = time.perf_counter() - started
     described = {**settings.described, "num_edits": len(records), "batch_size": settings.batch_size,
                  "protocol": settings.measure.protocols[0], "records": records_fingerprint(records),
                  "checkpoint_every": settings.checkpoint_every,
-                 "follows": None if settings.follows is None else str(settings.follows),
                  "on_error": settings.on_error,
                  "callbacks": [dict(found) for one in callbacks if (found := one.deciding()) is not None],
                  "measure": settings.measure.described()}
@@ -192,51 +200,17 @@ def run_sequential(
         same_versions = check_same_run(run, config)
         if run.has(SUMMARY):
             logger.info("%s is finished: nothing is left to do", settings.output)
-            return _finished(run, [record.edit_prompt for record in records[: settings.examples]])
-    work = _Run(editable, tok, records, hparams, settings, run, measurer, callbacks, report, refused)
+            return _finished(run, callbacks, [record.edit_prompt for record in records[: settings.examples]])
     with run.locked():
         if goes_on:
             _go_back_to_checkpoint(run, editable, same_versions)
+            config = run.read_config()
         else:
             run.write_text(CONFIG, yaml.safe_dump(config, sort_keys=False))
             if conflicts := find_conflicts(records):
                 logger.warning("%s", conflicts.summary())
                 run.write_json(CONFLICTS, conflicts.to_dict())
-        return work.complete(preparation_seconds)
-
-
-def _prepare(editable: EditableModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord],
-             hparams: SPHEREHyperParams, session: EditSession, settings: RunSettings) -> list[Skipped]:
-    """Prepare the session, and find what can't be edited because of what it says: refused, or left out.
-
-    What fails whatever the facts say is raised as it is.
-    """
-    session.bind(editable, hparams)
-    refused: dict[int, Skipped] = {}
-
-    def refuse(check: Callable[[Sequence[EditRecord]], object]) -> None:
-        places = [place for place in range(len(records)) if place not in refused]
-        try:
-            check([records[place] for place in places])
-        except ValueError:
-            if settings.on_error == "stop":
-                raise
-            for place in places:
-                try:
-                    check([records[place]])
-                except ValueError as error:
-                    refused[place] = Skipped(place, records[place].case_id, 0, kind_and_text(error))
-            if len(refused) == len(records):
-                raise
-
-    def read(some: Sequence[EditRecord]) -> list[EditRequest]:
-        return read_requests(editable, tok, [record.request() for record in some], session)
-
-    refuse(read)  # before statistics are collected, which takes long
-    prepare_method(editable, tok, hparams, session, settings.batch_size)
-    if hparams.executor == "native":
-        refuse(lambda some: tokenize_batch(editable, tok, read(some), session))
-    return [refused[place] for place in sorted(refused)]
+        return work.complete(config, preparation_seconds)
 
 
 def _go_back_to_checkpoint(run: RunDirectory, editable: EditableModel, same_versions: bool) -> None:
@@ -265,14 +239,18 @@ class _Run:
     """The batches and measurements of one run that are still to be done."""
 
     def __init__(self, editable: EditableModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord],
-                 hparams: SPHEREHyperParams, settings: RunSettings, run: RunDirectory, measurer: Measurer,
-                 callbacks: Sequence[EditCallback], report: Progress, refused: Sequence[Skipped]) -> None:
+                 hparams: SPHEREHyperParams, settings: RunSettings, run: RunDirectory,
+                 callbacks: Sequence[EditCallback], progress: Progress) -> None:
         self._editable, self._tok, self._records, self._hparams = editable, tok, records, hparams
-        self._settings, self._run, self._measurer, self._report = settings, run, measurer, report
+        self._settings, self._run, self._observers, self._progress = settings, run, callbacks, progress
+        self._session = EditSession.of(editable.model)
+        self._measurer = Measurer(editable, tok, records, settings.measure, run, progress, self._on_measured)
         self._tracker = HETracker(run.place(ENERGY))
-        spaces = SpaceTracker(run.place(SPACES), hparams.gamma, hparams.principal_space == "pretrained")
+        self._spaces = SpaceTracker(run.place(SPACES), hparams.gamma, hparams.principal_space == "pretrained")
+        self._log = _BatchLog(run, self._tracker, self._spaces, self._efficacy)
+        self._callbacks = [*callbacks, self._tracker, self._log]
+        self._told = 0  # batches of the log that observers were told of
         self._batch: Sequence[EditRecord] = ()
-        self._callbacks = [*callbacks, self._tracker, _BatchLog(run, self._tracker, spaces, self._efficacy)]
         self._examples = [record.edit_prompt for record in records[: settings.examples]]
         total = len(records)
         self._sizes = [min(settings.batch_size, total - first) for first in range(0, total, settings.batch_size)]
@@ -280,21 +258,60 @@ class _Run:
         self._ends = list(itertools.accumulate(self._sizes))
         self._kept_for_good = {end for end, size in zip(self._ends, self._sizes, strict=True)
                                if end == total or passed(end, size, settings.keep_weights_every)}
-        self._refused = {one.place for one in refused}
-        self._skips = Skips(refused)
+        self._refused: set[int] = set()
+        self._skips = Skips()
         self._stopped: str | None = None
-        self._executor: Executor | None = None
-        if settings.follows is not None:
-            self._executor = FollowedWeights(settings.follows, editable, hparams, self._ends)
         # The model is the unedited one still: no checkpoint has been put in.
         self._neurons = NeuronWatch(editable.weights(), hparams.gamma, settings.measure.seed)
 
-    def complete(self, preparation_seconds: float) -> RunResult:
+    def prepare(self) -> None:
+        """Prepare the session, and find the facts that can't be edited as they stand: refused, or left out.
+
+        An error that does not depend on the facts is raised as it is.
+        """
+        editable, tok, session = self._editable, self._tok, self._session
+        session.bind(editable, self._hparams)
+
+        def read(some: Sequence[EditRecord]) -> list[EditRequest]:
+            return read_requests(editable, tok, [record.request() for record in some], session)
+
+        self._refuse(read)  # before statistics are collected, which takes long
+        prepare_method(editable, tok, self._hparams, session, self._settings.batch_size)
+        if self._hparams.executor == "native":
+            self._refuse(lambda some: tokenize_batch(editable, tok, read(some), session))
+        self._refused = {one.place for one in self._skips.in_order()}
+
+    def _refuse(self, check: Callable[[Sequence[EditRecord]], object]) -> None:
+        """Leave out the facts that a check refuses; raise what it says where one is at fault and none is left out."""
+        indices = [index for index in range(len(self._records)) if index not in self._skips]
+        try:
+            check([self._records[index] for index in indices])
+        except ValueError:
+            if self._settings.on_error == "stop":
+                raise
+            for index in indices:
+                try:
+                    check([self._records[index]])
+                except ValueError as error:
+                    self._skips.add([Skipped(index, self._records[index].case_id, 0, kind_and_text(error))])
+            if self._skips.edited(len(self._records)) == 0:
+                raise
+
+    def complete(self, config: Mapping[str, Any], preparation_seconds: float) -> RunResult:
         """Do what is left, and sum up."""
-        session, total = EditSession.of(self._editable.model), len(self._records)
-        if session.num_edits == 0 and not self._run.has(EXAMPLES):
-            self._run.write_json(EXAMPLES, {"before": self._continuations()})
-        self._skips.add(Skipped(**line) for line in self._run.lines(SKIPPED))
+        session, run, total = self._session_now(), self._run, len(self._records)
+        if session.num_edits == 0 and not run.has(EXAMPLES):
+            self._said_before = self._continuations()
+            run.write_json(EXAMPLES, {"before": self._said_before})
+        else:
+            self._said_before = _examples(run)["before"]
+        self._config = config
+        if session.num_edits:
+            self._tracker.records = read_energy_csv(run.place(ENERGY))
+            self._spaces.records = read_spaces_csv(run.place(SPACES)) if run.has(SPACES) else []
+            self._log.batches = run.records(EDITS, BatchRecord)
+            self._told = len(self._log.batches)
+        self._skips.add(run.records(SKIPPED, Skipped))
         begun = self._skips.tried(session.num_edits, self._ends)
         tried = 0
         for size in (0, *self._sizes):  # the model as it was loaded comes before the first batch
@@ -307,6 +324,8 @@ class _Run:
                 except StopEditing as stop:
                     self._stopped = str(stop)
                     logger.warning("stopped after %d edits: %s", session.num_edits, stop)
+                self._tell_batches()
+                if self._stopped is not None:
                     while self._skips.edited(tried) < session.num_edits:  # halves of a batch that is too large
                         tried += 1
                     break
@@ -316,6 +335,26 @@ class _Run:
         if self._stopped is not None:
             self._end_early(tried)
         return self._sum_up(preparation_seconds, tried)
+
+    def _session_now(self) -> EditSession:
+        """The model's session, which going back to a checkpoint exchanges."""
+        self._session = EditSession.of(self._editable.model)
+        return self._session
+
+    def _state(self, summary: Summary | None = None) -> RunState:
+        return RunState(self._run.path, self._config, self._log.batches, self._measurer.measurements,
+                        self._tracker.records, self._spaces.records, summary)
+
+    def _tell_batches(self) -> None:
+        """Tell observers of the batches that ended since the last call, which by now can't be undone any more."""
+        new, self._told = self._log.batches[self._told:], len(self._log.batches)
+        for batch in new:
+            for observer in self._observers:
+                observer.on_measured(MeasureEvent(self._state(), batch=batch))
+
+    def _on_measured(self, measurement: Measurement) -> None:
+        for observer in self._observers:
+            observer.on_measured(MeasureEvent(self._state(), measurement=measurement))
 
     def _measure(self, tried: int, size: int, total: int) -> None:
         """Measure what is due after a batch of so many facts, ``tried`` of ``total`` in all."""
@@ -340,17 +379,17 @@ class _Run:
         if measure.abilities.tasks:
             self._measurer.measure_abilities("after", num_edits)
 
-    def _last_point(self, tried: int) -> Point:
+    def _last_point(self, tried: int) -> DueMeasurement:
         """The measurement after the last batch: on those of the facts measured before that are in the model."""
         total = len(self._records)
         return self._of_the_edited(point_at(total, total, self._settings.measure), tried)
 
-    def _of_the_edited(self, point: Point, tried: int) -> Point:
+    def _of_the_edited(self, point: DueMeasurement, tried: int) -> DueMeasurement:
         """A point on those of its facts that are in the model once so many were tried; before, on all but refused."""
         if point.when == "before":
             return replace(point, cases=tuple(case for case in point.cases if case not in self._refused))
-        return Point(point.when, self._skips.edited(tried),
-                     tuple(case for case in point.cases if case < tried and case not in self._skips))
+        return DueMeasurement(point.when, self._skips.edited(tried),
+                              tuple(case for case in point.cases if case < tried and case not in self._skips))
 
     def _efficacy(self) -> float | None:
         """Percent of the batch's facts that the model says as it stands, by the first protocol."""
@@ -363,7 +402,7 @@ class _Run:
     def _edit(self, first: int, size: int) -> None:
         """Edit the facts from ``first`` on, but for those that were refused; leave out what is at fault, if wanted."""
         places = [place for place in range(first, first + size) if place not in self._skips]
-        num_edits = EditSession.of(self._editable.model).num_edits
+        num_edits = self._session.num_edits
         faults = edit_around_faults([_Place(place, self._records[place].case_id) for place in places],
                                     lambda some: self._edit_batch(some, first), self._failure, self._settings.on_error)
         skipped = [Skipped(place.number, place.case_id, num_edits, kind_and_text(error)) for place, error in faults]
@@ -379,7 +418,7 @@ class _Run:
         Batches of one edit have no others to compare with, so what their facts share shows here.
         """
         errors = [one.error for one in self._skips.in_order() if one.place not in self._refused]
-        if not errors or EditSession.of(self._editable.model).num_edits:
+        if not errors or self._session.num_edits:
             return
         total = len(self._records)
         if tried == total or (len(set(errors)) == 1 and len(errors) >= enough_tries(total)):
@@ -390,18 +429,17 @@ class _Run:
 
         def advance(count: int) -> None:
             for _ in range(count):
-                self._report("editing", next(done), len(self._records))
+                self._progress("editing", next(done), len(self._records))
 
         self._batch = [self._records[place.number] for place in places]
         apply_sphere_to_model(self._editable.model, self._tok, [record.request() for record in self._batch],
-                              self._hparams, callbacks=self._callbacks, progress=advance, executor=self._executor)
+                              self._hparams, callbacks=self._callbacks, progress=advance)
 
     def _failure(self, places: Sequence[_Place]) -> Exception | None:
         """What these edits alone raise, tried and undone without anybody watching."""
         requests = [self._records[place.number].request() for place in places]
         try:
-            apply_sphere_to_model(self._editable.model, self._tok, requests, self._hparams, callbacks=[_Undo()],
-                                  executor=self._executor)
+            apply_sphere_to_model(self._editable.model, self._tok, requests, self._hparams, callbacks=[_Undo()])
         except _Undone:
             return None
         except Exception as error:  # whatever it is, it is their fault
@@ -423,39 +461,38 @@ class _Run:
         return generate_continuations(self._editable.model, self._tok, self._examples)
 
     def _sum_up(self, preparation_seconds: float, tried: int) -> RunResult:
-        run, measure = self._run, self._settings.measure
-        lines = run.lines(METRICS)
-        before, after = self._continuations_before(), self._continuations()
-        generations = list(zip(self._examples, before, after, strict=True))
+        run, measure, num_edits = self._run, self._settings.measure, self._skips.edited(tried)
+        after = self._continuations()
+        generations = list(zip(self._examples, self._said_before, after, strict=True))
         if measure.after:
             self._write_cases(generations, tried)
-        num_edits = self._skips.edited(tried)
-        by_protocol = {protocol: {"pre": _summary_line(lines, "before", 0, protocol),
-                                  "post": _summary_line(lines, "after", num_edits, protocol)}
+        by_protocol = {protocol: (self._measured("before", 0, protocol), self._measured("after", num_edits, protocol))
                        for protocol in measure.protocols}
-        summary = {
-            "protocol": measure.protocols[0],
-            "num_edits": num_edits,
-            "num_facts": len(self._records),
-            "skipped": [{"case_id": one.case_id, "error": one.error} for one in self._skips.in_order()
-                        if one.place < tried],
-            "stopped": self._stopped,
-            **by_protocol[measure.protocols[0]],
-            "protocols": by_protocol,
-            "watched": {"pre": _watched(lines, "before", 0), "post": _watched(lines, "after", num_edits)},
-            "preparation_seconds": preparation_seconds,
-            "editing_seconds": sum(line["wall_seconds"] for line in run.lines(EDITS)),
-            "evaluation_seconds": sum(line["seconds"] for line in lines),
-            "peak_memory_bytes": peak_memory_bytes(self._editable.model),
-            "weights_sha256": weights_checksum(self._editable),
-        }
-        # One batch at least is in the model, so the tracker has read or written its records.
-        tracker = self._tracker
-        if not tracker.records:
-            tracker.records = read_energy_csv(run.place(ENERGY))
-        run.write_json(EXAMPLES, {"before": before, "after": after})
-        run.write_json(SUMMARY, summary)
-        return RunResult(summary, tracker, generations)
+        first = by_protocol[measure.protocols[0]]
+        summary = Summary(
+            num_edits, measure.protocols[0], len(self._records),
+            tuple(SkippedCase(one.case_id, one.error) for one in self._skips.in_order() if one.place < tried),
+            self._stopped, pre=None if first[0] is None else first[0].main_metrics(),
+            post=None if first[1] is None else first[1].main_metrics(),
+            protocols={protocol: {name: None if one is None else estimates_to_dict(one.main_metrics())
+                                  for name, one in zip(("pre", "post"), found, strict=True)}
+                       for protocol, found in by_protocol.items()},
+            watched={name: None if one is None else one.watched()
+                     for name, one in zip(("pre", "post"), first, strict=True)},
+            preparation_seconds=preparation_seconds,
+            editing_seconds=sum(batch.wall_seconds for batch in self._log.batches),
+            evaluation_seconds=sum(one.seconds for one in self._measurer.measurements),
+            peak_memory_bytes=peak_memory_bytes(self._editable.model),
+            weights_sha256=weights_checksum(self._editable))
+        run.write_json(EXAMPLES, {"before": self._said_before, "after": after})
+        run.write_json(SUMMARY, summary.to_dict())
+        for observer in self._observers:
+            observer.on_run_end(self._state(summary))
+        return RunResult(summary.to_dict(), self._tracker, generations)
+
+    def _measured(self, when: When, num_edits: int, protocol: str) -> Measurement | None:
+        return next((one for one in self._measurer.measurements if not one.abilities
+                     and (one.when, one.num_edits, one.protocol) == (when, num_edits, protocol)), None)
 
     def _write_cases(self, generations: Sequence[tuple[str, str, str]], tried: int) -> None:
         measure, total = self._settings.measure, len(self._records)
@@ -469,18 +506,12 @@ class _Run:
         lines = []
         for case, is_now in zip(after.cases, post, strict=True):
             record, was = self._records[case], before.get(case)
-            line: dict[str, Any] = {"case_id": record.case_id, "prompt": record.edit_prompt, "subject": record.subject,
-                                    "target_new": record.target_new, "target_true": record.target_true,
-                                    "pre": None if was is None else _scores(was), "post": _scores(is_now)}
-            if case < len(generations):
-                _, said, says = generations[case]
-                line["generations"] = {"before": said, "after": says}
-            lines.append(json.dumps(line))
-        self._run.write_text(CASES, "\n".join(lines) + "\n")
-
-    def _continuations_before(self) -> list[str]:
-        found: list[str] = self._run.read_json(EXAMPLES)["before"]
-        return found
+            said = generations[case][1:] if case < len(generations) else None
+            lines.append(CaseRecord(
+                record.case_id, record.edit_prompt, record.subject, record.target_new, record.target_true,
+                None if was is None else _scores(was), _scores(is_now),
+                None if said is None else {"before": said[0], "after": said[1]}).to_dict())
+        self._run.write_lines(CASES, lines)
 
 
 def _checkpoints(sizes: Sequence[int], every: int) -> set[int]:
@@ -493,12 +524,19 @@ def _checkpoints(sizes: Sequence[int], every: int) -> set[int]:
     return {*found[1:], done}
 
 
-def _finished(run: RunDirectory, examples: Sequence[str]) -> RunResult:
+def _finished(run: RunDirectory, callbacks: Sequence[EditCallback], examples: Sequence[str]) -> RunResult:
+    state = read_state(run)
     tracker = HETracker()
-    tracker.records = read_energy_csv(run.place(ENERGY))
-    said = run.read_json(EXAMPLES)
-    generations = list(zip(examples, said["before"], said["after"], strict=False))
-    return RunResult(run.read_json(SUMMARY), tracker, generations)
+    tracker.records = list(state.energy)
+    for callback in callbacks:
+        callback.on_run_end(state)
+    said = _examples(run)
+    return RunResult(run.read_json(SUMMARY), tracker,
+                     list(zip(examples, said["before"], said["after"], strict=False)))
+
+
+def _examples(run: RunDirectory) -> dict[str, list[str]]:
+    return read_record(dict[str, list[str]], run.read_json(EXAMPLES), str(run.path / EXAMPLES))
 
 
 class _BatchLog(EditCallback):
@@ -508,12 +546,16 @@ class _BatchLog(EditCallback):
         run, tracker: where to write, and whose energy.
         spaces: watches the batch.
         efficacy: gives percent of the batch's facts that the model says.
+
+    Attributes:
+        batches: of the run so far.
     """
 
     def __init__(self, run: RunDirectory, tracker: HETracker, spaces: SpaceTracker,
                  efficacy: Callable[[], float | None]) -> None:
         self._run, self._tracker, self._spaces, self._efficacy = run, tracker, spaces, efficacy
         self._started = 0.0
+        self.batches: list[BatchRecord] = []
 
     def on_batch_start(self, event: EditEvent) -> None:
         self._spaces.on_batch_start(event)
@@ -522,11 +564,11 @@ class _BatchLog(EditCallback):
     def on_batch_end(self, event: EditEvent) -> None:
         wall_seconds = time.perf_counter() - self._started + event.seconds.get("preparation", 0.0)
         self._spaces.on_batch_end(event)
-        efficacy = self._efficacy()
-        self._run.append(EDITS, {
-            "num_edits": event.num_edits, "case_ids": list(event.case_ids), "seconds": dict(event.seconds),
-            "wall_seconds": wall_seconds, "losses": list(event.losses), "update_norms": dict(event.update_norms),
-            "energy": self._tracker.records[-1].energy, "efficacy": efficacy, "strength": event.strength})
+        batch = BatchRecord(
+            event.num_edits, tuple(event.case_ids), dict(event.seconds), wall_seconds, tuple(event.losses),
+            dict(event.update_norms), self._tracker.records[-1].energy, self._efficacy(), event.strength)
+        self._run.append(EDITS, batch.to_dict())
+        self.batches.append(batch)
 
 
 @dataclass(frozen=True)
@@ -551,22 +593,8 @@ class _Undo(EditCallback):
         raise _Undone
 
 
-def _summary_line(lines: Sequence[Mapping[str, Any]], when: When, num_edits: int, protocol: Protocol
-                  ) -> dict[str, Any] | None:
-    """The metrics of a line, as ``summary.json`` holds them."""
-    for line in lines:
-        if (line["when"], line["num_edits"], line["protocol"]) == (when, num_edits, protocol):
-            return {name: line[name] for name in METRIC_NAMES if name in line}
-    return None
-
-
-def _watched(lines: Sequence[Mapping[str, Any]], when: When, num_edits: int) -> dict[str, Any] | None:
-    return next((line["watched"] for line in lines
-                 if (line["when"], line["num_edits"]) == (when, num_edits) and "watched" in line), None)
-
-
 def _scores(scores: CaseScores) -> dict[str, float | None]:
-    return {"efficacy": scores.efficacy, "generalization": scores.generalization, "specificity": scores.specificity}
+    return {metric: getattr(scores, metric) for metric in FACT_METRICS}
 
 
 def peak_memory_bytes(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..callbacks import EditCallback, EditEvent
 from ..editing.session import EditSession
-from ..files import replacing
+from ..files import atomic_write
 from ..projection import PrincipalSpace
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def _formed(space: PrincipalSpace) -> PrincipalSpace:
 
 def write_spaces_csv(path: Path, records: list[SpaceRecord]) -> None:
     """Write all records, replacing the file as a whole."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(_COLUMNS)
         writer.writerows(astuple(record) for record in records)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from ..files import replacing
+from ..files import atomic_write
+from ..runs.schema import Estimate
 from .paired import PairedDifference
-from .run_records import Estimate
 
 Cell = str | int | float | Estimate | PairedDifference | None
 NOTHING: Final = "-"
@@ -68,7 +68,7 @@ class Table:
         """One line a row, numbers in full; a column of intervals becomes four: mean, low, high and n."""
         spread = [any(isinstance(row[index], Estimate | PairedDifference) for row in self.rows)
                   for index in range(len(self.columns))]
-        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow([name for column, wide in zip(self.columns, spread, strict=True)
                              for name in ([column.name, *(f"{column.name} {part}" for part in ("low", "high", "n"))]

@@ -17,11 +17,11 @@ from itertools import pairwise, takewhile
 import torch
 from torch import Tensor, nn
 
-from ..batching import kind_by_length, of_one_kind, padded_batches
+from ..batching import group_by_class, length_class, padded_batches
 from ..editing.packing import attending_packed, pack_behind, packs_exactly
 from ..editing.replay import pad_rows
 from ..models import frozen, input_device, logits_at
-from ..replicas import Replicas, put_together, stretches
+from ..replicas import Replicas, merge_parts, split_contiguous
 
 Progress = Callable[[int, int], None]
 
@@ -106,11 +106,11 @@ def score_rows(
         return _score_here(model, rows, token_budget, progress, set(weighed))
     # Neighbours in this order begin alike, so what is run once for several stays together but at the seams.
     order = sorted(range(len(rows)), key=lambda index: rows[index].fed)
-    parts = stretches([len(rows[index].fed) for index in order], replicas.size)
+    parts = split_contiguous([len(rows[index].fed) for index in order], replicas.world_size)
     places = [[order[number] for number in part] for part in parts]
     shares = [([rows[index] for index in part], token_budget,
                {number for number, index in enumerate(part) if index in weighed}) for part in places]
-    return put_together(places, replicas.run(_score_share, shares, progress))
+    return merge_parts(places, replicas.run(_score_share, shares, progress))
 
 
 def _score_share(here: Replicas, rows: Sequence[Row], token_budget: int, weighed: set[int]) -> list[RowScore]:
@@ -121,7 +121,7 @@ def _score_here(model: nn.Module, rows: Sequence[Row], token_budget: int, progre
                 weighed: set[int]) -> list[RowScore]:
     scores: dict[int, RowScore] = {}
     with frozen(model):
-        for alike in of_one_kind([len(row.fed) for row in rows], kind_by_length(model.config)):  # type: ignore[arg-type]
+        for alike in group_by_class([len(row.fed) for row in rows], length_class(model.config)):  # type: ignore[arg-type]
             sequences = _sequences(rows, alike)
             packed = _packing_is_exact(model, sequences)
             make_batches, run = (_packed_batches, _packed_logits) if packed else (_padded_batches, _padded_logits)

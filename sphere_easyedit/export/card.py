@@ -11,12 +11,12 @@ from typing import Any, Final, Literal
 
 import yaml
 
+from ..runs.schema import METRIC_NAMES
 from .edited import Provenance
 
 Kind = Literal["model", "deltas", "lora"]
 
 CARD: Final = "README.md"
-_METRICS = ("efficacy", "generalization", "specificity", "fluency", "consistency")
 _LOADING: Final = MappingProxyType({
     "model": """The whole edited model with its tokenizer. With `dtype="auto"` it has the weights bit for bit:
 
@@ -141,7 +141,7 @@ def _results(results: Mapping[str, Any]) -> list[str]:
     pre, post = _mapping(results.get("pre")), _mapping(results.get("post"))
     lines = [f"## Measured by the run, protocol {code(results.get('protocol'))}", "",
              "| metric | before | after | 95% interval | cases |", "| --- | ---: | ---: | ---: | ---: |"]
-    for name in _METRICS:
+    for name in METRIC_NAMES:
         now = _mapping(post.get(name))
         if now.get("mean") is not None:
             was, interval = _mapping(pre.get(name)).get("mean"), now.get("ci95")

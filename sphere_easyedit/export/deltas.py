@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..offload import live_parameter
+from ..offload import writable_parameter
 from .card import LayerError
 from .edited import EditedWeights, Provenance, WeightChange
 from .factors import Spectrum
@@ -189,7 +189,7 @@ def apply_deltas(model: nn.Module, deltas: Deltas | Path) -> Deltas:
     for layer in deltas.layers:
         if layer.name not in names:
             raise ValueError(f"the deltas tell of {layer.name!r}, which the model has not: the file was changed")
-        parameter = live_parameter(model, layer.name)
+        parameter = writable_parameter(model, layer.name)
         shapes = [tuple(tensor.shape) for name, tensor in deltas.tensors.items() if name.endswith(f".{layer.name}")]
         try:
             weight = deltas.edited(layer, parameter)

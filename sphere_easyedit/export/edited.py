@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ..editing.executors import restored_after
 from ..editing.session import EditSession
 from ..evaluation.checkpoints import choose_kept, put_weights, resumable, session_path
-from ..evaluation.run_directory import SUMMARY, RunDirectory
+from ..evaluation.run_directory import RunDirectory
 from ..hparams import SPHEREHyperParams
-from ..offload import live_parameter
+from ..offload import writable_parameter
+from ..runs.schema import SUMMARY, Summary, read_record
 from .fingerprint import base_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class EditedWeights:
     def put_into(self, model: nn.Module) -> None:
         """Give a model the edited weights, bit for bit."""
         for change in self.changes:
-            live_parameter(model, change.name).copy_(change.after)
+            writable_parameter(model, change.name).copy_(change.after)
 
 
 class ExportableRun:
@@ -190,13 +191,10 @@ class ExportableRun:
     def _results(self) -> dict[str, Any] | None:
         if not self._run.has(SUMMARY):
             return None
-        summary = self._run.read_json(SUMMARY)
-        if not isinstance(summary, dict):
-            raise ValueError(f"{self._run.path / SUMMARY} holds {type(summary).__name__}, not an object: it was "
-                             "changed by hand or damaged")
-        if summary.get("num_edits") != self.num_edits or summary.get("post") is None:
+        summary = read_record(Summary, self._run.read_json(SUMMARY), str(self._run.path / SUMMARY))
+        if summary.num_edits != self.num_edits or summary.post is None:
             return None  # measured of other weights, or not at all
-        return {name: summary.get(name) for name in ("protocol", "pre", "post")}
+        return {name: value for name, value in summary.to_dict().items() if name in ("protocol", "pre", "post")}
 
 
 def _versions() -> dict[str, str | None]:

@@ -1,115 +1,119 @@
-"""A run's memory by purpose."""
+"""Bytes that a run holds in memory."""
 
 from __future__ import annotations
 
 import math
-import resource
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Final
 
-from ..editing.covariance import TOKENS_AT_ONCE, working_dtype
+from ..editing.covariance import TOKENS_AT_ONCE
 from ..editing.executors import is_alphaedit
-from ..editing.steering import Layout
+from ..editing.grams import carries_grams
+from ..editing.solvers import BLOCK
+from ..editing.target_values import LOGITS_AT_ONCE
 from ..evaluation.teacher_forcing import TOKENS_PER_PLACE, fast_token_budget
 from ..hparams import SPHEREHyperParams
 from ..projection import FLOAT64_SIDE
-from .batches import micro_batches
-from .facts import Facts
-from .inventory import Statistics
 from .results import MemoryItem, PlanSettings
-from .shapes import ModelShape
-from .sizes import (
-    DOUBLE,
-    FLOAT,
-    activation_bytes,
-    gram_bytes,
-    history_bytes,
-    metric_bytes,
-    original_weight_bytes,
-    running_bytes,
-)
+from .sizes import ModelShape, Statistics, Tokens
+
+FLOAT: Final = 4  # bytes
+DOUBLE: Final = 8
 
 
-def resident_bytes() -> int:
-    """What Python takes with all libraries and the model's code, before a model is loaded: the peak until now."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def uses_null_space(hparams: SPHEREHyperParams) -> bool:
+    """Whether keys are weighed by a null space; otherwise by a factor of C."""
+    return is_alphaedit(hparams)
 
 
-def memory_items(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSettings, facts: Facts, device: str,
-                 statistics: Statistics, layout: Layout, base: int = 0) -> list[MemoryItem]:
-    """Memory by purpose.
+def keeps_keys(hparams: SPHEREHyperParams) -> bool:
+    """Whether the keys of earlier edits are kept."""
+    return hparams.executor == "native" and (uses_null_space(hparams) or bool(hparams.keep_previous_keys))
 
-    Args:
-        device: kind of the device that the model is on.
-        layout: of the optimiser's rows.
-        base: what Python and its libraries take.
+
+def null_space_columns(shape: ModelShape, hparams: SPHEREHyperParams) -> int:
+    """Columns that span the null space or its complement, whichever are fewer; by a threshold, at most."""
+    if hparams.nullspace_share is None:
+        return shape.d_in // 2
+    kept = max(1, int(hparams.nullspace_share * shape.d_in))
+    return min(kept, shape.d_in - kept)
+
+
+def factor_bytes(size: int) -> int:
+    """A Cholesky factor in float64, stored as block rows that end at the diagonal."""
+    blocks, rest = divmod(size, BLOCK)
+    return DOUBLE * (BLOCK**2 * blocks * (blocks + 1) // 2 + rest * size)
+
+
+def state_bytes(shape: ModelShape, hparams: SPHEREHyperParams, num_edits: int) -> dict[str, int]:
+    """What a session holds in all layers: original weights, PRUNE's second copy of the edited ones, null spaces or
+    factors of C (``metrics``), earlier keys with the factor of their system (``history``), and Gram matrices.
     """
-    weights = original_weight_bytes(shape, hparams)
-    copies = 3 * weights  # to undo the batch, to solve from, and to tell where the change lies
+    d_in, weight = shape.d_in, shape.d_out * shape.d_in * shape.itemsize
+    keys = num_edits if keeps_keys(hparams) else 0
+    # At most: d_in keys at a time are absorbed into a factor of their own.
+    factors = factor_bytes(min(keys, d_in)) + (factor_bytes(d_in) if keys > d_in else 0)
+    metric = d_in * null_space_columns(shape, hparams) * FLOAT if uses_null_space(hparams) else factor_bytes(d_in)
+    carried = carries_grams(hparams, hparams.executor == "native") and shape.d_out <= d_in
+    gram = shape.d_out**2 * (DOUBLE if shape.d_out <= FLOAT64_SIDE else FLOAT) if carried else 0
+    each = {"original": weight, "unrestrained": weight if hparams.base_alg == "PRUNE" else 0, "metrics": metric,
+            "history": d_in * keys * FLOAT + factors, "grams": gram}
+    return {name: len(hparams.layers) * size for name, size in each.items()}
+
+
+def activation_bytes(shape: ModelShape, hparams: SPHEREHyperParams, tokens: Tokens, edits: int) -> int:
+    """About the most that a micro-batch of target values holds, of up to ``edits`` edits within ``token_budget``.
+
+    For the backward pass each token of a step leaves in a block the inputs of two norms in float32, the factors of the
+    activation, and queries, keys and values twice. At the head are logits, their log-softmax and two gradients.
+    """
+    count = max(1.0, min(edits, hparams.token_budget / tokens.read))
+    in_block = 2 * shape.hidden * FLOAT + (4 * shape.d_in + 6 * shape.hidden) * shape.itemsize
+    places = min(count * tokens.predicted, max(1, LOGITS_AT_ONCE // shape.vocabulary))
+    logits = shape.vocabulary * (places * (shape.itemsize + 3 * FLOAT) + count * FLOAT)
+    return int(count * tokens.stepped * (shape.blocks - 1 - hparams.layers[-1]) * in_block + logits)
+
+
+def memory_items(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSettings, tokens: Tokens, device: str,
+                 statistics: Statistics, base: int = 0) -> list[MemoryItem]:
+    """Memory by purpose, on a kind of device; ``base`` is that of Python and its libraries."""
+    state, square, side = state_bytes(shape, hparams, settings.num_edits), shape.d_in**2, min(shape.d_out, shape.d_in)
+    copies = 3 * state["original"]  # to undo the batch, to solve from, and to tell where the change lies
+    # A Gram matrix, its eigenvectors and the solver's copy; the dense update in float32, and the sum with it.
+    projecting = 3 * side**2 * (DOUBLE if side <= FLOAT64_SIDE else FLOAT) + 2 * shape.d_out * shape.d_in * FLOAT
+    running = (4 * shape.hidden + 3 * shape.d_in) * shape.itemsize  # a token in a block, without a backward pass
+    scored = fast_token_budget(device)
+    scoring = scored * running + scored // TOKENS_PER_PLACE * shape.vocabulary * (shape.itemsize + FLOAT)
     items = [MemoryItem("Python and libraries", "host", base, True),
              MemoryItem("weights", "device", shape.weight_bytes, True),
-             MemoryItem("original weights", "host", weights, True)]
-    if grams := gram_bytes(shape, hparams):
-        items.append(MemoryItem(f"Gram matrices {shape.d_out} x {shape.d_out}", "device", grams, True))
-    if device != "cpu":
-        items.append(MemoryItem("weights while loading", "host", shape.weight_bytes, False))
-    if hparams.base_alg == "PRUNE":
-        items.append(MemoryItem("unrestrained weights", "host", weights, True))
+             MemoryItem("weights while loading", "host", 0 if device == "cpu" else shape.weight_bytes, False),
+             MemoryItem("original weights", "host", state["original"], True),
+             MemoryItem("unrestrained weights", "host", state["unrestrained"], True),
+             MemoryItem(f"Gram matrices {shape.d_out} x {shape.d_out}", "device", state["grams"], True),
+             MemoryItem("projecting and writing a layer", "device", projecting + copies, False),
+             MemoryItem("evaluation, one batch", "device", scoring, False)]
     if hparams.executor == "native":
-        items.extend(_native_items(shape, hparams, settings, facts, statistics, layout, copies))
-    # A Gram matrix, its eigenvectors and the solver's copy; the dense update in float32, and the sum with it.
-    side = min(shape.d_out, shape.d_in)
-    shaped = 3 * side**2 * (DOUBLE if side <= FLOAT64_SIDE else FLOAT) + 2 * shape.d_out * shape.d_in * FLOAT
-    items.append(MemoryItem("projecting and writing a layer", "device", shaped + copies, False))
-    items.append(MemoryItem("evaluation, one batch", "device", _evaluation_bytes(shape, facts, device), False))
-    return items
-
-
-def _native_items(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSettings, facts: Facts,
-                  statistics: Statistics, layout: Layout, copies: int) -> Iterator[MemoryItem]:
-    what = "null space" if is_alphaedit(hparams) else "factor of C"
-    note = "at most" if is_alphaedit(hparams) and hparams.nullspace_share is None else ""
-    room = math.inf if hparams.state_memory is None else hparams.state_memory * 1e9
-    for name, size, said in ((what, metric_bytes(shape, hparams), note), (
-            f"keys of {settings.num_edits} edits and their factor",
-            history_bytes(shape, hparams, settings.num_edits), "")):
-        kept = int(min(size, room))
-        room -= kept
-        if kept:
-            yield MemoryItem(name, "device", kept, True, said)
-        if size > kept:
-            above = "above state_memory" + ("" if hparams.state_folder is None else f", in {hparams.state_folder}")
-            yield MemoryItem(name, "host", size - kept, True, "; ".join(word for word in (said, above) if word))
-    largest = max(activation_bytes(shape, hparams, group)
-                  for shares in facts.shares(settings.batch_size, settings.processes) for share in shares
-                  for group in micro_batches(share, hparams.token_budget, layout))
-    yield MemoryItem("target values, one micro-batch", "device", largest + copies, False,
-                     f"token_budget {hparams.token_budget}; with copies of the edited weights")
-    if not statistics.metric_is_filed:
-        # The matrix, a copy for the solver, and what comes out, in float64 up to a side and float32 above.
-        width = working_dtype(shape.d_in).itemsize if is_alphaedit(hparams) else DOUBLE
-        yield MemoryItem(f"making the {what}", "device", (3 * width + FLOAT) * shape.d_in**2, False)
-    if statistics.missing:
-        sums = (len(hparams.layers) * DOUBLE + DOUBLE + FLOAT) * shape.d_in**2
-        yield MemoryItem("collecting statistics", "device", sums + running_bytes(shape, TOKENS_AT_ONCE), False)
-
-
-def _evaluation_bytes(shape: ModelShape, facts: Facts, device: str) -> int:
-    """One batch: states in a block, and logits as the head makes them and in float32."""
-    tokens = fast_token_budget(device)
-    scored = [pair for pairs in facts.scored for pair in pairs]
-    tokens_run = min(tokens, sum(read for read, _ in scored))
-    places = min(tokens // TOKENS_PER_PLACE, sum(targets for _, targets in scored))
-    return running_bytes(shape, tokens_run) + places * shape.vocabulary * (shape.itemsize + FLOAT)
+        most = activation_bytes(shape, hparams, tokens, settings.batch_size)
+        sums = (len(hparams.layers) * DOUBLE + DOUBLE + FLOAT) * square + TOKENS_AT_ONCE * running
+        free = math.inf if hparams.state_memory is None else hparams.state_memory * 1e9
+        for name, size in (("null space" if uses_null_space(hparams) else "factor of C", state["metrics"]),
+                           (f"keys of {settings.num_edits} edits and their factor", state["history"])):
+            kept = int(min(size, free))
+            free -= kept
+            items += [MemoryItem(name, "device", kept, True),
+                      MemoryItem(name, "host", size - kept, True, "above state_memory")]
+        items += [MemoryItem("target values, one micro-batch", "device", most + copies, False,
+                             f"token_budget {hparams.token_budget}; with copies of the edited weights"),
+                  # The matrix, a copy for the solver, and the result.
+                  MemoryItem("computing null spaces or factors", "device",
+                             0 if statistics.metric_is_filed else (3 * DOUBLE + FLOAT) * square, False),
+                  MemoryItem("collecting statistics", "device", sums if statistics.missing else 0, False)]
+    return [item for item in items if item.bytes]
 
 
 def peak_bytes(items: Sequence[MemoryItem], device: str) -> dict[str, int]:
-    """What lasts, and the phase that takes most beside it; on a CPU, device and host are one."""
-    def peak(chosen: Sequence[MemoryItem]) -> int:
-        return (sum(item.bytes for item in chosen if item.lasting)
-                + max((item.bytes for item in chosen if not item.lasting), default=0))
-
-    if device == "cpu":
-        return {"host": peak(items)}
-    return {place: peak([item for item in items if item.place == place]) for place in ("device", "host")}
+    """What lasts and the largest phase beside it, by place; on a CPU, device and host are one."""
+    places = {"host": {"device", "host"}} if device == "cpu" else {place: {place} for place in ("device", "host")}
+    return {place: sum(item.bytes for item in items if item.lasting and item.place in parts)
+            + max((item.bytes for item in items if not item.lasting and item.place in parts), default=0)
+            for place, parts in places.items()}

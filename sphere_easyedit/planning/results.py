@@ -1,29 +1,23 @@
-"""What is asked of a plan and what it says."""
+"""Settings of a plan and its results."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..evaluation.datasets import DatasetName
 
-Place = Literal["device", "host"]
-
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What is planned, besides the hyperparameters: as ``edit`` takes it.
+    """The run to plan, besides its hyperparameters.
 
     Attributes:
-        examples: continuations that the run shows, before and after.
-        calibrate: measure on this machine, where the model is here.
-        gflops: rate in 1e9 FLOP/s for whatever was not measured; None for no time.
-        rates: stated rates in 1e9 FLOP/s by kind of work (see ``times.PARTS``), in place of measured ones and
-            ``gflops``: a GPU runs half-precision products, float64 solves and eigenproblems at rates far apart.
-        processes: that share out each batch's facts, the evaluation and the statistics' text; each has the whole model.
+        calibrate: measure speeds on this machine, if the model is here.
+        gflops: speed of the machine in 1e9 FLOP/s, for a rough time without a calibration; None for no time.
     """
 
     num_edits: int
@@ -32,40 +26,32 @@ class PlanSettings:
     data: Path | None = None
     seed: int | None = None
     dtype: str | None = None
-    examples: int = 3
     calibrate: bool = True
     gflops: float | None = None
-    rates: Mapping[str, float] = field(default_factory=dict)
-    processes: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_edits", "batch_size", "processes"):
+        for name in ("num_edits", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more")
         if self.gflops is not None and not (math.isfinite(self.gflops) and self.gflops > 0):
             raise ValueError(f"gflops is {self.gflops}: give a rate above 0, in 1e9 FLOP/s")
-        for kind, rate in self.rates.items():
-            if not (math.isfinite(rate) and rate > 0):
-                raise ValueError(f"the rate of {kind} is {rate}: give one above 0, in 1e9 FLOP/s")
 
 
 @dataclass(frozen=True)
 class TimePart:
-    """One part of a run; ``seconds`` and ``share`` are None where no rate is known."""
+    """A part of a run. None: unknown."""
 
     name: str
-    flops: float
     seconds: float | None
     share: float | None
-    note: str = ""
 
 
 @dataclass(frozen=True)
 class MemoryItem:
-    """Memory that lasts from batch to batch, or that a phase takes for itself (``lasting`` false)."""
+    """Memory held during the whole run (``lasting``), or by one phase alone."""
 
     name: str
-    place: Place
+    place: Literal["device", "host"]
     bytes: int
     lasting: bool
     note: str = ""
@@ -73,7 +59,7 @@ class MemoryItem:
 
 @dataclass(frozen=True)
 class DiskItem:
-    """Files; ``present`` ones are there already."""
+    """Files; ``present`` ones are on the disk already."""
 
     name: str
     path: str
@@ -83,7 +69,7 @@ class DiskItem:
 
 @dataclass(frozen=True)
 class Download:
-    """What has to come over the network; ``bytes`` is None where that can't be said."""
+    """A download. None: unknown."""
 
     name: str
     bytes: int | None
@@ -92,10 +78,7 @@ class Download:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it. ``seconds`` and the shares within ``time`` are None where no rate is known.
-
-    With several processes, ``time`` is the busiest one's, and ``memory`` is a process's.
-    """
+    """The needs of a run. None: unknown."""
 
     model: str
     device: str
@@ -111,5 +94,5 @@ class Plan:
     notes: Sequence[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as JSON takes it."""
+        """The plan as plain data for JSON."""
         return asdict(self)

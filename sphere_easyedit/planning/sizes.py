@@ -1,125 +1,145 @@
-"""Bytes of what a session keeps and of what a step of target values takes."""
+"""Sizes of a model, from its config alone, and of the facts to edit."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import torch
+from torch import nn
+from transformers import PretrainedConfig
 
-from ..editing.executors import is_alphaedit
-from ..editing.grams import carries_grams
-from ..editing.solvers import BLOCK
-from ..editing.target_values import LOGITS_AT_ONCE
-from ..hparams import SPHEREHyperParams
-from ..projection import FLOAT64_SIDE
-from .batches import MicroBatch, total_tokens
-from .counts import keeps_keys, key_capacity, null_space_columns
-from .shapes import ModelShape
+from ..config_fields import hidden_size, num_blocks, text_config
+from ..editing.requests import parse_requests
+from ..evaluation.datasets import EditRecord
+from ..evaluation.metrics import questions_of
+from ..model_class import meta_model
+from ..module_discovery import ModuleNames
 
-FLOAT: Final = 4  # bytes
-DOUBLE: Final = 8
-HEADER: Final = 1024  # bytes of names and shapes in a file of arrays, about
+CHARACTERS_PER_TOKEN: Final = 4.0  # of English text
+_CONTEXTS: Final = ("", *["x" * 40] * 5)  # about the lengths of the plain prompt's front and the generated contexts
 
 
-def original_weight_bytes(shape: ModelShape, hparams: SPHEREHyperParams) -> int:
-    """The session's copies of the edited weights as they were."""
-    return len(hparams.layers) * shape.d_out * shape.d_in * shape.itemsize
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder that costs depend on.
 
-
-def factor_bytes(size: int) -> int:
-    """A Cholesky factor in float64, kept as block rows that end at the diagonal."""
-    blocks, rest = divmod(size, BLOCK)
-    full = BLOCK**2 * blocks * (blocks + 1) // 2
-    return DOUBLE * (full + rest * size)
-
-
-def metric_bytes(shape: ModelShape, hparams: SPHEREHyperParams) -> int:
-    """How all layers' keys are weighed: float32 columns of the null space, or the factor of C in float64."""
-    if is_alphaedit(hparams):
-        return len(hparams.layers) * shape.d_in * null_space_columns(shape, hparams) * FLOAT
-    return len(hparams.layers) * factor_bytes(shape.d_in)
-
-
-def history_bytes(shape: ModelShape, hparams: SPHEREHyperParams, num_edits: int) -> int:
-    """Earlier keys of all layers, float32, and the factor of their system, which stops growing at its capacity.
-
-    From there on the absorbed keys' own factor is kept, of as many rows. Upper bound where it is just emptied.
+    Attributes:
+        parameters: number of them, shared ones counted once.
+        itemsize: bytes of a parameter.
+        blocks, hidden, vocabulary: number of decoder blocks, width of the residual stream, rows of the LM head.
+        block_entries: entries of the matrices in a block (mean over blocks).
+        d_out, d_in: of an edited weight.
     """
-    if not keeps_keys(hparams):
-        return 0
-    capacity = key_capacity(shape, hparams)
-    factors = factor_bytes(min(num_edits, capacity)) + (factor_bytes(capacity) if num_edits > capacity else 0)
-    return len(hparams.layers) * (shape.d_in * num_edits * FLOAT + factors)
+
+    parameters: int
+    itemsize: int
+    blocks: int
+    hidden: int
+    vocabulary: int
+    block_entries: int
+    d_out: int
+    d_in: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters."""
+        return self.parameters * self.itemsize
 
 
-def gram_bytes(shape: ModelShape, hparams: SPHEREHyperParams) -> int:
-    """Gram matrices ``d_out x d_out`` that are carried from batch to batch, float64 up to a side of 1024, else float32.
+def model_shape(config: PretrainedConfig, names: ModuleNames, layers: Sequence[int], dtype: torch.dtype
+                ) -> ModelShape:
+    """Read sizes off a model built on the meta device, which takes no memory.
 
-    Of wide weights alone.
+    Raises:
+        ValueError: module names or layers do not fit the architecture.
     """
-    if not carries_grams(hparams, hparams.executor == "native") or shape.d_out > shape.d_in:
-        return 0
-    return len(hparams.layers) * shape.d_out**2 * (DOUBLE if shape.d_out <= FLOAT64_SIDE else FLOAT)
+    model = meta_model(config)
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def module(name: str) -> nn.Module:
+        found: nn.Module | None = modules.get(name)
+        if found is None:
+            raise ValueError(f"{type(model).__name__} has no module {name!r}: correct the module names in the "
+                             "hyperparameters")
+        return found
+
+    blocks = num_blocks(config)
+    if layers[-1] >= blocks:
+        raise ValueError(f"layers {list(layers)} do not fit a model of {blocks} layers: give numbers from 0 to "
+                         f"{blocks - 1}")
+    hidden, vocabulary = hidden_size(config), int(text_config(config).vocab_size)
+    entries = sum(parameter.numel() for i in range(blocks)
+                  for parameter in module(names.layer_module_tmp.format(i)).parameters() if parameter.dim() == 2)
+    rewritten = names.rewrite_module_tmp.format(layers[0])
+    weight = getattr(module(rewritten), "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or hidden not in weight.shape:
+        raise ValueError(f"{rewritten} has no weight matrix with a side of {hidden}, the hidden size: correct "
+                         "rewrite_module_tmp in the hyperparameters")
+    return ModelShape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        itemsize=dtype.itemsize, blocks=blocks, hidden=hidden, vocabulary=vocabulary, block_entries=entries // blocks,
+        d_out=hidden, d_in=weight.numel() // hidden)  # stored either way
 
 
-def moment_bytes(shape: ModelShape, hparams: SPHEREHyperParams) -> int:
-    """One layer's statistics as filed."""
-    return int(shape.d_in**2 * getattr(torch, hparams.mom2_dtype).itemsize) + HEADER
+def dtype_of(config: PretrainedConfig, wanted: str | None) -> torch.dtype:
+    """The dtype in which the model would be loaded: the given one, else the checkpoint's by its config.
 
-
-def running_bytes(shape: ModelShape, tokens: int) -> int:
-    """What a block takes for so many tokens while nothing is kept for a backward pass, about."""
-    return tokens * (4 * shape.hidden + 3 * shape.d_in) * shape.itemsize
-
-
-def front_bytes(shape: ModelShape, hparams: SPHEREHyperParams, group: MicroBatch) -> int:
-    """Keys and values in front of the rows of a micro-batch's steps: of the blocks that steps run where rows are
-    packed, else of all blocks."""
-    in_front = sum(run.rows * run.front for run in group.stepped)
-    blocks = shape.blocks - 1 - hparams.layers[-1] if group.packed else shape.blocks
-    return in_front * 2 * shape.key_value_width * blocks * shape.itemsize
-
-
-def saved_bytes(shape: ModelShape, hparams: SPHEREHyperParams, group: MicroBatch) -> int:
-    """What the backward pass through the blocks above the last edited one asks for, in a step of one micro-batch.
-
-    Linear maps leave nothing behind, since their weights take no gradient. For each token of a step and each block
-    there are the inputs of two norms, in float32; and in the feed-forward network what enters the activation, leaves
-    it, and is multiplied with it, or where there is no gate the four factors of a GELU by tanh.
-
-    Packed attention leaves queries, keys and values, those of all rows and again those of each length, and its weights
-    in float32, and as they are multiplied where that is another dtype. Other attention leaves queries and output, and
-    keys and values of the prefix too, which they are joined with; all heads' where queries share them.
+    Raises:
+        ValueError: a model can't be edited in it.
     """
-    tokens = total_tokens(group.stepped)
-    has_gate = 2 * shape.mlp_entries > 5 * shape.d_in * shape.hidden  # three matrices, not two
-    in_block = tokens * (2 * shape.hidden * FLOAT + (3 if has_gate else 4) * shape.d_in * shape.itemsize)
-    if group.packed:
-        in_block += 2 * tokens * (shape.attention_width + 2 * shape.key_value_width) * shape.itemsize
-        each = FLOAT + (shape.itemsize if shape.itemsize != FLOAT else 0)
-        in_block += sum(run.attended for run in group.stepped) * shape.heads * each
-    else:
-        attended = sum(run.rows * (run.front + run.width) for run in group.stepped)
-        in_block += 2 * (tokens + attended) * shape.attention_width * shape.itemsize
-    return (shape.blocks - 1 - hparams.layers[-1]) * in_block
+    stated = [getattr(part, name, None) for part in (config, text_config(config)) for name in ("dtype", "torch_dtype")]
+    found = next((each for each in (wanted, *stated) if each), "float32")
+    dtype = getattr(torch, str(found).removeprefix("torch."), None)
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    raise ValueError(f"dtype {found!r} is none that a model can be edited in: give float32, bfloat16 or float16")
 
 
-def logit_bytes(shape: ModelShape, group: MicroBatch) -> int:
-    """Logits of a step: as the head makes them, their log-softmax in float32, and two gradients, for as many states as
-    the optimiser takes at once; and the drift prompts' first ones, which stay."""
-    at_once = min(group.positions + group.edits, max(1, LOGITS_AT_ONCE // shape.vocabulary))
-    return shape.vocabulary * (at_once * (shape.itemsize + 3 * FLOAT) + group.edits * FLOAT)
+@dataclass(frozen=True)
+class Tokens:
+    """Mean number of tokens of an edit, by its characters.
 
-
-def activation_bytes(shape: ModelShape, hparams: SPHEREHyperParams, group: MicroBatch) -> int:
-    """Most that one micro-batch of target values holds: in a step, or while what is run once is recorded.
-
-    From the recording to the end stay states in front of and behind the blocks and keys and values in front. The
-    recording has keys and values of all its tokens in all blocks; a step what the backward pass asks for, and logits.
+    Attributes:
+        read: in all its prompts with the target: plain, in each context, and the drift prompt.
+        stepped: of these, from the subject's last token on, which every gradient step runs.
+        predicted: positions at which a step asks the LM head.
+        scored: read in one evaluation.
     """
-    states = 2 * total_tokens(group.stepped) * shape.hidden * shape.itemsize
-    recorded = total_tokens(group.recorded)
-    recording = (recorded * 2 * shape.key_value_width * shape.blocks * shape.itemsize
-                 + running_bytes(shape, recorded))
-    step = saved_bytes(shape, hparams, group) + logit_bytes(shape, group)
-    return front_bytes(shape, hparams, group) + states + max(recording, step)
+
+    read: float
+    stepped: float
+    predicted: float
+    scored: float
+
+
+def count_tokens(records: Sequence[EditRecord], contexts: Sequence[str] | None) -> Tokens:
+    """Count the tokens of an edit; context templates are None before they are generated."""
+    def count(*texts: str) -> int:
+        return 1 + math.ceil(len("".join(texts)) / CHARACTERS_PER_TOKEN)  # most tokenizers put a token in front
+
+    fronts = _CONTEXTS if contexts is None else ("", *contexts)
+    read = stepped = predicted = 0
+    for request in parse_requests([record.request() for record in records]):
+        read += sum(count(front, request.prompt, request.target) for front in fronts) + count(request.subject)
+        stepped += len(fronts) * count(request.after, request.target) + 1
+        predicted += len(fronts) * count(request.target) + 1
+    # A prompt and target that occur again are not scored again.
+    pairs = {pair for record in records for asked in questions_of(record).values() for pair in asked}
+    scored = sum(count(*pair) for pair in pairs)
+    return Tokens(*(total / len(records) for total in (read, stepped, predicted, scored)))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Second moments of keys: files by layer (none where a run needs none), number of missing ones, whether null spaces
+    or factors lie beside all of them, and tokens of the text that missing ones are collected from, at most.
+    """
+
+    paths: dict[int, Path]
+    missing: int = 0
+    metric_is_filed: bool = False
+    tokens: int = 0

@@ -1,107 +1,166 @@
-"""A run's work by kind, and its parts' seconds by the rate of each kind."""
+"""Seconds of a run's parts, scaled from a few edits on this machine; rough FLOPs where the model is elsewhere."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
-from ..editing.contexts import NEW_TOKENS, OPENINGS
-from ..editing.corpus import GENERATED
-from ..editing.steering import Layout
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..editing.contexts import generate_contexts, generator_on, sample_tokens
+from ..editing.corpus import GENERATED, GENERATED_AT_ONCE
+from ..editing.requests import parse_requests, tokenize_request
+from ..editing.restraints import prune, rect
+from ..editing.target_values import optimise_target_values
+from ..evaluation.datasets import EditRecord
+from ..evaluation.generation import generate_continuations
+from ..evaluation.metrics import evaluate_records
 from ..hparams import SPHEREHyperParams
-from .counts import (
-    energy_flops,
-    evaluation_flops,
-    generation_flops,
-    key_flops,
-    metric_flops,
-    moment_flops,
-    projection_flops,
-    solve_flops,
-    target_value_flops,
-)
-from .facts import Facts
-from .inventory import Statistics
-from .results import PlanSettings, TimePart
-from .shapes import ModelShape
+from ..hyperspherical import hyperspherical_energy
+from ..models import EditableModel, frozen, max_positions
+from ..projection import PrincipalSpace
+from .memory import keeps_keys, null_space_columns, uses_null_space
+from .results import PlanSettings
+from .sizes import ModelShape, Statistics, Tokens, count_tokens
 
-_NEW_TOKENS: Final = 20  # of a continuation that a run shows
-
-# Kinds of work, each with a rate of its own, by the parts of a run that they belong to.
-PARTS: Final[Mapping[str, tuple[str, ...]]] = {
-    "statistics": ("text", "moments"),
-    "preparation": ("contexts", "metrics"),
-    "target values": ("once", "steps"),
-    "keys and solve": ("keys", "solve"),
-    "projection and energy": ("projection", "energy"),
-    "evaluation before": ("scores", "continuations"),
-    "evaluation after": ("scores", "continuations"),
-}
-_STAND_INS: Final = {"moments": "scores", "text": "scores"}  # whose rate serves where its own was not measured
+_STEPS: Final = 3  # gradient steps
+_LONG: Final = 1.0  # seconds from which on a measurement is not repeated
+_EXAMPLES, _NEW_TOKENS = 3, 20  # continuations that an evaluation shows, and tokens of each
+PARTS: Final = ("statistics", "preparation", "target values", "keys and solve", "projection and energy",
+                "evaluation before", "evaluation after")
 
 
-def run_flops(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSettings, facts: Facts,
-              statistics: Statistics, layout: Layout) -> dict[str, float]:
-    """FLOPs of a whole run by kind of work, of the busiest process; those of one evaluation, which takes place twice.
-
-    Processes share out target values, keys, evaluation and the statistics' text; the first one, which is the busiest,
-    alone solves, projects, and generates text.
-
-    Args:
-        layout: of the optimiser's rows.
+def run_seconds(editable: EditableModel, tok: PreTrainedTokenizerBase, shape: ModelShape, hparams: SPHEREHyperParams,
+                settings: PlanSettings, records: Sequence[EditRecord], statistics: Statistics) -> dict[str, float]:
+    """Seconds of a run's parts, by the time of a few edits, one layer and a few tokens. Leaves the weights as they are.
     """
-    scale = settings.num_edits / len(facts.requests)
-    layers, batches = len(hparams.layers), math.ceil(settings.num_edits / settings.batch_size)
-    work = dict.fromkeys((kind for kinds in PARTS.values() for kind in kinds), 0.0)
+    weight = editable.weight(editable.layers[0])
+    device, edits, layers = weight.device, settings.num_edits, len(hparams.layers)
+    batches = math.ceil(edits / settings.batch_size)
+    energy = _timed(lambda: hyperspherical_energy(weight), device)
+    projecting = _timed(lambda: _project(weight, hparams, settings.batch_size), device)
+    count, scoring = _grow(lambda count: evaluate_records(editable.model, tok, records[:count]), len(records), device)
+    token = _timed(lambda: generate_continuations(editable.model, tok, [records[0].edit_prompt], 4), device) / 4
+    evaluation = edits * scoring / count + min(edits, _EXAMPLES) * _NEW_TOKENS * token
+    found = dict.fromkeys(PARTS, 0.0) | dict.fromkeys(PARTS[-2:], evaluation) | {
+        "projection and energy": layers * (batches * projecting + (batches + 1) * energy)}
     if hparams.executor == "native":
-        for shares in facts.shares(settings.batch_size, settings.processes):
-            once, step = max((target_value_flops(shape, share, hparams, layout) for share in shares),
-                             key=lambda counted: counted[1])
-            work["once"] += (once + step) * scale
-            work["steps"] += 2 * step * (hparams.v_num_grad_steps - 1) * scale
-            work["keys"] += max(key_flops(shape, share, hparams) for share in shares) * scale
-        work["solve"] = solve_flops(shape, hparams, settings.num_edits, settings.batch_size)
-        work["metrics"] = 0.0 if statistics.metric_is_filed else layers * metric_flops(shape.d_in, hparams)
-        if hparams.context_templates is None:
-            work["contexts"] = generation_flops(shape, len(OPENINGS) * NEW_TOKENS)
-        if statistics.missing:
-            tokens = math.ceil(statistics.tokens / settings.processes)
-            work["moments"] = moment_flops(shape, hparams, tokens, len(statistics.missing))
-            work["text"] = (generation_flops(shape, statistics.tokens) if hparams.mom2_dataset == GENERATED else 0.0)
-    columns = settings.batch_size if hparams.executor == "native" else shape.d_out
-    work["projection"] = batches * layers * projection_flops(shape, hparams, columns)
-    work["energy"] = (batches + 1) * layers * energy_flops(shape)
-    scored = evaluation_flops(shape, [pair for pairs in facts.scored for pair in pairs])
-    work["scores"] = scored * scale / min(settings.processes, settings.num_edits)
-    work["continuations"] = generation_flops(shape, min(settings.examples, settings.num_edits) * _NEW_TOKENS)
-    return work
+        reading = scoring / count / count_tokens(records[:count], ()).scored  # a token
+        with frozen(editable.model):
+            found |= _native_seconds(editable, tok, shape, hparams, settings, records, statistics, reading)
+    return found
 
 
-def time_parts(work: Mapping[str, float], rates: Mapping[str, float], gflops: float | None) -> list[TimePart]:
-    """Seconds and shares of a run's parts.
+def _native_seconds(editable: EditableModel, tok: PreTrainedTokenizerBase, shape: ModelShape,
+                    hparams: SPHEREHyperParams, settings: PlanSettings, records: Sequence[EditRecord],
+                    statistics: Statistics, reading: float) -> dict[str, float]:
+    """Seconds of statistics, preparation, target values, keys and solve, where ``reading`` a token is known."""
+    device, layers = editable.device(editable.layers[0]), editable.layers
+    wide = _noise(shape.d_in, 512, device).double()
+    flop = _timed(lambda: wide.T @ wide, device) / (512**2 * shape.d_in)  # solves run at half the speed of products
+    started, contexts = time.perf_counter(), hparams.context_templates
+    if contexts is None:
+        contexts = generate_contexts(editable, tok, hparams.seed)
+    preparing = time.perf_counter() - started + flop * metric_flops(shape, hparams, statistics)
+    collecting = reading + flop * len(layers) * shape.d_in**2 / 2  # products in float32
+    if statistics.missing and hparams.mom2_dataset == GENERATED:
+        rows = torch.zeros(GENERATED_AT_ONCE, 1, dtype=torch.long, device=editable.input_device)
+        collecting += _timed(lambda: sample_tokens(
+            editable.model, rows, torch.ones_like(rows), generator_on(rows.device, 0), top_k=0, min_new_tokens=4,
+            max_new_tokens=4, pad_token_id=0), device) / (4 * len(rows))
+    requests = [tokenize_request(tok, request, contexts, max_positions(editable.config)) for request in
+                parse_requests([record.request() for record in records[: settings.batch_size]])]
+    # A loss that is reached early would end the steps early.
+    short, long = (SPHEREHyperParams.from_dict({**hparams.to_dict(), "v_num_grad_steps": steps, "v_lr": 1e-6})
+                   for steps in (1, _STEPS))
+    count, many = _grow(lambda count: optimise_target_values(editable, requests[:count], long), len(requests), device)
+    few = _timed(lambda: optimise_target_values(editable, requests[:count], short), device)
+    step = max(many - few, 0.1 * many) / (_STEPS - 1)
+    # Keys pass the blocks up to the last edited layer, and from the first edited one again as layers are written.
+    keys = few * (layers[-1] + 1 + 2 * (layers[-1] - layers[0] + 1)) / shape.blocks
+    scale = settings.num_edits / count
+    return {"statistics": statistics.tokens * collecting, "preparation": preparing,
+            "target values": scale * (few + (hparams.v_num_grad_steps - 1) * step),
+            "keys and solve": scale * keys + flop * solve_flops(shape, hparams, settings.num_edits)}
 
-    Args:
-        work: FLOPs by kind (see ``run_flops``).
-        rates: measured FLOP/s by kind.
-        gflops: 1e9 FLOP/s for kinds that were not measured; None for none.
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of some work; of the second time where the first was short."""
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if (seconds := time.perf_counter() - started) > _LONG:
+            break
+    return seconds
+
+
+def _grow(work: Callable[[int], object], most: int, device: torch.device) -> tuple[int, float]:
+    """Run work on more and more items until it takes long enough to tell; returns their number and the seconds."""
+    count = 1
+    while (seconds := _timed(partial(work, count), device)) < _LONG and count < most:
+        count = min(2 * count, most)
+    return count, seconds
+
+
+def _noise(rows: int, columns: int, device: torch.device) -> Tensor:
+    return torch.randn(rows, columns, generator=generator_on(device, 0), device=device)
+
+
+@torch.no_grad()
+def _project(weight: Tensor, hparams: SPHEREHyperParams, columns: int) -> None:
+    """Restrain and project a made-up update of one layer."""
+    wide = weight.float()
+    if hparams.base_alg == "RECT":
+        rect(0.01 * wide.roll(1, 0), wide, hparams.rect_keep)
+    if hparams.base_alg == "PRUNE":
+        prune(0.01 * wide.roll(1, 0), wide, hparams.prune_log_base)
+    if hparams.projects:
+        space = PrincipalSpace.from_weight(weight, hparams.gamma)
+        space.suppress_keys(_noise(weight.shape[1], columns, weight.device), hparams.alpha)
+
+
+def solve_flops(shape: ModelShape, hparams: SPHEREHyperParams, num_edits: int) -> float:
+    """FLOPs of all solves, in float64.
+
+    Each key is weighed about twice (``4 d_in q`` by the q columns of a null space, ``2 d_in^2`` by a factor of C) and
+    solved with the ``m`` earlier keys that are kept (``2 d_in m + m^2``); d_in of these are absorbed at a time.
     """
-    parts = []
-    for name, kinds in PARTS.items():
-        done = {kind: work[kind] for kind in kinds if work[kind]}
-        seconds: float | None = 0.0
-        for kind, flops in done.items():
-            rate = rates.get(kind, rates.get(_STAND_INS.get(kind, ""), (gflops or 0.0) * 1e9))
-            seconds = seconds + flops / rate if rate and seconds is not None else None
-        parts.append(TimePart(name, sum(done.values()), seconds, None))
-    total = sum(part.seconds or 0.0 for part in parts)
-    if total == 0.0:
-        return parts
-    return [replace(part, share=None if part.seconds is None else part.seconds / total) for part in parts]
+    weigh = 4.0 * shape.d_in * null_space_columns(shape, hparams) if uses_null_space(hparams) else 2.0 * shape.d_in**2
+    if not keeps_keys(hparams):
+        return len(hparams.layers) * 2 * num_edits * weigh
+    most = min(num_edits, shape.d_in)  # so the mean of m is half of it, that of m^2 a third of its square
+    absorbing = num_edits // shape.d_in * 7 / 3 * shape.d_in**3
+    return len(hparams.layers) * (3 * num_edits * (weigh + shape.d_in * most + most**2 / 3) + absorbing)
 
 
-def total_seconds(parts: list[TimePart]) -> float | None:
-    """Of all parts; None where one has none."""
-    seconds = [part.seconds for part in parts if part.seconds is not None]
-    return sum(seconds) if len(seconds) == len(parts) else None
+def metric_flops(shape: ModelShape, hparams: SPHEREHyperParams, statistics: Statistics) -> float:
+    """FLOPs of all layers' null spaces (eigenproblems) or Cholesky factors of C, where these are not on file."""
+    each = (10 / 3 if uses_null_space(hparams) else 1 / 3) * float(shape.d_in) ** 3
+    return 0.0 if statistics.metric_is_filed else len(hparams.layers) * each
+
+
+def part_flops(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSettings, tokens: Tokens,
+               statistics: Statistics) -> dict[str, float]:
+    """Rough FLOPs of a run's parts: 2 a token and matrix entry; products and eigenproblems to leading order."""
+    edits, layers, last, blocks = settings.num_edits, len(hparams.layers), hparams.layers[-1], shape.blocks
+    small, large = sorted((float(shape.d_out), float(shape.d_in)))
+    block, head = 2.0 * shape.block_entries, 2.0 * shape.vocabulary * shape.hidden  # of a token, of a position
+    projection = hparams.projects * (2 * small**2 * large + 2 * small**3) + small**2 * large  # and the energy
+    found = dict.fromkeys(PARTS, 0.0) | dict.fromkeys(PARTS[-2:], edits * block * blocks * tokens.scored) | {
+        "projection and energy": layers * math.ceil(edits / settings.batch_size) * projection}
+    if hparams.executor != "native":
+        return found
+    step = block * (blocks - 1 - last) * tokens.stepped + head * tokens.predicted  # forward; backward costs the same
+    return found | {
+        "statistics": statistics.tokens * (2 * block * blocks + 2 * layers * shape.d_in**2),
+        "preparation": metric_flops(shape, hparams, statistics),
+        "target values": edits * (block * blocks * tokens.read + 2 * hparams.v_num_grad_steps * step),
+        "keys and solve": edits * 2 * block * (last + 1) * tokens.read + solve_flops(shape, hparams, edits)}

@@ -11,7 +11,7 @@ from typing import Final
 
 from ..evaluation.run_directory import RunDirectory
 from ..evaluation.run_records import RunRecords
-from ..files import replacing
+from ..files import atomic_write
 from .abilities import abilities_figure
 from .cases import tables_of
 from .changes import changes_figure
@@ -38,12 +38,12 @@ class ReportFiles:
     figures: tuple[Path, ...]
 
 
-def write_report(runs: Sequence[str | Path], output: str | Path | None = None, files: bool = True,
+def write_report(runs: Sequence[str | Path | RunRecords], output: str | Path | None = None, files: bool = True,
                  live: bool = False) -> ReportFiles:
     """Write ``report.html``, self-contained, and the figures beside it in ``figures/`` as SVG and PNG.
 
     Args:
-        runs: run directories, of runs that ended or are under way.
+        runs: run directories, of runs that ended or are under way, or what was read of them.
         output: folder to write to; the run's own directory where there is one run.
         files: also write SVG and PNG.
         live: for a run in progress: the page reloads itself, and figures that take seconds are left for the end.
@@ -55,15 +55,16 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None, f
     if output is None and len(runs) != 1:
         raise ValueError(f"{len(runs)} runs are given: say where the report of all of them goes (output)")
     check_installed()
-    folder = Path(runs[0] if output is None else output)
+    read = [run if isinstance(run, RunRecords) else RunRecords.read(run) for run in runs]
+    folder = read[0].directory if output is None else Path(output)
     place = RunDirectory(folder).place  # mostly a run's own, which may come from somebody else
     html, drawn, coordinates = place("report.html"), place("figures"), place("figures/places.json")
-    named = named_runs([RunRecords.read(run) for run in runs])
+    named = named_runs(read)
     figures, notes = figures_of(named, live, coordinates)
     title = named[0].label if len(named) == 1 else f"{len(named)} runs"
     page = Page(f"SPHERE: {title}", named, notices_of(named), figures, tables_of(named), notes,
                 REFRESH if live else None).html()
-    with replacing(html) as temporary:
+    with atomic_write(html) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return ReportFiles(html, tuple(write_figures(figures, drawn)) if files else ())
 
@@ -116,7 +117,7 @@ def write_figures(figures: Sequence[Figure], folder: Path, suffixes: Sequence[st
         spec = as_file(figure)
         for suffix in suffixes:
             path = folder / f"{figure.name}.{suffix}"
-            with replacing(path) as temporary:
+            with atomic_write(path) as temporary:
                 if suffix == "svg":
                     temporary.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
                 else:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final
 
-from ..evaluation.run_directory import CASES, RunDirectory
-from ..evaluation.run_records import CaseId
+from ..evaluation.run_directory import RunDirectory
+from ..runs.schema import CASES, CaseId, CaseRecord
 from .runs import ReportRun
 
 LOST, MISSED, HELD, KNOWN, UNSEEN = "lost since", "not learned", "held", "known before", "not measured"
@@ -49,19 +49,12 @@ def case_table(run: ReportRun, max_characters: int = MAX_CHARACTERS) -> CaseTabl
         return None
     seen_right = _last_seen_right(run)
     rows = []
-    for number, line in enumerate(files.lines(CASES), start=1):
-        where = f"{files.path / CASES}, line {number}"
-        before, after = (_right(line.get(name), f"{where}: {name}") for name in ("pre", "post"))
-        case = line.get("case_id")
-        if isinstance(case, bool) or not isinstance(case, CaseId | None):
-            raise ValueError(f"{where}: case_id is {case!r}, not a number or a text")
-        last = seen_right.get(case) if case is not None else None
-        generations = line.get("generations") or {}
-        if not isinstance(generations, Mapping):
-            raise ValueError(f"{where}: generations is {generations!r}, not an object")
-        rows.append((case, line.get("prompt"), line.get("target_new"), line.get("target_true"),
-                     _state(before, after, last), before, after, last, generations.get("before"),
-                     generations.get("after")))
+    for one in files.records(CASES, CaseRecord):
+        before, after = _right(one.pre), _right(one.post)
+        last = seen_right.get(one.case_id) if one.case_id is not None else None
+        generations = one.generations or {}
+        rows.append((one.case_id, one.prompt, one.target_new, one.target_true, _state(before, after, last), before,
+                     after, last, generations.get("before"), generations.get("after")))
     rows.sort(key=lambda row: STATES.index(row[4]))
     sizes = accumulate(len(json.dumps(row, ensure_ascii=False)) for row in rows)
     kept = sum(size <= max_characters for size in sizes)
@@ -79,13 +72,9 @@ def _last_seen_right(run: ReportRun) -> dict[CaseId, int]:
     return found
 
 
-def _right(scores: object, where: str) -> bool | None:
-    if scores is not None and not isinstance(scores, Mapping):
-        raise ValueError(f"{where} is {scores!r}, not an object")
+def _right(scores: Mapping[str, float | None] | None) -> bool | None:
     value = None if scores is None else scores.get(_METRIC)
-    if value is not None and not isinstance(value, int | float):
-        raise ValueError(f"{where} has the {_METRIC} {value!r}, not a number")
-    return None if value is None else bool(value >= 1.0)
+    return None if value is None else value >= 1.0
 
 
 def _state(before: bool | None, after: bool | None, last: int | None) -> str:

@@ -8,11 +8,11 @@ from typing import Any, Final
 import numpy as np
 
 from ..evaluation.analysis import FEWEST, LOG_PERPLEXITY, change_pairs, energy_points, regress
-from ..evaluation.arms import METRICS
+from ..runs.schema import METRIC_NAMES
 from .figure import SMALL, Choice, Figure, Panel, Row, Spec, by_run, chosen, params, quantitative, shown, tooltip
 from .runs import ReportRun
 
-_METRICS: Final = (*METRICS, LOG_PERPLEXITY)
+_METRICS: Final = (*METRIC_NAMES, LOG_PERPLEXITY)
 _KINDS: Final = (("signed", "signed, mean over layers"), ("magnitude", "magnitude, mean over layers"))
 _STEPS: Final = 25  # of a regression's line and band
 

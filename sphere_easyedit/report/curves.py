@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ..evaluation.analysis import LOG_PERPLEXITY, energy_correlations, energy_points, mean_change
-from ..evaluation.arms import METRICS
-from ..evaluation.run_records import Point
+from ..runs.schema import FACT_METRICS, METRIC_NAMES, Measurement
 from .figure import (
     HEIGHT,
     SMALL,
@@ -30,7 +29,7 @@ from .runs import ReportRun
 MEAN: Final = "mean"  # over layers
 RHO: Final = "\N{GREEK SMALL LETTER RHO}"
 PERPLEXITY: Final = "perplexity"
-PERCENT: Final = METRICS[:3]
+PERCENT: Final = FACT_METRICS
 Rhos = Mapping[str, Mapping[str, float]]  # by run and metric
 _BANDS: Final = 3  # runs up to which intervals are drawn, which more would cover one another
 
@@ -39,7 +38,7 @@ def curves_figure(runs: Sequence[ReportRun]) -> Figure | None:
     """HE, the metrics, perplexity and the norm of the change along the runs; None where nothing was recorded."""
     labels = [run.label for run in runs]
     rhos = {run.label: _rhos(run) for run in runs}
-    panels = [panel for panel in (_energy_panel(runs), *(_metric_panel(runs, name, rhos) for name in METRICS),
+    panels = [panel for panel in (_energy_panel(runs), *(_metric_panel(runs, name, rhos) for name in METRIC_NAMES),
                                   _metric_panel(runs, PERPLEXITY, rhos), _norm_panel(runs)) if panel is not None]
     if not panels:
         return None
@@ -64,12 +63,12 @@ def _with_params(panel: Panel, labels: Sequence[str], choice: Choice) -> Panel:
     return panel
 
 
-def _points(run: ReportRun) -> list[Point]:
+def _points(run: ReportRun) -> list[Measurement]:
     before = run.run.before(run.protocol)
     return [*([] if before is None else [before]), *run.run.trajectory(run.protocol)]
 
 
-def _value(point: Point, name: str) -> float | None:
+def _value(point: Measurement, name: str) -> float | None:
     if name == PERPLEXITY:
         found = point.perplexity
     else:
@@ -227,7 +226,7 @@ def _told(run: ReportRun) -> str:
         return f"{run.label}: nothing measured yet."
     first, last = points[0], points[-1]
     parts = []
-    for name in (*METRICS, PERPLEXITY):
+    for name in (*METRIC_NAMES, PERPLEXITY):
         was, is_now = _value(first, name), _value(last, name)
         if is_now is not None:
             parts.append(f"{name} {is_now:.4g}" + ("" if was is None or first is last else f" (at first {was:.4g})"))

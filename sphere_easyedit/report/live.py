@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-from ..evaluation.run_directory import METRICS
-from ..evaluation.tail import RunTail
+from ..callbacks import EditCallback, MeasureEvent, RunState
+from ..evaluation.run_records import RunRecords
 from .build import REFRESH, check_installed, write_report
 
 logger = logging.getLogger(__name__)
@@ -16,47 +16,48 @@ logger = logging.getLogger(__name__)
 _SHARE: Final = 0.05  # of a run's time that its report may take
 
 
-class LiveReport:
-    """Writes a run's ``report.html`` anew when the run has written something, no more often than it is worth.
+class LiveReport(EditCallback):
+    """Writes a run's ``report.html`` as the run goes on, and the whole report with its figures as files at its end.
 
-    It must not cost the run: at most a twentieth of the time goes into it, and a report that can't be written is warned
-    of once.
+    At most a twentieth of the run's time goes into it. A report that can't be written is warned of once, and the run
+    goes on.
 
-    Args:
-        path: run directory.
+    Use it as a callback of the run, and ``update`` as its ``progress``: what came too soon after the page before is
+    shown while the run measures.
+
+    Attributes:
+        page: the finished report; None while there is none.
 
     Raises:
         ValueError: what draws is not installed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self) -> None:
         check_installed()
-        self._path = path
-        self._tail = RunTail(path)
+        self.page: Path | None = None
+        self._news: RunState | None = None  # that the page does not show
         self._next = 0.0
-        self._news = False
         self._failed = False
 
-    def update(self, phase: str, done: int, total: int) -> None:
-        """To be called with the run's progress."""
+    def on_measured(self, event: MeasureEvent) -> None:
+        self._news = event.run
+        self.update()
+
+    def update(self, phase: str = "", done: int = 0, total: int = 0) -> None:
+        """Take a run's progress call."""
         started = time.monotonic()
-        if self._failed or started < self._next:
+        if self._failed or self._news is None or started < self._next or not self._news.measurements:
             return
         try:
-            told = self._tail.poll()
-            self._news |= bool(told.batches or told.points)
-            if self._news and (self._path / METRICS).is_file():
-                write_report([self._path], files=False, live=True)
-                self._news = False
+            write_report([RunRecords.of(self._news)], files=False, live=True)
         except Exception as error:  # of whatever library
             self._failed = True
             logger.warning("the report is not kept up to date: %s: %s", type(error).__name__, error)
+        self._news = None
         self._next = time.monotonic() + max(REFRESH, (time.monotonic() - started) / _SHARE)
 
-    def finish(self) -> Path | None:
-        """The whole report of the run, with its figures as files; its path, or None where it can't be written."""
+    def on_run_end(self, run: RunState) -> None:
         try:
-            return write_report([self._path]).html
+            self.page = write_report([RunRecords.of(run)]).html
         except Exception as error:  # of whatever library
             logger.warning("no report: %s: %s", type(error).__name__, error)
-            return None

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..evaluation.neurons import LayerNeurons
-from ..files import replacing
+from ..files import atomic_write
 from .figure import Choice, Figure, Panel, Row, Spec, chosen, quantitative, tooltip
 from .runs import ReportRun
 
@@ -143,7 +143,7 @@ class Neurons:
                 kept[key] = [(round(float(x), 2), round(float(y), 2)) for x, y in embed(found.cosines)]
             used[key] = placed[which] = kept[key]
         if self._coordinates is not None:
-            with replacing(self._coordinates) as temporary:
+            with atomic_write(self._coordinates) as temporary:
                 temporary.write_text(json.dumps(used), encoding="utf-8")
         return placed
 

@@ -100,15 +100,17 @@ def _drift(run: ReportRun) -> list[Notice]:
 
 
 def _left_out(run: ReportRun) -> list[Notice]:
-    summary = run.run.summary or {}
-    skipped, stopped = summary.get("skipped") or (), summary.get("stopped")
+    summary = run.run.summary
+    if summary is None:
+        return []
+    skipped, stopped = summary.skipped, summary.stopped
     notices = []
     if skipped:
         notices.append(Notice("note", run.label, f"left out {len(skipped)} facts that can't be edited, the first "
-                                                 f"case_id {skipped[0]['case_id']} ({skipped[0]['error']})."))
+                                                 f"case_id {skipped[0].case_id} ({skipped[0].error})."))
     if stopped:
-        notices.append(Notice("warning", run.label, f"was stopped after {summary['num_edits']:,} of "
-                                                    f"{summary['num_facts']:,} facts: {stopped}"))
+        notices.append(Notice("warning", run.label, f"was stopped after {summary.num_edits:,} of "
+                                                    f"{summary.num_facts:,} facts: {stopped}"))
     return notices
 
 

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import yaml
 
-from ..evaluation.arms import METRICS, title_of
-from ..evaluation.run_records import Estimate, Point
+from ..evaluation.arms import title_of
+from ..runs.schema import METRIC_NAMES, Estimate, Measurement
 from .cases import COLUMNS, STATES, CaseTable
 from .curves import PERCENT
 from .figure import SERIES, Figure, Row, dashes, on_page
@@ -20,7 +20,7 @@ from .notices import Notice
 from .runs import ReportRun
 
 _ASSETS: Final = "assets"
-_RESULTS: Final = ("run", "edits", *(f"{name}, %" if name in PERCENT else name for name in METRICS), "perplexity",
+_RESULTS: Final = ("run", "edits", *(f"{name}, %" if name in PERCENT else name for name in METRIC_NAMES), "perplexity",
                    "s an edit")
 
 
@@ -117,8 +117,7 @@ def _summary(run: ReportRun) -> Row:
     batches = run.run.batches
     edits = batches[-1].num_edits if batches else 0
     measured_at = "" if last is None or last.num_edits == edits else f" (measured at {last.num_edits})"
-    summary = run.run.summary or {}
-    seconds = summary.get("editing_seconds")
+    seconds = None if run.run.summary is None else run.run.summary.editing_seconds
     if seconds is None and batches:
         seconds = sum(sum(batch.seconds.values()) for batch in batches)
     return (run.label, f"{edits}{measured_at}", *_measured(last),
@@ -149,12 +148,12 @@ def _unedited(runs: Sequence[ReportRun]) -> list[Row]:
     return rows
 
 
-def _measured(point: Point | None) -> list[str]:
+def _measured(point: Measurement | None) -> list[str]:
     """Cells of an evaluation: its metrics and its perplexity."""
     if point is None:
-        return [""] * (len(METRICS) + 1)
+        return [""] * (len(METRIC_NAMES) + 1)
     perplexity = "" if point.perplexity is None else f"{point.perplexity:.4g}"
-    return [*(_estimate(point.metrics.get(name)) for name in METRICS), perplexity]
+    return [*(_estimate(point.metrics.get(name)) for name in METRIC_NAMES), perplexity]
 
 
 def _estimate(found: Estimate | None) -> str:
@@ -166,15 +165,17 @@ def _estimate(found: Estimate | None) -> str:
 
 def _details(run: ReportRun) -> dict[str, Any]:
     """What a run was made of and what it cost."""
-    summary, config = run.run.summary or {}, run.run.config
+    summary, config = run.run.summary, run.run.config
     parts: dict[str, float] = {}
     for batch in run.run.batches:
         for part, seconds in batch.seconds.items():
             parts[part] = parts.get(part, 0.0) + seconds
     costs = [(f"{part.replace('_', ' ')} of batches", f"{seconds:,.1f} s") for part, seconds in parts.items()]
-    costs += [(name.replace("_seconds", "").replace("_", " "), f"{summary[name]:,.1f} s")
-              for name in ("preparation_seconds", "editing_seconds", "evaluation_seconds") if name in summary]
-    if "peak_memory_bytes" in summary:
-        costs.append(("memory at the peak", f"{summary['peak_memory_bytes'] / 1e9:.2f} GB"))
+    if summary is not None:
+        costs += [(name, f"{seconds:,.1f} s") for name, seconds in (
+            ("preparation", summary.preparation_seconds), ("editing", summary.editing_seconds),
+            ("evaluation", summary.evaluation_seconds)) if seconds is not None]
+        if summary.peak_memory_bytes is not None:
+            costs.append(("memory at the peak", f"{summary.peak_memory_bytes / 1e9:.2f} GB"))
     return {"costs": costs, "directory": str(run.run.directory),
             "config": yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)}

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..evaluation.arms import Arm, arms_of, title_of
-from ..evaluation.run_directory import When
-from ..evaluation.run_records import PAPER, CaseId, RunRecords
+from ..evaluation.run_records import PAPER, RunRecords
+from ..runs.schema import CaseId, When
 
 
 @dataclass(frozen=True)

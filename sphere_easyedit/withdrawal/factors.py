@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..callbacks import EditCallback, EditEvent
 from ..editing.solvers import LowRankUpdate
-from ..files import checksum_path, record_checksum, recorded_checksum, replacing, sha256_of
+from ..files import atomic_write, checksum_path, record_checksum, recorded_checksum, sha256_of
 from ..hparams import SPHEREHyperParams
 from .facts import Fact, read_past, still_true, write_past
 
@@ -104,7 +104,7 @@ class FactorKeeper(EditCallback):
                    "method": self._method, "layers": sorted(event.updates)}
         path = factors_path(self.folder, event.num_edits)
         checksum_path(path).unlink(missing_ok=True)  # it must not outlive the content that it was taken of
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             # One entry: several would be written in any order, and the same batch in other bytes.
             temporary.write_bytes(save(tensors, {_FORMAT: json.dumps(content)}))
         record_checksum(path, sha256_of(path))

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..export.fingerprint import tensors_sha256
-from ..files import replacing
+from ..files import atomic_write
 
 _FORMAT = "sphere-easyedit withdrawals 1"
 
@@ -99,7 +99,7 @@ def _parsed(entry: Mapping[str, Any]) -> PastWithdrawal:
 def write_past(folder: Path, past: Sequence[PastWithdrawal]) -> None:
     """Write the file whole, or leave the one before it."""
     content = {"format": _FORMAT, "withdrawals": [asdict(entry) for entry in past]}
-    with replacing(past_path(folder)) as temporary:
+    with atomic_write(past_path(folder)) as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from ..editing.session import EditSession
 from ..editing.solvers import KeyHistory, LowRankUpdate
 from ..exclusive import exclusive
 from ..hparams import SPHEREHyperParams, check_hparams
-from ..inputs import ordinary_torch
+from ..inputs import default_torch_settings
 from ..models import EditableModel
 from .algebra import LayerStatement, Sum, withdraw_from
 from .factors import BatchFactors, read_batches
@@ -71,7 +71,7 @@ def withdraw(model: nn.Module, hparams: SPHEREHyperParams, factors: str | Path, 
     """
     check_hparams(hparams)
     folder, editable = Path(factors), hparams.editable(model)
-    with ordinary_torch(), exclusive(model):
+    with default_torch_settings(), exclusive(model):
         return _withdraw(editable, hparams, folder, case_ids, EditSession.of(model) if session is None else session)
 
 
@@ -89,7 +89,7 @@ def _withdraw(editable: EditableModel, hparams: SPHEREHyperParams, folder: Path,
         left, done = weights_without(session.original, weights, read_batches(folder, made, editable.layers), past,
                                      case_ids)
         history = _without_keys(session.history, done)
-        with editable.undone_on_error():
+        with editable.restored_on_error():
             for layer, weight in left.items():
                 editable.set_weight(layer, weight)
             batches = session.num_batches

@@ -1,11 +1,11 @@
 """Sweeps: many runs from one YAML file, one process a run, resumable, collected into one table.
 
-``spec``: the file; ``grid`` and ``names``: its runs. ``record``: what a sweep's folder keeps of them. ``runs``: the
-processes. ``slurm`` and ``cluster``: runs as a cluster's jobs. ``results``: what a run directory says. ``pairs``:
+``spec``: the file; ``grid``: its runs and their names. ``record``: what a sweep's folder keeps of them. ``runs``: the
+processes. ``slurm`` and ``cluster``: runs as jobs of SLURM. ``results``: what a run directory says. ``pairs``:
 differences between runs that share all but one thing. ``table``: all of it as CSV and Markdown.
 """
 
-from .cluster import Submission, local_jobs, submit_sweep, wait_for_jobs
+from .cluster import Submission, submit_sweep, wait_for_jobs
 from .record import Run, Sweep
 from .runs import RunOutcome, SweepResult, run_sweep
 from .slurm import parse_slurm
@@ -13,4 +13,4 @@ from .spec import load_sweep
 from .table import SweepTable, collect, compare
 
 __all__ = ["Run", "RunOutcome", "Submission", "Sweep", "SweepResult", "SweepTable", "collect", "compare", "load_sweep",
-           "local_jobs", "parse_slurm", "run_sweep", "submit_sweep", "wait_for_jobs"]
+           "parse_slurm", "run_sweep", "submit_sweep", "wait_for_jobs"]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Final
 
 from ...hparams import SPHERE_ONLY, SPHEREHyperParams
 from .checks import as_list, as_whole, check_keys
-from .names import compose, is_name
 from .record import Run
+
+LONGEST: Final = 120  # characters of a name, seed not counted; file systems take 255 bytes
+_LONGEST_VALUE: Final = 32
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,6 @@ class Group:
         file: hyperparameters of its file.
         own: these with ``set`` and the method's own, which a made-up name leaves out.
         told: further settings that a made-up name must tell, as they differ from the top of the file.
-        follow: arm whose runs these follow, or None.
         gamma, alpha: (None,) for ``own``.
         axes: further hyperparameters with their values.
     """
@@ -36,7 +41,6 @@ class Group:
     file: Mapping[str, Any]
     own: SPHEREHyperParams
     told: Mapping[str, Any]
-    follow: str | None
     seeds: tuple[int, ...]
     sphere: tuple[bool, ...]
     gamma: tuple[Any, ...]
@@ -113,7 +117,7 @@ def runs_of(arms: Sequence[Arm], seeds_outermost: bool) -> list[Run]:
         order = list(dict.fromkeys(run.seed for run in runs))
         runs.sort(key=lambda run: order.index(run.seed))
     _refuse_duplicates(runs)
-    return _followable(runs)
+    return runs
 
 
 def resolve(file: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> SPHEREHyperParams:
@@ -134,8 +138,7 @@ def _runs(arm: Arm) -> Iterator[Run]:
     run = replace(group.settings, sphere=arm.sphere, set=given, hyperparameters=resolved.to_dict())
     name = _made_up(run, group, resolved) if group.name is None else group.name
     for seed in arm.seeds:
-        follows = None if group.follow is None else f"{group.follow}-seed{seed}"
-        yield replace(run, name=f"{name}-seed{seed}", arm=name, seed=seed, follows=follows)
+        yield replace(run, name=f"{name}-seed{seed}", arm=name, seed=seed)
 
 
 def _made_up(run: Run, group: Group, resolved: SPHEREHyperParams) -> str:
@@ -145,18 +148,6 @@ def _made_up(run: Run, group: Group, resolved: SPHEREHyperParams) -> str:
     others = [name for name in run.set if name not in (("gamma", "alpha") if run.sphere else SPHERE_ONLY)]
     told = {name: run.value(name) for name in others if run.value(name) != getattr(group.own, name, None)}
     return compose(head, {**group.told, **told})
-
-
-def _followable(runs: Sequence[Run]) -> list[Run]:
-    """The runs, those that others follow with the weights of each batch kept."""
-    followed = {run.follows for run in runs if run.follows is not None}
-    leaders = {run.name: run for run in runs if run.follows is None}
-    for run in runs:
-        if run.follows is not None and run.follows not in leaders:
-            raise ValueError(f"{run.name} follows {run.follows}, which is no run of this sweep that edits by itself: "
-                             f"name the arm (a run without its seed) of one of {', '.join(leaders) or 'none'}")
-    return [replace(run, edit={"keep-weights-every": run.batch_size, **run.edit}) if run.name in followed else run
-            for run in runs]
 
 
 def _refuse_duplicates(runs: Sequence[Run]) -> None:
@@ -174,3 +165,37 @@ def _refuse_duplicates(runs: Sequence[Run]) -> None:
                              "`name` of its own")
         if not is_name(run.arm):
             raise ValueError(f"runs can't be called {run.arm!r}: list them under `runs` with a `name`")
+
+
+def is_name(text: str) -> bool:
+    """Whether runs may have this name. The seed at its end keeps it apart from files beside the run."""
+    return len(text) <= LONGEST and _NAME.fullmatch(text) is not None
+
+
+def compose(parts: Iterable[str], settings: Mapping[str, Any]) -> str:
+    """``parts``, then each setting as NAME=VALUE by the order of names, joined by hyphens and cut to ``LONGEST``."""
+    words = [_clean(part) for part in parts]
+    words += [f"{_clean(name)}={_value(settings[name])}" for name in sorted(settings)]
+    name = "-".join(words)
+    return name if len(name) <= LONGEST else f"{name[:LONGEST - 9]}-{_digest(name)}"
+
+
+def _value(value: Any) -> str:
+    text = _plain(value)
+    return _clean(text) if len(text) <= _LONGEST_VALUE else _digest(text)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return "+".join(_plain(item) for item in value) or "empty"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def _clean(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("._-") or "_"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..run_records import Estimate
+from ...runs.schema import Estimate
 from ..tables import Cell, Column, Table
 from .results import WATCHED
 

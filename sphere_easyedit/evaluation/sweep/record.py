@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import yaml
 
-from ...files import replacing
+from ...files import atomic_write
 from ...hparams import SPHERE_ONLY
 from ...safe_yaml import read_yaml
 
@@ -36,7 +36,6 @@ class Run:
         set: hyperparameters that differ from that file.
         dataset, data, num_edits, batch_size: as ``edit`` takes them; None where it is given none.
         edit: further options of ``edit`` by name, without dashes in front; true and false are a flag's.
-        follows: name of the sweep's run whose weights it restrains in place of editing (PRUNE), else None.
         hyperparameters: all of them, resolved.
     """
 
@@ -52,7 +51,6 @@ class Run:
     num_edits: int | None
     batch_size: int
     edit: Mapping[str, Any]
-    follows: str | None
     hyperparameters: Mapping[str, Any]
 
     def arguments(self, output: Path) -> list[str]:
@@ -69,7 +67,7 @@ class Run:
         for name, value in self.edit.items():
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 found.append(f"--{name}" if item is True else f"--no-{name}" if item is False else f"--{name}={item}")
-        return found if self.follows is None else [*found, "--follow", str(output.with_name(self.follows))]
+        return found
 
     def value(self, name: str) -> Any:
         """A hyperparameter, a wrapped method's own included; None where the run has none of that name."""
@@ -109,7 +107,7 @@ class Sweep:
 def write_record(sweep: Sweep, output: Path) -> None:
     """Write ``sweep.yaml``."""
     content = {"runs": [asdict(run) for run in sweep.runs]}
-    with replacing(output / RECORD) as temporary:
+    with atomic_write(output / RECORD) as temporary:
         temporary.write_text(_HEADER + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
@@ -124,7 +122,9 @@ def read_record(output: Path) -> Sweep | None:
         return None
     try:
         content = read_yaml(path.read_text(encoding="utf-8"), str(path))
-        return Sweep(tuple(Run(**entry) for entry in content["runs"]))
+        # Older records say which run's weights a run took (`follows`).
+        return Sweep(tuple(Run(**{name: value for name, value in entry.items() if name != "follows"})
+                           for entry in content["runs"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no record of a sweep ({error}): give another folder, or remove the file to have "
                          "it written anew") from error

@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from ..run_directory import CONFIG, METRICS, SUMMARY, RunDirectory, When
-from ..run_records import CaseId, Estimate, RunRecords
+from ...runs.schema import CONFIG, METRICS, SUMMARY, CaseId, Estimate, When
+from ..run_directory import RunDirectory
+from ..run_records import RunRecords
 from .record import Run
 
 PERPLEXITY: Final = "perplexity"

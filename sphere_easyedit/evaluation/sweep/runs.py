@@ -11,14 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
-from ...files import place_in
+from ...files import path_within
 from ...safe_yaml import read_yaml
 from ..run_process import cores, environment_of, start_process, tail
 from .record import Run, Sweep, check_only_added, read_record, write_record
@@ -30,7 +30,7 @@ PROGRAM: Final = (sys.executable, "-m", "sphere_easyedit", "edit")
 _POLL_SECONDS: Final = 0.1
 
 Status = Literal["present", "started", "finished", "failed"]
-Progress = Callable[[str, Status, int, int], None]  # (run's name, what happened to it, runs settled, runs in all)
+OnStatus = Callable[[str, Status, int, int], None]  # (run's name, its new status, runs that have ended, runs in all)
 
 
 @dataclass(frozen=True)
@@ -65,26 +65,8 @@ class SweepResult:
         return tuple(outcome for outcome in self.outcomes if outcome.status == "failed")
 
 
-class Pool(Protocol):
-    """What runs a sweep's runs; made of the sweep's folder, the program, threads a run, and the lock's descriptor."""
-
-    @property
-    def running(self) -> Sequence[Any]:
-        """Those that were started and have not been told of by ``ended``."""
-
-    def start(self, run: Run) -> None:
-        """Start a run; its log is ``log_of(output, run.name)``."""
-
-    def ended(self) -> list[RunOutcome]:
-        """Outcomes of those that ended since the last call."""
-
-    def end(self, grace_seconds: float) -> None:
-        """End all, and wait for them."""
-
-
-def run_sweep(sweep: Sweep, output: str | Path, jobs: int = 1, progress: Progress | None = None,
-              program: Sequence[str] = PROGRAM, grace_seconds: float = 10.0,
-              pool: Callable[[Path, tuple[str, ...], int, int], Pool] | None = None) -> SweepResult:
+def run_sweep(sweep: Sweep, output: str | Path, jobs: int = 1, on_status: OnStatus | None = None,
+              program: Sequence[str] = PROGRAM, grace_seconds: float = 10.0) -> SweepResult:
     """Run what of the sweep is not finished; run directories and logs are ``output/NAME`` and ``output/NAME.log``.
 
     A run is finished when its ``summary.json`` is there. A failed one does not stop the others. Each process gets
@@ -95,10 +77,9 @@ def run_sweep(sweep: Sweep, output: str | Path, jobs: int = 1, progress: Progres
         sweep: of ``load_sweep``. A folder's sweep may only grow.
         output: the sweep's folder.
         jobs: processes at a time.
-        progress: told of each run.
+        on_status: called when a run starts or ends.
         program: what is run, in front of a run's arguments.
         grace_seconds: that processes have between SIGTERM and SIGKILL.
-        pool: what runs them (``cluster.local_jobs``); processes of our own if None.
 
     Raises:
         ValueError: ``jobs`` is below 1, a data file is not there, ``output`` belongs to a sweep with other runs or
@@ -112,12 +93,12 @@ def run_sweep(sweep: Sweep, output: str | Path, jobs: int = 1, progress: Progres
     with opened(sweep, output) as (present, lock):
         waiting = [run for run in sweep.runs if run.name not in present]
         threads = max(1, cores() // max(1, min(jobs, len(waiting))))
-        processes = (_Processes if pool is None else pool)(output, tuple(program), threads, lock)
+        processes = _Processes(output, tuple(program), threads, lock)
         outcomes: dict[str, RunOutcome] = {}
 
         def tell(name: str, status: Status) -> None:
-            if progress is not None:
-                progress(name, status, len(outcomes), len(sweep.runs))
+            if on_status is not None:
+                on_status(name, status, len(outcomes), len(sweep.runs))
 
         for name in (run.name for run in sweep.runs if run.name in present):
             outcomes[name] = RunOutcome(name, "present", None, 0.0, log_of(output, name))
@@ -125,14 +106,13 @@ def run_sweep(sweep: Sweep, output: str | Path, jobs: int = 1, progress: Progres
         with _Ending() as ending:
             try:
                 while (waiting or processes.running) and ending.signal is None:
-                    for run in _startable(waiting, outcomes, jobs - len(processes.running)):
-                        waiting.remove(run)
+                    while waiting and len(processes.running) < jobs:
+                        run = waiting.pop(0)
                         processes.start(run)
                         tell(run.name, "started")
-                    for outcome in [*processes.ended(), *_hopeless(waiting, outcomes, output)]:
+                    for outcome in processes.ended():
                         outcomes[outcome.name] = outcome
                         tell(outcome.name, outcome.status)
-                    waiting = [run for run in waiting if run.name not in outcomes]
                     time.sleep(_POLL_SECONDS)
             finally:
                 processes.end(grace_seconds)
@@ -154,7 +134,7 @@ def opened(sweep: Sweep, output: Path) -> Iterator[tuple[frozenset[str], int]]:
             raise ValueError(f"run {run.name}: its data {run.data} is no file (looked for {Path(run.data).absolute()}):"
                              " correct `data`, which is relative to the working directory")
     for name in (LOCK, *(log_of(output, run.name).name for run in sweep.runs)):
-        place_in(output, name)  # both are written in place, wherever a link leads
+        path_within(output, name)  # both are written in place, wherever a link leads
     with _locked(output) as lock:
         recorded = read_record(output)
         if recorded is not None:
@@ -176,20 +156,6 @@ def outcome_of(output: Path, name: str, returncode: int | None, seconds: float) 
     if returncode == 0 and not done:
         logger.warning("%s ended without an error, but also without summary.json", name)
     return RunOutcome(name, "finished" if done else "failed", returncode, seconds, log, "" if done else tail(log))
-
-
-def _startable(waiting: Sequence[Run], outcomes: Mapping[str, RunOutcome], at_most: int) -> list[Run]:
-    """Those next in order whose leaders, if they follow others, came to their end."""
-    done = {name for name, outcome in outcomes.items() if outcome.status != "failed"}
-    return [run for run in waiting if run.follows is None or run.follows in done][:at_most]
-
-
-def _hopeless(waiting: Sequence[Run], outcomes: Mapping[str, RunOutcome], output: Path) -> list[RunOutcome]:
-    """Outcomes of those whose leaders failed."""
-    failed = {name for name, outcome in outcomes.items() if outcome.status == "failed"}
-    return [RunOutcome(run.name, "failed", None, 0.0, log_of(output, run.name),
-                       f"not started, as {run.follows}, which it follows, failed")
-            for run in waiting if run.follows in failed]
 
 
 @dataclass(frozen=True)

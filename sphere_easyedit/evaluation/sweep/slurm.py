@@ -35,7 +35,6 @@ FURTHER: Final = "additional_parameters"
 MINUTES: Final = 24 * 60  # submitit's own default is 5
 
 _OF_SWEEPS = MappingProxyType({
-    "dependency": "a sweep sets it where a run follows another",
     "nodes": "a run is one process", "ntasks": "a run is one process", "ntasks_per_node": "a run is one process",
 })
 _DAYS = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")

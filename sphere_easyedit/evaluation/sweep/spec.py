@@ -17,7 +17,6 @@
     alpha: {AlphaEdit: [0.5], default: [0.8]}               # any axis may differ by method
     axes: {principal_space: [current, pretrained]}          # further hyperparameters to vary
     exclude: [{method: MEMIT, principal_space: pretrained}]
-    follow: {PRUNE: MEMIT-plain}   # runs of a method restrain the weights of the named one's, seed by seed
     runs:                          # alone or after the grid; what one does not say it takes from above
       - {name: AlphaEdit-random, method: AlphaEdit, sphere: true, set: {suppression: random}, seeds: [0]}
     slurm: {partition: gpu, time: "8:00:00", gpus_per_node: 1}      # of each run, for `sweep --launcher`; else unused
@@ -43,20 +42,18 @@ from typing import Any, Final, get_args
 from ...hparams import SPHEREHyperParams
 from ..datasets import DatasetName
 from .checks import as_flag, as_list, as_mapping, as_text, as_whole, check_keys, hint, read_yaml, refuse_both
-from .grid import Group, arms_of, resolve, runs_of, without
-from .names import LONGEST, is_name
+from .grid import LONGEST, Group, arms_of, is_name, resolve, runs_of, without
 from .record import Run, Sweep
 from .slurm import check_slurm
 
 _RUN_KEYS = ("model", "hparams", "dataset", "data", "num_edits", "batch_size")
 _LISTS = ("seeds", "sphere", "gamma", "alpha")
-_GRID_KEYS = (*_RUN_KEYS, "edit", "set", *_LISTS, "seeds_outermost", "methods", "axes", "exclude", "follow", "runs",
+_GRID_KEYS = (*_RUN_KEYS, "edit", "set", *_LISTS, "seeds_outermost", "methods", "axes", "exclude", "runs",
               "slurm")
-_ENTRY_KEYS = ("name", "method", *_RUN_KEYS, "edit", "set", *_LISTS, "axes", "follow")
+_ENTRY_KEYS = ("name", "method", *_RUN_KEYS, "edit", "set", *_LISTS, "axes")
 # Options of `edit` and hyperparameters that have a key of their own here, so that there is one place to look for them.
 _OWN_OPTIONS = MappingProxyType({"hparams": "hparams", "set": "set", "dataset": "dataset", "data": "data",
-                                 "num-edits": "num_edits", "batch-size": "batch_size", "seed": "seeds",
-                                 "follow": "follow"})
+                                 "num-edits": "num_edits", "batch-size": "batch_size", "seed": "seeds"})
 _OWN_HYPERPARAMETERS = MappingProxyType({"gamma": "gamma", "alpha": "alpha", "cumulative_ratio": "gamma",
                                          "suppression_strength": "alpha"})
 _GIVEN_ANYWAY: Final = ("output", "resume")
@@ -99,8 +96,6 @@ class _Reader:
         refuse_both(self._set, self._axes, "set", "axes")
         self._known_methods = list(dict.fromkeys(
             [*self._methods, *(entry["method"] for entry in self._entries.values())]))
-        self._follow = as_mapping(content.get("follow"), "follow")
-        check_keys(self._follow, self._known_methods, "follow")
         for method, own in self._methods.items():
             refuse_both(own, self._axes, f"methods.{method}", "axes")
 
@@ -139,11 +134,9 @@ class _Reader:
         if settings.hparams not in self._files:
             self._files[settings.hparams] = SPHEREHyperParams.from_hparams(settings.hparams).to_dict()
         file = self._files[settings.hparams]
-        follow = entry.get("follow", self._follow.get(method))
         return Group(
             where=where, name=_name(entry, where), settings=settings, told=told, file=file,
             own=resolve(file, common, where),
-            follow=None if follow is None else as_text(follow, f"{where}: follow"),
             seeds=tuple(as_whole(seed, f"{where}: a seed", 0) for seed in lists["seeds"] or (0,)),
             sphere=tuple(as_flag(sphere, f"{where}: sphere") for sphere in lists["sphere"] or (False, True)),
             gamma=lists["gamma"] or (None,), alpha=lists["alpha"] or (None,),
@@ -227,8 +220,7 @@ def _settings(method: str, given: Mapping[str, Any], changed: Mapping[str, Any],
         dataset=dataset, data=None if given["data"] is None else as_text(given["data"], f"{where}: data"),
         num_edits=None if given["num_edits"] is None else as_whole(given["num_edits"], f"{where}: num_edits", 1),
         batch_size=as_whole(100 if given["batch_size"] is None else given["batch_size"], f"{where}: batch_size", 1),
-        edit={name: value for name, value in edit.items() if value is not None}, follows=None,
-        hyperparameters={},
+        edit={name: value for name, value in edit.items() if value is not None}, hyperparameters={},
     )
 
 

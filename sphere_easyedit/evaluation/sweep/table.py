@@ -9,7 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 
-from ...files import replacing
+from ...files import atomic_write
 from ...hparams import SPHERE_ONLY
 from ..tables import Column, Table
 from .markdown import Row, as_text, changes_table, several, wide_tables
@@ -52,7 +52,7 @@ class SweepTable:
         folder = Path(folder)
         _write_csv(folder / ROWS, (*_OF_RUN, *self.settings, *_OF_ROW), self.rows)
         _write_csv(folder / DIFFERENCES, ("arm", "reference", *self.settings, *_OF_DIFFERENCE), self.differences)
-        with replacing(folder / MARKDOWN) as temporary:
+        with atomic_write(folder / MARKDOWN) as temporary:
             temporary.write_text(self.to_markdown(), encoding="utf-8")
         return [folder / name for name in (ROWS, DIFFERENCES, MARKDOWN)]
 

@@ -1,0 +1,60 @@
+"""``app``, which knows all commands, and ``main``, which runs it and turns errors into one line."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+
+from ..cli_withdraw import withdraw
+from ..signals import Interrupted, ProcessLost, raise_on_interrupts
+from .apply import apply
+from .doctor import doctor
+from .edit import edit
+from .evaluate import evaluate
+from .export import export
+from .hparams import hparams
+from .plan import plan
+from .report import report
+from .show import show
+from .stats import stats
+from .sweep import sweep
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Edit facts into language models with SPHERE (arXiv 2510.01172).")
+for _command in (edit, evaluate, show, report, sweep, hparams, stats, doctor, plan, export, apply, withdraw):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command line, and end with one line on standard error where it fails.
+
+    Exit status: 2 for bad input, 128+n for signal n, 1 for a lost process or too little memory.
+    """
+    try:
+        with raise_on_interrupts():
+            try:
+                app()
+            except ProcessLost as error:  # reported in here: a launcher sends SIGTERM to the processes that are left
+                _end(f"error: {error}; a batch under way was undone. `edit --resume` goes on with a run.", 1)
+    except Interrupted as interrupted:
+        _end(f"ended by {interrupted.name}; a batch under way was undone. `edit --resume` goes on with a run.",
+             interrupted.exit_status, "yellow")
+    except (ValueError, ImportError, OSError) as error:  # OSError: a file that is absent, a disk that is full
+        _end(f"error: {error}", 2)
+    except (RuntimeError, MemoryError) as error:
+        from ..evaluation.faults import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        _end(f"error: out of memory ({' '.join(str(error).split())}); a batch under way was undone. `edit --resume "
+             "--on-error skip` goes on with a run and edits in halves what is too large; token_budget and --batch-size "
+             "bound what is done at once", 1)
+
+
+def _end(said: str, status: int, style: str = "red") -> NoReturn:
+    """End the process with one line on standard error."""
+    Console(stderr=True).print(" ".join(said.split()), style=style, markup=False, highlight=False, soft_wrap=True)
+    sys.exit(status)

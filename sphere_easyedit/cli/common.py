@@ -1,0 +1,129 @@
+"""What several commands do: set up the terminal and the log, and load the model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from ..hparams import SPHEREHyperParams
+
+
+class Consoles(NamedTuple):
+    """Standard output, for results, and standard error, for log messages and the live line."""
+
+    out: Console
+    err: Console  # one for both, so that neither runs into the other
+
+    def print_line(self, text: str, style: str = "") -> None:
+        """Print a text to standard output as it is: no markup, no highlighting, no wrapping."""
+        self.out.print(Text(text, style=style), soft_wrap=True)
+
+
+def set_up(verbose: bool = False, quiet: bool = False) -> Consoles:
+    """Set up logging, and return the consoles to print to.
+
+    Args:
+        verbose: log debug messages, too.
+        quiet: log warnings and errors only, and show no progress bars.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if verbose and quiet:
+        raise ValueError("--verbose and --quiet can't both be meant: give one")
+    consoles = Consoles(Console(), Console(stderr=True))
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, so this comes before that
+    handler = RichHandler(console=consoles.err, show_path=False, show_time=False)
+    handler.addFilter(_unwritten)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    # Slow steps are announced before they start, at level INFO.
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    logging.getLogger("sphere_easyedit").setLevel(level)
+    return consoles
+
+
+def _unwritten(record: logging.LogRecord) -> bool:
+    """Whether no handler below the root's has written a record to the terminal, as huggingface_hub's own has."""
+    logger: logging.Logger | None = logging.getLogger(record.name)
+    while logger is not None and logger.parent is not None:
+        if any(isinstance(handler, logging.StreamHandler) and handler.stream in (
+                sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+               for handler in logger.handlers):
+            return False
+        logger = logger.parent
+    return True
+
+
+def load(model_name: str, device: int | str | None, dtype: str | torch.dtype | None = None
+         ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer, as ``loading.load_model`` does, without progress bars of transformers."""
+    from ..loading import load_model
+
+    hide_bars_of_transformers()
+    return load_model(model_name, device, dtype)
+
+
+def hide_bars_of_transformers() -> None:
+    """Turn off the progress bars that transformers shows when it loads a model."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def load_for(hparams: SPHEREHyperParams, dtype: str | torch.dtype | None
+             ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load the model that hyperparameters name, on the device that they name."""
+    return load(hparams.model_name, "auto" if hparams.model_parallel else hparams.device, dtype)
+
+
+def load_replicas(hparams: SPHEREHyperParams, dtype: str | None
+                  ) -> tuple[nn.Module, PreTrainedTokenizerBase, AbstractContextManager[None]]:
+    """Load the model, and start to work in several processes where there are several.
+
+    Where ``accelerate launch`` or ``torchrun`` started several processes, all but the first one work for it from here
+    on, and exit here.
+
+    Returns:
+        The model, its tokenizer, and the context within which the other processes work for this one.
+
+    Raises:
+        ValueError: there are several processes, but the hyperparameters allow only one.
+    """
+    from ..replicas import ProcessInfo, Replicas
+
+    process = ProcessInfo.join(hparams.device)
+    if process.world_size == 1:
+        return *load_for(hparams, dtype), nullcontext()
+    for name, value in (("model_parallel", hparams.model_parallel), ("executor", hparams.executor == "easyedit")):
+        if value:
+            raise ValueError(f"{name} is {getattr(hparams, name)!r}, which {process.world_size} processes can't share: "
+                             "start one process, or change it")
+    if process.rank:
+        logging.getLogger("sphere_easyedit").setLevel(logging.WARNING)
+    model, tok = load_for(replace(hparams, device=process.device), dtype)
+    replicas = Replicas(hparams.editable(model), process)
+    if process.rank:
+        replicas.follow()
+        raise typer.Exit
+    return model, tok, replicas.leading()
+
+
+def on_one_line(text: str) -> str:
+    """A text with line breaks and other control characters escaped, as JSON escapes them."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]

@@ -1,0 +1,51 @@
+"""``doctor``: what is installed, and what is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Column, Table
+from rich.text import Text
+
+from .common import set_up
+from .options import AsJson, option
+
+if TYPE_CHECKING:
+    from ..doctor import Report
+
+_STATUS_STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
+
+
+def doctor(
+    stats_dir: Annotated[Path, option("Folder where statistics are looked for.")] = Path("data/stats"),
+    as_json: AsJson = False,
+) -> None:
+    """Check what is installed, name what is missing and its remedy; exit status 1 if something required is broken."""
+    consoles = set_up()
+    from ..doctor import examine
+
+    report = examine(stats_dir)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        consoles.out.print(_table(report))
+        for item in report.items:
+            if item.remedy is not None:  # below the table, where no border cuts a command
+                consoles.print_line(f"{item.name} ({item.status}): {item.remedy}")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _table(report: Report) -> Table:
+    table = Table("", "item", "status", Column("found", overflow="fold"))  # so that long paths are shown in full
+    section = ""
+    for item in report.items:
+        if item.section != section:
+            table.add_section()
+        status = Text(item.status, style=_STATUS_STYLES[item.status])
+        table.add_row("" if item.section == section else item.section, Text(item.name), status, Text(item.detail))
+        section = item.section
+    return table

@@ -1,0 +1,255 @@
+"""``edit``: a sequential run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from rich.markup import escape
+from rich.table import Table
+
+from .common import Consoles, load_replicas, on_one_line, set_up
+from .options import DataOptions, EvaluationOptions, MethodOptions, Quiet, Verbose, option, with_option_groups
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..callbacks import EditCallback
+    from ..evaluation.datasets import EditRecord
+    from ..evaluation.measuring import MeasureSettings, Progress
+    from ..evaluation.sequential import RunResult, RunSettings
+    from ..hparams import SPHEREHyperParams
+    from ..report.live import LiveReport
+
+logger = logging.getLogger(__name__)
+
+_METRICS = ("efficacy", "generalization", "specificity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData(DataOptions):
+    """Which facts a run edits, and what becomes of those that cannot be edited."""
+
+    num_edits: Annotated[int | None, option("Number of facts (all if not given).", min=1)] = None
+    order_seed: Annotated[int | None, option("Seed for reordering the drawn facts, without drawing others.")] = None
+    skip: Annotated[int, option("Number of drawn facts to leave out, from the first.", min=0)] = 0
+    on_error: Annotated[Literal["stop", "skip"], option(
+        "Facts that cannot be edited: stop the run and name them, or skip them and list them in summary.json.")
+    ] = "stop"
+
+    def records(self, protocol: str) -> list[EditRecord]:
+        """Load the facts, with the targets that a protocol of metrics edits."""
+        from ..evaluation.datasets import load_records, with_protocol_targets
+
+        drawn = load_records(self.dataset, self.data, self.num_edits, self.seed, order_seed=self.order_seed,
+                             skip=self.skip)
+        return with_protocol_targets(drawn, protocol)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEvaluation(EvaluationOptions):
+    """How a run is measured, and when."""
+
+    eval_before: Annotated[bool, option("Measure all facts in the unedited model.")] = True
+    eval_after: Annotated[bool, option("Measure all facts after the last edit.")] = True
+    eval_cases: Annotated[int | None, option("Measure at most this many facts before and after, drawn at random (all "
+                                             "if not given).", min=1)] = None
+    eval_every: Annotated[int | None, option("Also measure the facts edited so far after every this many edits.",
+                                             min=1)] = None
+    eval_last_batch: Annotated[bool, option("Also measure each batch right after its edit, as EasyEdit does.",
+                                            "--eval-last-batch")] = False
+    share_before: Annotated[Path | None, option("Folder where runs of the same model and facts share the measurements "
+                                                "of the unedited model.")] = None
+    abilities_every: Annotated[int | None, option("Also measure abilities after every this many edits.", min=1)] = None
+
+    def of_run(self) -> MeasureSettings:
+        """What the run measures, and when."""
+        return self.settings(self.abilities_every, before=self.eval_before, after=self.eval_after,
+                             cases=self.eval_cases, every=self.eval_every, last_batch=self.eval_last_batch,
+                             shared_before=self.share_before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """What a run keeps: to be resumed, measured again and exported."""
+
+    PANEL: ClassVar = "Checkpoints"
+
+    resume: Annotated[bool, option("Continue the run in --output from its last checkpoint, or start it if there is "
+                                   "none.", "--resume")] = False
+    checkpoint_every: Annotated[int, option("Minimum number of edits between checkpoints.", min=1)] = 10
+    keep_checkpoints: Annotated[int, option("Number of recent checkpoints to keep (0 = all).", min=0)] = 1
+    keep_weights_every: Annotated[int | None, option("Keep the edited weights permanently after every this many edits.",
+                                                     min=1)] = None
+    keep_factors: Annotated[bool, option("Keep the factors of each batch's weight change, so that single facts can be "
+                                         "removed later (AlphaEdit, MEMIT).", "--keep-factors")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardOptions:
+    """Signs of a coming collapse, and what to do about them (see ``DriftGuard``)."""
+
+    PANEL: ClassVar = "Guard"
+
+    guard: Annotated[Literal["warn", "lower", "stop"] | None, option(
+        "Watch for signs of a coming collapse and warn, lower the batch's strength, or stop the run.")] = None
+    guard_energy: Annotated[float, option("Limit on a batch's change of hyperspherical energy, as a multiple of the "
+                                          "usual change.")] = 2.0
+    guard_norm: Annotated[float, option("Limit on the norm of a batch's weight change, as a multiple of the usual "
+                                        "norm.")] = 1.25
+    guard_early: Annotated[float, option("Lowest efficacy of early facts, as a share of their first efficacy.")] = 0.5
+    guard_facts: Annotated[int, option("Number of early facts to watch.", min=1)] = 20
+    guard_warmup: Annotated[int, option("Number of first batches that define what is usual; the guard acts on later "
+                                        "ones.", min=1)] = 5
+
+    def callbacks(self, tok: PreTrainedTokenizerBase, output: Path, num_batches: int) -> list[EditCallback]:
+        """The guard, if it is wanted; warns if the run has no batch for it to act on."""
+        if self.guard is None:
+            return []
+        from ..drift_guard import DriftGuard
+        from ..runs.schema import GUARD
+
+        if num_batches <= self.guard_warmup:
+            logger.warning("--guard has nothing to act on: its first %d batches set the measure, and no others come. "
+                           "Give a smaller --guard-warmup or --batch-size", self.guard_warmup)
+        return [DriftGuard(self.guard, tok, energy=self.guard_energy, norm=self.guard_norm, early=self.guard_early,
+                           warmup=self.guard_warmup, facts=self.guard_facts, path=output / GUARD)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOutput:
+    """Where a run writes, and what it shows."""
+
+    PANEL: ClassVar = "Output"
+
+    output: Annotated[Path, option("Run directory: new or empty, or that of the run to resume.")]
+    examples: Annotated[int, option("Number of edits whose continuations to show, before and after.", min=0)] = 3
+    tracker: Annotated[list[str], option("Send the run's numbers to tensorboard, wandb, or another tracker that "
+                                         "accelerate knows; repeatable.")] = field(default_factory=list)
+    report: Annotated[bool, option("Keep report.html in the run directory up to date.", "--report")] = False
+    verbose: Verbose = False
+    quiet: Quiet = False
+
+
+class _Watchers:
+    """Callbacks that show a run as it goes on: trackers, the live report, the live line.
+
+    Raises:
+        ValueError: a tracker, or a package that reports need, is not installed.
+    """
+
+    def __init__(self, options: RunOutput, consoles: Consoles) -> None:
+        from ..evaluation.trackers import RunTrackers
+
+        self._options, self._consoles = options, consoles
+        self._trackers = RunTrackers(options.tracker, options.quiet)
+        self.report: LiveReport | None = None
+        if options.report:
+            from ..report.live import LiveReport
+
+            self.report = LiveReport()
+
+    @contextmanager
+    def watching(self, num_edits: int) -> Iterator[tuple[list[EditCallback], Progress]]:
+        """The callbacks, and the function that the run calls with its progress."""
+        from ..progress import LiveLine
+
+        with ExitStack() as stack:
+            callbacks: list[EditCallback] = [stack.enter_context(self._trackers)]
+            updates: list[Progress] = []
+            if self.report is not None:
+                callbacks.append(self.report)
+                updates.append(self.report.update)
+            if not self._options.quiet:
+                line = stack.enter_context(LiveLine(self._consoles.err, num_edits))
+                callbacks.append(line)
+                updates.append(line.update)
+
+            def progress(phase: str, done: int, total: int) -> None:
+                for update in updates:
+                    update(phase, done, total)
+
+            yield callbacks, progress
+
+
+@with_option_groups
+def edit(method: MethodOptions, data: RunData, evaluation: RunEvaluation, checkpoints: CheckpointOptions,
+         guard: GuardOptions, output: RunOutput) -> None:
+    """Edit facts into a model, batch after batch, and measure before, on the way and after."""
+    consoles = set_up(output.verbose, output.quiet)
+    from ..evaluation.sequential import run_sequential
+
+    hparams = method.load()
+    watchers = _Watchers(output, consoles)
+    settings = _run_settings(method, data, evaluation, checkpoints, output)
+    records = data.records(settings.measure.protocols[0])
+    model, tok, leading = load_replicas(hparams, method.dtype)
+    callbacks = _factor_keepers(checkpoints.keep_factors, hparams, output.output)
+    callbacks += guard.callbacks(tok, output.output, -(-len(records) // data.batch_size))
+    with leading, watchers.watching(len(records)) as (watching, progress):
+        result = run_sequential(model, tok, records, hparams, settings, [*callbacks, *watching], progress)
+    _print_result(consoles, result, hparams)
+    consoles.print_line(f"\nRun directory: {output.output}")
+    if watchers.report is not None and watchers.report.page is not None:
+        consoles.print_line(f"Report: {watchers.report.page}")
+
+
+def _run_settings(method: MethodOptions, data: RunData, evaluation: RunEvaluation, checkpoints: CheckpointOptions,
+                  output: RunOutput) -> RunSettings:
+    from ..evaluation.sequential import RunSettings
+
+    described = {"command": " ".join(["sphere-easyedit", *sys.argv[1:]]), "hparams_file": method.hparams,
+                 "dataset": data.dataset, "data": None if data.data is None else str(data.data), "seed": data.seed,
+                 "order_seed": data.order_seed, "skip": data.skip}
+    return RunSettings(output.output, data.batch_size, output.examples, described, evaluation.of_run(),
+                       checkpoints.resume, checkpoints.checkpoint_every, checkpoints.keep_checkpoints,
+                       checkpoints.keep_weights_every, on_error=data.on_error)
+
+
+def _factor_keepers(wanted: bool, hparams: SPHEREHyperParams, output: Path) -> list[EditCallback]:
+    if not wanted:
+        return []
+    from ..evaluation.run_directory import RunDirectory
+    from ..withdrawal.factors import FACTORS, FactorKeeper
+
+    return [FactorKeeper(RunDirectory(output).place(FACTORS), hparams)]
+
+
+def _print_result(consoles: Consoles, result: RunResult, hparams: SPHEREHyperParams) -> None:
+    summary = result.summary
+    if summary["post"] is not None:
+        consoles.out.print(_summary_table(result, hparams))
+    for skipped in summary.get("skipped", ()):
+        consoles.print_line(f"Left out: case_id {skipped['case_id']} ({skipped['error']})")
+    if summary.get("stopped"):
+        consoles.print_line(f"Stopped after {summary['num_edits']} edits: {summary['stopped']}")
+    changes = result.tracker.records[-1].relative_change
+    drift = ", ".join(f"{layer}: {change:+.2e}" for layer, change in changes.items())
+    consoles.print_line(f"Hyperspherical energy, relative change by layer: {drift}")
+    for generation in result.generations:
+        prompt, before, after = (escape(on_one_line(text)) for text in generation)
+        consoles.out.print(f"\n[bold]{prompt}[/]\n  before:{before}\n  after: {after}", highlight=False,
+                           soft_wrap=True)
+
+
+def _summary_table(result: RunResult, hparams: SPHEREHyperParams) -> Table:
+    summary = result.summary
+    name = f"{hparams.base_alg} + SPHERE (alpha {hparams.alpha:g})" if hparams.alpha else hparams.base_alg
+    table = Table("metric (%)", title=f"{summary['num_edits']} edits with {name}, protocol {summary['protocol']}")
+    for column in ("before", "after", "95% interval", "cases"):
+        table.add_column(column, justify="right")
+    for metric in _METRICS:
+        now = summary["post"][metric]
+        was = None if summary["pre"] is None else summary["pre"][metric]["mean"]
+        if now["mean"] is not None:
+            low, high = now["ci95"]
+            table.add_row(metric, "" if was is None else f"{was:.1f}", f"{now['mean']:.1f}",
+                          f"{low:.1f} - {high:.1f}", str(now["n"]))
+    seconds = summary["editing_seconds"] / summary["num_edits"]
+    table.caption = f"{seconds:.2f} s an edit, {summary['peak_memory_bytes'] / 1e9:.2f} GB at the peak"
+    return table

@@ -1,0 +1,62 @@
+"""``evaluate``: measure a run again."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+from .common import load_replicas, set_up
+from .options import Dtype, EvaluationOptions, Quiet, RunFolder, Verbose, option, with_option_groups
+
+if TYPE_CHECKING:
+    from ..evaluation.revisiting import EditedRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevisitOptions(EvaluationOptions):
+    """How a run is measured again, and after how many edits."""
+
+    at: Annotated[list[int], option("Measure the weights after this many edits, if they were kept (0 = the unedited "
+                                    "model); repeatable. The last ones if not given.", min=0)
+                  ] = field(default_factory=list)
+    facts: Annotated[bool, option("Measure the facts; --no-facts measures only what else is asked for.")] = True
+    neurons: Annotated[bool, option("Describe all kept weights for the report, which newer runs do themselves.",
+                                    "--neurons")] = False
+
+    def __post_init__(self) -> None:
+        if not (self.facts or self.abilities or self.neurons):
+            raise ValueError("--no-facts leaves nothing to measure: give --abilities TASKS or --neurons, or leave it "
+                             "out")
+
+
+@with_option_groups
+def evaluate(run: RunFolder, evaluation: RevisitOptions, dtype: Dtype = None, verbose: Verbose = False,
+             quiet: Quiet = False) -> None:
+    """Measure a run again from weights that it kept; results are added to its metrics.jsonl."""
+    consoles = set_up(verbose, quiet)
+    from ..evaluation.revisiting import EditedRun
+    from ..progress import LiveLine, point_text
+
+    edited = EditedRun(run)
+    numbers = evaluation.at or _last_kept(edited)
+    settings = evaluation.settings(before=evaluation.facts, after=evaluation.facts, cases=evaluation.eval_sample)
+    model, tok, leading = load_replicas(edited.hparams, dtype)
+    with leading, LiveLine(consoles.err) if not quiet else nullcontext() as line:
+        progress, callbacks = (None, []) if line is None else (line.update, [line])
+        wanted = evaluation.facts or evaluation.abilities
+        lines = edited.measure(model, tok, numbers, settings, progress, callbacks) if wanted else []
+        if evaluation.neurons:
+            edited.describe_weights(model, progress)
+    for found in lines:
+        consoles.print_line(point_text(found))
+
+
+def _last_kept(edited: EditedRun) -> list[int]:
+    """The largest number of edits whose weights a run kept."""
+    from ..evaluation.checkpoints import saved_weights
+
+    kept = saved_weights(edited.directory.checkpoints)
+    if not kept:
+        raise ValueError(f"{edited.directory.path} kept no weights: nothing can be measured")
+    return kept[-1:]

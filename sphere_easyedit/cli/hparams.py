@@ -1,0 +1,29 @@
+"""``hparams``: a first hyperparameter file for a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import option
+
+
+def hparams(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a decoder; only its config is read.")],
+    base_alg: Annotated[str, option("Base method: AlphaEdit, MEMIT, PRUNE, RECT, FT or ROME.")] = "AlphaEdit",
+    output: Annotated[Path | None, option("File to write (standard output if not given).")] = None,
+) -> None:
+    """Write a starting YAML for a decoder that has none."""
+    from ..configs import planning_config
+    from ..files import atomic_write
+    from ..hparams_files import starting_file
+    from ..loading import model_source
+
+    text = starting_file(planning_config(model, model_source(model)), model, base_alg)
+    if output is None:
+        print(text, end="")
+        return
+    with atomic_write(output) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Sequential runs and what they write."""
