@@ -22,7 +22,7 @@ from study_tables import tables_of, write_tables
 
 from sphere_easyedit.evaluation.arms import arms_of
 from sphere_easyedit.evaluation.run_records import RunRecords, find_runs
-from sphere_easyedit.files import replacing
+from sphere_easyedit.files import atomic_write
 from sphere_easyedit.report.build import figures_of, write_figures
 from sphere_easyedit.report.runs import named_runs
 
@@ -37,7 +37,7 @@ DRAWN = ("MEMIT-plain", "MEMIT-sphere", "MEMIT-random", "MEMITkeys-plain", "MEMI
 def pack(folder: Path, archive: Path) -> None:
     """Write the archive of the run directories in a folder; equal files give equal archives."""
     files = sorted(path for name in FOLDERS for path in (folder / name).rglob("*") if path.is_file())
-    with replacing(archive) as temporary, tarfile.open(temporary, "w:xz", preset=9 | lzma.PRESET_EXTREME) as tar:
+    with atomic_write(archive) as temporary, tarfile.open(temporary, "w:xz", preset=9 | lzma.PRESET_EXTREME) as tar:
         for path in files:
             entry = tarfile.TarInfo(path.relative_to(folder).as_posix())
             entry.size = path.stat().st_size

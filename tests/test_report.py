@@ -299,13 +299,13 @@ def test_places_are_computed_once(runs: list[Path], tmp_path: Path, monkeypatch:
     named = named_runs([RunRecords.read(runs[0])])
     places = tmp_path / "places.json"
     places.write_text("[of another form]")
-    first, _ = figures_of(named, places=places)
+    first, _ = figures_of(named, coordinates=places)
 
     def never(_: object) -> None:
         raise AssertionError("embedded again")
 
     monkeypatch.setattr("sphere_easyedit.report.neurons.embed", never)
-    assert figures_of(named, places=places)[0] == first
+    assert figures_of(named, coordinates=places)[0] == first
 
 
 # --- warnings -------------------------------------------------------------------------------------------------
@@ -561,7 +561,7 @@ def test_pages_stay_small(runs: list[Path], drawn: dict[str, Any], tmp_path: Pat
     (run / "cases.jsonl").write_text("".join(json.dumps(
         {"case_id": case, "prompt": "p" * 400, "pre": {"efficacy": 0.0}, "post": {"efficacy": case % 2}}) + "\n"
         for case in range(20)))
-    table = case_table(named_runs([RunRecords.read(run)])[0], room=5000)
+    table = case_table(named_runs([RunRecords.read(run)])[0], max_characters=5000)
     assert table is not None
     assert (len(table.rows), table.left_out) == (10, 10)
     assert {row[4] for row in table.rows} == {"not learned"}  # what is right is left out first

@@ -2,7 +2,7 @@
 
 Runs are compared within an experiment: one model, data set, seed and number of edits. What differs there is the arm:
 the base method, and what was done to its updates (nothing, SPHERE, or a control in SPHERE's place). Differences and
-gains are told between arms that share all other hyperparameters.
+gains are computed between arms that share all other hyperparameters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The study's tables along a run: curves, collapse, and how hyperspherical energy goes with what is measured."""
+"""The study's tables along a run: curves, collapse, correlation of hyperspherical energy with metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of the keys' second moment lies in a weight's principal space; how flat its spectrum is; repeated updates.
+"""Share of the keys' second moment in the principal space, flatness of the spectrum, alignment of updates.
 
 Shape legend: d_out neurons (rows) of d_in inputs each, r rank of the principal space, U ``(d_in, r)`` its directions.
 """
@@ -86,7 +86,7 @@ def row_spectrum(weight: Tensor, gammas: Sequence[float] = GAMMAS) -> RowSpectru
     whole = PrincipalSpace.from_weight(weight, 1.0)
     values = whole.spectrum.clamp(min=0.0)
     if not len(values):
-        raise ValueError("weight has no row that is not zero: there is no direction to speak of")
+        raise ValueError("weight has no row that is not zero: it has no direction")
     shares = values / values.sum()
     return RowSpectrum(effective_rank=float(torch.special.entr(shares).sum().exp()),
                        participation=float(1.0 / shares.square().sum()), rank=whole.rank,

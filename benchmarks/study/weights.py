@@ -1,4 +1,4 @@
-"""The study's tables of edited weights: how neurons lie to each other, and where updates go."""
+"""The study's tables of edited weights: cosines between neurons, spectra, and updates in the principal space."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 UNEDITED = "unedited"
 _SHARE = ".4f"
 _LAYER = "layer"
-_IDENTITY = (*(column.name for column in WHO), "edits", "from", "to")  # what tells rows apart, besides the layer
+_IDENTITY = (*(column.name for column in WHO), "edits", "from", "to")  # identify a row, besides the layer
 
 
 def stages(run: RunRecords, editable: EditableModel) -> Iterator[tuple[int, dict[int, Tensor]]]:
@@ -182,7 +182,7 @@ def _shares_of_keys(editable: EditableModel, hparams: SPHEREHyperParams, layer: 
 
 
 class _Path:
-    """A weight on its way from checkpoint to checkpoint, and where its changes lie in principal spaces.
+    """A weight from checkpoint to checkpoint, and the shares of its changes in principal spaces.
 
     Args:
         num_edits, weight: where it begins, ``(d_out, d_in)``.

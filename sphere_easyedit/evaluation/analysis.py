@@ -1,4 +1,4 @@
-"""How hyperspherical energy goes with what is measured along a run: rank correlation and regression.
+"""Rank correlation and regression of hyperspherical energy with the metrics along a run.
 
 A point is an evaluation of the edited model on all facts so far, or a sample of them, at which energy was recorded. The
 unedited model is no point: it knows none of the facts, and its energy has not changed. Energy stands for its relative
@@ -22,7 +22,7 @@ from ..runs.schema import Measurement
 from .run_records import PAPER, RunRecords
 
 LOG_PERPLEXITY: Final = "log_perplexity"
-FEWEST: Final = 3  # points, or pairs, of which a correlation or a slope with its spread can be told
+FEWEST: Final = 3  # points, or pairs, that a correlation or a slope with its standard error needs
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def energy_correlations(points: Sequence[EnergyPoint]) -> dict[str, EnergyCorrel
 
 
 def _correlated(points: Sequence[EnergyPoint], energies: Sequence[float]) -> dict[str, MetricCorrelation]:
-    # `correlate` reads EasyEdit's metrics, an entry an edit: one entry a point, and a record of nothing in front.
+    # `correlate` reads EasyEdit's metrics, an entry an edit: one entry a point, after a record without edits.
     records = [EnergyRecord(index, {}, {0: energy}) for index, energy in enumerate([0.0, *energies])]
     return correlate(records, 1, [{"post": dict(point.values)} for point in points])
 

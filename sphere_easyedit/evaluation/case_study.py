@@ -1,4 +1,4 @@
-"""One case of a run seen closely: what the unedited, the edited and the rolled-back model say (appendix E.3)."""
+"""Continuations of one case's prompts by the unedited, the edited and the rolled-back model (appendix E.3)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PARAPHRASES: Final = 2
 
 @dataclass(frozen=True)
 class Continuations:
-    """What each of the three models says after one prompt; ``rolled_back`` has the original weights put back."""
+    """Each model's continuation of one prompt; ``rolled_back`` is the model with its original weights restored."""
 
     kind: Kind
     prompt: str
@@ -38,12 +38,12 @@ class Continuations:
 
 @dataclass(frozen=True)
 class CaseStudy:
-    """One case, and what is said about it.
+    """One case with its continuations and scores.
 
     Attributes:
         case_id, subject, target_new, target_true: of the record.
-        number: the case was the run's so-manieth edit, from 1.
-        num_edits: edits in the weights that spoke as the edited model.
+        number: position of the case among the run's edits, from 1.
+        num_edits: edits in the weights of the edited model.
         total: edits of the run.
         continuations: by prompt.
         scores: ``pre`` and ``post`` of ``cases.jsonl``, each by metric from 0 to 1 or null; None where the run has none
@@ -64,7 +64,7 @@ class CaseStudy:
 
     @property
     def is_edited(self) -> bool:
-        """Whether the fact is in the weights that spoke as the edited model."""
+        """Whether the edited model's weights include this edit."""
         return self.number <= self.num_edits
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,61 +73,61 @@ class CaseStudy:
 
 
 def choose_case(run: EditedRun, case_id: str, at: int | None = None) -> tuple[int, int]:
-    """Look up what is to be studied, without a model.
+    """Find a case and the kept weights to study it with; needs no model.
 
     Args:
-        case_id: as a text, whatever it is in the data set.
-        at: number of edits whose weights speak; the last ones kept if None.
+        case_id: as text, even where it is a number in the data set.
+        at: number of edits in the weights; None for the last ones kept.
 
     Returns:
-        The case's place in ``run.records``, and the number of edits.
+        The case's index in ``run.records``, and the number of edits.
 
     Raises:
         ValueError: the run has no such case, kept no weights, or none after ``at`` edits.
     """
-    places = {str(record.case_id): place for place, record in enumerate(run.records)}
-    if case_id not in places:
-        raise ValueError(f"{run.directory.path} has no case {case_id}: {_near(case_id, list(places))}")
-    return places[case_id], choose_kept(run.directory, at, "no edited model can speak")
+    indices = {str(record.case_id): index for index, record in enumerate(run.records)}
+    if case_id not in indices:
+        raise ValueError(f"{run.directory.path} has no case {case_id}: {_near(case_id, list(indices))}")
+    return indices[case_id], choose_kept(run.directory, at, "there is no edited model to generate with")
 
 
-def study_case(run: EditedRun, model: nn.Module, tok: PreTrainedTokenizerBase, place: int, num_edits: int,
+def study_case(run: EditedRun, model: nn.Module, tok: PreTrainedTokenizerBase, index: int, num_edits: int,
                max_new_tokens: int = 50) -> CaseStudy:
-    """Let the model speak unedited, with the weights after ``num_edits`` edits, and with its own weights put back.
+    """Generate with the unedited weights, those after ``num_edits`` edits, and the unedited ones restored.
 
     Args:
-        model: the model that the run edited, just loaded; has its own weights at the end, on an error too.
+        model: the unedited model of the run; its weights are restored at the end, even after an error.
         tok: its tokenizer.
-        place: of the case in ``run.records``.
+        index: of the case in ``run.records``.
         num_edits: edits of weights that were kept.
         max_new_tokens: of each greedy continuation, at most.
 
     Raises:
         ValueError: the weights can't be read or are of another model, or a prompt does not fit the model's context.
     """
-    record, editable = run.records[place], run.hparams.editable(model)
+    record, editable = run.records[index], run.hparams.editable(model)
     prompts = list(_prompts(record))
 
-    def said() -> list[str]:
+    def generate() -> list[str]:
         return generate_continuations(model, tok, [prompt for _, prompt in prompts], max_new_tokens)
 
     original = {layer: editable.parameter(layer).detach().clone() for layer in editable.layers}
     checksum = weights_checksum(editable)
-    unedited = said()
+    unedited = generate()
     try:
         put_weights(editable, run.directory.checkpoints, num_edits)
-        edited = said()
+        edited = generate()
     finally:
         with torch.no_grad():
             for layer, weight in original.items():
                 editable.parameter(layer).copy_(weight)
     restored = weights_checksum(editable) == checksum
-    rolled_back = said()
+    rolled_back = generate()
     continuations = tuple(Continuations(kind, prompt, *texts) for (kind, prompt), *texts
                           in zip(prompts, unedited, edited, rolled_back, strict=True))
     found = next((one for one in run.directory.records(CASES, CaseRecord) if one.case_id == record.case_id), None)
     scores = None if found is None else {"pre": found.pre, "post": found.post}
-    return CaseStudy(record.case_id, record.subject, record.target_new, record.target_true, place + 1, num_edits,
+    return CaseStudy(record.case_id, record.subject, record.target_new, record.target_true, index + 1, num_edits,
                      len(run.records), continuations, scores, restored)
 
 
@@ -148,7 +148,7 @@ def _prompts(record: EditRecord) -> Iterator[tuple[Kind, str]]:
 
 
 def _near(case_id: str, known: list[str]) -> str:
-    """Which cases may have been meant."""
+    """The closest case ids, for an error."""
     numbers = sorted(int(one) for one in known if one.isdecimal())
     if case_id.isdecimal() and numbers:
         near = sorted(sorted(numbers, key=lambda one: abs(one - int(case_id)))[:_NAMED])

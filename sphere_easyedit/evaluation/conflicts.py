@@ -1,6 +1,6 @@
-"""Facts that get in each other's way: edited twice, edited to two targets, or about one subject.
+"""Find conflicting facts: edited twice, edited to two targets, or about one subject.
 
-They are reported and stay in the data: which to leave out is for whoever set the run up.
+They are reported, not removed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ConflictReport:
         duplicates: the same prompt edited to the same target; ``text`` is the prompt with its subject.
         contradictions: the same prompt edited to different targets, so that at most one can hold in the end; ``text``
             is the prompt with its subject.
-        repeated_subjects: one subject edited more than once, be it in the same prompt or in others; ``text`` is the
+        repeated_subjects: one subject edited more than once, in the same prompt or in others; ``text`` is the
             subject. Keys at the subject's last token are alike then.
     """
 
@@ -59,7 +59,7 @@ class ConflictReport:
                 f"{len(self.repeated_subjects)} subjects edited more than once")
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as what JSON can hold, with its summary."""
+        """The report as JSON-serialisable values, with its summary."""
         return {"summary": self.summary(), **asdict(self)}
 
 

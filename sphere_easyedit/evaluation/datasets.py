@@ -1,7 +1,7 @@
 """Records to edit and to measure, by the name of a data set: what is read, and which records are drawn.
 
 CounterFact, MultiCounterFact and ZsRE are read from the files that they were published in and from EasyEdit's flattened
-ones; users' own facts from JSONL or CSV; and there is a set that ships with the package.
+ones; users' own facts from JSONL or CSV; the demo set ships with the package.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _load_all(dataset: DatasetName, path: Path | None) -> list[EditRecord]:
 def _load_json(path: Path, dataset: DatasetName) -> list[EditRecord]:
     """All records of a JSON file, in its order.
 
-    The first record tells whether the file is in the published schema (``published.rome_record``, ``mend_record``) or
+    The first record decides whether the file is in the published schema (``published.rome_record``, ``mend_record``) or
     flattened by EasyEdit (``flattened.flattened_record``); all others must be in the same.
     """
     raw = read_list(path, PUBLISHED[dataset].what)

@@ -5,8 +5,8 @@ field                 JSONL                                                     
 ====================  ================================================================  ================================
 prompt                with ``{}`` for the subject, or with the subject letter by letter the same
 subject               text                                                              the same
-target_new            what the edited model shall say                                   the same
-target_true           optional: what the world says                                     the same
+target_new            the answer to edit in                                             the same
+target_true           optional: the true answer                                         the same
 case_id               optional: a whole number, in every record or in none              the same
 paraphrases           optional: list of prompts, subject filled in                      ``a | b``, or a JSON list
 generation_prompts    optional: list of beginnings of free text                         ``a | b``, or a JSON list
@@ -14,8 +14,8 @@ neighbours            optional: list of ``{"prompt": ..., "target": ...}``; a pr
                       alone has the target ``target_true``                              ``a`` alone; or a JSON list
 ====================  ================================================================  ================================
 
-Whitespace around every text is dropped. Null, or an empty cell, is a field that is not there. A field of any other name
-is refused, lest a misspelt one be passed over.
+Whitespace around texts is dropped. A null or an empty cell counts as a missing field. Unknown fields are refused, so
+that a misspelt name is noticed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _KNOWN: Final = (*_NEEDED, "target_true", "case_id", *_LISTS)
 
 
 def load_facts(path: Path | str) -> list[EditRecord]:
-    """All facts of a ``.jsonl`` or ``.csv`` file, in its order; see the module's text for the fields.
+    """All facts of a ``.jsonl`` or ``.csv`` file, in its order; see the module docstring for the fields.
 
     Raises:
         MissingDatasetError: no file there.

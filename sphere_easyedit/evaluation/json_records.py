@@ -1,4 +1,4 @@
-"""Files of records, read with errors that say where they break.
+"""Read files of records, with errors that name the position.
 
 Every record is checked before any of them is used, so that a bad file fails before hours of editing and not after
 them. Errors name the file, the record (its index from 0 or its line from 1, and its case_id where it has one), the
@@ -147,7 +147,7 @@ def parse_json(text: str) -> Any:
 
 
 def existing(path: Path, wanted: str) -> Path:
-    """The path again, if a file is there; ``wanted`` says what should be.
+    """Return the path if it is a file; ``wanted`` describes the file for errors.
 
     Raises:
         MissingDatasetError: nothing there.
@@ -180,7 +180,7 @@ def read_text(path: Path, wanted: str) -> str:
 
 
 def read_list(path: Path, wanted: str) -> list[Any]:
-    """The list that a JSON file holds; an error says where it breaks.
+    """Read a list from a JSON file; errors name the position.
 
     Raises:
         MissingDatasetError: no file there.

@@ -1,4 +1,4 @@
-"""How the neurons of edited weights lie to each other before editing and as the model stands: ``neurons.safetensors``.
+"""Cosines between the neurons of edited weights, before editing and now: ``neurons.safetensors``.
 
 By layer L, with n sampled neurons, B bins and k = min(d_out, d_in) eigenvalues:
 
@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from ..core.rows import row_norms, unit_rows
+from ..core.tensors import check_norms, row_norms, unit_rows
 from ..files import atomic_write
 from ..projection import FLOAT64_SIDE
 
@@ -132,8 +132,8 @@ def _layer(tensors: Mapping[str, NDArray[Any]], layer: str, d_in: int) -> LayerN
 
 
 @dataclass(frozen=True)
-class _Lie:
-    """How all neurons of one weight lie: (BINS,) counts, (k,) eigenvalues, rank of the principal space."""
+class _Distribution:
+    """Cosines of all neurons of one weight: (BINS,) counts, (k,) eigenvalues, rank of the principal space."""
 
     histogram: NDArray[np.int64]
     spectrum: NDArray[np.float32]
@@ -142,15 +142,15 @@ class _Lie:
 
 @dataclass(frozen=True)
 class _Before:
-    """What is kept of an unedited weight: sampled rows (their numbers, and themselves in unit length)."""
+    """What is kept of an unedited weight: numbers and unit vectors of sampled rows, and the distribution of all."""
 
     numbers: Tensor
     rows: Tensor
-    lie: _Lie
+    all_rows: _Distribution
 
 
 class NeuronWatch:
-    """Keeps of unedited weights what records of their neurons need, and makes the records.
+    """Records how neurons changed since editing began.
 
     A layer costs one product of the weight with itself and the eigenvalues of that ``(d_out, d_out)``, before editing
     and for every record; of the unedited weight ``SAMPLE`` rows are kept.
@@ -171,10 +171,10 @@ class NeuronWatch:
             unit, alive = directed_rows(weight)
             drawn = np.random.default_rng([seed, layer]).choice(len(alive), min(SAMPLE, len(alive)), replace=False)
             numbers = alive[torch.from_numpy(np.sort(drawn)).to(alive.device)]
-            self._before[layer] = _Before(numbers, _directions(weight[numbers]), _lie(weight, unit, gamma))
+            self._before[layer] = _Before(numbers, _directions(weight[numbers]), _distribution(weight, unit, gamma))
 
     def record(self, weights: Mapping[int, Tensor], num_edits: int) -> NeuronRecord:
-        """How the neurons lie now, beside how they lay.
+        """Compare the neurons now with those before editing.
 
         Args:
             weights: of the same layers, as they stand after ``num_edits``. A sampled row that has become zero has the
@@ -187,7 +187,7 @@ class NeuronWatch:
                             {layer: self._layer(before, weights[layer]) for layer, before in self._before.items()})
 
     def write(self, path: Path, weights: Mapping[int, Tensor], num_edits: int) -> None:
-        """Write a record; of a model that is broken none, with a warning, and what the file held stays."""
+        """Write a record; for a model with nan or infinity, log a warning and keep the file as it is."""
         try:
             self.record(weights, num_edits).write(path)
         except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
@@ -195,13 +195,13 @@ class NeuronWatch:
 
     def _layer(self, before: _Before, weight: Tensor) -> LayerNeurons:
         unit, _ = directed_rows(weight)
-        after = _lie(weight, unit, self._gamma)
+        after = _distribution(weight, unit, self._gamma)
         rows = torch.cat([before.rows, _directions(weight[before.numbers])])
-        lies = (before.lie, after)
+        both = (before.all_rows, after)
         return LayerNeurons(
             rows=before.numbers.cpu().numpy(), cosines=(rows @ rows.T).clamp_(-1.0, 1.0).float().cpu().numpy(),
-            histogram=np.stack([lie.histogram for lie in lies]), spectrum=np.stack([lie.spectrum for lie in lies]),
-            ranks=np.array([lie.rank for lie in lies], dtype=np.int64), d_in=weight.shape[1])
+            histogram=np.stack([one.histogram for one in both]), spectrum=np.stack([one.spectrum for one in both]),
+            ranks=np.array([one.rank for one in both], dtype=np.int64), d_in=weight.shape[1])
 
 
 def directed_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,7 +216,8 @@ def directed_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the weight holds nan or infinity.
     """
-    norms = row_norms(weight)
+    norms = row_norms(weight, _BLOCK_ROWS)
+    check_norms("weight", norms)
     numbers = (norms > 0).nonzero()[:, 0]
     work = torch.float64 if len(numbers) <= FLOAT64_SIDE else torch.float32
     return unit_rows(weight, norms, numbers, work), numbers
@@ -237,10 +238,10 @@ def cosine_blocks(unit: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 def _directions(rows: Tensor) -> Tensor:
     """Unit rows in float64; zero rows stay zero."""
-    return unit_rows(rows, row_norms(rows), slice(None), torch.float64)
+    return unit_rows(rows, row_norms(rows, _BLOCK_ROWS), slice(None), torch.float64)
 
 
-def _lie(weight: Tensor, unit: Tensor, gamma: float) -> _Lie:
+def _distribution(weight: Tensor, unit: Tensor, gamma: float) -> _Distribution:
     count, width = unit.shape
     gram = unit.new_empty((count, count))
     histogram = torch.zeros(BINS, dtype=torch.int64, device=unit.device)
@@ -253,7 +254,7 @@ def _lie(weight: Tensor, unit: Tensor, gamma: float) -> _Lie:
     found = min(len(values), len(spectrum))  # zero rows have no eigenvalue of their own, a tall weight has zeros
     spectrum[:found] = values[:found]
     noise = 8.0 * math.sqrt(max(count, width)) * torch.finfo(gram.dtype).eps
-    return _Lie(histogram.cpu().numpy(), spectrum.float().cpu().numpy(), _rank(spectrum, count, gamma, noise))
+    return _Distribution(histogram.cpu().numpy(), spectrum.float().cpu().numpy(), _rank(spectrum, count, gamma, noise))
 
 
 def _rank(spectrum: Tensor, total: int, gamma: float, noise: float) -> int:

@@ -17,12 +17,12 @@ Values = Sequence[float | None] | NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """What sets run a apart from run b, over ``n`` pairs.
+    """Difference between run a and run b over ``n`` pairs.
 
     Attributes:
-        mean: mean of ``a - b`` in the units of the input, or what the function that made it says.
-        ci95: 95% interval by bootstrap over pairs (percentiles 2.5 and 97.5); None for a single pair, which says
-            nothing about spread.
+        mean: mean of ``a - b`` in the units of the input, or as documented by the function that returns it.
+        ci95: 95% interval by bootstrap over pairs (percentiles 2.5 and 97.5); None for a single pair, which has
+            no spread.
         n: pairs of which both values are there.
     """
 

@@ -1,4 +1,4 @@
-"""One fact to edit with the prompts that measure it, whatever file it came from."""
+"""One fact to edit with the prompts that measure it."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class EditRecord:
         case_id: number of the case; unique in a data set. Where a file gives none: the record's index in it.
         prompt: template with exactly one ``{}`` for the subject.
         subject: as it stands in the prompt.
-        target_new: what the edited model shall say; no space in front.
-        target_true: what the world says, or None where the data set does not say (ZsRE, some facts of users' own).
+        target_new: the answer to edit in, without a leading space.
+        target_true: the true answer; None where the data set does not have it (ZsRE, some of users' own facts).
         paraphrase_prompts: the edit prompt in other words, subject filled in; their target is ``target_new``.
         neighborhood_prompts: prompts that the edit should leave alone, each with its true continuation.
         generation_prompts: beginnings of free text about the subject; empty where the data set has none.

@@ -1,4 +1,4 @@
-"""Texts that tell what a subject's text would be about if its edit were true, and how like them a text is.
+"""Reference texts for consistency: what a text about the subject would say if the edit were true.
 
 Consistency is the cosine of TF-IDF vectors. Where reference texts and vocabulary come from is the **protocol**:
 
@@ -34,7 +34,7 @@ class References:
     """Reference texts of cases.
 
     Attributes:
-        protocol: where texts and vocabulary come from, see the module's text.
+        protocol: where texts and vocabulary come from, see the module docstring.
         texts: by case_id; cases without any are left out.
         vectorizer: scikit-learn's ``TfidfVectorizer``, fitted.
     """

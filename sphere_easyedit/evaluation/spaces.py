@@ -1,4 +1,4 @@
-"""How much of each batch's change lies in the principal space of the weight that it is made to: ``spaces.csv``."""
+"""Share of each batch's weight change in the principal space of the weight before it: ``spaces.csv``."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _BLOCK_ELEMENTS: Final = 8 * 2**20  # converted to float64 at once
 
 @dataclass(frozen=True)
 class SpaceShare:
-    """Share of something's squared norm that lies in a space; nan where there is nothing.
+    """Share of a squared norm that lies in a space; nan for zero.
 
     Attributes:
         share: 0 to 1.
-        chance: what directions drawn at random would give on average: the space's rank over d_in.
+        chance: expected share of random directions, the space's rank over d_in.
     """
 
     share: float
@@ -37,7 +37,7 @@ class SpaceShare:
 
     @property
     def ratio(self) -> float:
-        """Times chance."""
+        """Share over chance."""
         return self.share / self.chance if self.chance else math.nan
 
 
@@ -84,7 +84,7 @@ def check_rows(matrix: Tensor, name: str, width: int) -> None:
 
 @dataclass(frozen=True)
 class SpaceRecord:
-    """Where one change of one layer's weight lies: a line of ``spaces.csv``.
+    """Share of one weight change in the principal space: a line of ``spaces.csv``.
 
     Attributes:
         since, num_edits: edits before and after the change.
@@ -132,7 +132,7 @@ class SpaceTracker(EditCallback):
         self._unedited: dict[int, PrincipalSpace] = {}
 
     def on_batch_start(self, event: EditEvent) -> None:
-        """Takes the spaces and copies of the weights."""
+        """Compute the principal spaces and copy the weights."""
         if not self.records and event.num_edits > 0 and self.path.exists():
             self.records = read_spaces_csv(self.path)
         # Later records are of batches that were undone, or of another run; without edits every run begins anew.
@@ -147,7 +147,7 @@ class SpaceTracker(EditCallback):
                 logger.warning("layer %d has no principal space after %d edits: %s", layer, event.num_edits, error)
 
     def on_batch_end(self, event: EditEvent) -> None:
-        """Records the batch."""
+        """Record the batch."""
         for layer, space in self._spaces.items():
             before = self._before.pop(layer)
             precise = torch.promote_types(before.dtype, torch.float32)
@@ -184,7 +184,7 @@ def _formed(space: PrincipalSpace) -> PrincipalSpace:
 
 
 def write_spaces_csv(path: Path, records: list[SpaceRecord]) -> None:
-    """Write all records, or leave the file before it."""
+    """Write all records, replacing the file as a whole."""
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(_COLUMNS)
@@ -219,7 +219,7 @@ def _record(row: Mapping[str, str]) -> SpaceRecord:
 
 
 def covers(records: list[SpaceRecord], num_edits: int) -> bool:
-    """Whether records tell of every change up to so many edits."""
+    """Whether the records cover every change up to ``num_edits``."""
     spans = sorted({(record.since, record.num_edits) for record in records})
     ends = [0, *(end for _, end in spans)]
     return all(since == end for (since, _), end in zip(spans, ends[:-1], strict=True)) and ends[-1] >= num_edits

@@ -46,7 +46,7 @@ def write_report(runs: Sequence[str | Path | RunRecords], output: str | Path | N
         runs: run directories, of runs that ended or are under way, or what was read of them.
         output: folder to write to; the run's own directory where there is one run.
         files: also write SVG and PNG.
-        live: of a run under way: the page loads itself anew, and what takes seconds to compute is left for the end.
+        live: for a run in progress: the page reloads itself, and figures that take seconds are left for the end.
 
     Raises:
         ValueError: a directory holds no run or a damaged one, several runs are given without ``output``, what draws is
@@ -58,9 +58,9 @@ def write_report(runs: Sequence[str | Path | RunRecords], output: str | Path | N
     read = [run if isinstance(run, RunRecords) else RunRecords.read(run) for run in runs]
     folder = read[0].directory if output is None else Path(output)
     place = RunDirectory(folder).place  # mostly a run's own, which may come from somebody else
-    html, drawn, places = place("report.html"), place("figures"), place("figures/places.json")
+    html, drawn, coordinates = place("report.html"), place("figures"), place("figures/places.json")
     named = named_runs(read)
-    figures, notes = figures_of(named, live, places)
+    figures, notes = figures_of(named, live, coordinates)
     title = named[0].label if len(named) == 1 else f"{len(named)} runs"
     page = Page(f"SPHERE: {title}", named, notices_of(named), figures, tables_of(named), notes,
                 REFRESH if live else None).html()
@@ -80,17 +80,17 @@ def check_installed() -> None:
         raise ValueError(f"a report needs {', '.join(missing)}: pip install 'sphere-easyedit[report]'")
 
 
-def figures_of(runs: Sequence[ReportRun], live: bool = False, places: Path | None = None
+def figures_of(runs: Sequence[ReportRun], live: bool = False, coordinates: Path | None = None
                ) -> tuple[list[Figure], list[str]]:
-    """All figures that the runs have data for, and why others are not there.
+    """All figures that the runs have data for, and notes why others are missing.
 
     Args:
         runs: of the report.
-        live: leave out what takes seconds.
-        places: where t-SNE's places are kept; what stands there is used again.
+        live: leave out the figures that take seconds to compute.
+        coordinates: JSON file that caches t-SNE's coordinates; None for no cache.
     """
     notes = []
-    neurons = Neurons(runs, places)
+    neurons = Neurons(runs, coordinates)
     found = [curves_figure(runs), changes_figure(runs), gains_figure(runs), forgetting_figure(runs),
              abilities_figure(runs), shares_figure(runs), *neurons.figures(embedded=not live)]
     figures = [figure for figure in found if figure is not None]

@@ -1,4 +1,4 @@
-"""The facts of the runs, to search: what was asked, what is right before and after, what the model says."""
+"""Searchable tables of the runs' facts: prompt, state before and after editing, generated texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STATES: Final = (LOST, MISSED, HELD, KNOWN, UNSEEN)
 COLUMNS: Final = ("case", "prompt", "wanted", "true", "state", "before", "at the end", "last seen right at",
                   "says before", "says at the end")  # of a table's rows
 _METRIC: Final = "efficacy"
-ROOM: Final = 1_200_000  # characters that the facts of all runs may take on a page
+MAX_CHARACTERS: Final = 1_200_000  # of the facts of all runs on a page
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class CaseTable:
     Attributes:
         label: of the run.
         rows: (case, prompt, wanted, true, state, before, after, last evaluation that saw it right or None, generation
-            before, generation after); before and after are true where the model said what was wanted, texts are None
+            before, generation after); before and after are true where the model gave the wanted answer, texts are None
             where none were generated.
-        left_out: how many of the facts are not in it, for its size.
+        left_out: number of facts left out to limit the size.
     """
 
     label: str
@@ -37,12 +37,12 @@ class CaseTable:
     left_out: int
 
 
-def case_table(run: ReportRun, room: int = ROOM) -> CaseTable | None:
+def case_table(run: ReportRun, max_characters: int = MAX_CHARACTERS) -> CaseTable | None:
     """A finished run's facts, from ``cases.jsonl`` and the scores of evaluations on the way; None before its end.
 
     Args:
         run: whose facts.
-        room: how many characters of JSON the rows may take; what comes last in their order is left out.
+        max_characters: of the rows as JSON; rows beyond are left out.
     """
     files = RunDirectory(run.run.directory)
     if not files.has(CASES):
@@ -52,12 +52,12 @@ def case_table(run: ReportRun, room: int = ROOM) -> CaseTable | None:
     for one in files.records(CASES, CaseRecord):
         before, after = _right(one.pre), _right(one.post)
         last = seen_right.get(one.case_id) if one.case_id is not None else None
-        said = one.generations or {}
+        generations = one.generations or {}
         rows.append((one.case_id, one.prompt, one.target_new, one.target_true, _state(before, after, last), before,
-                     after, last, said.get("before"), said.get("after")))
+                     after, last, generations.get("before"), generations.get("after")))
     rows.sort(key=lambda row: STATES.index(row[4]))
     sizes = accumulate(len(json.dumps(row, ensure_ascii=False)) for row in rows)
-    kept = sum(size <= room for size in sizes)
+    kept = sum(size <= max_characters for size in sizes)
     return CaseTable(run.label, tuple(rows[:kept]), len(rows) - kept)
 
 
@@ -86,6 +86,6 @@ def _state(before: bool | None, after: bool | None, last: int | None) -> str:
 
 
 def tables_of(runs: Sequence[ReportRun]) -> list[CaseTable]:
-    """Tables of the runs that have one, in equal parts of the room."""
-    tables = (case_table(run, ROOM // len(runs)) for run in runs)
+    """Tables of the runs that have one, with equal shares of ``MAX_CHARACTERS``."""
+    tables = (case_table(run, MAX_CHARACTERS // len(runs)) for run in runs)
     return [table for table in tables if table is not None]

@@ -1,4 +1,4 @@
-"""A figure: Vega-Lite panels with what a reader needs beside them, in colours that follow the page or a file."""
+"""A figure: Vega-Lite panels with caption, choices and a table, in the colours of the page or of a file."""
 
 from __future__ import annotations
 
@@ -100,22 +100,22 @@ def params(labels: Sequence[str], choices: Iterable[Choice] = ()) -> list[Spec]:
 
 
 def shown() -> Spec:
-    """The transform that leaves the rows of the runs shown."""
+    """The filter for rows of the runs shown."""
     return {"filter": "indexof(shown, datum.run) >= 0"}
 
 
 def chosen(name: str) -> Spec:
-    """The transform that leaves the rows of a choice."""
+    """The filter for rows of the chosen option."""
     return {"filter": f"datum.{name} == {name}"}
 
 
 def dashes(count: int) -> list[list[int]]:
-    """Dashes of so many runs: a colour that comes again comes with other dashes."""
+    """Dash patterns for ``count`` runs; runs that share a colour differ in their dashes."""
     return [list(_DASHES[(index + index // len(SERIES)) % len(_DASHES)]) for index in range(count)]
 
 
 def by_run(labels: Sequence[str], channels: Sequence[str] = ("color",)) -> Spec:
-    """Encodings that tell runs apart: by ``color``, ``strokeDash`` and ``shape``."""
+    """Encodings that distinguish runs: by ``color``, ``strokeDash`` and ``shape``."""
     ranges: dict[str, list[Any]] = {
         "color": [f"var(--s{index % len(SERIES)})" for index in range(len(labels))],
         "strokeDash": dashes(len(labels)),
@@ -134,15 +134,15 @@ SMALL: Final = MappingProxyType({"labelExpr": "datum.value == 0 ? '0' : format(d
 
 
 def tooltip(*fields: tuple[str, str, str | None]) -> list[Spec]:
-    """What hovering tells: (field, title, number format or None for text)."""
+    """Fields shown on hovering: (field, title, number format or None for text)."""
     return [{"field": name, "title": title, "type": "nominal" if form is None else "quantitative",
              **({} if form is None else {"format": form})} for name, title, form in fields]
 
 
 def spread(wanted: Sequence[float], least: float = LABEL_HEIGHT, top: float = 6.0, bottom: float = HEIGHT - 6.0
            ) -> list[float]:
-    """Places (pixels from the top) near the wanted ones, in their order, no two nearer than ``least`` where there is
-    room for all."""
+    """Positions (pixels from the top) close to the wanted ones and in their order, at least ``least`` apart where all
+    fit."""
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
     gap = min(least, (bottom - top) / max(1, len(wanted)))
     placed = dict.fromkeys(order, 0.0)

@@ -1,4 +1,4 @@
-"""What becomes of edits as they age: accuracy by the number of edits made since."""
+"""Efficacy of edits by age: the number of edits made since."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How neurons lie to each other before and after editing (the paper's Figures 4, 5, 8 and 9), and their spectrum."""
+"""Cosines between neurons before and after editing (the paper's Figures 4, 5, 8 and 9), and their spectrum."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Neurons:
 
     Args:
         runs: of the report.
-        places: JSON file that keeps where neurons lie in the plane, which takes a second a layer; None to keep nothing.
+        coordinates: JSON file that caches t-SNE's coordinates (a second a layer to compute); None for no cache.
     """
 
-    def __init__(self, runs: Sequence[ReportRun], places: Path | None = None) -> None:
+    def __init__(self, runs: Sequence[ReportRun], coordinates: Path | None = None) -> None:
         self.layers: dict[tuple[str, int], LayerNeurons] = {}
         self.edits: dict[str, int] = {}
-        self._places = places
+        self._coordinates = coordinates
         self._gammas: set[float] = set()
         for run in runs:
             record = run.run.neurons
@@ -135,15 +135,15 @@ class Neurons:
 
     def _placed(self) -> dict[tuple[str, int], list[tuple[float, float]]]:
         """Places in the plane of each layer's sampled neurons, before editing and behind them after."""
-        kept = _kept_places(self._places)
+        kept = _cached_coordinates(self._coordinates)
         used, placed = {}, {}
         for which, found in self.layers.items():
             key = hashlib.sha256(found.cosines.tobytes()).hexdigest()[:16]
             if len(kept.get(key, ())) != 2 * found.sampled:
                 kept[key] = [(round(float(x), 2), round(float(y), 2)) for x, y in embed(found.cosines)]
             used[key] = placed[which] = kept[key]
-        if self._places is not None:
-            with atomic_write(self._places) as temporary:
+        if self._coordinates is not None:
+            with atomic_write(self._coordinates) as temporary:
                 temporary.write_text(json.dumps(used), encoding="utf-8")
         return placed
 
@@ -234,7 +234,7 @@ def embed(cosines: NDArray[np.float32]) -> NDArray[np.float64]:
     return found
 
 
-def _kept_places(path: Path | None) -> dict[str, list[tuple[float, float]]]:
+def _cached_coordinates(path: Path | None) -> dict[str, list[tuple[float, float]]]:
     if path is None or not path.is_file():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What a report warns of first: collapse, drift, numbers that are no numbers, a run that has not ended."""
+"""Warnings at the top of a report: collapse, drift, values that are not finite, unfinished runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..evaluation.analysis import mean_magnitude
 from ..evaluation.collapse import collapse_of
 from .runs import ReportRun
 
-_EARLY: Final = 3  # batches by which a run's own pace of drift is told
+_EARLY: Final = 3  # batches that define a run's usual pace of drift
 _FASTER: Final = 5.0  # times that pace
 
 Level = str  # "bad", "warning" or "note"
@@ -21,7 +21,7 @@ Level = str  # "bad", "warning" or "note"
 
 @dataclass(frozen=True)
 class Notice:
-    """One warning: how grave (``bad``, ``warning`` or ``note``), about which run, and what."""
+    """One warning: its level (``bad``, ``warning`` or ``note``), the run's label, and the text."""
 
     level: Level
     label: str
@@ -29,7 +29,7 @@ class Notice:
 
 
 def notices_of(runs: Sequence[ReportRun]) -> list[Notice]:
-    """Warnings about all runs, the gravest first."""
+    """Warnings about all runs, the most severe first."""
     checks = (_collapse, _not_finite, _drift, _left_out, _unfinished)
     found = [notice for run in runs for check in checks for notice in check(run)]
     found += _other_protocol(runs)

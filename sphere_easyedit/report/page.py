@@ -1,4 +1,4 @@
-"""The page: one HTML file with its data, its style and its drawing library inside."""
+"""The report as one self-contained HTML file: data, style and drawing library inside."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _RESULTS: Final = ("run", "edits", *(f"{name}, %" if name in PERCENT else name f
 
 
 def filled(columns: Sequence[str], rows: Sequence[Row]) -> list[int]:
-    """Places of the columns in which a row has a value; of all where there are no rows."""
-    return [place for place in range(len(columns))
-            if not rows or any(row[place] is not None and row[place] != "" for row in rows)]
+    """Indices of the columns in which a row has a value; all columns if there are no rows."""
+    return [index for index in range(len(columns))
+            if not rows or any(row[index] is not None and row[index] != "" for row in rows)]
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Table:
     @classmethod
     def of(cls, columns: Sequence[str], rows: Sequence[Row]) -> Table:
         """A table without the columns that no row has a value in."""
-        places = filled(columns, rows)
-        return cls(tuple(columns[place] for place in places),
-                   tuple(tuple(row[place] for place in places) for row in rows))
+        kept = filled(columns, rows)
+        return cls(tuple(columns[index] for index in kept),
+                   tuple(tuple(row[index] for index in kept) for row in rows))
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Page:
     Attributes:
         title: of the document.
         runs, notices, figures, cases: its parts.
-        notes: why a figure is not there, and what would bring it.
-        refresh: seconds after which the page loads itself anew, while a run is under way.
+        notes: why figures are missing, and which option adds them.
+        refresh: seconds between reloads while a run is in progress; None for a finished one.
     """
 
     title: str
@@ -67,15 +67,16 @@ class Page:
     def html(self) -> str:
         """The file's content."""
         environment = _environment()
-        told = filled(COLUMNS, [row for table in self.cases for row in table.rows])
+        columns = filled(COLUMNS, [row for table in self.cases for row in table.rows])
         data = {"figures": {figure.name: {
                     "panels": [{"spec": on_page(panel), "log": dict(panel.log), "canvas": panel.canvas}
                                for panel in figure.panels]} for figure in self.figures},
-                "cases": [asdict(table) for table in self.cases], "told": told}
+                "cases": [asdict(table) for table in self.cases], "told": columns}
         unedited = _unedited(self.runs)
         return str(environment.get_template("report.html.j2").render(
             page=self, data=_json(data), colours=SERIES, dashes=dashes(len(self.runs)), states=STATES,
-            subjects=_subjects(self.runs), unedited=bool(unedited), case_columns=[COLUMNS[place] for place in told],
+            subjects=_subjects(self.runs), unedited=bool(unedited),
+            case_columns=[COLUMNS[index] for index in columns],
             results=Table.of(_RESULTS, [*unedited, *(_summary(run) for run in self.runs)]),
             tables={figure.name: Table.of(figure.columns, figure.rows) for figure in self.figures},
             details=[_details(run) for run in self.runs], css=_asset("report.css"), js=_asset("report.js"),

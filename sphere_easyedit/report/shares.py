@@ -1,4 +1,4 @@
-"""Where the updates of a run lie: the share inside the principal space, against what chance gives."""
+"""Share of each update in the principal space, compared with a random subspace."""
 
 from __future__ import annotations
 
