@@ -88,7 +88,7 @@ def choose_case(run: EditedRun, case_id: str, at: int | None = None) -> tuple[in
     places = {str(record.case_id): place for place, record in enumerate(run.records)}
     if case_id not in places:
         raise ValueError(f"{run.directory.path} has no case {case_id}: {_near(case_id, list(places))}")
-    return places[case_id], choose_kept(run.directory, at, "no edited model can speak")
+    return places[case_id], choose_kept(run.directory.path, at, "no edited model can speak")
 
 
 def study_case(run: EditedRun, model: nn.Module, tok: PreTrainedTokenizerBase, place: int, num_edits: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, fields
 from pathlib import Path
 
 import torch
@@ -15,30 +15,10 @@ from ..callbacks import EditCallback, EditEvent
 from ..editing.session import EditSession
 from ..files import replacing
 from ..projection import PrincipalSpace
+from ..runs.schema import SpaceRecord
 from .spectra import principal_share
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SpaceRecord:
-    """Where one change of one layer's weight lies: a line of ``spaces.csv``.
-
-    Attributes:
-        since, num_edits: edits before and after the change.
-        layer: number of the layer.
-        share: of the change's squared Frobenius norm in the principal space, 0 to 1, to 4 digits; nan of no change. By
-            chance it would be ``rank / d_in``.
-        rank: of the principal space.
-        d_in: width of the weight.
-    """
-
-    since: int
-    num_edits: int
-    layer: int
-    share: float
-    rank: int
-    d_in: int
 
 
 _COLUMNS = tuple(field.name for field in fields(SpaceRecord))
