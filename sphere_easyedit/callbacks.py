@@ -18,8 +18,7 @@ from .files import atomic_write
 from .hyperspherical import energy_from_gram, hyperspherical_energy
 
 if TYPE_CHECKING:
-    from .evaluation.spaces import SpaceRecord
-    from .runs.schema import BatchRecord, Measurement, Summary
+    from .runs.schema import BatchRecord, Measurement, SpaceRecord, Summary
 
 logger = logging.getLogger(__name__)
 

@@ -28,6 +28,7 @@ from sphere_easyedit.editing.covariance import moment_path, save_moment
 from sphere_easyedit.evaluation.analysis import energy_correlations, energy_points
 from sphere_easyedit.evaluation.arms import Arm, arms_of
 from sphere_easyedit.evaluation.collapse import Collapse, collapse_of
+from sphere_easyedit.evaluation.run_directory import RunDirectory
 from sphere_easyedit.evaluation.run_records import RunRecords, find_runs
 from sphere_easyedit.evaluation.spaces import principal_share
 from sphere_easyedit.evaluation.tables import Column, Table
@@ -249,6 +250,19 @@ def test_regressions_pool_runs(tmp_path: Path) -> None:
             if (row["metric"], row["energy"]) == ("efficacy", "HE step")]
     assert [(row["method"], row["pairs"]) for row in rows] == [("all runs", 6), ("MEMIT", 3), ("MEMIT+SPHERE", 3)]
     assert rows[0]["data set"] == "CounterFact" and isinstance(rows[0]["slope"], Estimate)
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "docs" / "results").rglob("metrics.jsonl")),
+                         ids=lambda file: file.parent.name)
+def test_published_runs_still_open(file: Path) -> None:
+    """Runs of older versions are read, and their lines written again as they stand."""
+    run = RunRecords.read(file.parent)
+    assert run.points and run.batches and run.energy and run.summary is not None
+    for name, records in (("metrics.jsonl", RunDirectory(file.parent).measurements()), ("edits.jsonl", run.batches)):
+        lines = [json.loads(line) for line in (file.parent / name).read_text().splitlines()]
+        for line, record in zip(lines, records, strict=True):
+            again = json.loads(json.dumps(record.to_dict()))
+            assert {key: again[key] for key in line} == line
 
 
 # --- arms side by side ----------------------------------------------------------------------------------------

@@ -28,11 +28,11 @@ import sphere_easyedit as sphere
 from sphere_easyedit.editing import covariance
 from sphere_easyedit.editing.covariance import second_moments, statistics_files
 from sphere_easyedit.editing.origins import origin_path
+from sphere_easyedit.editing.session import resume_from
 from sphere_easyedit.evaluation import checkpoints
 from sphere_easyedit.evaluation.checkpoints import (
     put_weights,
     resumable,
-    resume_from,
     save_checkpoint,
     session_path,
     thin_out,

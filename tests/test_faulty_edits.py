@@ -309,9 +309,8 @@ def test_what_a_run_left_out_is_not_measured_again(tmp_path: Path, llama_stats: 
     run_sequential(tiny_model("llama"), tok, records, hparams, settings)
     edited = EditedRun(tmp_path / "run")
     assert edited.records == [records[0], *records[2:]]
-    lines = edited.measure(tiny_model("llama"), tok, [4], MeasureSettings(("rome",)))
-    assert [(line["protocol"], line["when"], line["cases"]) for line in lines] == [("paper", "after", 4),
-                                                                                   ("rome", "after", 4)]
+    found = edited.measure(tiny_model("llama"), tok, [4], MeasureSettings(("rome",)))
+    assert [(one.protocol, one.when, one.cases) for one in found] == [("paper", "after", 4), ("rome", "after", 4)]
 
 
 @pytest.fixture

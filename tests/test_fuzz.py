@@ -426,15 +426,16 @@ def test_aliases_of_a_sane_size_are_read() -> None:
 
 
 FOUND = [  # by fuzzing, kept so that they stay mended
-    ("config.yaml", yaml.safe_dump(CONFIG | {"run": {"measure": None}}).encode(), "measure is None"),
-    ("config.yaml", yaml.safe_dump(CONFIG | {"run": {"measure": {"protocols": "paper"}}}).encode(), "not a list of"),
+    ("config.yaml", yaml.safe_dump(CONFIG | {"run": {"measure": 3}}).encode(), "measure is 3"),
+    ("config.yaml", yaml.safe_dump(CONFIG | {"run": {"measure": {"protocols": "paper"}}}).encode(),
+     "measure.protocols is 'paper'"),
     ("config.yaml", yaml.safe_dump(CONFIG | {"run": {"seed": "x"}}).encode(), "seed is 'x'"),
-    ("summary.json", b"[]", "not an object"),
-    ("summary.json", json.dumps(SUMMARY | {"editing_seconds": "long"}).encode(), "editing_seconds holds 'long'"),
-    ("edits.jsonl", _lines([EDITS_LINE | {"case_ids": [[1]]}]) + b"\n", "case_ids has"),
+    ("summary.json", b"[]", r"summary.json is \[\]"),
+    ("summary.json", json.dumps(SUMMARY | {"editing_seconds": "long"}).encode(), "editing_seconds is 'long'"),
+    ("edits.jsonl", _lines([EDITS_LINE | {"case_ids": [[1]]}]) + b"\n", "case_ids.0.int is "),
     ("cases.jsonl", _lines([CASES_LINE | {"pre": 3}]) + b"\n", "line 1: pre is 3"),
-    ("cases.jsonl", _lines([CASES_LINE | {"case_id": {}}]) + b"\n", "line 1: case_id is {}"),
-    ("cases.jsonl", _lines([CASES_LINE | {"post": {"efficacy": "x"}}]) + b"\n", "line 1: post has the efficacy 'x'"),
+    ("cases.jsonl", _lines([CASES_LINE | {"case_id": {}}]) + b"\n", "line 1: case_id.int is {}"),
+    ("cases.jsonl", _lines([CASES_LINE | {"post": {"efficacy": "x"}}]) + b"\n", "line 1: post.efficacy is 'x'"),
     ("cases.jsonl", _lines([CASES_LINE | {"generations": "x"}]) + b"\n", "line 1: generations is 'x'"),
 ]
 

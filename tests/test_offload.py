@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing.session import EditSession
-from sphere_easyedit.evaluation.checkpoints import resume_from, save_checkpoint, save_weights
+from sphere_easyedit.editing.session import EditSession, resume_from
+from sphere_easyedit.evaluation.checkpoints import save_checkpoint, save_weights
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.measuring import MeasureSettings
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential

@@ -25,7 +25,8 @@ import sphere_easyedit as sphere
 from sphere_easyedit.callbacks import MeasureEvent, RunState
 from sphere_easyedit.cli import main
 from sphere_easyedit.editing.covariance import load_projections, moment_path
-from sphere_easyedit.evaluation.checkpoints import put_weights, resume_from, session_path, weights_path
+from sphere_easyedit.editing.session import resume_from
+from sphere_easyedit.evaluation.checkpoints import put_weights, session_path, weights_path
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.neurons import NeuronRecord
 from sphere_easyedit.evaluation.run_directory import RunDirectory

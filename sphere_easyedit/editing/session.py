@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..evaluation.checkpoints import check_whole, damaged, put_weights, resumable, session_path
 from ..exclusive import exclusive
 from ..files import atomic_write
 from ..fingerprints import Fingerprint
@@ -202,9 +203,6 @@ class EditSession:
             ValueError: the session has not edited a model that still exists, there is no such checkpoint, or it is
                 damaged, of another model or of settings that shape the session otherwise.
         """
-        # The upper room's files are looked up only here: nothing else of editing knows of checkpoints.
-        from ..evaluation.checkpoints import resumable
-
         model = None if self._model is None else self._model()
         if model is None or self._names is None:
             raise ValueError("the session is tied to no model, so there is none to roll back: edit with it first, or "
@@ -232,8 +230,6 @@ class EditSession:
 
     def _restored(self, editable: EditableModel, to: int, checkpoints: Path | None) -> EditSession:
         """A session as it was after so many edits, with the weights in the model; that of no edits if ``to`` is 0."""
-        from ..evaluation.checkpoints import resume_from
-
         for layer, weight in self.original.items():
             editable.set_weight(layer, weight)
         if not self._is_restored(editable):
@@ -308,3 +304,23 @@ class EditSession:
             rows, columns = by_layer(f"{kind}.rows"), by_layer(f"{kind}.columns")
             target.update({layer: Fingerprint(rows[layer], columns[layer]) for layer in rows})
         return session
+
+
+def resume_from(editable: EditableModel, folder: Path, num_edits: int) -> EditSession:
+    """Bring a model just loaded to a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or was made from another model than this one.
+    """
+    check_whole(folder, num_edits, session=True)
+    path = session_path(folder, num_edits)
+    try:
+        session = EditSession.load(path)
+    except Exception as error:
+        raise damaged(folder, num_edits, path, f"{type(error).__name__}: {error}") from error
+    if not session.is_original(editable):
+        raise ValueError(f"the run in {folder.parent} began with other weights than this model's: load the model that "
+                         "it edited, before any edit")
+    put_weights(editable, folder, num_edits, checked=True)
+    EditSession.attach(editable.model, session)
+    return session

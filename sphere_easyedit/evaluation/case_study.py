@@ -88,7 +88,7 @@ def choose_case(run: EditedRun, case_id: str, at: int | None = None) -> tuple[in
     indices = {str(record.case_id): index for index, record in enumerate(run.records)}
     if case_id not in indices:
         raise ValueError(f"{run.directory.path} has no case {case_id}: {_near(case_id, list(indices))}")
-    return indices[case_id], choose_kept(run.directory, at, "there is no edited model to generate with")
+    return indices[case_id], choose_kept(run.directory.path, at, "there is no edited model to generate with")
 
 
 def study_case(run: EditedRun, model: nn.Module, tok: PreTrainedTokenizerBase, index: int, num_edits: int,

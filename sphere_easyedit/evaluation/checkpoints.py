@@ -15,18 +15,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..editing.session import EditSession
 from ..files import atomic_write, checksum_path, record_checksum, recorded_checksum, sha256_of
 from ..models import EditableModel
-from .run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"  # folder of a run directory
 _WEIGHTS = re.compile(r"weights-(\d+)\.safetensors")
 
 
@@ -53,7 +53,16 @@ def save_weights(editable: EditableModel, folder: Path, num_edits: int) -> None:
         save_file(weights, temporary)
 
 
-def save_checkpoint(editable: EditableModel, session: EditSession, folder: Path) -> None:
+class Saved(Protocol):
+    """What a checkpoint holds beside the weights: ``EditSession``, which is above this module."""
+
+    num_edits: int
+
+    def save(self, path: Path) -> None:
+        """Write it to one file."""
+
+
+def save_checkpoint(editable: EditableModel, session: Saved, folder: Path) -> None:
     """Write the weights, then the session, whose file makes the checkpoint one to resume from.
 
     Raises:
@@ -103,12 +112,13 @@ def check_whole(folder: Path, num_edits: int, *, session: bool = False) -> None:
         try:
             found = sha256_of(path)
         except OSError as error:
-            raise _damaged(folder, num_edits, path, str(error)) from error
+            raise damaged(folder, num_edits, path, str(error)) from error
         if found != recorded:
-            raise _damaged(folder, num_edits, path, f"its sha256 is {found}, but was {recorded} when it was written")
+            raise damaged(folder, num_edits, path, f"its sha256 is {found}, but was {recorded} when it was written")
 
 
-def _damaged(folder: Path, num_edits: int, path: Path, found: str) -> ValueError:
+def damaged(folder: Path, num_edits: int, path: Path, found: str) -> ValueError:
+    """The error that a file of a checkpoint is damaged: what was found, and where the run can go on from."""
     earlier = [number for number in resumable(folder) if number < num_edits]
     before = f"the checkpoint before, after {earlier[-1]} edits" if earlier else "the start: no earlier one was kept"
     return ValueError(f"{path} is damaged ({found}): remove it, and resume from {before}")
@@ -120,21 +130,22 @@ def saved_weights(folder: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in found if match is not None)
 
 
-def choose_kept(run: RunDirectory, at: int | None, consequence: str) -> int:
+def choose_kept(run: Path, at: int | None, consequence: str) -> int:
     """A number of edits whose weights a run kept: ``at``, or the largest.
 
     Args:
+        run: the run directory.
         consequence: what can't be done where none were kept, for the error.
 
     Raises:
         ValueError: none were kept, or none after ``at`` edits.
     """
-    kept = saved_weights(run.checkpoints)
+    kept = saved_weights(run / CHECKPOINTS)
     if not kept:
-        raise ValueError(f"{run.path} kept no weights, so {consequence}: run `edit` again with the same settings into "
+        raise ValueError(f"{run} kept no weights, so {consequence}: run `edit` again with the same settings into "
                          "a new directory, and leave its folder checkpoints there")
     if at is not None and at not in kept:
-        raise ValueError(f"{run.path} kept no weights after {at} edits: kept are {', '.join(map(str, kept))}; "
+        raise ValueError(f"{run} kept no weights after {at} edits: kept are {', '.join(map(str, kept))}; "
                          "`edit --keep-weights-every` keeps more")
     return kept[-1] if at is None else at
 
@@ -144,8 +155,11 @@ def resumable(folder: Path) -> list[int]:
     return [number for number in saved_weights(folder) if session_path(folder, number).exists()]
 
 
-def put_weights(editable: EditableModel, folder: Path, num_edits: int) -> None:
+def put_weights(editable: EditableModel, folder: Path, num_edits: int, *, checked: bool = False) -> None:
     """Put a checkpoint's weights into the model.
+
+    Args:
+        checked: their checksum was compared just now (``check_whole``).
 
     Raises:
         ValueError: the file is absent or damaged, or is of other layers or another model.
@@ -154,17 +168,12 @@ def put_weights(editable: EditableModel, folder: Path, num_edits: int) -> None:
     if not path.exists():
         kept = ", ".join(map(str, saved_weights(folder))) or "none"
         raise ValueError(f"no weights after {num_edits} edits in {folder}: kept are {kept}")
-    check_whole(folder, num_edits)
-    _put_weights(editable, folder, num_edits)
-
-
-@torch.no_grad()
-def _put_weights(editable: EditableModel, folder: Path, num_edits: int) -> None:
-    path = weights_path(folder, num_edits)
+    if not checked:
+        check_whole(folder, num_edits)
     try:
         weights = load_file(path)
     except Exception as error:  # a header can be damaged in more ways than safetensors has errors for
-        raise _damaged(folder, num_edits, path, f"{type(error).__name__}: {error}") from error
+        raise damaged(folder, num_edits, path, f"{type(error).__name__}: {error}") from error
     names = {layer: editable.parameter_name(layer) for layer in editable.layers}
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     expected = {name: tuple(editable.parameter(layer).shape) for layer, name in names.items()}
@@ -172,29 +181,10 @@ def _put_weights(editable: EditableModel, folder: Path, num_edits: int) -> None:
         raise ValueError(f"{path} holds {shapes}, the model's edited weights are {expected}: it is of another model "
                          "or of other layers")
     if odd := {name: weight.dtype for name, weight in weights.items() if not weight.is_floating_point()}:
-        raise _damaged(folder, num_edits, path, f"weights are numbers of type {odd}")
-    for layer, name in names.items():
-        editable.parameter(layer).copy_(weights[name])
-
-
-def resume_from(editable: EditableModel, folder: Path, num_edits: int) -> EditSession:
-    """Bring a model just loaded to a checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is damaged, or was made from another model than this one.
-    """
-    check_whole(folder, num_edits, session=True)
-    path = session_path(folder, num_edits)
-    try:
-        session = EditSession.load(path)
-    except Exception as error:
-        raise _damaged(folder, num_edits, path, f"{type(error).__name__}: {error}") from error
-    if not session.is_original(editable):
-        raise ValueError(f"the run in {folder.parent} began with other weights than this model's: load the model that "
-                         "it edited, before any edit")
-    _put_weights(editable, folder, num_edits)
-    EditSession.attach(editable.model, session)
-    return session
+        raise damaged(folder, num_edits, path, f"weights are numbers of type {odd}")
+    with torch.no_grad():
+        for layer, name in names.items():
+            editable.parameter(layer).copy_(weights[name])
 
 
 def thin_out(folder: Path, keep: int, for_good: set[int]) -> None:

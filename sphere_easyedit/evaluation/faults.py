@@ -27,18 +27,18 @@ class Skips:
     """
 
     def __init__(self, skipped: Iterable[Skipped] = ()) -> None:
-        self._by_place = {one.place: one for one in skipped}
+        self._by_index = {one.index: one for one in skipped}
 
     def add(self, skipped: Iterable[Skipped]) -> None:
         """Leave these out, too."""
-        self._by_place |= {one.place: one for one in skipped}
+        self._by_index |= {one.index: one for one in skipped}
 
-    def __contains__(self, place: int) -> bool:
-        return place in self._by_place
+    def __contains__(self, index: int) -> bool:
+        return index in self._by_index
 
     def edited(self, tried: int) -> int:
         """Edits in the model once the first so many facts have been tried."""
-        return tried - sum(place < tried for place in self._by_place)
+        return tried - sum(index < tried for index in self._by_index)
 
     def tried(self, num_edits: int, ends: Sequence[int]) -> int:
         """The first end of a batch, or 0, at which the model held so many edits.
@@ -53,8 +53,8 @@ class Skips:
                          "skipped.jsonl was changed")
 
     def in_order(self) -> list[Skipped]:
-        """All, by place."""
-        return [self._by_place[place] for place in sorted(self._by_place)]
+        """All, by index."""
+        return [self._by_index[index] for index in sorted(self._by_index)]
 
 
 def edit_around_faults(
@@ -93,8 +93,8 @@ def edit_around_faults(
     except Exception as error:
         _let_go(error)
 
-        def tried(places: Sequence[int]) -> Exception | None:
-            failed = failure([items[place] for place in places])
+        def tried(indices: Sequence[int]) -> Exception | None:
+            failed = failure([items[index] for index in indices])
             if failed is not None:
                 _let_go(failed)
             return failed
@@ -107,7 +107,7 @@ def edit_around_faults(
         if on_error == "stop":
             if not at_fault:
                 raise
-            told = "; ".join(f"{items[place]} ({kind_and_text(why)})" for place, why in at_fault.items())
+            told = "; ".join(f"{items[index]} ({kind_and_text(why)})" for index, why in at_fault.items())
             raise ValueError(f"{len(at_fault)} of {len(items)} edits fail by themselves, and the batch was undone: "
                              f"{told}. "
                              + ("It is hardly the edits' fault" if all_are else "on_error skip leaves them out")
@@ -115,8 +115,8 @@ def edit_around_faults(
         if all_are:
             raise ValueError(f"each of the {len(items)} edits of this batch fails by itself, and it was undone: "
                              f"{kind_and_text(error)}") from error
-    faults = [(items[place], why) for place, why in at_fault.items()]
-    rest = [item for place, item in enumerate(items) if place not in at_fault]
+    faults = [(items[index], why) for index, why in at_fault.items()]
+    rest = [item for index, item in enumerate(items) if index not in at_fault]
     if faults:
         return faults + edit_around_faults(rest, edit, failure, on_error)
     logger.warning("%d edits fail together (%s) but none alone: they are edited in two halves", len(items),
@@ -126,22 +126,22 @@ def edit_around_faults(
             + edit_around_faults(rest[middle:], edit, failure, on_error))
 
 
-def _at_fault(places: Sequence[int], error: Exception, failure: Callable[[Sequence[int]], Exception | None],
+def _at_fault(indices: Sequence[int], error: Exception, failure: Callable[[Sequence[int]], Exception | None],
               few: bool = False) -> dict[int, Exception]:
-    """Which of the places, which fail together with ``error``, fail alone.
+    """Which of the indices, which fail together with ``error``, fail alone.
 
     Raises:
         ValueError: with ``few``, some of them, spread over all, fail alone with this very error.
     """
-    if len(places) == 1:
-        return {places[0]: error}
-    middle = len(places) // 2
-    halves = [(half, failed) for half in (places[:middle], places[middle:]) if (failed := failure(half)) is not None]
-    if few and len(places) > 2 and [kind_and_text(failed) for _, failed in halves] == [kind_and_text(error)] * 2:
-        count = enough_tries(len(places))
-        alone = (failure([places[number * (len(places) - 1) // (count - 1)]]) for number in range(count))
+    if len(indices) == 1:
+        return {indices[0]: error}
+    middle = len(indices) // 2
+    halves = [(half, failed) for half in (indices[:middle], indices[middle:]) if (failed := failure(half)) is not None]
+    if few and len(indices) > 2 and [kind_and_text(failed) for _, failed in halves] == [kind_and_text(error)] * 2:
+        count = enough_tries(len(indices))
+        alone = (failure([indices[number * (len(indices) - 1) // (count - 1)]]) for number in range(count))
         if all(failed is not None and kind_and_text(failed) == kind_and_text(error) for failed in alone):
-            raise ValueError(f"{kind_and_text(error)} (so do {count} of the batch's {len(places)} edits by "
+            raise ValueError(f"{kind_and_text(error)} (so do {count} of the batch's {len(indices)} edits by "
                              "themselves: it is hardly their fault, and the batch was undone)") from error
     found: dict[int, Exception] = {}
     for half, failed in halves:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from ..files import atomic_write, path_within, remove_partial_files
 from ..runs.schema import CONFIG, FILES, METRICS, Count, Measurement, read_record
 from ..safe_yaml import read_yaml
+from .checkpoints import CHECKPOINTS
 
 _R = TypeVar("_R")
 _OF_CHECKPOINTS = ("weights-", "session-")  # names in the folder of checkpoints begin so
@@ -36,7 +37,7 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         """Folder of checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def has(self, name: str) -> bool:
         """Whether a file is there."""

@@ -25,13 +25,14 @@ from ..runs.schema import (
     Estimate,
     Measurement,
     RunDescription,
+    SpaceRecord,
     Summary,
     When,
     read_record,
 )
 from .neurons import NeuronRecord
 from .run_directory import RunDirectory
-from .spaces import SpaceRecord, read_spaces_csv
+from .spaces import read_spaces_csv
 
 PAPER: Final = "paper"
 SPHERE: Final = "SPHERE"  # the variant that projects onto the principal space's complement

@@ -33,7 +33,7 @@ from ..callbacks import (
 )
 from ..editing.executors import tokenize_batch
 from ..editing.requests import EditRequest
-from ..editing.session import EditSession
+from ..editing.session import EditSession, resume_from
 from ..fingerprints import weights_checksum
 from ..hparams import SPHEREHyperParams, check_hparams
 from ..inputs import check_parameters, check_tokenizer, default_torch_settings
@@ -65,7 +65,7 @@ from ..runs.schema import (
     read_record,
 )
 from ..wrapper import apply_sphere_to_model, prepare_method, read_requests
-from .checkpoints import resumable, resume_from, save_checkpoint, save_weights, thin_out
+from .checkpoints import resumable, save_checkpoint, save_weights, thin_out
 from .conflicts import find_conflicts
 from .datasets import EditRecord, records_fingerprint
 from .faults import OnError, Skips, edit_around_faults, enough_tries
@@ -279,7 +279,7 @@ class _Run:
         prepare_method(editable, tok, self._hparams, session, self._settings.batch_size)
         if self._hparams.executor == "native":
             self._refuse(lambda some: tokenize_batch(editable, tok, read(some), session))
-        self._refused = {one.place for one in self._skips.in_order()}
+        self._refused = {one.index for one in self._skips.in_order()}
 
     def _refuse(self, check: Callable[[Sequence[EditRecord]], object]) -> None:
         """Leave out the facts that a check refuses; raise what it says where one is at fault and none is left out."""
@@ -401,11 +401,11 @@ class _Run:
 
     def _edit(self, first: int, size: int) -> None:
         """Edit the facts from ``first`` on, but for those that were refused; leave out what is at fault, if wanted."""
-        places = [place for place in range(first, first + size) if place not in self._skips]
+        indices = [index for index in range(first, first + size) if index not in self._skips]
         num_edits = self._session.num_edits
-        faults = edit_around_faults([_Place(place, self._records[place].case_id) for place in places],
+        faults = edit_around_faults([_Fact(index, self._records[index].case_id) for index in indices],
                                     lambda some: self._edit_batch(some, first), self._failure, self._settings.on_error)
-        skipped = [Skipped(place.number, place.case_id, num_edits, kind_and_text(error)) for place, error in faults]
+        skipped = [Skipped(fact.index, fact.case_id, num_edits, kind_and_text(error)) for fact, error in faults]
         for one in skipped:
             logger.warning("case_id %s was left out: %s", one.case_id, one.error)
             self._run.append(SKIPPED, one.to_dict())
@@ -417,27 +417,27 @@ class _Run:
 
         Batches of one edit have no others to compare with, so what their facts share shows here.
         """
-        errors = [one.error for one in self._skips.in_order() if one.place not in self._refused]
+        errors = [one.error for one in self._skips.in_order() if one.index not in self._refused]
         if not errors or self._session.num_edits:
             return
         total = len(self._records)
         if tried == total or (len(set(errors)) == 1 and len(errors) >= enough_tries(total)):
             raise ValueError(f"{errors[0]} (so far none of {tried} facts could be edited, of {total}: the run ends)")
 
-    def _edit_batch(self, places: Sequence[_Place], first: int) -> None:
+    def _edit_batch(self, facts: Sequence[_Fact], first: int) -> None:
         done = itertools.count(first + 1)
 
         def advance(count: int) -> None:
             for _ in range(count):
                 self._progress("editing", next(done), len(self._records))
 
-        self._batch = [self._records[place.number] for place in places]
+        self._batch = [self._records[fact.index] for fact in facts]
         apply_sphere_to_model(self._editable.model, self._tok, [record.request() for record in self._batch],
                               self._hparams, callbacks=self._callbacks, progress=advance)
 
-    def _failure(self, places: Sequence[_Place]) -> Exception | None:
+    def _failure(self, facts: Sequence[_Fact]) -> Exception | None:
         """What these edits alone raise, tried and undone without anybody watching."""
-        requests = [self._records[place.number].request() for place in places]
+        requests = [self._records[fact.index].request() for fact in facts]
         try:
             apply_sphere_to_model(self._editable.model, self._tok, requests, self._hparams, callbacks=[_Undo()])
         except _Undone:
@@ -471,7 +471,7 @@ class _Run:
         first = by_protocol[measure.protocols[0]]
         summary = Summary(
             num_edits, measure.protocols[0], len(self._records),
-            tuple(SkippedCase(one.case_id, one.error) for one in self._skips.in_order() if one.place < tried),
+            tuple(SkippedCase(one.case_id, one.error) for one in self._skips.in_order() if one.index < tried),
             self._stopped, pre=None if first[0] is None else first[0].main_metrics(),
             post=None if first[1] is None else first[1].main_metrics(),
             protocols={protocol: {name: None if one is None else estimates_to_dict(one.main_metrics())
@@ -572,10 +572,10 @@ class _BatchLog(EditCallback):
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Fact:
     """A fact of the run, as errors name it."""
 
-    number: int
+    index: int
     case_id: int | str
 
     def __str__(self) -> str:

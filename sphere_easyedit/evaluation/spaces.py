@@ -17,6 +17,7 @@ from ..callbacks import EditCallback, EditEvent
 from ..editing.session import EditSession
 from ..files import atomic_write
 from ..projection import PrincipalSpace
+from ..runs.schema import SpaceRecord
 
 logger = logging.getLogger(__name__)
 
@@ -80,27 +81,6 @@ def check_rows(matrix: Tensor, name: str, width: int) -> None:
                          f"{tuple(matrix.shape)}: transpose keys (d_in, n), and take the space of the same weight")
     if not all(bool(part.isfinite().all()) for _, part in double_blocks(matrix)):
         raise ValueError(f"{name} holds nan or infinity: the model is broken, or the file is")
-
-
-@dataclass(frozen=True)
-class SpaceRecord:
-    """Share of one weight change in the principal space: a line of ``spaces.csv``.
-
-    Attributes:
-        since, num_edits: edits before and after the change.
-        layer: number of the layer.
-        share: of the change's squared Frobenius norm in the principal space, 0 to 1, to 4 digits; nan of no change. By
-            chance it would be ``rank / d_in``.
-        rank: of the principal space.
-        d_in: width of the weight.
-    """
-
-    since: int
-    num_edits: int
-    layer: int
-    share: float
-    rank: int
-    d_in: int
 
 
 _COLUMNS = tuple(field.name for field in fields(SpaceRecord))

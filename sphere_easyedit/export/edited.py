@@ -137,7 +137,7 @@ class ExportableRun:
             self._described: dict[str, Any] = dict(self._config["run"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} holds no run that can be exported: config.yaml lacks {error}") from error
-        self.num_edits = choose_kept(self._run, at, "nothing can be exported")
+        self.num_edits = choose_kept(path, at, "nothing can be exported")
         dtypes = (self._config.get("model") or {}).get("dtypes") or []
         self.dtype = str(dtypes[0]).removeprefix("torch.") if len(dtypes) == 1 else None
 

@@ -7,7 +7,7 @@ file                     content
 ``edits.jsonl``          :class:`BatchRecord`, one a batch
 ``metrics.jsonl``        :class:`Measurement`, one an evaluation and protocol
 ``energy.csv``           ``callbacks.EnergyRecord``, one row a batch and layer
-``spaces.csv``           ``spaces.SpaceRecord``, one row a batch and layer
+``spaces.csv``           :class:`SpaceRecord`, one row a batch and layer
 ``neurons.safetensors``  ``neurons.NeuronRecord``, of the latest evaluation
 ``scores/*.jsonl``       ``metrics.CaseScores``, one a case and protocol; a file an evaluation
 ``texts/*.jsonl``        ``text_quality.TextQuality``, one a case; a file an evaluation
@@ -30,7 +30,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 
-from pydantic import BeforeValidator, Field, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic import AliasChoices, BeforeValidator, Field, StrictInt, StrictStr, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 CONFIG, EDITS, METRICS, SUMMARY = "config.yaml", "edits.jsonl", "metrics.jsonl", "summary.json"
@@ -229,24 +229,45 @@ def estimates_to_dict(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, 
 
 
 @dataclass(frozen=True)
+class SpaceRecord:
+    """Where one change of one layer's weight lies: a line of ``spaces.csv``.
+
+    Attributes:
+        since, num_edits: edits before and after the change.
+        layer: number of the layer.
+        share: of the change's squared Frobenius norm in the principal space, 0 to 1, to 4 digits; nan of no change. By
+            chance it would be ``rank / d_in``.
+        rank: of the principal space.
+        d_in: width of the weight.
+    """
+
+    since: Count
+    num_edits: Count
+    layer: int
+    share: float
+    rank: Count
+    d_in: Count
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A fact that was left out: a line of ``skipped.jsonl``.
 
     Attributes:
-        place: its index among the run's facts, from 0.
+        index: among the run's facts, from 0; ``place`` in the file.
         case_id: its case.
         num_edits: edits in the model when it was left out.
         error: why, in one line.
     """
 
-    place: Count
+    index: Annotated[int, Field(strict=True, ge=0, validation_alias=AliasChoices("index", "place"))]
     case_id: StrictCaseId
     num_edits: Count
     error: str
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
-        return asdict(self)
+        return {"place": self.index, "case_id": self.case_id, "num_edits": self.num_edits, "error": self.error}
 
 
 _Scores = dict[str, float | None]
