@@ -42,7 +42,7 @@ _MODULE_TEMPLATES = ("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp",
 _RANGES = MappingProxyType({
     "gamma": "[0, 1]", "alpha": "[0, 1]", "v_lr": "(0, inf)", "v_weight_decay": "[0, inf)",
     "clamp_norm_factor": "(0, inf)", "kl_factor": "[0, inf)", "mom2_update_weight": "(0, inf)",
-    "energy_budget": "(0, inf)", "nullspace_threshold": "(0, inf)", "nullspace_share": "(0, 1]", "L2": "(0, inf)",
+    "nullspace_threshold": "(0, inf)", "nullspace_share": "(0, 1]", "L2": "(0, inf)",
     "rect_keep": "(0, 1]", "prune_log_base": "(1, inf)", "state_memory": "[0, inf)",
 })
 _SMALLEST = MappingProxyType({
@@ -55,15 +55,19 @@ _STRINGS = ("alg_name", "model_name", "base_alg", "layer_selection", "fact_token
 _CHOICES = MappingProxyType({
     "alg_name": ("SPHERE", *PLAIN_ALGS), "executor": ("native", "easyedit"), "projection_stage": ("layer", "update"),
     "principal_space": ("current", "pretrained"), "suppression": ("principal", "random", "shrink"),
-    "gamma_rule": ("share", "knee"), "space_source": ("weight", "keys", "both"),
     "layer_selection": ("all", "random"),
     "fact_token": ("subject_last", "last", "subject_first", "subject_first_after_last"),
     "mom2_dtype": ("float32", "float64", "float16"),
 })
 
 # Fields that change nothing where alpha is 0.
-SPHERE_ONLY = ("gamma", "alpha", "projection_stage", "principal_space", "suppression", "gamma_rule", "space_source",
-               "energy_budget", "compensate")
+SPHERE_ONLY = ("gamma", "alpha", "projection_stage", "principal_space", "suppression", "compensate")
+# Options that were removed, with their defaults and the reason: files of older versions still name them.
+REMOVED: Mapping[str, tuple[str | None, str]] = MappingProxyType({
+    "gamma_rule": ("share", "no experiment ever used another value"),
+    "space_source": ("weight", "no experiment ever used another value"),
+    "energy_budget": (None, "it cost MEMIT 49 points of efficacy on 300 edits (docs/RESULTS.md)"),
+})
 _OPTIMISER = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor")
 # Fields that leave keys, null spaces and original weights of a session as they are: where and in what portions one
 # computes, how a target value is found, and how an update is shaped, of which nothing outlives its batch. (Principal
@@ -165,12 +169,7 @@ class SPHEREHyperParams:
     # principal: SPHERE. The others are its controls: a random subspace of the same rank in the principal one's place,
     # or no projection and the update merely shrunk to the norm that projecting would leave.
     suppression: str = "principal"
-    # Beyond the paper: the number of directions from the spectrum's knee; directions of the keys' second moment, or of
-    # weight and keys together; alpha raised until a batch changes a layer's HE by no more than this share of it; values
-    # corrected so that the projected update moves the batch's own keys as far as the solved one.
-    gamma_rule: str = "share"  # share | knee
-    space_source: str = "weight"  # weight | keys | both
-    energy_budget: float | None = None
+    # Beyond the paper: correct the values so that the projected update moves the batch's own keys as far as before.
     compensate: bool = False
 
     # Target values.
@@ -254,7 +253,7 @@ class SPHEREHyperParams:
         odd = [key for key in mapping if not isinstance(key, str)]
         if odd:
             raise ValueError(f"hyperparameter names must be text, not {odd[0]!r}: quote it or remove it")
-        given = dict(mapping)
+        given = _without_removed(mapping)
         if given.get("projection_stage") is None and any(alias in given for alias in _ALIASES):
             # EasyEdit's own files know one stage only, and are recognised by these names.
             given["projection_stage"] = "update"
@@ -462,24 +461,14 @@ class SPHEREHyperParams:
 
     def _check_variants(self) -> None:
         """Refuse variants of the suppression that this method has no part for."""
-        if self.space_source != "weight" and self.executor != "native":
-            raise ValueError(f"space_source is {self.space_source}, but the keys' second moment is the native solve's: "
-                             "say `executor: native` or `space_source: weight`")
-        if self.space_source != "weight" and self.gamma_rule == "knee":
-            raise ValueError("gamma_rule is knee, which is of the weight's spectrum: say `space_source: weight`, or "
-                             "`gamma_rule: share`")
-        if self.energy_budget is not None and self.base_alg == "PRUNE":
-            raise ValueError("energy_budget is a batch's, but PRUNE restrains the whole change since the pretrained "
-                             "weight: leave it out")
         if self.state_folder is not None and self.state_memory is None:
             raise ValueError(f"state_folder is {self.state_folder!r}, for what passes state_memory, which is not "
                              "given: give it in gigabytes (0 keeps all state in the folder), or leave out both")
         if self.compensate and (self.executor != "native" or self.base_alg not in ("MEMIT", "AlphaEdit")):
             raise ValueError(f"compensate needs an update in the keys that it was solved for, which {self.base_alg} "
                              f"with executor {self.executor} has not: say `compensate: false`")
-        if self.suppression == "shrink" and (self.compensate or self.energy_budget is not None):
-            raise ValueError("suppression is shrink, a control of the paper's projection alone: leave out compensate "
-                             "and energy_budget")
+        if self.suppression == "shrink" and self.compensate:
+            raise ValueError("suppression is shrink, a control of the paper's projection alone: leave out compensate")
 
     def _check_extras(self) -> None:
         if not isinstance(self.executor_hparams, Mapping):
@@ -513,6 +502,14 @@ class SPHEREHyperParams:
                              "model's last block")
         if self.rewrite_module_tmp is not None:
             self.rewrite_module_tmp = self.rewrite_module_tmp.removesuffix(".weight")
+
+
+def _without_removed(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy without the options of older versions, which must be at their defaults (ValueError)."""
+    for name, (default, reason) in REMOVED.items():
+        if mapping.get(name, default) != default:
+            raise ValueError(f"{name} is {mapping[name]!r}, an option that was removed since {reason}: leave it out")
+    return {name: value for name, value in mapping.items() if name not in REMOVED}
 
 
 def _plain(value: Any) -> Any:

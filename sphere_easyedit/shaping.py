@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .editing.executors import Update, add_update, dense, moment_of
+from .editing.executors import Update, add_update, dense
 from .editing.grams import GramMatrices
 from .editing.restraints import prune, rect
 from .editing.session import EditSession
 from .editing.solvers import LowRankUpdate
 from .hparams import SPHEREHyperParams
-from .hyperspherical import energy_from_gram, hyperspherical_energy
 from .models import EditableModel
 from .projection import PrincipalSpace
 from .reviewing import partway
-from .suppression import (
-    compensated,
-    frobenius_norm,
-    joint_space,
-    knee_space,
-    random_directions,
-    scaled,
-    suppressed,
-    within_budget,
-)
-
-logger = logging.getLogger(__name__)
+from .suppression import compensated, frobenius_norm, random_directions, scaled, suppressed
 
 
 class Shaping:
@@ -78,37 +65,13 @@ class Shaping:
         hparams, space = self._hparams, self._space(layer)
         if hparams.suppression == "random":
             space = PrincipalSpace.spanned_by(random_directions(space, hparams.seed, layer), space.gamma)
-        if hparams.energy_budget is not None:
-            change_of = self._energy_change(layer)
-            projected, alpha = within_budget(change_of, update, space, hparams.alpha, hparams.energy_budget)
-            logger.debug("layer %d: alpha %.3f keeps the energy's change within its budget", layer, alpha)
-        else:
-            projected = suppressed(update, space, hparams.alpha)
+        projected = suppressed(update, space, hparams.alpha)
         if hparams.suppression == "shrink":
             norm = frobenius_norm(update)
             return scaled(update, frobenius_norm(projected) / norm if norm else 1.0)
         if hparams.compensate and isinstance(update, LowRankUpdate) and isinstance(projected, LowRankUpdate):
             return compensated(projected, update)
         return projected
-
-    def _energy_change(self, layer: int) -> Callable[[Update], float]:
-        """Relative change of the layer's hyperspherical energy by an update."""
-        weight, carried = self._editable.weight(layer), self._grams.carry(layer)
-        before = float(hyperspherical_energy(weight) if carried is None
-                       else energy_from_gram(carried.matrix, weight=weight))
-
-        def change(update: Update) -> float:
-            after = None
-            if carried is not None and isinstance(update, LowRankUpdate):
-                after = carried.after(weight, update)
-            if after is None:
-                precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
-                energy = float(hyperspherical_energy(precise + dense(update)))
-            else:
-                energy = float(energy_from_gram(after.matrix))
-            return energy / before - 1.0 if before else 0.0
-
-        return change
 
     def write(self, layer: int, update: Update) -> None:
         """Add a shaped update to its layer's weight."""
@@ -149,32 +112,21 @@ class Shaping:
             self.unrestrained[layer] = partway(was, weight, share)
 
     def _space(self, layer: int) -> PrincipalSpace:
-        """The layer's principal space: of the weight as it stands, or of what does not change from batch to batch."""
-        hparams, weight = self._hparams, self._editable.weight(layer)
-        # The keys' space knows no weight: it is the same for all batches.
-        if not self._prunes and hparams.principal_space == "current" and hparams.space_source != "keys":
-            if hparams.space_source == "both" or hparams.gamma_rule == "knee":
-                return self._made_from(layer, weight)
+        """The layer's principal space: of the weight as it stands, or of the original one."""
+        gamma, weight = self._hparams.gamma, self._editable.weight(layer)
+        if not self._prunes and self._hparams.principal_space == "current":
             gram = self._grams.get(layer)
             if gram is None:  # of a tall weight
-                return PrincipalSpace.from_weight(weight, hparams.gamma)
-            space = PrincipalSpace.from_gram(weight, gram, hparams.gamma, self._session.ranks.get(layer))
+                return PrincipalSpace.from_weight(weight, gamma)
+            space = PrincipalSpace.from_gram(weight, gram, gamma, self._session.ranks.get(layer))
             self._session.ranks[layer] = space.rank
             return space
-        # Told apart by all that makes it, since the session outlives the hyperparameters.
-        key = f"{layer} {hparams.space_source} {hparams.gamma_rule} {hparams.gamma!r}"
+        key = f"{layer} {gamma!r}"  # the session outlives the hyperparameters
         if key not in self._session.spaces:
-            space = self._made_from(layer, self._session.original[layer].to(weight.device))
+            space = PrincipalSpace.from_weight(self._session.original[layer].to(weight.device), gamma)
             space.directions  # noqa: B018 - formed now, the space no longer refers to the weight
             self._session.spaces[key] = space
         return self._session.spaces[key]
-
-    def _made_from(self, layer: int, weight: Tensor) -> PrincipalSpace:
-        hparams = self._hparams
-        if hparams.space_source != "weight":
-            moment = moment_of(self._editable, self._session, layer).to(weight.device)
-            return joint_space(weight if hparams.space_source == "both" else None, moment, hparams.gamma)
-        return knee_space(weight) if hparams.gamma_rule == "knee" else PrincipalSpace.from_weight(weight, hparams.gamma)
 
 
 def check_finite(layer: int, weight: Tensor) -> None:

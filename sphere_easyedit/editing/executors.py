@@ -147,19 +147,7 @@ def _shelf(hparams: SPHEREHyperParams) -> Shelf:
 
 
 def _needs_statistics(hparams: SPHEREHyperParams) -> bool:
-    null_space_is_given = is_alphaedit(hparams) and hparams.P_loc is not None and Path(hparams.P_loc).exists()
-    return not null_space_is_given or hparams.space_source != "weight"
-
-
-def moment_of(editable: EditableModel, session: EditSession, layer: int) -> Tensor:
-    """The second moment of a layer's keys ``(d_in, d_in)`` float32 on the CPU, from the session's statistics.
-
-    Raises:
-        ValueError: the file does not fit, or was replaced since the session's first batch.
-    """
-    file = session.statistics[layer]
-    with unchanged([file]):
-        return load_moment(file.path, editable.d_in(layer))
+    return not (is_alphaedit(hparams) and hparams.P_loc is not None and Path(hparams.P_loc).exists())
 
 
 def _key_metrics(editable: EditableModel, hparams: SPHEREHyperParams, session: EditSession
@@ -303,7 +291,9 @@ def _plain_solve(editable: EditableModel, layer: int, keys: Tensor, history: Key
     try:
         if isinstance(metric, NullSpaceMetric):
             return plain_alphaedit_keys(metric.space, metric.ridge, keys, history)
-        moment = moment_of(editable, session, layer).to(keys.device)
+        file = session.statistics[layer]
+        with unchanged([file]):
+            moment = load_moment(file.path, editable.d_in(layer)).to(keys.device)
         return plain_memit_keys(moment, hparams.mom2_update_weight, keys, history)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError(f"layer {layer}: the system of keys is singular ({error}); collect statistics from more text "

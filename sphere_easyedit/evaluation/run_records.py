@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 from ..callbacks import EnergyRecord, read_energy_csv
-from ..hparams import SPHERE_ONLY
+from ..hparams import REMOVED, SPHERE_ONLY
 from .neurons import NeuronRecord
 from .run_directory import CONFIG, EDITS, ENERGY, METRICS, NEURONS, SPACES, SUMMARY, RunDirectory, When
 from .spaces import SpaceRecord, read_spaces_csv
@@ -23,7 +23,7 @@ _NORMAL_95: Final = 1.96  # standard errors
 # Entries of a line in metrics.jsonl that are objects and no metrics.
 _NO_METRICS: Final = ("watched", "abilities")
 # Hyperparameters that two arms of one experiment may differ in: SPHERE's, and where things lie.
-_NOT_COMPARED: Final = frozenset({*SPHERE_ONLY, "device", "stats_dir", "target_values_dir"})
+_NOT_COMPARED: Final = frozenset({*SPHERE_ONLY, *REMOVED, "device", "stats_dir", "target_values_dir"})
 
 
 @dataclass(frozen=True)
