@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .hparams import SPHEREHyperParams
     from .hyperspherical import hyperspherical_energy
     from .loading import load_model
+    from .methods.registry import register_method, unregister_method
     from .projection import PrincipalSpace
     from .wrapper import apply_sphere_to_model
 
@@ -30,8 +31,10 @@ __all__ = [
     "hyperspherical_energy",
     "load_model",
     "register",
+    "register_method",
     "track",
     "unregister",
+    "unregister_method",
 ]
 
 # Imported when asked for: torch and transformers take seconds, and `sphere-easyedit doctor` must start without them.
@@ -41,6 +44,7 @@ _HOMES = MappingProxyType({
     "HETracker": ".callbacks", "PrincipalSpace": ".projection", "SPHEREHyperParams": ".hparams",
     "StopEditing": ".callbacks",
     "apply_sphere_to_model": ".wrapper", "hyperspherical_energy": ".hyperspherical", "load_model": ".loading",
+    "register_method": ".methods.registry", "unregister_method": ".methods.registry",
     "register": ".easyedit", "track": ".easyedit", "unregister": ".easyedit",
 })
 

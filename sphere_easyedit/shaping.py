@@ -8,11 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .editing.executors import Update, add_update, dense
+from .editing.executors import add_update
 from .editing.grams import GramMatrices
-from .editing.restraints import prune, rect
 from .editing.session import EditSession
-from .editing.solvers import LowRankUpdate
+from .editing.solvers import LowRankUpdate, Update, dense
 from .hparams import SPHEREHyperParams
 from .models import EditableModel
 from .projection import PrincipalSpace
@@ -35,15 +34,10 @@ class Shaping:
     def __init__(self, editable: EditableModel, hparams: SPHEREHyperParams, session: EditSession, grams: GramMatrices
                  ) -> None:
         self._editable, self._hparams, self._session, self._grams = editable, hparams, session, grams
-        self._prunes = hparams.base_alg == "PRUNE"
+        self._method = hparams.method
         self._projects = hparams.projects
         self.unrestrained: dict[int, Tensor] = {}
         self.written: dict[int, LowRankUpdate] = {}
-
-    @property
-    def leaves_updates(self) -> bool:
-        """Whether ``shape`` gives every update back as it is."""
-        return self._prunes or (not self._projects and self._hparams.base_alg != "RECT")
 
     def resume_unrestrained(self) -> None:
         """Put PRUNE's unrestrained weights in place of those read out."""
@@ -52,10 +46,9 @@ class Shaping:
 
     def shape(self, layer: int, update: Update) -> Update:
         """Restrain and project one layer's update; the layer's weight must be the one before the update."""
-        if self._prunes:
+        if self._method.restrains_whole_change:
             return update  # its turn comes with the whole change
-        if self._hparams.base_alg == "RECT":
-            update = rect(dense(update), self._editable.weight(layer), self._hparams.rect_keep)
+        update = self._method.restrain(update, self._editable.weight(layer), self._hparams)
         if not self._projects:
             return update
         return self._suppressed(layer, update)
@@ -77,19 +70,19 @@ class Shaping:
         """Add a shaped update to its layer's weight."""
         self._grams.advance(layer, update)
         add_update(self._editable, layer, update)
-        if isinstance(update, LowRankUpdate) and not self._prunes:
+        if isinstance(update, LowRankUpdate) and not self._method.restrains_whole_change:
             self.written[layer] = update
 
     def read_out(self) -> None:
         """Replace PRUNE's unrestrained weights, now all written, by the restrained and projected ones."""
-        if not self._prunes:
+        if not self._method.restrains_whole_change:
             return
         for layer in self._editable.layers:
             weight = self._editable.weight(layer)
             self.unrestrained[layer] = weight.to("cpu", copy=True)
             precise = torch.promote_types(weight.dtype, torch.float32)
             original = self._session.original[layer].to(weight.device, precise)
-            change = prune(weight.to(precise) - original, original, self._hparams.prune_log_base)
+            change = self._method.restrain_whole_change(weight.to(precise) - original, original, self._hparams)
             if self._projects:
                 change = dense(self._suppressed(layer, change))
             check_finite(layer, change)
@@ -114,7 +107,7 @@ class Shaping:
     def _space(self, layer: int) -> PrincipalSpace:
         """The layer's principal space: of the weight as it stands, or of the original one."""
         gamma, weight = self._hparams.gamma, self._editable.weight(layer)
-        if not self._prunes and self._hparams.principal_space == "current":
+        if not self._method.restrains_whole_change and self._hparams.principal_space == "current":
             gram = self._grams.get(layer)
             if gram is None:  # of a tall weight
                 return PrincipalSpace.from_weight(weight, gamma)

@@ -7,7 +7,6 @@ taken away after it, so that two models, or two runs, never share any of it.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import logging
 import os
@@ -35,12 +34,12 @@ from .editing.target_values import optimise_target_values
 from .exclusive import exclusive
 from .files import replacing
 from .hparams import SPHEREHyperParams
+from .messages import suggestion
+from .methods.registry import METHODS
 from .models import EditableModel, frozen, max_positions
 
 logger = logging.getLogger(__name__)
 
-# Methods whose target values our optimiser computes as they do, and that read them from cache files.
-BATCHED_TARGET_VALUES = ("MEMIT", "AlphaEdit")
 # Methods that SimIE runs, of those that can be wrapped.
 BASE_METHODS = ("ROME", "MEMIT", "FT")
 
@@ -150,10 +149,8 @@ class WrappedExecutor:
                              "the model in the dtype that you want")
         unknown = [key for key in given if key not in self._known]
         if unknown:
-            near = difflib.get_close_matches(unknown[0], self._known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(self._known))}"
-            raise ValueError(f"{unknown[0]!r} (value {given[unknown[0]]!r}) is no hyperparameter of {self._name}: "
-                             f"{hint}")
+            raise ValueError(f"{unknown[0]!r} (value {given[unknown[0]]!r}) is no hyperparameter of {self._name}"
+                             f"{suggestion(unknown[0], sorted(self._known))}")
         return self._own_hparams(hparams, editable, batch_size)
 
     def _own_hparams(self, hparams: SPHEREHyperParams, editable: EditableModel, batch_size: int) -> Any:
@@ -259,11 +256,11 @@ class WrappedExecutor:
         _put(self._module, "P_loaded", True)
 
     def _batches_target_values(self, hparams: SPHEREHyperParams) -> bool:
-        possible = self._name in BATCHED_TARGET_VALUES and hparams.fact_token == "subject_last"
+        method = METHODS.find(self._name)
+        possible = method is not None and method.reads_target_values and hparams.fact_token == "subject_last"
         if hparams.batched_target_values and not possible:
-            raise ValueError("batched_target_values is true, which our optimiser offers for "
-                             f"{', '.join(BATCHED_TARGET_VALUES)} with fact_token subject_last, not for {self._name} "
-                             f"with {hparams.fact_token}: leave it out")
+            raise ValueError("batched_target_values is true, which our optimiser offers for MEMIT and AlphaEdit with "
+                             f"fact_token subject_last, not for {self._name} with {hparams.fact_token}: leave it out")
         wanted = hparams.batched_target_values
         return possible and (hparams.projects if wanted is None else wanted)
 

@@ -22,8 +22,9 @@ from .editing.requests import EditRequest, TokenizedRequest, parse_requests, req
 from .editing.session import EditSession
 from .editing.solvers import KeyHistory
 from .exclusive import exclusive
-from .hparams import NATIVE_ALGS, SPHEREHyperParams, check_hparams
+from .hparams import SPHEREHyperParams, check_hparams
 from .inputs import check_model, check_parameters, check_tokenizer, ordinary_torch
+from .methods.registry import METHODS
 from .models import EditableModel, check_token_ids
 from .reviewing import change_norms, reviewed
 from .shaping import Shaping, check_finite
@@ -120,7 +121,7 @@ def _edit_batch(
         if executor is None:
             prepare_session(editable, tok, hparams, session)
             tokenized = tokenize_batch(editable, tok, parsed, session)
-        elif hparams.executor == "easyedit" and hparams.base_alg in NATIVE_ALGS:
+        elif hparams.executor == "easyedit" and METHODS.find(hparams.base_alg) is not None:
             warn_of_indirect_outputs(editable, tok, session)
         warn_of_contradictions(parsed)
         seconds = {"preparation": time.perf_counter() - started}
@@ -223,12 +224,13 @@ def _edit_by(
     started = time.perf_counter()
     for layer, weight in after.items():
         check_finite(layer, weight)
-        if shaping.leaves_updates:  # the executor's own bits, not a sum that rounds to them
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        change = weight.to(precise) - before[layer].to(precise)
+        shaped = shaping.shape(layer, change)
+        if shaped is change:  # the executor's own bits, not a sum that rounds to them
             editable.set_weight(layer, weight)  # no Gram matrix is carried
         else:
-            precise = torch.promote_types(weight.dtype, torch.float32)
-            change = weight.to(precise) - before[layer].to(precise)
-            shaping.write(layer, shaping.shape(layer, change))
+            shaping.write(layer, shaped)
     shaping.read_out()
     seconds["projection"] = time.perf_counter() - started
 

@@ -17,7 +17,6 @@ from ..editing.covariance import null_space
 from ..editing.executors import is_alphaedit
 from ..editing.keys import BatchStates
 from ..editing.requests import TokenizedRequest
-from ..editing.restraints import prune, rect
 from ..editing.steering import Layout, layout_of
 from ..editing.target_values import TOKENS_PER_STEP, optimise_target_values
 from ..evaluation.datasets import EditRecord
@@ -25,6 +24,8 @@ from ..evaluation.generation import generate_continuations
 from ..evaluation.metrics import evaluate_records
 from ..hparams import SPHEREHyperParams
 from ..hyperspherical import hyperspherical_energy
+from ..methods.prune import prune
+from ..methods.rect import rect
 from ..models import EditableModel, frozen
 from ..projection import PrincipalSpace
 from .batches import expected_layout, micro_batches, total_tokens
