@@ -40,7 +40,7 @@ from .model_class import meta_model
 from .module_discovery import decoder_parts
 from .partial_imports import import_failure, tolerant_imports, unimportable_modules
 from .reviewing import change_norms, partway, reviewed
-from .wrapped import BASE_METHODS, WrappedExecutor, WrappedSimIE, hparams_class, runs_another
+from .wrapped import BASE_METHODS, EasyEditEngine, WrappedExecutor, WrappedSimIE, hparams_class, runs_another
 from .wrapper import apply_sphere_to_model
 
 logger = logging.getLogger(__name__)
@@ -199,6 +199,15 @@ def _batch_editor(package: ModuleType) -> Any:
 
 def _is_easyedits(entry: Any, package: ModuleType) -> bool:
     return str(getattr(entry, "__module__", "")).startswith(f"{package.__name__}.models.")
+
+
+def easyedit_engine(hparams: SPHEREHyperParams, session: EditSession, arguments: Mapping[str, Any]) -> EasyEditEngine:
+    """What solves batches by EasyEdit's function of ``base_alg``.
+
+    Raises:
+        ImportError, ValueError: see ``wrapped_executor``.
+    """
+    return EasyEditEngine(wrapped_executor(hparams, session), hparams, arguments)
 
 
 def wrapped_executor(hparams: SPHEREHyperParams, session: EditSession) -> WrappedExecutor:

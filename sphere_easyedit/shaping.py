@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .editing.executors import add_update
+from .editing.executors import add_update, check_finite
 from .editing.grams import GramMatrices
 from .editing.session import EditSession
 from .editing.solvers import LowRankUpdate, Update, dense
@@ -66,8 +66,16 @@ class Shaping:
             return compensated(projected, update)
         return projected
 
-    def write(self, layer: int, update: Update) -> None:
-        """Add a shaped update to its layer's weight."""
+    def write(self, layer: int, update: Update, weight: Tensor | None = None) -> None:
+        """Add a shaped update to its layer's weight.
+
+        Args:
+            weight: what this gives, where it is known to the bit.
+        """
+        if weight is not None:
+            self._grams.forget(layer)
+            self._editable.set_weight(layer, weight)
+            return
         self._grams.advance(layer, update)
         add_update(self._editable, layer, update)
         if isinstance(update, LowRankUpdate) and not self._method.restrains_whole_change:
@@ -120,9 +128,3 @@ class Shaping:
             space.directions  # noqa: B018 - formed now, the space no longer refers to the weight
             self._session.spaces[key] = space
         return self._session.spaces[key]
-
-
-def check_finite(layer: int, weight: Tensor) -> None:
-    """Refuse a weight, or a change of one, that holds nan or infinity (ValueError)."""
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"the executor left non-finite values in layer {layer}: nothing was changed")

@@ -26,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .editing.corpus import corpus_name
 from .editing.covariance import load_moment, load_projections, model_folder, null_space_basis, statistics_files
-from .editing.executors import restored_after
+from .editing.engines import Batch, ExecutorEngine
+from .editing.executors import restored_after, warn_of_indirect_outputs
 from .editing.origins import unchanged
 from .editing.requests import parse_requests, tokenize_request
 from .editing.session import EditSession
@@ -332,6 +333,28 @@ class WrappedSimIE(WrappedExecutor):
     def _prepare_statistics(self, editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
                             own: Any, stack: ExitStack) -> None:
         self._base._prepare_statistics(editable, tok, hparams, own._base_hparams, stack)
+
+
+class EasyEditEngine(ExecutorEngine):
+    """One of EasyEdit's functions as what solves a batch.
+
+    Args:
+        executor: the function, wrapped.
+        hparams, arguments: as for ``ExecutorEngine``.
+    """
+
+    def __init__(self, executor: WrappedExecutor, hparams: SPHEREHyperParams, arguments: Mapping[str, Any]) -> None:
+        super().__init__(executor, hparams, arguments)
+        self._executor = executor
+
+    def prepare_run(self, editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
+                    session: EditSession, batch_size: int) -> None:
+        self._executor.check(hparams, editable, batch_size)
+
+    def prepare(self, editable: EditableModel, batch: Batch, hparams: SPHEREHyperParams, session: EditSession) -> Batch:
+        if METHODS.find(hparams.base_alg) is not None:
+            warn_of_indirect_outputs(editable, batch.tok, session)
+        return batch
 
 
 def hparams_class(function: Callable[..., Any]) -> type | None:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -45,14 +45,16 @@ class BatchSolution:
     Attributes:
         updates: weight change by layer, shaped where shaping took place within the solve.
         history: earlier keys with this batch's behind them, by layer; empty where the method keeps none.
-        target_values: the optimised z with losses and steps.
+        target_values: the optimised z with losses and steps; None where the engine tells none.
         seconds: time spent by part.
+        weights: what a layer's weight is, to the bit, if its update is left as it is; empty where that is their sum.
     """
 
     updates: dict[int, Update]
     history: dict[int, KeyHistory]
-    target_values: TargetValues
+    target_values: TargetValues | None
     seconds: dict[str, float]
+    weights: dict[int, Tensor] = field(default_factory=dict)
 
 
 def is_alphaedit(hparams: SPHEREHyperParams) -> bool:
@@ -171,6 +173,12 @@ def add_update(editable: EditableModel, layer: int, update: Update) -> None:
         raise ValueError(f"the update of layer {layer} is not finite in {weight.dtype}: nothing was changed. Look at "
                          "the statistics, L2 or mom2_update_weight")
     editable.set_weight(layer, changed)
+
+
+def check_finite(layer: int, weight: Tensor) -> None:
+    """Refuse a weight, or a change of one, that holds nan or infinity (ValueError)."""
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"the executor left non-finite values in layer {layer}: nothing was changed")
 
 
 def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams,

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..callbacks import EditCallback, EditEvent, HETracker, StopEditing, read_energy_csv
+from ..editing.engines import Executor
 from ..editing.executors import tokenize_batch
 from ..editing.requests import EditRequest
 from ..editing.session import EditSession
@@ -32,7 +33,7 @@ from ..hparams import SPHEREHyperParams, check_hparams
 from ..inputs import check_parameters, check_tokenizer, ordinary_torch
 from ..messages import kind_and_text
 from ..models import EditableModel
-from ..wrapper import Executor, apply_sphere_to_model, prepare_method, read_requests
+from ..wrapper import apply_sphere_to_model, prepare_method, read_requests
 from .checkpoints import resumable, resume_from, save_checkpoint, save_weights, thin_out
 from .conflicts import find_conflicts
 from .datasets import EditRecord, records_fingerprint
