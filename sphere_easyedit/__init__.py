@@ -5,10 +5,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .callbacks import EditCallback, EditEvent, HETracker, StopEditing
+    from .callbacks import EditCallback, EditEvent, StopEditing
     from .drift_guard import DriftGuard
     from .easyedit import register, track, unregister
     from .editing.session import EditSession
+    from .he_tracker import HETracker
     from .hparams import SPHEREHyperParams
     from .hyperspherical import hyperspherical_energy
     from .loading import load_model
@@ -41,7 +42,7 @@ __all__ = [
 _HOMES = MappingProxyType({
     "DriftGuard": ".drift_guard",
     "EditCallback": ".callbacks", "EditEvent": ".callbacks", "EditSession": ".editing.session",
-    "HETracker": ".callbacks", "PrincipalSpace": ".projection", "SPHEREHyperParams": ".hparams",
+    "HETracker": ".he_tracker", "PrincipalSpace": ".projection", "SPHEREHyperParams": ".hparams",
     "StopEditing": ".callbacks",
     "apply_sphere_to_model": ".wrapper", "hyperspherical_energy": ".hyperspherical", "load_model": ".loading",
     "register_method": ".methods.registry", "unregister_method": ".methods.registry",

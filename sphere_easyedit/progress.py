@@ -15,8 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from .callbacks import EnergyRecord
 from .editing.remaining import rough_duration
+from .energy_metrics import EnergyRecord
 from .evaluation.measuring import METRIC_NAMES
 from .evaluation.tail import RunTail
 

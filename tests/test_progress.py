@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sphere_easyedit.callbacks import EnergyRecord, HETracker, read_energy_csv
+from sphere_easyedit.energy_metrics import EnergyRecord
 from sphere_easyedit.evaluation import run_directory, tail
 from sphere_easyedit.evaluation.run_directory import EDITS, METRICS, RunDirectory
 from sphere_easyedit.evaluation.tail import RunTail
+from sphere_easyedit.he_tracker import HETracker, read_energy_csv
 from sphere_easyedit.progress import LiveLine, point_text
 
 

@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, get_args
 
-from ..callbacks import EnergyRecord, read_energy_csv
+from ..energy_metrics import EnergyRecord
+from ..he_tracker import read_energy_csv
 from ..hparams import REMOVED, SPHERE_ONLY
 from .neurons import NeuronRecord
 from .run_directory import CONFIG, EDITS, ENERGY, METRICS, NEURONS, SPACES, SUMMARY, RunDirectory, When

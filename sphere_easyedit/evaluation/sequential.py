@@ -23,12 +23,13 @@ import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..callbacks import EditCallback, EditEvent, HETracker, StopEditing, read_energy_csv
+from ..callbacks import EditCallback, EditEvent, StopEditing
 from ..editing.engines import Executor
 from ..editing.executors import tokenize_batch
 from ..editing.requests import EditRequest
 from ..editing.session import EditSession
 from ..fingerprints import weights_checksum
+from ..he_tracker import HETracker, read_energy_csv
 from ..hparams import SPHEREHyperParams, check_hparams
 from ..inputs import check_parameters, check_tokenizer, ordinary_torch
 from ..messages import kind_and_text

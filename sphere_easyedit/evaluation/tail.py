@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..callbacks import EnergyRecord
+from ..energy_metrics import EnergyRecord
 from .run_directory import EDITS, ENERGY, METRICS, RunDirectory, parse_line
 
 
