@@ -32,7 +32,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sphere_easyedit import EditCallback, EditEvent, SPHEREHyperParams
-from sphere_easyedit.editing import engines
+from sphere_easyedit.editing import checkpoint_files, engines
 from sphere_easyedit.evaluation import checkpoints, sequential
 from sphere_easyedit.evaluation.measuring import MeasureSettings
 from sphere_easyedit.evaluation.records import EditRecord
@@ -99,7 +99,7 @@ class Fault(EditCallback):
         faults: dict[str, Any] = {
             "solve fails": (engines, "solve_batch", mock.Mock(side_effect=RuntimeError("singular"))),
             "nan": (engines, "solve_batch", spoilt),
-            "disk full": (checkpoints, "save_file", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left"))),
+            "disk full": (checkpoint_files, "save_file", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left"))),
             "checkpoint cut off": (sequential, "save_checkpoint", torn)}
         if self.kind in faults:
             self.stack.enter_context(mock.patch.object(*faults[self.kind]))

@@ -193,7 +193,7 @@ class WrappedExecutor:
         if "P_loc" in self._fields:
             slots += [(self._module, name) for name in ("P", _KEY_SUMS) if (self._module, name) not in slots]
         outside = [(module, name, vars(module).get(name, _ABSENT)) for module, name in slots]
-        caches, history = self._session.executor_caches, self._session.executor_history
+        caches, history = self._session.engine_caches, self._session.engine_history
         try:
             for module, name in slots:
                 _put(module, name, caches.get(f"{module.__name__}:{name}", _PRISTINE[name]()))
@@ -208,8 +208,8 @@ class WrappedExecutor:
             contexts = found.pop((self._module, _CONTEXTS), None)
             if contexts is not None:
                 self._session.contexts = _flat(contexts)
-            self._session.executor_history = {name: value for (_, name), value in found.items() if name == _KEY_SUMS}
-            self._session.executor_caches = {f"{module.__name__}:{name}": value for (module, name), value
+            self._session.engine_history = {name: value for (_, name), value in found.items() if name == _KEY_SUMS}
+            self._session.engine_caches = {f"{module.__name__}:{name}": value for (module, name), value
                                              in found.items() if name not in (_KEY_SUMS, "cache_c_new")}
         finally:
             for module, name, value in outside:
@@ -310,12 +310,12 @@ class WrappedSimIE(WrappedExecutor):
         # The other method's state is in its own modules' globals (see ``__call__``).
         with exclusive(self._base._module), self._base._state(editable, hparams, own._base_hparams):
             moments = {name.removeprefix(_KEY_MOMENTS): moment for name, moment
-                       in self._session.executor_history.items() if name.startswith(_KEY_MOMENTS)}
+                       in self._session.engine_history.items() if name.startswith(_KEY_MOMENTS)}
             if moments:
                 own._simie_instance = self._resumed(editable, own, moments)
                 own._simie_call_count = own._simie_total_edits = self._session.num_edits
             yield
-        self._session.executor_history = {f"{_KEY_MOMENTS}{name}": moment.cpu() for name, moment
+        self._session.engine_history = {f"{_KEY_MOMENTS}{name}": moment.cpu() for name, moment
                                           in own._simie_instance.matrix_P.items()}
 
     def _resumed(self, editable: EditableModel, own: Any, moments: Mapping[str, Tensor]) -> Any:

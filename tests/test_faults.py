@@ -23,10 +23,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing import covariance
+from sphere_easyedit.editing import checkpoint_files, covariance
 from sphere_easyedit.editing.covariance import second_moments, statistics_files
 from sphere_easyedit.editing.origins import origin_path
-from sphere_easyedit.evaluation import checkpoints
 from sphere_easyedit.evaluation.checkpoints import (
     put_weights,
     resumable,
@@ -328,7 +327,7 @@ def test_no_stale_checksum_outlives_a_kill(tmp_path: Path, monkeypatch: pytest.M
 
     editable, session = hparams.editable(model), sphere.EditSession.of(model)
     editable.set_weight(1, editable.weight(1) * 2)
-    monkeypatch.setattr(checkpoints, "record_checksum", killed)  # between a file and its checksum
+    monkeypatch.setattr(checkpoint_files, "record_checksum", killed)  # between a file and its checksum
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(editable, session, folder)
     monkeypatch.undo()

@@ -22,6 +22,7 @@ from ..inputs import check_model, ordinary_torch
 from ..messages import kind_and_text
 from ..models import EditableModel, ModuleNames
 from ..projection import PrincipalSpace
+from .checkpoint_files import check_whole, damaged, put_checked_weights, resumable, session_path
 from .grams import GramMatrix
 from .origins import StatisticsFile
 from .output_path import OutputPath
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 _ATTRIBUTE = "_sphere_session"
 _FORMAT = "sphere-easyedit session 1"
 _EXECUTOR = "executor"
-_DERIVED = ("contexts", "paths", "metrics", "statistics", "spaces", "shelf", "executor_caches")
+_DERIVED = ("contexts", "paths", "metrics", "statistics", "spaces", "shelf", "engine_caches")
 
 
 class EditSession:
@@ -57,8 +58,8 @@ class EditSession:
         ranks: of the last principal space, by layer: where the next one's is looked for first.
         grams: Gram matrices of the weights as the last batch left them, by layer, where one was asked for; rebuilt when
             needed, not saved.
-        executor_caches: what a wrapped executor derived from the original model; rebuilt when needed, not saved.
-        executor_history: what a wrapped executor adds to with every batch (its tensors on the CPU).
+        engine_caches: what an engine derived from the original model, by name; rebuilt when needed, not saved.
+        engine_history: what an engine adds to with every batch, by name (on the CPU).
     """
 
     def __init__(self) -> None:
@@ -81,8 +82,8 @@ class EditSession:
         self.spaces: dict[str, PrincipalSpace] = {}
         self.ranks: dict[int, int] = {}
         self.grams: dict[int, GramMatrix] = {}
-        self.executor_caches: dict[str, Any] = {}
-        self.executor_history: dict[str, Tensor] = {}
+        self.engine_caches: dict[str, Any] = {}
+        self.engine_history: dict[str, Tensor] = {}
         self._fingerprints: dict[int, Fingerprint] = {}  # of the weights as the last batch left them
         self._base: dict[int, Fingerprint] = {}  # of the original ones
 
@@ -202,9 +203,6 @@ class EditSession:
             ValueError: the session has not edited a model that still exists, there is no such checkpoint, or it is
                 damaged, of another model or of settings that shape the session otherwise.
         """
-        # The upper room's files are looked up only here: nothing else of editing knows of checkpoints.
-        from ..evaluation.checkpoints import resumable
-
         model = None if self._model is None else self._model()
         if model is None or self._names is None:
             raise ValueError("the session is tied to no model, so there is none to roll back: edit with it first, or "
@@ -232,8 +230,6 @@ class EditSession:
 
     def _restored(self, editable: EditableModel, to: int, checkpoints: Path | None) -> EditSession:
         """A session as it was after so many edits, with the weights in the model; that of no edits if ``to`` is 0."""
-        from ..evaluation.checkpoints import resume_from
-
         for layer, weight in self.original.items():
             editable.set_weight(layer, weight)
         if not self._is_restored(editable):
@@ -245,7 +241,7 @@ class EditSession:
             # Noticed, too, if the weights are changed from outside before the next batch.
             found._base, found._fingerprints = self._base, dict(self._base)
             return found
-        found = resume_from(editable, checkpoints, to)
+        found = EditSession.resume(editable, checkpoints, to)
         if found._key != self._key:
             raise ValueError(f"the checkpoint after {to} edits in {checkpoints} was made with other hyperparameters "
                              "than this session's: give the folder of a run with the same ones")
@@ -254,6 +250,26 @@ class EditSession:
                              f"layers {changed}: the file was exchanged or damaged. Give another checkpoint")
         return found
 
+    @classmethod
+    def resume(cls, editable: EditableModel, folder: Path, num_edits: int) -> EditSession:
+        """Bring a model just loaded to a checkpoint, and make the checkpoint's session its own.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or was made from another model than this one.
+        """
+        check_whole(folder, num_edits, session=True)
+        path = session_path(folder, num_edits)
+        try:
+            session = cls.load(path)
+        except Exception as error:
+            raise damaged(folder, num_edits, path, f"{type(error).__name__}: {error}") from error
+        if not session.is_original(editable):
+            raise ValueError(f"the run in {folder.parent} began with other weights than this model's: load the model "
+                             "that it edited, before any edit")
+        put_checked_weights(editable, folder, num_edits)
+        cls.attach(editable.model, session)
+        return session
+
     def save(self, path: Path) -> None:
         """Write counters, contexts, original and unrestrained weights and earlier keys to one safetensors file."""
         if self._key is None:
@@ -261,7 +277,7 @@ class EditSession:
         tensors = {f"original.{layer}": weight for layer, weight in self.original.items()}
         tensors |= {f"unrestrained.{layer}": weight for layer, weight in self.unrestrained.items()}
         tensors |= {f"keys.{layer}": history.keys for layer, history in self.history.items()}
-        tensors |= {f"{_EXECUTOR}.{name}": tensor for name, tensor in self.executor_history.items()}
+        tensors |= {f"{_EXECUTOR}.{name}": tensor for name, tensor in self.engine_history.items()}
         for kind, prints in (("edited", self._fingerprints), ("base", self._base)):
             for layer, fingerprint in prints.items():
                 tensors |= {f"{kind}.rows.{layer}": fingerprint.rows, f"{kind}.columns.{layer}": fingerprint.columns}
@@ -300,7 +316,7 @@ class EditSession:
             names = [name for name in tensors if name.startswith(f"{kind}.")]
             return {int(name.rsplit(".", 1)[1]): tensors[name] for name in names}
 
-        session.executor_history = {name.partition(".")[2]: tensor for name, tensor in tensors.items()
+        session.engine_history = {name.partition(".")[2]: tensor for name, tensor in tensors.items()
                                     if name.startswith(f"{_EXECUTOR}.")}
         session.original, session.unrestrained = by_layer("original"), by_layer("unrestrained")
         session.history = {layer: KeyHistory(keys, None) for layer, keys in by_layer("keys").items()}
