@@ -16,8 +16,6 @@ from gpu_parity import ALPHA, GAMMA, golden_tokenizer
 from gpu_rows import Row, Sizes, left_out, measured, wait
 from published_models import MODELS
 from solves import L2, LAMBDA, SyntheticKeys
-from sphere_easyedit.planning.inventory import Statistics
-from sphere_easyedit.planning.shapes import ModelShape, model_shape
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 

@@ -25,7 +25,7 @@ import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("projection", "hyperspherical", "editing/solvers", "editing/restraints")
+MODULES = ("projection", "hyperspherical", "editing/solvers", "methods/rect", "methods/prune")
 TESTS = ("projection", "hyperspherical", "solvers", "restraints")
 # Left out: what measures memory in a process of its own, where no mutant is active, and what takes seconds.
 LEFT_OUT = ("memory_at", "large_float32", "through_a_model", "dense_solve", "test_singular")

@@ -31,7 +31,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from sphere_easyedit import EditCallback, EditEvent, SPHEREHyperParams, wrapper
+from sphere_easyedit import EditCallback, EditEvent, SPHEREHyperParams
+from sphere_easyedit.editing import engines
 from sphere_easyedit.evaluation import checkpoints, sequential
 from sphere_easyedit.evaluation.measuring import MeasureSettings
 from sphere_easyedit.evaluation.records import EditRecord
@@ -80,7 +81,7 @@ class Fault(EditCallback):
             raise KeyboardInterrupt
 
     def _arrange(self) -> None:
-        whole, save = wrapper.solve_batch, sequential.save_checkpoint
+        whole, save = engines.solve_batch, sequential.save_checkpoint
 
         def spoilt(*given: Any) -> Any:
             found = whole(*given)
@@ -96,8 +97,8 @@ class Fault(EditCallback):
             raise KeyboardInterrupt
 
         faults: dict[str, Any] = {
-            "solve fails": (wrapper, "solve_batch", mock.Mock(side_effect=RuntimeError("singular"))),
-            "nan": (wrapper, "solve_batch", spoilt),
+            "solve fails": (engines, "solve_batch", mock.Mock(side_effect=RuntimeError("singular"))),
+            "nan": (engines, "solve_batch", spoilt),
             "disk full": (checkpoints, "save_file", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left"))),
             "checkpoint cut off": (sequential, "save_checkpoint", torn)}
         if self.kind in faults:

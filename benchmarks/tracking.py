@@ -24,7 +24,7 @@ from sphere_easyedit import EditCallback, HETracker, SPHEREHyperParams, apply_sp
 from sphere_easyedit.editing.grams import GramMatrices
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.loading import load_model
-from sphere_easyedit.wrapper import Shaping
+from sphere_easyedit.shaping import Shaping
 
 # Where SPHERE and the tracker spend their time; none of them calls another.
 PARTS: tuple[tuple[type, str, str], ...] = (

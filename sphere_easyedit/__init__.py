@@ -5,13 +5,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .callbacks import EditCallback, EditEvent, HETracker, StopEditing
+    from .callbacks import EditCallback, EditEvent, StopEditing
     from .drift_guard import DriftGuard
     from .easyedit import register, track, unregister
     from .editing.session import EditSession
+    from .he_tracker import HETracker
     from .hparams import SPHEREHyperParams
     from .hyperspherical import hyperspherical_energy
     from .loading import load_model
+    from .methods.registry import register_method, unregister_method
     from .projection import PrincipalSpace
     from .wrapper import apply_sphere_to_model
 
@@ -30,17 +32,20 @@ __all__ = [
     "hyperspherical_energy",
     "load_model",
     "register",
+    "register_method",
     "track",
     "unregister",
+    "unregister_method",
 ]
 
 # Imported when asked for: torch and transformers take seconds, and `sphere-easyedit doctor` must start without them.
 _HOMES = MappingProxyType({
     "DriftGuard": ".drift_guard",
     "EditCallback": ".callbacks", "EditEvent": ".callbacks", "EditSession": ".editing.session",
-    "HETracker": ".callbacks", "PrincipalSpace": ".projection", "SPHEREHyperParams": ".hparams",
+    "HETracker": ".he_tracker", "PrincipalSpace": ".projection", "SPHEREHyperParams": ".hparams",
     "StopEditing": ".callbacks",
     "apply_sphere_to_model": ".wrapper", "hyperspherical_energy": ".hyperspherical", "load_model": ".loading",
+    "register_method": ".methods.registry", "unregister_method": ".methods.registry",
     "register": ".easyedit", "track": ".easyedit", "unregister": ".easyedit",
 })
 

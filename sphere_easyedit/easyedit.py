@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy as copying
 import dataclasses
-import difflib
 import importlib
 import inspect
 import logging
@@ -32,20 +31,20 @@ from .config_fields import num_blocks
 from .editing.requests import parse_requests
 from .editing.session import EditSession
 from .evaluation.datasets import EditRecord
-from .hparams import PLAIN_ALGS, SPHEREHyperParams
+from .hparams import SPHERE, SPHEREHyperParams
 from .hparams_files import find_hparams, read_mapping
 from .loading import load_model, model_source, resolve_device
-from .messages import kind_and_text
+from .messages import kind_and_text, suggestion
+from .methods.registry import METHODS
 from .model_class import meta_model
 from .module_discovery import decoder_parts
 from .partial_imports import import_failure, tolerant_imports, unimportable_modules
 from .reviewing import change_norms, partway, reviewed
-from .wrapped import BASE_METHODS, WrappedExecutor, WrappedSimIE, hparams_class, runs_another
+from .wrapped import BASE_METHODS, EasyEditEngine, WrappedExecutor, WrappedSimIE, hparams_class, runs_another
 from .wrapper import apply_sphere_to_model
 
 logger = logging.getLogger(__name__)
 
-SPHERE = "SPHERE"
 _CHOOSES_LAYERS = ("DINM",)  # edits the layer that it finds toxic, whatever its hyperparameters say
 HOME = "EASYEDIT_HOME"
 _PACKAGE = "easyeditor"
@@ -148,7 +147,8 @@ def register() -> None:
     """
     package = load_easyedit()
     algorithms = package.ALG_DICT
-    names = [name for name in (SPHERE, *PLAIN_ALGS) if not isinstance(algorithms.get(name), RegisteredExecutor)]
+    names = [name for name in (SPHERE, *METHODS.offered_to_easyedit)
+             if not isinstance(algorithms.get(name), RegisteredExecutor)]
     for name in names:
         if name in algorithms and not (name == SPHERE and _is_easyedits(algorithms[name], package)):
             found = algorithms[name]
@@ -187,7 +187,7 @@ class _Batchable(staticmethod):  # type: ignore[type-arg]
 
     def __init__(self, replaced: staticmethod) -> None:  # type: ignore[type-arg]
         def is_batchable_method(alg_name: str) -> bool:
-            return alg_name in (SPHERE, *PLAIN_ALGS) or bool(replaced.__func__(alg_name))
+            return alg_name in (SPHERE, *METHODS.offered_to_easyedit) or bool(replaced.__func__(alg_name))
 
         super().__init__(is_batchable_method)
         self.replaced = replaced
@@ -199,6 +199,15 @@ def _batch_editor(package: ModuleType) -> Any:
 
 def _is_easyedits(entry: Any, package: ModuleType) -> bool:
     return str(getattr(entry, "__module__", "")).startswith(f"{package.__name__}.models.")
+
+
+def easyedit_engine(hparams: SPHEREHyperParams, session: EditSession, arguments: Mapping[str, Any]) -> EasyEditEngine:
+    """What solves batches by EasyEdit's function of ``base_alg``.
+
+    Raises:
+        ImportError, ValueError: see ``wrapped_executor``.
+    """
+    return EasyEditEngine(wrapped_executor(hparams, session), hparams, arguments)
 
 
 def wrapped_executor(hparams: SPHEREHyperParams, session: EditSession) -> WrappedExecutor:
@@ -224,9 +233,7 @@ def _method(field: str, name: str) -> tuple[Callable[..., Any], bool]:
     package = load_easyedit()
     algorithms = package.ALG_DICT
     if name not in algorithms:
-        near = difflib.get_close_matches(name, algorithms, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(algorithms))}"
-        raise ValueError(f"{field} is {name!r}, which EasyEdit does not have: {hint}")
+        raise ValueError(f"{field} is {name!r}, which EasyEdit does not have{suggestion(name, sorted(algorithms))}")
     _check_imported(name, algorithms[name])
     return algorithms[name], bool(_batch_editor(package).is_batchable_method(name))
 
@@ -297,7 +304,7 @@ def read_hparams(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
     """
     mapping = {**read_mapping(find_hparams(name)), **(overrides or {})}
     alg_name = str(mapping.get("alg_name", SPHERE))
-    if alg_name in (SPHERE, *PLAIN_ALGS):
+    if alg_name in (SPHERE, *METHODS.offered_to_easyedit):
         return SPHEREHyperParams.from_dict(mapping)
     function = load_easyedit().ALG_DICT.get(alg_name)
     _check_imported(alg_name, function)
@@ -306,8 +313,8 @@ def read_hparams(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
                          "second file: read it with the class's own from_hparams")
     method_class = None if function is None else hparams_class(function)
     if method_class is None:
-        raise ValueError(f"{name} is for alg_name {alg_name!r}: give a file of {SPHERE}, {', '.join(PLAIN_ALGS)}, "
-                         f"{', '.join(wrappable(load_easyedit()))}")
+        known = (SPHERE, *METHODS.offered_to_easyedit, *wrappable(load_easyedit()))
+        raise ValueError(f"{name} is for alg_name {alg_name!r}: give a file of {', '.join(known)}")
     if isinstance(mapping.get("device"), int) and resolve_device(mapping["device"]).type == "cpu":
         mapping["device"] = "cpu"
     try:

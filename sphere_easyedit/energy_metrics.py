@@ -14,18 +14,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from .callbacks import EnergyRecord
 
 JOINED: Final = "hyperspherical_energy"
 
 # Numbers whose distance is below this share of what they were computed from are ties. Float64's rounding of means and
 # differences would rank them (0.2 - 0.1 and 0.3 - 0.2), and accuracies are full of ties.
 _ROUNDING: Final = 1e-13
+
+
+@dataclass(frozen=True)
+class EnergyRecord:
+    """Hyperspherical energy (Eq. 5) of tracked layers after ``num_edits`` edits, and its change since the first."""
+
+    num_edits: int
+    energy: dict[int, float]
+    relative_change: dict[int, float]
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from numbers import Real
@@ -22,12 +21,14 @@ from transformers import PretrainedConfig
 from .hparams_files import find_hparams, read_mapping
 from .inputs import check_model
 from .loading import resolve_device
+from .messages import nearest
+from .methods.alphaedit import AlphaEdit
+from .methods.base import Method, WrappedMethod
+from .methods.registry import METHODS, get_method
 from .models import EditableModel, ModuleNames
 from .module_discovery import model_module_names, module_names
 
-NATIVE_ALGS = ("AlphaEdit", "MEMIT", "RECT", "PRUNE")
-# Methods that EasyEdit lacks and the plugin gives it under their own names, without SPHERE on top.
-PLAIN_ALGS = ("PRUNE", "RECT")
+SPHERE = "SPHERE"
 
 # What EasyEdit's own SPHERE files call gamma and alpha.
 _ALIASES = MappingProxyType({"cumulative_ratio": "gamma", "suppression_strength": "alpha"})
@@ -42,7 +43,7 @@ _MODULE_TEMPLATES = ("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp",
 _RANGES = MappingProxyType({
     "gamma": "[0, 1]", "alpha": "[0, 1]", "v_lr": "(0, inf)", "v_weight_decay": "[0, inf)",
     "clamp_norm_factor": "(0, inf)", "kl_factor": "[0, inf)", "mom2_update_weight": "(0, inf)",
-    "energy_budget": "(0, inf)", "nullspace_threshold": "(0, inf)", "nullspace_share": "(0, 1]", "L2": "(0, inf)",
+    "nullspace_threshold": "(0, inf)", "nullspace_share": "(0, 1]", "L2": "(0, inf)",
     "rect_keep": "(0, 1]", "prune_log_base": "(1, inf)", "state_memory": "[0, inf)",
 })
 _SMALLEST = MappingProxyType({
@@ -53,17 +54,21 @@ _FLAGS = ("mom2_adjustment", "compensate", "model_parallel", "keep_previous_keys
 _STRINGS = ("alg_name", "model_name", "base_alg", "layer_selection", "fact_token", "mom2_dataset",
             "mom2_dtype", "stats_dir", "P_loc", "target_values_dir", "state_folder", *_MODULE_FIELDS)
 _CHOICES = MappingProxyType({
-    "alg_name": ("SPHERE", *PLAIN_ALGS), "executor": ("native", "easyedit"), "projection_stage": ("layer", "update"),
+    "executor": ("native", "easyedit"), "projection_stage": ("layer", "update"),
     "principal_space": ("current", "pretrained"), "suppression": ("principal", "random", "shrink"),
-    "gamma_rule": ("share", "knee"), "space_source": ("weight", "keys", "both"),
     "layer_selection": ("all", "random"),
     "fact_token": ("subject_last", "last", "subject_first", "subject_first_after_last"),
     "mom2_dtype": ("float32", "float64", "float16"),
 })
 
 # Fields that change nothing where alpha is 0.
-SPHERE_ONLY = ("gamma", "alpha", "projection_stage", "principal_space", "suppression", "gamma_rule", "space_source",
-               "energy_budget", "compensate")
+SPHERE_ONLY = ("gamma", "alpha", "projection_stage", "principal_space", "suppression", "compensate")
+# Options that were removed, with their defaults and the reason: files of older versions still name them.
+REMOVED: Mapping[str, tuple[str | None, str]] = MappingProxyType({
+    "gamma_rule": ("share", "no experiment ever used another value"),
+    "space_source": ("weight", "no experiment ever used another value"),
+    "energy_budget": (None, "it cost MEMIT 49 points of efficacy on 300 edits (docs/RESULTS.md)"),
+})
 _OPTIMISER = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor")
 # Fields that leave keys, null spaces and original weights of a session as they are: where and in what portions one
 # computes, how a target value is found, and how an update is shaped, of which nothing outlives its batch. (Principal
@@ -80,12 +85,6 @@ _OURS = ("base_alg", *SPHERE_ONLY, "executor", "executor_hparams", "batched_targ
          "token_budget", "state_memory", "state_folder", *_ALIASES)
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
-
-
-def _nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    by_lower = {candidate.lower(): candidate for candidate in known}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
-    return by_lower[near[0]] if near else None
 
 
 def _number(name: str, value: object) -> float:
@@ -149,7 +148,7 @@ class SPHEREHyperParams:
 
     model_name: str  # hub name or folder; `smollm2-135m` is ours
     layers: list[int]  # numbers of the edited blocks, ascending
-    alg_name: str = "SPHERE"  # or RECT, PRUNE: that method by itself, alpha 0
+    alg_name: str = SPHERE  # or RECT, PRUNE: that method by itself, alpha 0
     device: int | str | None = None  # None: the GPU where there is one, else the CPU
     max_length: int = 40
     batch_size: int = 1
@@ -165,12 +164,7 @@ class SPHEREHyperParams:
     # principal: SPHERE. The others are its controls: a random subspace of the same rank in the principal one's place,
     # or no projection and the update merely shrunk to the norm that projecting would leave.
     suppression: str = "principal"
-    # Beyond the paper: the number of directions from the spectrum's knee; directions of the keys' second moment, or of
-    # weight and keys together; alpha raised until a batch changes a layer's HE by no more than this share of it; values
-    # corrected so that the projected update moves the batch's own keys as far as the solved one.
-    gamma_rule: str = "share"  # share | knee
-    space_source: str = "weight"  # weight | keys | both
-    energy_budget: float | None = None
+    # Beyond the paper: correct the values so that the projected update moves the batch's own keys as far as before.
     compensate: bool = False
 
     # Target values.
@@ -254,7 +248,7 @@ class SPHEREHyperParams:
         odd = [key for key in mapping if not isinstance(key, str)]
         if odd:
             raise ValueError(f"hyperparameter names must be text, not {odd[0]!r}: quote it or remove it")
-        given = dict(mapping)
+        given = _without_removed(mapping)
         if given.get("projection_stage") is None and any(alias in given for alias in _ALIASES):
             # EasyEdit's own files know one stage only, and are recognised by these names.
             given["projection_stage"] = "update"
@@ -269,9 +263,9 @@ class SPHEREHyperParams:
         unknown = {key: given.pop(key) for key in list(given) if key not in known}
         wrapped = given.get("executor") not in (None, "native")  # a misspelt one is reported by its own check
         for key, value in unknown.items():
-            near = _nearest(key, _OURS, cutoff=0.75) if wrapped else _nearest(key, (*known, *_ALIASES))
-            if not wrapped or near is not None:
-                hint = f": did you mean {near!r}?" if near else f"; known are {', '.join(sorted(known))}."
+            near = nearest(key, _OURS, cutoff=0.75) if wrapped else nearest(key, (*known, *_ALIASES))
+            if not wrapped or near:
+                hint = f": did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}."
                 hint += "" if wrapped else " Keys of EasyEdit's own methods need `executor: easyedit`"
                 raise ValueError(f"{key!r} (value {value!r}) is no hyperparameter{hint}")
         if unknown:
@@ -339,6 +333,13 @@ class SPHEREHyperParams:
         return editable
 
     @property
+    def method(self) -> Method:
+        """The base method, or what stands for one that EasyEdit alone has."""
+        found = METHODS.find(self.base_alg)
+        return WrappedMethod(self.base_alg) if found is None and self.executor == "easyedit" else get_method(
+            self.base_alg)
+
+    @property
     def projects(self) -> bool:
         """Whether anything is taken out of an update."""
         return self.alpha > 0.0 and self.gamma > 0.0
@@ -390,10 +391,11 @@ class SPHEREHyperParams:
                 value = os.fspath(value) if isinstance(value, Path) else value
                 if not isinstance(value, str) or not value:
                     raise ValueError(f"{name} must be a text that is not empty, not {value!r}")
-                if value not in _CHOICES.get(name, (value,)):
-                    near = _nearest(value, _CHOICES[name])
-                    raise ValueError(f"{name} is {value!r} but must be {' or '.join(_CHOICES[name])}"
-                                     + (f": did you mean {near!r}?" if near else ""))
+                choices = (SPHERE, *METHODS.offered_to_easyedit) if name == "alg_name" else _CHOICES.get(name, (value,))
+                if value not in choices:
+                    near = nearest(value, choices)
+                    raise ValueError(f"{name} is {value!r} but must be {' or '.join(choices)}"
+                                     + (f": did you mean {near[0]!r}?" if near else ""))
             setattr(self, name, value)
         device: object = self.device
         usable = device is None or (isinstance(device, (int, str)) and not isinstance(device, bool))
@@ -424,62 +426,52 @@ class SPHEREHyperParams:
 
     def _resolve_method(self) -> None:
         """Fill what depends on the base method, and refuse what does not go together."""
-        if self.alg_name in PLAIN_ALGS:
+        if self.alg_name in METHODS.offered_to_easyedit:
             if self.base_alg not in (None, self.alg_name) or self.alpha:
                 raise ValueError(f"alg_name is {self.alg_name}, which is that method by itself, but base_alg is "
                                  f"{self.base_alg!r} and alpha {self.alpha!r}: say `alg_name: SPHERE` with "
                                  f"`base_alg: {self.alg_name}`")
             self.base_alg, self.alpha = self.alg_name, 0.0
-        self.base_alg = self.base_alg or "AlphaEdit"
-        if self.executor != "easyedit" and self.base_alg not in NATIVE_ALGS:
-            near = _nearest(self.base_alg, NATIVE_ALGS)
-            hint = f" Did you mean {near!r}?" if near else ""
-            raise ValueError(f"base_alg is {self.base_alg!r}, but built in are {', '.join(NATIVE_ALGS)}."
-                             f"{hint} To wrap a method of EasyEdit's say `executor: easyedit`")
+        self.base_alg = self.base_alg or AlphaEdit.name
         self.executor = self.executor or "native"
-        if self.executor == "easyedit" and self.base_alg in ("RECT", "PRUNE"):
-            raise ValueError(f"base_alg is {self.base_alg}, which EasyEdit does not have: "
-                             "say `executor: native`")
-        if self.base_alg == "SPHERE":
+        if self.executor == "native" and METHODS.find(self.base_alg) is None:
+            near = nearest(self.base_alg, METHODS.names)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"base_alg is {self.base_alg!r}, but built in are {', '.join(METHODS.names)}."
+                             f"{hint} To wrap a method of EasyEdit's say `executor: easyedit`")
+        if self.base_alg == SPHERE:
             raise ValueError("base_alg is SPHERE, which can't wrap itself: name the method below it, such as "
                              "AlphaEdit")
+        method = self.method
+        if self.executor == "easyedit" and method.offered_to_easyedit:
+            raise ValueError(f"base_alg is {self.base_alg}, which EasyEdit does not have: "
+                             "say `executor: native`")
         if self.alpha is None:
-            self.alpha = 0.5 if self.base_alg == "AlphaEdit" else 0.8
+            self.alpha = method.default_alpha
         if self.executor == "easyedit" and self.projection_stage == "layer":
             raise ValueError("projection_stage is layer, which needs executor native, since EasyEdit's "
                              "executors solve all layers in one call: say `projection_stage: update`")
-        if self.base_alg == "PRUNE" and self.projection_stage == "layer":
-            raise ValueError("projection_stage is layer, but PRUNE restrains the whole change since the "
+        if method.restrains_whole_change and self.projection_stage == "layer":
+            raise ValueError(f"projection_stage is layer, but {method.name} restrains the whole change since the "
                              "pretrained weight and SPHERE comes after it: say `projection_stage: update`")
-        if self.base_alg == "PRUNE" and self.principal_space == "current":
-            raise ValueError("principal_space is current, but with PRUNE SPHERE projects the whole change "
+        if method.restrains_whole_change and self.principal_space == "current":
+            raise ValueError(f"principal_space is current, but with {method.name} SPHERE projects the whole change "
                              "since the pretrained weight: say `principal_space: pretrained`")
         if self.projection_stage is None:
-            layerwise = self.base_alg == "AlphaEdit" and self.executor == "native"
-            self.projection_stage = "layer" if layerwise else "update"
+            self.projection_stage = method.default_stage if self.executor == "native" else "update"
         if self.principal_space is None:
-            self.principal_space = "pretrained" if self.base_alg == "PRUNE" else "current"
+            self.principal_space = method.default_principal_space
 
     def _check_variants(self) -> None:
         """Refuse variants of the suppression that this method has no part for."""
-        if self.space_source != "weight" and self.executor != "native":
-            raise ValueError(f"space_source is {self.space_source}, but the keys' second moment is the native solve's: "
-                             "say `executor: native` or `space_source: weight`")
-        if self.space_source != "weight" and self.gamma_rule == "knee":
-            raise ValueError("gamma_rule is knee, which is of the weight's spectrum: say `space_source: weight`, or "
-                             "`gamma_rule: share`")
-        if self.energy_budget is not None and self.base_alg == "PRUNE":
-            raise ValueError("energy_budget is a batch's, but PRUNE restrains the whole change since the pretrained "
-                             "weight: leave it out")
         if self.state_folder is not None and self.state_memory is None:
             raise ValueError(f"state_folder is {self.state_folder!r}, for what passes state_memory, which is not "
                              "given: give it in gigabytes (0 keeps all state in the folder), or leave out both")
-        if self.compensate and (self.executor != "native" or self.base_alg not in ("MEMIT", "AlphaEdit")):
+        if self.compensate and (self.executor != "native" or not self.method.is_low_rank):
             raise ValueError(f"compensate needs an update in the keys that it was solved for, which {self.base_alg} "
                              f"with executor {self.executor} has not: say `compensate: false`")
-        if self.suppression == "shrink" and (self.compensate or self.energy_budget is not None):
-            raise ValueError("suppression is shrink, a control of the paper's projection alone: leave out compensate "
-                             "and energy_budget")
+        if self.suppression == "shrink" and self.compensate:
+            raise ValueError("suppression is shrink, a control of the paper's projection alone: leave out compensate")
 
     def _check_extras(self) -> None:
         if not isinstance(self.executor_hparams, Mapping):
@@ -494,10 +486,7 @@ class SPHEREHyperParams:
         }
 
     def _check_native(self) -> None:
-        needed = list(_OPTIMISER) + (["L2"] if self.base_alg == "AlphaEdit" else ["mom2_update_weight"])
-        missing = [name for name in needed if getattr(self, name) is None]
-        if self.base_alg == "AlphaEdit" and self.nullspace_threshold is None and self.nullspace_share is None:
-            missing.append("nullspace_threshold (or nullspace_share)")
+        missing = [name for name in _OPTIMISER if getattr(self, name) is None] + self.method.missing(self)
         if missing:
             raise ValueError(f"{self.base_alg} needs {', '.join(missing)}: add the missing values; "
                              "`sphere-easyedit hparams MODEL` writes a complete file")
@@ -513,6 +502,14 @@ class SPHEREHyperParams:
                              "model's last block")
         if self.rewrite_module_tmp is not None:
             self.rewrite_module_tmp = self.rewrite_module_tmp.removesuffix(".weight")
+
+
+def _without_removed(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy without the options of older versions, which must be at their defaults (ValueError)."""
+    for name, (default, reason) in REMOVED.items():
+        if mapping.get(name, default) != default:
+            raise ValueError(f"{name} is {mapping[name]!r}, an option that was removed since {reason}: leave it out")
+    return {name: value for name, value in mapping.items() if name not in REMOVED}
 
 
 def _plain(value: Any) -> Any:

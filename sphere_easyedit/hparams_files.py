@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
@@ -17,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import PretrainedConfig
 
-from sphere_easyedit.model_class import meta_model
-from sphere_easyedit.module_discovery import DecoderParts, ModuleNames, decoder_parts
-from sphere_easyedit.safe_yaml import read_yaml
+from .messages import nearest
+from .methods.base import WrappedMethod
+from .methods.registry import METHODS
+from .model_class import meta_model
+from .module_discovery import DecoderParts, ModuleNames, decoder_parts
+from .safe_yaml import read_yaml
 
 if TYPE_CHECKING:
     if sys.version_info >= (3, 11):
@@ -36,12 +38,34 @@ _SUFFIXES = (".yaml", ".yml")
 # the paper's band for Llama-3-8B; the two older architectures have bands of their own (MEMIT, AlphaEdit).
 _BAND = (4, 8, 32)
 _BANDS = MappingProxyType({"gpt2": (13, 17, 48), "gptj": (3, 8, 28)})
-# One layer each: FT at 21 of 32 in the authors' Llama3-8B file, ROME at 5 of 32 and, for GPT-2, 17 of 48.
-_FT_LAYER = (21, 32)
-_ROME_LAYER = (5, 32)
-_ROME_LAYERS = MappingProxyType({"gpt2": (17, 48), "gptj": (5, 28)})
 
-_STARTING_BASES = ("AlphaEdit", "MEMIT", "RECT", "PRUNE", "FT", "ROME")
+
+@dataclass(frozen=True)
+class _WrappedStart:
+    """What a starting file for one of EasyEdit's methods holds.
+
+    Attributes:
+        layer: the edited one, (number, blocks of that model).
+        layers: the same for older architectures, by model type.
+        values: its hyperparameters besides those that all have.
+        has_target_values: it optimises target values, as MEMIT does.
+    """
+
+    layer: tuple[int, int]
+    values: Mapping[str, Any]
+    layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    has_target_values: bool = True
+
+
+# One layer each: FT at 21 of 32 in the authors' Llama3-8B file, ROME at 5 of 32 and, for GPT-2, 17 of 48.
+_WRAPPED_STARTS: Mapping[str, _WrappedStart] = MappingProxyType({
+    "FT": _WrappedStart((21, 32), {"num_steps": 25, "lr": 5e-4, "weight_decay": 0, "kl_factor": 0,
+                                   "norm_constraint": False, "objective_optimization": "prompt_last"},
+                        has_target_values=False),
+    "ROME": _WrappedStart((5, 32), {"mom2_adjustment": False, "fp16": False,
+                                    "context_template_length_params": [[5, 10], [10, 10]]},
+                          {"gpt2": (17, 48), "gptj": (5, 28)}),
+})
 
 _SECTIONS = (
     ("", ("alg_name", "base_alg", "executor", "model_name", "device", "batch_size", "max_length",
@@ -58,7 +82,7 @@ _SECTIONS = (
     ("Statistics of keys: a data set, a local file, or `generated` (text that the model writes itself).",
      ("mom2_dataset", "mom2_n_samples", "mom2_dtype", "mom2_max_length", "stats_dir")),
     ("Where the model keeps its parts; {} is the layer's number.",
-     tuple(field.name for field in fields(ModuleNames))),
+     tuple(one.name for one in fields(ModuleNames))),
 )
 _NOTES = MappingProxyType({
     "device": "null: the GPU where there is one, else the CPU",
@@ -112,11 +136,9 @@ def find_hparams(name_or_path: str | os.PathLike[str]) -> Traversable:
     short = next((text[: -len(s)] for s in _SUFFIXES if text.endswith(s)), text)
     if short in shipped:
         return shipped[short]
-    by_lower = {name.lower(): name for name in shipped}
-    near = [name for name in by_lower if name.endswith("/" + short.lower())]
-    near = near or difflib.get_close_matches(short.lower(), by_lower, n=3)
+    near = [name for name in shipped if name.lower().endswith("/" + short.lower())] or nearest(short, shipped, count=3)
     bases, models = (sorted({name.split("/")[i] for name in shipped}) for i in (0, 1))
-    hint = ("nearest shipped: " + ", ".join(sorted(by_lower[name] for name in near)) if near
+    hint = ("nearest shipped: " + ", ".join(sorted(near)) if near
             else f"shipped are <base>/<model>, bases {', '.join(bases)}, models {', '.join(models)}")
     places = ", ".join(str(place) for place in (*paths, *_shipped_folders()))
     raise FileNotFoundError(f"no hyperparameter file {text!r}: looked at {places}; {hint}")
@@ -187,7 +209,7 @@ def starting_hparams(
     Args:
         config: the model's config; its modules must be such as ``module_discovery`` finds.
         model_name: hub name or folder, written into the result.
-        base_alg: AlphaEdit, MEMIT, RECT, PRUNE, FT or ROME.
+        base_alg: a registered method, or FT or ROME of EasyEdit's.
 
     Raises:
         ValueError: unknown base method, or the model has no layer that can be edited.
@@ -211,17 +233,17 @@ def starting_file(config: PretrainedConfig, model_name: str, base_alg: str = "Al
 
 def _starting(config: PretrainedConfig, model_name: str, base_alg: str) -> tuple[dict[str, Any], str]:
     """The starting hyperparameters, and why their layers are not those at the published depth."""
-    if base_alg not in _STARTING_BASES:
+    wrapped, method = _WRAPPED_STARTS.get(base_alg), METHODS.find(base_alg)
+    if wrapped is None and method is None:
         raise ValueError(f"base_alg is {base_alg!r}, but a starting file can be written for "
-                         f"{', '.join(_STARTING_BASES)}: for another method of EasyEdit's add "
+                         f"{', '.join((*METHODS.names, *_WRAPPED_STARTS))}: for another method of EasyEdit's add "
                          "`executor: easyedit` and its own values to one of these by hand")
+    method = method or WrappedMethod(base_alg)
     parts = decoder_parts(meta_model(config))
     blocks = parts.num_blocks
     model_type = str(config.model_type)
-    if base_alg == "FT":
-        wanted = [_at_depth(*_FT_LAYER, blocks)]
-    elif base_alg == "ROME":
-        wanted = [_at_depth(*_ROME_LAYERS.get(model_type, _ROME_LAYER), blocks)]
+    if wrapped is not None:
+        wanted = [_at_depth(*wrapped.layers.get(model_type, wrapped.layer), blocks)]
     else:
         first, last, of = _BANDS.get(model_type, _BAND)
         wanted = list(range(_at_depth(first, of, blocks), _at_depth(last, of, blocks) + 1))
@@ -229,37 +251,23 @@ def _starting(config: PretrainedConfig, model_name: str, base_alg: str) -> tuple
     names = asdict(found)
     if note:
         logger.info("%s", note)
-    wrapped = base_alg in ("FT", "ROME")
     start: dict[str, Any] = {
-        "alg_name": "SPHERE", "base_alg": base_alg, "executor": "easyedit" if wrapped else "native",
-        "model_name": model_name, "device": None,
-        "gamma": 0.5, "alpha": 0.5 if base_alg == "AlphaEdit" else 0.8,
-        "projection_stage": "layer" if base_alg == "AlphaEdit" else "update",
+        "alg_name": "SPHERE", "base_alg": base_alg, "executor": "native" if wrapped is None else "easyedit",
+        "model_name": model_name, "device": None, "gamma": 0.5, "alpha": method.default_alpha,
+        "projection_stage": method.default_stage, "layers": layers,
     }
-    if base_alg == "FT":
+    if wrapped is None or wrapped.has_target_values:
+        start |= {
+            "fact_token": "subject_last",
+            "v_num_grad_steps": 25, "v_lr": 0.5, "v_loss_layer": blocks - 1, "v_weight_decay": 1e-3,
+            "clamp_norm_factor": 4, "kl_factor": 0.0625, "mom2_adjustment": True,
+            "mom2_dataset": "wikipedia", "mom2_n_samples": 100000, "mom2_dtype": "float32",
+            "stats_dir": "./data/stats",
+        }
+    else:
         # The suffix keeps EasyEdit's FT, which picks parameters by substring, off the bias beside the weight.
         names["rewrite_module_tmp"] += ".weight"
-        start |= {"layers": layers, "num_steps": 25, "lr": 5e-4, "weight_decay": 0,
-                  "kl_factor": 0, "norm_constraint": False, "objective_optimization": "prompt_last"}
-        return start | names, note
-    start |= {
-        "layers": layers, "fact_token": "subject_last",
-        "v_num_grad_steps": 25, "v_lr": 0.5, "v_loss_layer": blocks - 1, "v_weight_decay": 1e-3,
-        "clamp_norm_factor": 4, "kl_factor": 0.0625, "mom2_adjustment": base_alg != "ROME",
-        "mom2_dataset": "wikipedia", "mom2_n_samples": 100000, "mom2_dtype": "float32",
-        "stats_dir": "./data/stats",
-    }
-    if base_alg == "ROME":  # its class has no layer_selection
-        return start | {"context_template_length_params": [[5, 10], [10, 10]], "fp16": False} | names, note
-    start["layer_selection"] = "all"
-    if base_alg == "AlphaEdit":
-        start |= {"L2": 10, "P_loc": None, "nullspace_threshold": 2e-2}
-    else:
-        start["mom2_update_weight"] = 15000
-    if base_alg == "RECT":
-        start["rect_keep"] = 0.4
-    if base_alg == "PRUNE":
-        start |= {"principal_space": "pretrained", "prune_log_base": None}
+    start |= {"layer_selection": "all", **method.starting_values} if wrapped is None else wrapped.values
     return start | names, note
 
 

@@ -1,7 +1,9 @@
-"""Errors, also of other libraries, as text on one line."""
+"""Error messages: text on one line, and the nearest known name to one that is not known."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection, Iterable
 from typing import Final
 
 MOST: Final = 200  # characters
@@ -22,3 +24,19 @@ def one_line(error: BaseException | str, most: int = MOST) -> str:
 def kind_and_text(error: BaseException) -> str:
     """An error's type and its whole text on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def nearest(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Up to ``count`` known names most similar to ``name``, whatever the case of letters, the nearest first.
+
+    Args:
+        cutoff: least similarity, 0 to 1 (see ``difflib``).
+    """
+    by_lower = {one.lower(): one for one in known}
+    return [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=cutoff)]
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them."""
+    near = nearest(name, known)
+    return f": did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"

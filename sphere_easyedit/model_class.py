@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .config_fields import text_config
-from .messages import one_line
+from .messages import nearest, one_line
 
 # Auto classes of multimodal models, many of which also run on text alone.
 _WRAPPER_CLASSES = (
@@ -46,7 +45,7 @@ def language_model_class(config: PretrainedConfig) -> Any:
             return getattr(transformers, auto)
     if kind in transformers.CONFIG_MAPPING:
         raise ValueError(f"{kind!r} is not a causal language model of transformers: {DECODER_REMEDY}")
-    near = difflib.get_close_matches(kind, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1)
+    near = nearest(kind, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     hint = f" (nearest known: {near[0]})" if near else ""
     raise ValueError(f"architecture {kind!r} is not known to transformers {transformers.__version__}{hint}: upgrade "
                      "transformers, give the loaded model, or its module names in the hyperparameters "

@@ -7,7 +7,6 @@ the module stores them; GPT-2's ``Conv1D`` stores the transpose.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from .config_fields import num_blocks as num_blocks
 from .config_fields import text_config as text_config
 from .exclusive import exclusive
 from .logit_map import LogitMap
+from .messages import nearest
 from .module_discovery import ModuleNames as ModuleNames
 from .module_discovery import decoder_parts, input_embeddings
 from .module_discovery import module_names as module_names
@@ -114,7 +114,7 @@ class EditableModel:
 
     def _module(self, name: str) -> nn.Module:
         if name not in self._modules:
-            near = difflib.get_close_matches(name, self._modules, n=1)
+            near = nearest(name, self._modules)
             hint = f"; nearest is {near[0]!r}" if near else ""
             raise ValueError(f"{type(self.model).__name__} has no module {name!r}{hint}. "
                              "Correct the module names in the hyperparameters")

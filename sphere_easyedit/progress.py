@@ -12,8 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from .callbacks import EditCallback, EnergyRecord, MeasureEvent
+from .callbacks import EditCallback, MeasureEvent
 from .editing.remaining import rough_duration
+from .energy_metrics import EnergyRecord
 from .runs.schema import BatchRecord, Measurement
 
 _BAR_WIDTH: Final = 20

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .editing.executors import Update, add_update, dense, moment_of
+from .editing.executors import add_update, check_finite
 from .editing.grams import GramMatrices
-from .editing.restraints import prune, rect
 from .editing.session import EditSession
-from .editing.solvers import LowRankUpdate
+from .editing.solvers import LowRankUpdate, Update, dense
 from .hparams import SPHEREHyperParams
-from .hyperspherical import energy_from_gram, hyperspherical_energy
 from .models import EditableModel
 from .projection import PrincipalSpace
 from .reviewing import partway
-from .suppression import (
-    compensated,
-    frobenius_norm,
-    joint_space,
-    knee_space,
-    random_directions,
-    scaled,
-    suppressed,
-    within_budget,
-)
-
-logger = logging.getLogger(__name__)
+from .suppression import compensated, frobenius_norm, random_directions, scaled, suppressed
 
 
 class Shaping:
@@ -48,15 +34,10 @@ class Shaping:
     def __init__(self, editable: EditableModel, hparams: SPHEREHyperParams, session: EditSession, grams: GramMatrices
                  ) -> None:
         self._editable, self._hparams, self._session, self._grams = editable, hparams, session, grams
-        self._prunes = hparams.base_alg == "PRUNE"
+        self._method = hparams.method
         self._projects = hparams.projects
         self.unrestrained: dict[int, Tensor] = {}
         self.written: dict[int, LowRankUpdate] = {}
-
-    @property
-    def leaves_updates(self) -> bool:
-        """Whether ``shape`` gives every update back as it is."""
-        return self._prunes or (not self._projects and self._hparams.base_alg != "RECT")
 
     def resume_unrestrained(self) -> None:
         """Put PRUNE's unrestrained weights in place of those read out."""
@@ -65,10 +46,9 @@ class Shaping:
 
     def shape(self, layer: int, update: Update) -> Update:
         """Restrain and project one layer's update; the layer's weight must be the one before the update."""
-        if self._prunes:
+        if self._method.restrains_whole_change:
             return update  # its turn comes with the whole change
-        if self._hparams.base_alg == "RECT":
-            update = rect(dense(update), self._editable.weight(layer), self._hparams.rect_keep)
+        update = self._method.restrain(update, self._editable.weight(layer), self._hparams)
         if not self._projects:
             return update
         return self._suppressed(layer, update)
@@ -78,12 +58,7 @@ class Shaping:
         hparams, space = self._hparams, self._space(layer)
         if hparams.suppression == "random":
             space = PrincipalSpace.spanned_by(random_directions(space, hparams.seed, layer), space.gamma)
-        if hparams.energy_budget is not None:
-            change_of = self._energy_change(layer)
-            projected, alpha = within_budget(change_of, update, space, hparams.alpha, hparams.energy_budget)
-            logger.debug("layer %d: alpha %.3f keeps the energy's change within its budget", layer, alpha)
-        else:
-            projected = suppressed(update, space, hparams.alpha)
+        projected = suppressed(update, space, hparams.alpha)
         if hparams.suppression == "shrink":
             norm = frobenius_norm(update)
             return scaled(update, frobenius_norm(projected) / norm if norm else 1.0)
@@ -91,42 +66,31 @@ class Shaping:
             return compensated(projected, update)
         return projected
 
-    def _energy_change(self, layer: int) -> Callable[[Update], float]:
-        """Relative change of the layer's hyperspherical energy by an update."""
-        weight, carried = self._editable.weight(layer), self._grams.carry(layer)
-        before = float(hyperspherical_energy(weight) if carried is None
-                       else energy_from_gram(carried.matrix, weight=weight))
+    def write(self, layer: int, update: Update, weight: Tensor | None = None) -> None:
+        """Add a shaped update to its layer's weight.
 
-        def change(update: Update) -> float:
-            after = None
-            if carried is not None and isinstance(update, LowRankUpdate):
-                after = carried.after(weight, update)
-            if after is None:
-                precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
-                energy = float(hyperspherical_energy(precise + dense(update)))
-            else:
-                energy = float(energy_from_gram(after.matrix))
-            return energy / before - 1.0 if before else 0.0
-
-        return change
-
-    def write(self, layer: int, update: Update) -> None:
-        """Add a shaped update to its layer's weight."""
+        Args:
+            weight: what this gives, where it is known to the bit.
+        """
+        if weight is not None:
+            self._grams.forget(layer)
+            self._editable.set_weight(layer, weight)
+            return
         self._grams.advance(layer, update)
         add_update(self._editable, layer, update)
-        if isinstance(update, LowRankUpdate) and not self._prunes:
+        if isinstance(update, LowRankUpdate) and not self._method.restrains_whole_change:
             self.written[layer] = update
 
     def read_out(self) -> None:
         """Replace PRUNE's unrestrained weights, now all written, by the restrained and projected ones."""
-        if not self._prunes:
+        if not self._method.restrains_whole_change:
             return
         for layer in self._editable.layers:
             weight = self._editable.weight(layer)
             self.unrestrained[layer] = weight.to("cpu", copy=True)
             precise = torch.promote_types(weight.dtype, torch.float32)
             original = self._session.original[layer].to(weight.device, precise)
-            change = prune(weight.to(precise) - original, original, self._hparams.prune_log_base)
+            change = self._method.restrain_whole_change(weight.to(precise) - original, original, self._hparams)
             if self._projects:
                 change = dense(self._suppressed(layer, change))
             check_finite(layer, change)
@@ -149,35 +113,18 @@ class Shaping:
             self.unrestrained[layer] = partway(was, weight, share)
 
     def _space(self, layer: int) -> PrincipalSpace:
-        """The layer's principal space: of the weight as it stands, or of what does not change from batch to batch."""
-        hparams, weight = self._hparams, self._editable.weight(layer)
-        # The keys' space knows no weight: it is the same for all batches.
-        if not self._prunes and hparams.principal_space == "current" and hparams.space_source != "keys":
-            if hparams.space_source == "both" or hparams.gamma_rule == "knee":
-                return self._made_from(layer, weight)
+        """The layer's principal space: of the weight as it stands, or of the original one."""
+        gamma, weight = self._hparams.gamma, self._editable.weight(layer)
+        if not self._method.restrains_whole_change and self._hparams.principal_space == "current":
             gram = self._grams.get(layer)
             if gram is None:  # of a tall weight
-                return PrincipalSpace.from_weight(weight, hparams.gamma)
-            space = PrincipalSpace.from_gram(weight, gram, hparams.gamma, self._session.ranks.get(layer))
+                return PrincipalSpace.from_weight(weight, gamma)
+            space = PrincipalSpace.from_gram(weight, gram, gamma, self._session.ranks.get(layer))
             self._session.ranks[layer] = space.rank
             return space
-        # Told apart by all that makes it, since the session outlives the hyperparameters.
-        key = f"{layer} {hparams.space_source} {hparams.gamma_rule} {hparams.gamma!r}"
+        key = f"{layer} {gamma!r}"  # the session outlives the hyperparameters
         if key not in self._session.spaces:
-            space = self._made_from(layer, self._session.original[layer].to(weight.device))
+            space = PrincipalSpace.from_weight(self._session.original[layer].to(weight.device), gamma)
             space.directions  # noqa: B018 - formed now, the space no longer refers to the weight
             self._session.spaces[key] = space
         return self._session.spaces[key]
-
-    def _made_from(self, layer: int, weight: Tensor) -> PrincipalSpace:
-        hparams = self._hparams
-        if hparams.space_source != "weight":
-            moment = moment_of(self._editable, self._session, layer).to(weight.device)
-            return joint_space(weight if hparams.space_source == "both" else None, moment, hparams.gamma)
-        return knee_space(weight) if hparams.gamma_rule == "knee" else PrincipalSpace.from_weight(weight, hparams.gamma)
-
-
-def check_finite(layer: int, weight: Tensor) -> None:
-    """Refuse a weight, or a change of one, that holds nan or infinity (ValueError)."""
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"the executor left non-finite values in layer {layer}: nothing was changed")

@@ -9,17 +9,14 @@ Shape legend: d_out neurons (rows), d_in inputs of each, r rank of a space, n ed
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .editing.executors import Update
-from .editing.solvers import LowRankUpdate
+from .editing.solvers import LowRankUpdate, Update
 from .projection import PrincipalSpace
 
-_BISECTIONS = 20
 _LARGEST_REPAIR = 10.0  # times the values' norm: beyond it there is too little of the keys left to write through
 
 
@@ -55,101 +52,6 @@ def random_directions(like: PrincipalSpace, seed: int, layer: int) -> Tensor:
     basis: Tensor
     basis, _ = torch.linalg.qr(torch.from_numpy(drawn).T)
     return basis.to(like.device, torch.float32)
-
-
-def knee(spectrum: Tensor) -> int:
-    """Where a descending spectrum bends: the number of eigenvalues in front of its knee, at least 1.
-
-    The knee is the point farthest below the chord from the first eigenvalue to the last (Satopaa et al., 2011). A
-    straight spectrum has none and counts as 1.
-
-    Args:
-        spectrum: ``(m,)`` eigenvalues, descending.
-
-    Raises:
-        ValueError: there are none.
-    """
-    if not len(spectrum):
-        raise ValueError("the spectrum is empty: give the eigenvalues of a weight that is not zero")
-    values = spectrum.double().cpu()
-    if len(values) < 3:
-        return 1
-    chord = values[0] + (values[-1] - values[0]) * torch.arange(len(values), dtype=torch.float64) / (len(values) - 1)
-    below = chord - values
-    return max(1, int(below.argmax())) if float(below.max()) > 1e-9 * float(values[0].abs()) else 1
-
-
-def knee_space(weight: Tensor) -> PrincipalSpace:
-    """The principal space in front of the spectrum's knee, in place of that which passes a share gamma.
-
-    Args:
-        weight: ``(d_out, d_in)``, rows are neurons.
-    """
-    whole = PrincipalSpace.from_weight(weight, 1.0)
-    rank = knee(whole.spectrum)
-    share = float(whole.spectrum[:rank].sum() / whole.spectrum.sum())
-    return PrincipalSpace.spanned_by(whole.directions[:, :rank], min(1.0, share))
-
-
-def joint_space(weight: Tensor | None, moment: Tensor, gamma: float) -> PrincipalSpace:
-    """The principal space of the keys' second moment, or of weight and keys together.
-
-    The leading eigenvectors of ``What^T What / tr + C / tr C`` (without a weight: of C alone), as many as first pass
-    the share gamma, as in Eq. 11.
-
-    Args:
-        weight: ``(d_out, d_in)``, rows are neurons; None for the keys' space.
-        moment: C ``(d_in, d_in)``, the second moment of keys.
-        gamma: share of the total, in (0, 1].
-    """
-    total = moment.double() / moment.double().diagonal().sum()
-    if weight is not None:
-        unit = torch.nn.functional.normalize(weight.double(), dim=1)
-        gram = unit.T @ unit
-        total = total + gram / gram.diagonal().sum()
-    values, vectors = torch.linalg.eigh(total)
-    values = values.flip(0).clamp(min=0)
-    rank = int((values.cumsum(0) / values.sum() <= gamma).sum()) + 1
-    kept = vectors.flip(1)[:, : min(rank, len(values))]
-    return PrincipalSpace.spanned_by(kept.float(), gamma)
-
-
-def within_budget(change_of: Callable[[Update], float], update: Update, space: PrincipalSpace, alpha: float,
-                  budget: float) -> tuple[Update, float]:
-    """The update damped as little as keeps the change of hyperspherical energy within a budget.
-
-    alpha is raised from the given one towards 1, and where all of the principal part taken out is not enough, the rest
-    is shrunk.
-
-    Args:
-        change_of: relative change of hyperspherical energy that an update would make, either sign.
-        update: before suppression.
-        space: its principal space.
-        alpha: the least strength.
-        budget: largest allowed size of the change, above 0.
-
-    Returns:
-        The update and the alpha that it was damped with.
-    """
-    def holds(candidate: Update) -> bool:
-        return abs(change_of(candidate)) <= budget
-
-    found = suppressed(update, space, alpha)
-    if holds(found):
-        return found, alpha
-    whole = suppressed(update, space, 1.0)
-    if holds(whole):
-        strength = _least(lambda value: holds(suppressed(update, space, value)), alpha, 1.0)
-        return suppressed(update, space, strength), strength
-    return scaled(whole, 1.0 - _least(lambda value: holds(scaled(whole, 1.0 - value)), 0.0, 1.0)), 1.0
-
-
-def _least(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """A value that holds, with one hardly smaller that does not; ``high`` holds and ``low`` does not."""
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
 
 
 def compensated(projected: LowRankUpdate, solved: LowRankUpdate) -> LowRankUpdate:

@@ -7,7 +7,6 @@ taken away after it, so that two models, or two runs, never share any of it.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import logging
 import os
@@ -27,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .editing.corpus import corpus_name
 from .editing.covariance import load_moment, load_projections, model_folder, null_space_basis, statistics_files
-from .editing.executors import restored_after
+from .editing.engines import Batch, ExecutorEngine
+from .editing.executors import restored_after, warn_of_indirect_outputs
 from .editing.origins import unchanged
 from .editing.requests import parse_requests, tokenize_request
 from .editing.session import EditSession
@@ -35,12 +35,12 @@ from .editing.target_values import optimise_target_values
 from .exclusive import exclusive
 from .files import atomic_write
 from .hparams import SPHEREHyperParams
+from .messages import suggestion
+from .methods.registry import METHODS
 from .models import EditableModel, frozen, max_positions
 
 logger = logging.getLogger(__name__)
 
-# Methods whose target values our optimiser computes as they do, and that read them from cache files.
-BATCHED_TARGET_VALUES = ("MEMIT", "AlphaEdit")
 # Methods that SimIE runs, of those that can be wrapped.
 BASE_METHODS = ("ROME", "MEMIT", "FT")
 
@@ -150,10 +150,8 @@ class WrappedExecutor:
                              "the model in the dtype that you want")
         unknown = [key for key in given if key not in self._known]
         if unknown:
-            near = difflib.get_close_matches(unknown[0], self._known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(self._known))}"
-            raise ValueError(f"{unknown[0]!r} (value {given[unknown[0]]!r}) is no hyperparameter of {self._name}: "
-                             f"{hint}")
+            raise ValueError(f"{unknown[0]!r} (value {given[unknown[0]]!r}) is no hyperparameter of {self._name}"
+                             f"{suggestion(unknown[0], sorted(self._known))}")
         return self._own_hparams(hparams, editable, batch_size)
 
     def _own_hparams(self, hparams: SPHEREHyperParams, editable: EditableModel, batch_size: int) -> Any:
@@ -195,7 +193,7 @@ class WrappedExecutor:
         if "P_loc" in self._fields:
             slots += [(self._module, name) for name in ("P", _KEY_SUMS) if (self._module, name) not in slots]
         outside = [(module, name, vars(module).get(name, _ABSENT)) for module, name in slots]
-        caches, history = self._session.executor_caches, self._session.executor_history
+        caches, history = self._session.engine_caches, self._session.engine_history
         try:
             for module, name in slots:
                 _put(module, name, caches.get(f"{module.__name__}:{name}", _PRISTINE[name]()))
@@ -210,8 +208,8 @@ class WrappedExecutor:
             contexts = found.pop((self._module, _CONTEXTS), None)
             if contexts is not None:
                 self._session.contexts = _flat(contexts)
-            self._session.executor_history = {name: value for (_, name), value in found.items() if name == _KEY_SUMS}
-            self._session.executor_caches = {f"{module.__name__}:{name}": value for (module, name), value
+            self._session.engine_history = {name: value for (_, name), value in found.items() if name == _KEY_SUMS}
+            self._session.engine_caches = {f"{module.__name__}:{name}": value for (module, name), value
                                              in found.items() if name not in (_KEY_SUMS, "cache_c_new")}
         finally:
             for module, name, value in outside:
@@ -259,11 +257,11 @@ class WrappedExecutor:
         _put(self._module, "P_loaded", True)
 
     def _batches_target_values(self, hparams: SPHEREHyperParams) -> bool:
-        possible = self._name in BATCHED_TARGET_VALUES and hparams.fact_token == "subject_last"
+        method = METHODS.find(self._name)
+        possible = method is not None and method.reads_target_values and hparams.fact_token == "subject_last"
         if hparams.batched_target_values and not possible:
-            raise ValueError("batched_target_values is true, which our optimiser offers for "
-                             f"{', '.join(BATCHED_TARGET_VALUES)} with fact_token subject_last, not for {self._name} "
-                             f"with {hparams.fact_token}: leave it out")
+            raise ValueError("batched_target_values is true, which our optimiser offers for MEMIT and AlphaEdit with "
+                             f"fact_token subject_last, not for {self._name} with {hparams.fact_token}: leave it out")
         wanted = hparams.batched_target_values
         return possible and (hparams.projects if wanted is None else wanted)
 
@@ -312,12 +310,12 @@ class WrappedSimIE(WrappedExecutor):
         # The other method's state is in its own modules' globals (see ``__call__``).
         with exclusive(self._base._module), self._base._state(editable, hparams, own._base_hparams):
             moments = {name.removeprefix(_KEY_MOMENTS): moment for name, moment
-                       in self._session.executor_history.items() if name.startswith(_KEY_MOMENTS)}
+                       in self._session.engine_history.items() if name.startswith(_KEY_MOMENTS)}
             if moments:
                 own._simie_instance = self._resumed(editable, own, moments)
                 own._simie_call_count = own._simie_total_edits = self._session.num_edits
             yield
-        self._session.executor_history = {f"{_KEY_MOMENTS}{name}": moment.cpu() for name, moment
+        self._session.engine_history = {f"{_KEY_MOMENTS}{name}": moment.cpu() for name, moment
                                           in own._simie_instance.matrix_P.items()}
 
     def _resumed(self, editable: EditableModel, own: Any, moments: Mapping[str, Tensor]) -> Any:
@@ -335,6 +333,28 @@ class WrappedSimIE(WrappedExecutor):
     def _prepare_statistics(self, editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
                             own: Any, stack: ExitStack) -> None:
         self._base._prepare_statistics(editable, tok, hparams, own._base_hparams, stack)
+
+
+class EasyEditEngine(ExecutorEngine):
+    """One of EasyEdit's functions as what solves a batch.
+
+    Args:
+        executor: the function, wrapped.
+        hparams, arguments: as for ``ExecutorEngine``.
+    """
+
+    def __init__(self, executor: WrappedExecutor, hparams: SPHEREHyperParams, arguments: Mapping[str, Any]) -> None:
+        super().__init__(executor, hparams, arguments)
+        self._executor = executor
+
+    def prepare_run(self, editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
+                    session: EditSession, batch_size: int) -> None:
+        self._executor.check(hparams, editable, batch_size)
+
+    def prepare(self, editable: EditableModel, batch: Batch, hparams: SPHEREHyperParams, session: EditSession) -> Batch:
+        if METHODS.find(hparams.base_alg) is not None:
+            warn_of_indirect_outputs(editable, batch.tok, session)
+        return batch
 
 
 def hparams_class(function: Callable[..., Any]) -> type | None:

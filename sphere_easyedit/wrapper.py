@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import copy as copying
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .callbacks import EditCallback, EditEvent
 from .editing.contradictions import warn_of_contradictions
-from .editing.executors import prepare_session, restored_after, solve_batch, tokenize_batch, warn_of_indirect_outputs
+from .editing.engines import Batch, Executor, ExecutorEngine, engine_of
 from .editing.grams import GramMatrices, carries_grams
-from .editing.requests import EditRequest, TokenizedRequest, parse_requests, request_dicts
+from .editing.requests import EditRequest, parse_requests, request_dicts
 from .editing.session import EditSession
-from .editing.solvers import KeyHistory
 from .exclusive import exclusive
-from .hparams import NATIVE_ALGS, SPHEREHyperParams, check_hparams
+from .hparams import SPHEREHyperParams, check_hparams
 from .inputs import check_model, check_parameters, check_tokenizer, default_torch_settings
 from .models import EditableModel, check_token_ids
 from .reviewing import change_norms, reviewed
-from .shaping import Shaping, check_finite
-from .wrapped import WrappedExecutor
-
-logger = logging.getLogger(__name__)
-
-# EasyEdit's protocol: (model, tok, requests, hparams, copy=, return_orig_weights=, ...) -> (model, original weights).
-Executor = Callable[..., tuple[nn.Module, Mapping[str, Tensor]]]
+from .shaping import Shaping
 
 
 def apply_sphere_to_model(
@@ -102,56 +93,46 @@ def _edit_batch(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     session = EditSession.of(model) if session is None else session
     editable = hparams.editable(model, session.known_names(model, hparams))
-    if executor is None and hparams.executor == "easyedit":
-        executor = _easyedits_executor(hparams, session)
-    if executor is not None and hparams.projection_stage == "layer":
-        raise ValueError("projection_stage 'layer' projects within the native solve and can't reach into an executor: "
-                         "set projection_stage to 'update'")
-    if executor is not None and editable.offloaded_layers:
-        raise ValueError(f"the weights of layers {editable.offloaded_layers} are offloaded, where an executor's "
-                         "changes would be lost: set executor to 'native', or load the model into memory")
-    hparams_as_given = hparams
+    engine = engine_of(hparams, session, kwargs) if executor is None else ExecutorEngine(executor, hparams, kwargs)
+    engine.check(editable, hparams)
     hparams = SPHEREHyperParams.from_dict(hparams.to_dict())  # checked again: attributes may have been set since
     with session.unchanged_on_error():
         started = time.perf_counter()
-        tokenized: list[TokenizedRequest] = []
         session.bind(editable, hparams)
-        parsed = read_requests(editable, tok, requests, session)
-        if executor is None:
-            prepare_session(editable, tok, hparams, session)
-            tokenized = tokenize_batch(editable, tok, parsed, session)
-        elif hparams.executor == "easyedit" and hparams.base_alg in NATIVE_ALGS:
-            warn_of_indirect_outputs(editable, tok, session)
-        warn_of_contradictions(parsed)
+        batch = Batch(tok, requests, read_requests(editable, tok, requests, session))
+        batch = engine.prepare(editable, batch, hparams, session)
+        warn_of_contradictions(batch.requests)
         seconds = {"preparation": time.perf_counter() - started}
-        weights = editable.weights()
-        carried = editable.layers if carries_grams(hparams, executor is None) else []
-        grams = GramMatrices(editable, session.grams, carried)
-        event = EditEvent(model, weights, session.num_edits, session.num_batches,
-                          [request.case_id for request in parsed], grams=grams, requests=parsed)
+        grams = GramMatrices(editable, session.grams,
+                             editable.layers if carries_grams(hparams, engine.is_low_rank) else [])
+        event = EditEvent(model, editable.weights(), session.num_edits, session.num_batches,
+                          [request.case_id for request in batch.requests], grams=grams, requests=batch.requests)
         for callback in callbacks:
             callback.on_batch_start(event)
 
         with editable.restored_on_error() as before:
             shaping = Shaping(editable, hparams, session, grams)
             shaping.resume_unrestrained()
-            if executor is None:
-                losses, history = _edit_natively(editable, tokenized, hparams, session, shaping, seconds, progress)
-            else:
-                losses, history = [], session.history
-                _edit_by(executor, editable, tok, requests, hparams_as_given, shaping, seconds, kwargs)
-                if progress is not None:
-                    progress(len(parsed))
+            in_loop = hparams.projection_stage == "layer"
+            solution = engine.solve(editable, batch, hparams, session, shaping.shape if in_loop else None, progress)
+            started = time.perf_counter()
+            for layer, update in solution.updates.items():
+                shaped = update if in_loop else shaping.shape(layer, update)
+                shaping.write(layer, shaped, solution.weights.get(layer) if shaped is update else None)
+            shaping.read_out()
+            seconds |= solution.seconds | {"projection": time.perf_counter() - started}
+
             # Looked up anew: an executor may have put other tensors in the parameters' place.
             weights = editable.weights()
-            event = replace(event, weights=weights, num_edits=session.num_edits + len(parsed),
-                            num_batches=session.num_batches + 1, losses=losses,
+            targets = solution.target_values
+            event = replace(event, weights=weights, num_edits=session.num_edits + len(batch.requests),
+                            num_batches=session.num_batches + 1, losses=[] if targets is None else targets.losses,
                             update_norms=change_norms(weights, before), seconds=seconds)
             event = reviewed(event, callbacks, before, editable.weights, partial(shaping.scale_back, before))
             event = replace(event, updates=shaping.written)
             for callback in callbacks:
                 callback.on_batch_end(event)
-            session.commit(editable, len(parsed), history, shaping.unrestrained, grams.carried)
+            session.commit(editable, len(batch.requests), solution.history, shaping.unrestrained, grams.carried)
     originals = {editable.parameter_name(layer): editable.orient(layer, weight).contiguous()
                  for layer, weight in before.items()} if return_orig_weights else {}
     return model, originals
@@ -168,10 +149,7 @@ def prepare_method(editable: EditableModel, tok: PreTrainedTokenizerBase, hparam
     Raises:
         ValueError, ImportError: what ``apply_sphere_to_model`` would refuse for any requests.
     """
-    if hparams.executor == "easyedit":
-        _easyedits_executor(hparams, session).check(hparams, editable, batch_size)
-    else:
-        prepare_session(editable, tok, hparams, session)
+    engine_of(hparams, session).prepare_run(editable, tok, hparams, session, batch_size)
 
 
 def read_requests(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Iterable[Any], session: EditSession
@@ -185,63 +163,3 @@ def read_requests(editable: EditableModel, tok: PreTrainedTokenizerBase, request
     for ids in tok([request.prompt + request.target for request in parsed], verbose=False)["input_ids"]:
         check_token_ids(editable.model, max(ids, default=0))
     return parsed
-
-
-def _easyedits_executor(hparams: SPHEREHyperParams, session: EditSession) -> WrappedExecutor:
-    from .easyedit import wrapped_executor  # which imports this file, to register it
-
-    return wrapped_executor(hparams, session)
-
-
-def _edit_natively(
-    editable: EditableModel, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams, session: EditSession,
-    shaping: Shaping, seconds: dict[str, float], progress: Callable[[int], None] | None,
-) -> tuple[list[float], dict[int, KeyHistory]]:
-    """Solve and write one batch; returns the target values' losses and the key histories to commit."""
-    in_loop = hparams.projection_stage == "layer"
-    solution = solve_batch(editable, requests, hparams, session, shaping.shape if in_loop else None, progress)
-    started = time.perf_counter()
-    for layer, update in solution.updates.items():
-        shaping.write(layer, update if in_loop else shaping.shape(layer, update))
-    shaping.read_out()
-    seconds |= solution.seconds | {"projection": time.perf_counter() - started}
-    return solution.target_values.losses, solution.history
-
-
-def _edit_by(
-    executor: Executor, editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Sequence[Mapping[str, Any]],
-    hparams: SPHEREHyperParams, shaping: Shaping, seconds: dict[str, float], kwargs: Mapping[str, Any],
-) -> None:
-    """Let an executor write one batch, and shape the change that it made."""
-    started = time.perf_counter()
-    with restored_after(editable) as before:
-        edited, originals = executor(editable.model, tok, list(requests), hparams, copy=False,
-                                     return_orig_weights=True, **kwargs)
-        _check_reach(editable, edited, originals)
-        after = {layer: editable.weight(layer).clone() for layer in editable.layers}
-    seconds["executor"] = time.perf_counter() - started
-    started = time.perf_counter()
-    for layer, weight in after.items():
-        check_finite(layer, weight)
-        if shaping.leaves_updates:  # the executor's own bits, not a sum that rounds to them
-            editable.set_weight(layer, weight)  # no Gram matrix is carried
-        else:
-            precise = torch.promote_types(weight.dtype, torch.float32)
-            change = weight.to(precise) - before[layer].to(precise)
-            shaping.write(layer, shaping.shape(layer, change))
-    shaping.read_out()
-    seconds["projection"] = time.perf_counter() - started
-
-
-@torch.no_grad()
-def _check_reach(editable: EditableModel, edited: nn.Module, originals: Mapping[str, Tensor]) -> None:
-    """Refuse what an executor did out of our sight; other weights that it says it changed are put back."""
-    if edited is not editable.model:
-        raise ValueError("the executor returned another model object than it was given: make it edit in place")
-    ours = {editable.parameter_name(layer) for layer in editable.layers}
-    others = {name: weight for name, weight in originals.items() if name not in ours}
-    for name, weight in others.items():
-        edited.get_parameter(name).copy_(weight)
-    if others:
-        raise ValueError(f"the executor changed {sorted(others)} too, which layers {editable.layers} do not cover: "
-                         "make its layers and ours the same")

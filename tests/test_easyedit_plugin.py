@@ -226,7 +226,7 @@ def globals_of() -> dict[str, Any]:
 
 def session_of(model: nn.Module) -> dict[str, Any]:
     session = sphere.EditSession.of(model)
-    names = ("num_edits", "num_batches", "contexts", "original", "executor_caches", "executor_history")
+    names = ("num_edits", "num_batches", "contexts", "original", "engine_caches", "engine_history")
     return {name: copy.deepcopy(getattr(session, name)) for name in names}
 
 
@@ -688,7 +688,7 @@ def test_one_method_on_another(base: str, home: Home, host: Any) -> None:
     hparams = home.wrapped("SimIE", **changes, alpha=0.0, context_templates=None)
     batches, (model, tok) = batches_for("SimIE"), home.load()
     assert equal(run(model, tok, hparams, batches), run_alone(home, "SimIE", batches, **changes))
-    history = sphere.EditSession.of(model).executor_history
+    history = sphere.EditSession.of(model).engine_history
     assert list(history) == [f"matrix_P.model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)]
     # With SPHERE the second batch goes on from projected weights, with the sums of keys that SimIE has by then.
     projected = home.wrapped("SimIE", **changes, alpha=0.5, context_templates=None)

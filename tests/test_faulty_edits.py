@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit import wrapper
 from sphere_easyedit.drift_guard import DriftGuard
+from sphere_easyedit.editing import engines
 from sphere_easyedit.evaluation.datasets import EditRecord, load_records
 from sphere_easyedit.evaluation.faults import Skipped, Skips, edit_around_faults
 from sphere_easyedit.evaluation.measuring import MeasureSettings
@@ -178,14 +178,14 @@ def records() -> list[EditRecord]:
 def breaks(monkeypatch: pytest.MonkeyPatch) -> Callable[[EditRecord], None]:
     """Makes the solve of every batch with this fact fail."""
     def arrange(bad: EditRecord) -> None:
-        solve = wrapper.solve_batch
+        solve = engines.solve_batch
 
         def failing(editable: Any, requests: Any, *rest: Any) -> Any:
             if any(request.request.case_id == bad.case_id for request in requests):
                 raise ArithmeticError("singular")
             return solve(editable, requests, *rest)
 
-        monkeypatch.setattr(wrapper, "solve_batch", failing)
+        monkeypatch.setattr(engines, "solve_batch", failing)
 
     return arrange
 
@@ -322,7 +322,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(len(requests))
         raise ArithmeticError("no norm of this name")
 
-    monkeypatch.setattr(wrapper, "solve_batch", failing)
+    monkeypatch.setattr(engines, "solve_batch", failing)
     return made
 
 
@@ -365,13 +365,13 @@ def test_what_no_fact_can_be_to_blame_for_is_raised_as_it_is(
         names = tiny_hparams(tmp_path).module_names(tiny_model("llama").config)  # type: ignore[arg-type]
         settings = {**asdict(names), **settings}
     prepared: list[int] = []
-    prepare_session = wrapper.prepare_session
+    prepare_session = engines.prepare_session
 
     def counted(*given: Any) -> None:
         prepared.append(1)
         prepare_session(*given)
 
-    monkeypatch.setattr(wrapper, "prepare_session", counted)
+    monkeypatch.setattr(engines, "prepare_session", counted)
     with pytest.raises(ValueError, match=match) as caught:
         run(tmp_path / "run", tok, records, tiny_hparams(tmp_path, base_alg="MEMIT", **settings), on_error=on_error)
     assert "\n" not in str(caught.value) and len(prepared) <= 1
@@ -436,14 +436,14 @@ def test_a_run_stopped_between_the_halves_of_a_batch_counts_the_first(
         tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase, records: list[EditRecord],
         monkeypatch: pytest.MonkeyPatch) -> None:
     """More than two edits at once are too many for this machine; the guard has enough after four."""
-    solve = wrapper.solve_batch
+    solve = engines.solve_batch
 
     def failing(editable: Any, requests: Any, *rest: Any) -> Any:
         if len(requests) > 2:
             raise MemoryError("too many")
         return solve(editable, requests, *rest)
 
-    monkeypatch.setattr(wrapper, "solve_batch", failing)
+    monkeypatch.setattr(engines, "solve_batch", failing)
     hparams = tiny_hparams(llama_stats, base_alg="MEMIT", v_num_grad_steps=3)
     summary, _ = run(tmp_path / "run", tok, records, hparams, Stops(5))
     assert (summary["num_edits"], summary["post"]["efficacy"]["n"]) == (4, 4)

@@ -9,8 +9,9 @@ from conftest import Golden, edited_weights, relative_error
 import sphere_easyedit as sphere
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import parse_requests, tokenize_request
-from sphere_easyedit.editing.restraints import prune, rect
 from sphere_easyedit.editing.target_values import optimise_target_values
+from sphere_easyedit.methods.prune import prune
+from sphere_easyedit.methods.rect import rect
 from sphere_easyedit.models import EditableModel, frozen
 
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
 from sphere_easyedit.editing.grams import GramMatrices, GramMatrix
-from sphere_easyedit.editing.restraints import rect
 from sphere_easyedit.editing.solvers import LowRankUpdate
 from sphere_easyedit.hyperspherical import energy_from_gram, hyperspherical_energy
+from sphere_easyedit.methods.rect import rect
 
 LAYERS = (1, 2)
 SUBJECTS = ["France", "Brazil", "Marie Curie", "Albert Einstein", "Italy", "Rome", "John Smith"]

@@ -316,6 +316,15 @@ def test_an_unknown_key_near_nothing_lists_what_is_known() -> None:
         make(zzz=1)
 
 
+@pytest.mark.parametrize(("name", "default", "other"), [
+    ("gamma_rule", "share", "knee"), ("space_source", "weight", "both"), ("energy_budget", None, 5e-7)])
+def test_an_option_of_older_versions_is_read_at_its_default_alone(name: str, default: Any, other: Any) -> None:
+    assert make(**{name: default}) == make()
+    assert name not in make(**{name: default}).to_dict()
+    with pytest.raises(ValueError, match=f"{name} is {other!r}, an option that was removed since .*: leave it out$"):
+        make(**{name: other})
+
+
 def test_what_is_no_mapping_or_has_odd_names_is_refused() -> None:
     with pytest.raises(ValueError, match="must be a mapping"):
         SPHEREHyperParams.from_dict([1])  # type: ignore[arg-type]

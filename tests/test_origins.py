@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing import covariance, origins
+from sphere_easyedit.editing import covariance, executors, origins
 from sphere_easyedit.editing.covariance import (
     load_moment,
     moment_on_file,
@@ -442,10 +442,13 @@ def test_statistics_replaced_while_they_are_read(first: tuple[nn.Module, sphere.
 
 
 def test_statistics_replaced_behind_the_first_batch(first: tuple[nn.Module, sphere.SPHEREHyperParams],
-                                                    tok: PreTrainedTokenizerBase) -> None:
-    """A space of keys reads them when it is first wanted."""
+                                                    tok: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+                                                    ) -> None:
+    """A dense solve reads them anew."""
     model, hparams = first
-    hparams = sphere.SPHEREHyperParams.from_dict({**hparams.to_dict(), "space_source": "both", "v_num_grad_steps": 1})
+    hparams = sphere.SPHEREHyperParams.from_dict({**hparams.to_dict(), "base_alg": "MEMIT", "v_num_grad_steps": 1,
+                                                 "mom2_n_samples": 20})
+    monkeypatch.setattr(executors, "adjusted_keys", lambda *_: None)
     sphere.apply_sphere_to_model(model, tok, REQUESTS[:1], hparams)
     weights = edited_weights(model, hparams)
     moments(another(tiny_model("llama"), "model.embed_tokens.weight"), tok, hparams)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sphere_easyedit.editing.restraints import prune, rect
+from sphere_easyedit.methods.prune import prune
+from sphere_easyedit.methods.rect import rect
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2**31 - 1)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import EditCallback, EditEvent, EditSession
-from sphere_easyedit.callbacks import read_energy_csv
 from sphere_easyedit.evaluation import sequential
 from sphere_easyedit.evaluation.datasets import EditRecord, load_records
 from sphere_easyedit.evaluation.measuring import MeasureSettings
@@ -24,6 +23,7 @@ from sphere_easyedit.evaluation.neurons import NeuronRecord
 from sphere_easyedit.evaluation.run_records import RunRecords
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
 from sphere_easyedit.evaluation.spaces import read_spaces_csv
+from sphere_easyedit.he_tracker import read_energy_csv
 from sphere_easyedit.tokenization import continuation_ids
 
 

@@ -15,17 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
 from sphere_easyedit.editing.solvers import LowRankUpdate
-from sphere_easyedit.suppression import (
-    compensated,
-    frobenius_norm,
-    joint_space,
-    knee,
-    knee_space,
-    random_directions,
-    scaled,
-    suppressed,
-    within_budget,
-)
+from sphere_easyedit.suppression import compensated, frobenius_norm, random_directions, scaled, suppressed
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -58,44 +48,6 @@ def test_random_directions_are_orthonormal_nested_and_of_the_seed() -> None:
     assert not torch.allclose(random_directions(wide, 5, 3), directions)
 
 
-@pytest.mark.parametrize(("spectrum", "expected"), [
-    ([8.0, 7.0, 1.0, 0.9, 0.8], 2), ([5.0, 0.1, 0.1, 0.1], 1), ([4.0, 3.0, 2.0, 1.0], 1), ([1.0, 1.0, 1.0], 1),
-    ([2.0], 1), ([9.0, 8.5, 8.0, 0.2, 0.1, 0.1, 0.1], 3),
-])
-def test_knee(spectrum: list[float], expected: int) -> None:
-    assert knee(torch.tensor(spectrum)) == expected
-
-
-def test_knee_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="empty"):
-        knee(torch.zeros(0))
-
-
-def test_knee_space_takes_the_leading_directions() -> None:
-    # Rows that share two directions, and little besides.
-    weight = drawn(1, 12, 2) @ drawn(2, 2, 20) + 0.05 * drawn(3, 12, 20)
-    space = knee_space(weight)
-    assert space.rank == 2
-    whole = sphere.PrincipalSpace.from_weight(weight, 1.0)
-    assert space.gamma == pytest.approx(float(whole.spectrum[:2].sum() / whole.spectrum.sum()))
-    assert relative_error(space.directions.abs(), whole.directions[:, :2].abs()) < 1e-5
-
-
-@given(SEEDS, st.floats(0.05, 0.95))
-@settings(max_examples=25, deadline=None)
-def test_joint_space_against_plain_eigenvectors(seed: int, gamma: float) -> None:
-    weight, keys = drawn(seed, 10, 8), drawn(seed + 1, 30, 8)
-    moment = keys.T @ keys / 30
-    unit = weight / weight.norm(dim=1, keepdim=True)
-    for source, total in ((None, moment / moment.trace()), (weight, moment / moment.trace() + unit.T @ unit / 10)):
-        space = joint_space(source, moment, gamma)
-        values = torch.linalg.eigvalsh(total).flip(0)
-        passing = int((values.cumsum(0) / values.sum() <= gamma).sum()) + 1
-        assert space.rank == passing
-        inside = space.directions.double().T @ total @ space.directions.double()
-        assert float(inside.trace()) == pytest.approx(float(values[:passing].sum()), rel=1e-5)
-
-
 @given(SEEDS, st.floats(0.0, 1.0))
 @settings(max_examples=25, deadline=None)
 def test_compensation_restores_what_the_batch_was_solved_for(seed: int, alpha: float) -> None:
@@ -117,25 +69,6 @@ def test_compensation_needs_the_keys() -> None:
     update = LowRankUpdate(torch.ones(2, 1), torch.ones(3, 1))
     with pytest.raises(ValueError, match="solved for"):
         compensated(update, update)
-
-
-@given(SEEDS, st.floats(1e-4, 0.5), st.floats(0.0, 0.9))
-@settings(max_examples=25, deadline=None)
-def test_a_budget_is_kept_with_the_least_strength(seed: int, budget: float, alpha: float) -> None:
-    weight, update = drawn(seed, 10, 16), update_of(seed + 7)
-    space = sphere.PrincipalSpace.from_weight(weight, 0.5)
-    energy = float(sphere.hyperspherical_energy(weight))
-
-    def change(candidate: Any) -> float:
-        dense = candidate.dense() if isinstance(candidate, LowRankUpdate) else candidate
-        return float(sphere.hyperspherical_energy(weight + dense)) / energy - 1.0
-
-    found, strength = within_budget(change, update, space, alpha, budget)
-    assert abs(change(found)) <= budget
-    assert alpha <= strength <= 1.0
-    if abs(change(suppressed(update, space, alpha))) <= budget:
-        assert strength == alpha
-        assert relative_error(found.dense(), suppressed(update, space, alpha).dense()) == 0.0
 
 
 def edit(tmp_path: Path, tok: PreTrainedTokenizerBase, **changes: Any) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -162,29 +95,18 @@ def test_controls_within_an_edit(tmp_path: Path, tok: PreTrainedTokenizerBase, b
         assert relative_error(random[layer], projected[layer]) > 0.05
 
 
-@pytest.mark.parametrize("variant", [
-    {"gamma_rule": "knee"}, {"space_source": "keys"}, {"space_source": "both"}, {"compensate": True},
-    {"energy_budget": 1e-6}, {"gamma_rule": "knee", "principal_space": "pretrained"},
-], ids=str)
-def test_variants_within_an_edit(tmp_path: Path, tok: PreTrainedTokenizerBase, variant: dict[str, Any]) -> None:
-    paper, before = edit(tmp_path, tok, base_alg="MEMIT")
-    varied, _ = edit(tmp_path, tok, base_alg="MEMIT", **variant)
-    for layer, change in varied.items():
+def test_compensation_within_an_edit(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    paper, _ = edit(tmp_path, tok, base_alg="MEMIT")
+    compensated_edit, _ = edit(tmp_path, tok, base_alg="MEMIT", compensate=True)
+    for layer, change in compensated_edit.items():
         assert bool(torch.isfinite(change).all())
         assert relative_error(change, paper[layer]) > 1e-3
-        if "energy_budget" in variant:
-            drift = sphere.hyperspherical_energy(before[layer] + change) / sphere.hyperspherical_energy(before[layer])
-            assert abs(float(drift) - 1) < 1.1e-6
 
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"base_alg": "RECT", "compensate": True}, "compensate"),
-    ({"base_alg": "PRUNE", "energy_budget": 0.1}, "energy_budget"),
     ({"base_alg": "MEMIT", "suppression": "shrink", "compensate": True}, "shrink"),
-    ({"base_alg": "MEMIT", "space_source": "keys", "gamma_rule": "knee"}, "knee"),
-    ({"base_alg": "MEMIT", "energy_budget": 0}, "energy_budget"),
     ({"base_alg": "MEMIT", "suppression": "none"}, "suppression"),
-    ({"base_alg": "ROME", "executor": "easyedit", "space_source": "both"}, "space_source"),
 ])
 def test_variants_that_do_not_go_together_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

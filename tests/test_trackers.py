@@ -15,12 +15,13 @@ from accelerate import tracking
 from conftest import GOLDEN, tiny_hparams, tiny_model
 from transformers import AutoTokenizer
 
-from sphere_easyedit.callbacks import MeasureEvent, RunState, read_energy_csv
+from sphere_easyedit.callbacks import MeasureEvent, RunState
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.measuring import MeasureSettings
 from sphere_easyedit.evaluation.run_directory import RunDirectory
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
 from sphere_easyedit.evaluation.trackers import RunTrackers, batch_numbers, flat_config, point_numbers
+from sphere_easyedit.he_tracker import read_energy_csv
 from sphere_easyedit.runs.schema import EDITS, METRICS, AbilityEstimate, BatchRecord, Estimate, Measurement
 
 

@@ -19,7 +19,8 @@ from sphere_easyedit import shaping
 from sphere_easyedit.editing import executors
 from sphere_easyedit.editing.executors import prepare_session, solve_batch, tokenize_batch
 from sphere_easyedit.editing.requests import parse_requests
-from sphere_easyedit.editing.restraints import prune, rect
+from sphere_easyedit.methods.prune import prune
+from sphere_easyedit.methods.rect import rect
 from sphere_easyedit.models import EditableModel
 
 FAMILIES = ["llama", "gpt2", "qwen2"]

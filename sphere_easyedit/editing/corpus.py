@@ -7,17 +7,19 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from ..hparams import SPHEREHyperParams
 from ..models import EditableModel, max_positions
 from .contexts import generator_on, sample_tokens
 from .remaining import RemainingTime
+
+if TYPE_CHECKING:
+    from ..hparams import SPHEREHyperParams
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import pickle
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.linalg
@@ -29,7 +29,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..batching import length_class
 from ..files import atomic_write, locked, remove_partial_files, sha256_of
-from ..hparams import SPHEREHyperParams
 from ..messages import kind_and_text
 from ..models import EditableModel, frozen
 from ..replicas import Replicas, split_balanced
@@ -39,6 +38,9 @@ from .remaining import RemainingTime
 from .replay import BlockReplay, as_rows, first_input, pad_rows
 from .shelves import Shelf
 from .solvers import CholeskyFactor, NullSpace
+
+if TYPE_CHECKING:
+    from ..hparams import SPHEREHyperParams
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""MEMIT and AlphaEdit natively: from requests to the weight changes of a batch."""
+"""The native solve: from requests to the weight changes of a batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from ..inputs import check_causal, decoder_errors
 from ..logit_map import find_logit_map
 from ..models import EditableModel, frozen, max_positions
 from .contexts import generate_contexts
-from .covariance import filed_factor, filed_null_space, load_moment, load_null_space, statistics_files
+from .covariance import load_moment, statistics_files
 from .origins import unchanged
 from .output_path import OutputPath, Scaled, find_output_paths
 from .replay import check_replay, pad_rows
@@ -26,17 +26,7 @@ from .requests import EditRequest, TokenizedRequest, tokenize_prompt, tokenize_r
 from .session import EditSession
 from .sharing import batch_states, target_values
 from .shelves import Shelf
-from .solvers import (
-    CovarianceMetric,
-    KeyHistory,
-    KeyMetric,
-    LowRankUpdate,
-    NullSpace,
-    NullSpaceMetric,
-    adjusted_keys,
-    plain_alphaedit_keys,
-    plain_memit_keys,
-)
+from .solvers import KeyHistory, LowRankUpdate, Update, adjusted_keys, dense
 from .target_values import TargetValues
 
 logger = logging.getLogger(__name__)
@@ -45,7 +35,6 @@ logger = logging.getLogger(__name__)
 _PROBE_PROMPTS = (("The capital of ", "France", " is the city of"), ("", "John Smith", " plays for the team"),
                   ("In 1998, ", "Anna", " moved to Berlin, where she worked as a"))
 
-Update = LowRankUpdate | Tensor  # a weight change in factors, or dense (d_out, d_in)
 ShapeUpdate = Callable[[int, Update], Update]
 
 
@@ -56,19 +45,16 @@ class BatchSolution:
     Attributes:
         updates: weight change by layer, shaped where shaping took place within the solve.
         history: earlier keys with this batch's behind them, by layer; empty where the method keeps none.
-        target_values: the optimised z with losses and steps.
+        target_values: the optimised z with losses and steps; None where the engine tells none.
         seconds: time spent by part.
+        weights: what a layer's weight is, to the bit, if its update is left as it is; empty where that is their sum.
     """
 
     updates: dict[int, Update]
     history: dict[int, KeyHistory]
-    target_values: TargetValues
+    target_values: TargetValues | None
     seconds: dict[str, float]
-
-
-def is_alphaedit(hparams: SPHEREHyperParams) -> bool:
-    """AlphaEdit's solve; every other native base builds on MEMIT's."""
-    return hparams.base_alg == "AlphaEdit"
+    weights: dict[int, Tensor] = field(default_factory=dict)
 
 
 def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
@@ -96,10 +82,10 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
             # The statistics are filed as the unedited model's, so it is the unedited model they must come from.
             for layer, weight in session.original.items():
                 editable.set_weight(layer, weight)
-            if _needs_statistics(hparams):
+            if hparams.method.needs_statistics(hparams):
                 session.statistics = statistics_files(editable, tok, hparams)
             with unchanged(session.statistics.values()):
-                session.metrics = _key_metrics(editable, hparams, session)
+                session.metrics = hparams.method.key_metrics(editable, hparams, session.statistics, session.shelf)
     for layer in editable.layers:
         history = session.history.get(layer)
         metric = session.metrics[layer]
@@ -146,54 +132,6 @@ def _shelf(hparams: SPHEREHyperParams) -> Shelf:
     return Shelf(room, None if hparams.state_folder is None else Path(hparams.state_folder))
 
 
-def _needs_statistics(hparams: SPHEREHyperParams) -> bool:
-    null_space_is_given = is_alphaedit(hparams) and hparams.P_loc is not None and Path(hparams.P_loc).exists()
-    return not null_space_is_given or hparams.space_source != "weight"
-
-
-def moment_of(editable: EditableModel, session: EditSession, layer: int) -> Tensor:
-    """The second moment of a layer's keys ``(d_in, d_in)`` float32 on the CPU, from the session's statistics.
-
-    Raises:
-        ValueError: the file does not fit, or was replaced since the session's first batch.
-    """
-    file = session.statistics[layer]
-    with unchanged([file]):
-        return load_moment(file.path, editable.d_in(layer))
-
-
-def _key_metrics(editable: EditableModel, hparams: SPHEREHyperParams, session: EditSession
-                 ) -> dict[int, KeyMetric | None]:
-    shelf = session.shelf
-    assert shelf is not None  # made before
-    if is_alphaedit(hparams):
-        return {layer: NullSpaceMetric(space, hparams.L2, shelf)
-                for layer, space in _null_spaces(editable, hparams, session).items()}
-    metrics: dict[int, KeyMetric | None] = {}
-    for layer, file in session.statistics.items():
-        try:
-            factor = filed_factor(file.path, editable.d_in(layer), editable.device(layer), shelf)
-            metrics[layer] = CovarianceMetric(factor, hparams.mom2_update_weight)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            logger.warning("layer %d: the second moment of keys is not positive definite; each batch solves densely. "
-                           "More text (mom2_n_samples) would mend it", layer)
-            metrics[layer] = None
-    return metrics
-
-
-def _null_spaces(editable: EditableModel, hparams: SPHEREHyperParams, session: EditSession) -> dict[int, NullSpace]:
-    if hparams.P_loc is not None:
-        path = Path(hparams.P_loc)
-        if path.exists():
-            spaces = load_null_space(path, editable.layers, editable.d_in(editable.layers[0]))
-            return {layer: space.on(editable.device(layer), session.shelf) for layer, space in spaces.items()}
-        logger.info("P_loc %s does not exist: the null space is computed from the keys' second moment", path)
-    share = hparams.nullspace_share
-    threshold = None if share is not None else hparams.nullspace_threshold
-    return {layer: filed_null_space(file.path, editable.d_in(layer), threshold, share, editable.device(layer),
-                                    session.shelf) for layer, file in session.statistics.items()}
-
-
 def tokenize_batch(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest],
                    session: EditSession) -> list[TokenizedRequest]:
     """Tokenise a batch with the session's context templates.
@@ -217,11 +155,6 @@ def restored_after(editable: EditableModel) -> Iterator[dict[int, Tensor]]:
             editable.set_weight(layer, weight)
 
 
-def dense(update: Update) -> Tensor:
-    """A weight change ``(d_out, d_in)``, multiplied out where it is in factors."""
-    return update.dense() if isinstance(update, LowRankUpdate) else update
-
-
 def add_update(editable: EditableModel, layer: int, update: Update) -> None:
     """``W <- W + dW`` in float32 or better, whatever W is stored in.
 
@@ -235,6 +168,12 @@ def add_update(editable: EditableModel, layer: int, update: Update) -> None:
         raise ValueError(f"the update of layer {layer} is not finite in {weight.dtype}: nothing was changed. Look at "
                          "the statistics, L2 or mom2_update_weight")
     editable.set_weight(layer, changed)
+
+
+def check_finite(layer: int, weight: Tensor) -> None:
+    """Refuse a weight, or a change of one, that holds nan or infinity (ValueError)."""
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"the executor left non-finite values in layer {layer}: nothing was changed")
 
 
 def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams,
@@ -278,7 +217,7 @@ def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], h
                 updates[layer] = update
                 if layer != editable.layers[-1]:
                     states.advance(layer, to=editable.layers[position + 1])
-            if is_alphaedit(hparams) or hparams.keep_previous_keys:
+            if hparams.method.keeps_keys(hparams):
                 for layer, keys in states.read_all().items():
                     history[layer] = session.history[layer].extended(keys.T)
         seconds["solve"] = time.perf_counter() - started
@@ -293,18 +232,19 @@ def _solve_layer(editable: EditableModel, layer: int, keys: Tensor, residuals: T
     adjusted = adjusted_keys(history, keys)
     if adjusted is None:
         logger.warning("layer %d: solving densely in the space of %d inputs", layer, len(keys))
-        adjusted = _plain_solve(editable, layer, keys, history, hparams, session)
+        adjusted = _solve_densely(editable, layer, keys, history, hparams, session)
     return LowRankUpdate(residuals.T.to(device), adjusted.float(), keys)
 
 
-def _plain_solve(editable: EditableModel, layer: int, keys: Tensor, history: KeyHistory, hparams: SPHEREHyperParams,
-                 session: EditSession) -> Tensor:
-    metric = session.metrics[layer]
+def _solve_densely(editable: EditableModel, layer: int, keys: Tensor, history: KeyHistory, hparams: SPHEREHyperParams,
+                   session: EditSession) -> Tensor:
+    def moment() -> Tensor:
+        file = session.statistics[layer]
+        with unchanged([file]):
+            return load_moment(file.path, editable.d_in(layer)).to(keys.device)
+
     try:
-        if isinstance(metric, NullSpaceMetric):
-            return plain_alphaedit_keys(metric.space, metric.ridge, keys, history)
-        moment = moment_of(editable, session, layer).to(keys.device)
-        return plain_memit_keys(moment, hparams.mom2_update_weight, keys, history)
+        return hparams.method.solve_densely(session.metrics[layer], moment, keys, history, hparams)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError(f"layer {layer}: the system of keys is singular ({error}); collect statistics from more text "
                          "(mom2_n_samples), or raise L2 or mom2_update_weight") from error

@@ -84,7 +84,7 @@ def carries_grams(hparams: SPHEREHyperParams, native: bool) -> bool:
     """
     if hparams.projects and hparams.principal_space == "current":
         return True
-    return native and hparams.base_alg not in ("RECT", "PRUNE")
+    return native and hparams.method.is_low_rank
 
 
 class GramMatrices(Mapping[int, Tensor]):

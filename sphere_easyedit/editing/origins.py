@@ -19,16 +19,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..files import atomic_write, sha256_of
 from ..fingerprints import tensor_digests
-from ..hparams import SPHEREHyperParams
 from ..models import EditableModel
 from ..offload import distinct_names, persistent_buffers
 from .corpus import text_length, text_source
+
+if TYPE_CHECKING:
+    from ..hparams import SPHEREHyperParams
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _ATTRIBUTE = "_sphere_session"
 _FORMAT = "sphere-easyedit session 1"
 _EXECUTOR = "executor"
-_DERIVED = ("contexts", "paths", "metrics", "statistics", "spaces", "shelf", "executor_caches")
+_DERIVED = ("contexts", "paths", "metrics", "statistics", "spaces", "shelf", "engine_caches")
 
 
 class EditSession:
@@ -58,8 +58,8 @@ class EditSession:
         ranks: of the last principal space, by layer: where the next one's is looked for first.
         grams: Gram matrices of the weights as the last batch left them, by layer, where one was asked for; rebuilt when
             needed, not saved.
-        executor_caches: what a wrapped executor derived from the original model; rebuilt when needed, not saved.
-        executor_history: what a wrapped executor adds to with every batch (its tensors on the CPU).
+        engine_caches: what an engine derived from the original model, by name; rebuilt when needed, not saved.
+        engine_history: what an engine adds to with every batch, by name (on the CPU).
     """
 
     def __init__(self) -> None:
@@ -82,8 +82,8 @@ class EditSession:
         self.spaces: dict[str, PrincipalSpace] = {}
         self.ranks: dict[int, int] = {}
         self.grams: dict[int, GramMatrix] = {}
-        self.executor_caches: dict[str, Any] = {}
-        self.executor_history: dict[str, Tensor] = {}
+        self.engine_caches: dict[str, Any] = {}
+        self.engine_history: dict[str, Tensor] = {}
         self._fingerprints: dict[int, Fingerprint] = {}  # of the weights as the last batch left them
         self._base: dict[int, Fingerprint] = {}  # of the original ones
 
@@ -257,7 +257,7 @@ class EditSession:
         tensors = {f"original.{layer}": weight for layer, weight in self.original.items()}
         tensors |= {f"unrestrained.{layer}": weight for layer, weight in self.unrestrained.items()}
         tensors |= {f"keys.{layer}": history.keys for layer, history in self.history.items()}
-        tensors |= {f"{_EXECUTOR}.{name}": tensor for name, tensor in self.executor_history.items()}
+        tensors |= {f"{_EXECUTOR}.{name}": tensor for name, tensor in self.engine_history.items()}
         for kind, prints in (("edited", self._fingerprints), ("base", self._base)):
             for layer, fingerprint in prints.items():
                 tensors |= {f"{kind}.rows.{layer}": fingerprint.rows, f"{kind}.columns.{layer}": fingerprint.columns}
@@ -296,7 +296,7 @@ class EditSession:
             names = [name for name in tensors if name.startswith(f"{kind}.")]
             return {int(name.rsplit(".", 1)[1]): tensors[name] for name in names}
 
-        session.executor_history = {name.partition(".")[2]: tensor for name, tensor in tensors.items()
+        session.engine_history = {name.partition(".")[2]: tensor for name, tensor in tensors.items()
                                     if name.startswith(f"{_EXECUTOR}.")}
         session.original, session.unrestrained = by_layer("original"), by_layer("unrestrained")
         session.history = {layer: KeyHistory(keys, None) for layer, keys in by_layer("keys").items()}

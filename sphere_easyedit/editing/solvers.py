@@ -62,6 +62,14 @@ class LowRankUpdate:
         return self.values @ self.keys.T
 
 
+Update = LowRankUpdate | Tensor  # a weight change in factors, or dense (d_out, d_in)
+
+
+def dense(update: Update) -> Tensor:
+    """A weight change ``(d_out, d_in)``, multiplied out where it is in factors."""
+    return update.dense() if isinstance(update, LowRankUpdate) else update
+
+
 @dataclass(frozen=True)
 class NullSpace:
     """The projection P0 on a subspace, by orthonormal columns that span it or what it leaves out: whichever are fewer.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
 import math
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..exclusive import exclusive
 from ..inputs import check_inputs
+from ..messages import nearest
 from ..models import frozen, input_device
 from .ability_tasks import ABILITY_TASKS, default_folder
 
@@ -212,8 +212,8 @@ def _load(harness: ModuleType, names: Sequence[str], folder: Path, num_fewshot: 
 
 def _check_known(name: str, known: Sequence[str]) -> None:
     if name not in known:
-        nearest = difflib.get_close_matches(name, [*ABILITY_TASKS, *known], n=_ALTERNATIVES, cutoff=0.5)
-        hint = f"the nearest are {', '.join(nearest)}" if nearest else f"ours are {', '.join(ABILITY_TASKS)}"
+        near = nearest(name, [*ABILITY_TASKS, *known], _ALTERNATIVES, cutoff=0.5)
+        hint = f"the nearest are {', '.join(near)}" if near else f"ours are {', '.join(ABILITY_TASKS)}"
         raise ValueError(f"there is no task {name!r}, neither ours nor one of lm-eval's {len(known)}: {hint}; "
                          "`lm-eval ls tasks` lists lm-eval's")
 

@@ -16,8 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from ..callbacks import EnergyRecord
-from ..energy_metrics import MetricCorrelation, correlate
+from ..energy_metrics import EnergyRecord, MetricCorrelation, correlate
 from ..runs.schema import Measurement
 from .run_records import PAPER, RunRecords
 

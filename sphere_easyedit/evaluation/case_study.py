@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -13,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..fingerprints import weights_checksum
+from ..messages import nearest
 from ..runs.schema import CASES, CaseRecord
 from .checkpoints import choose_kept, put_weights
 from .generation import generate_continuations
@@ -153,5 +153,5 @@ def _near(case_id: str, known: list[str]) -> str:
     if case_id.isdecimal() and numbers:
         near = sorted(sorted(numbers, key=lambda one: abs(one - int(case_id)))[:_NAMED])
         return f"nearest are {', '.join(map(str, near))}, of {len(known)} from {numbers[0]} to {numbers[-1]}"
-    near_texts = difflib.get_close_matches(case_id, known, _NAMED) or known[:_NAMED]
+    near_texts = nearest(case_id, known, _NAMED) or known[:_NAMED]
     return f"its {len(known)} cases are such as {', '.join(near_texts)}"

@@ -10,8 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from ..callbacks import EnergyRecord, RunState, read_energy_csv
-from ..hparams import SPHERE_ONLY
+from ..callbacks import RunState
+from ..energy_metrics import EnergyRecord
+from ..he_tracker import read_energy_csv
+from ..hparams import REMOVED, SPHERE_ONLY
 from ..runs.schema import (
     CONFIG,
     EDITS,
@@ -37,7 +39,7 @@ from .spaces import read_spaces_csv
 PAPER: Final = "paper"
 SPHERE: Final = "SPHERE"  # the variant that projects onto the principal space's complement
 # Hyperparameters that two arms of one experiment may differ in: SPHERE's, and where things lie.
-_NOT_COMPARED: Final = frozenset({*SPHERE_ONLY, "device", "stats_dir", "target_values_dir"})
+_NOT_COMPARED: Final = frozenset({*SPHERE_ONLY, *REMOVED, "device", "stats_dir", "target_values_dir"})
 _E = TypeVar("_E", bound=Estimate)
 
 

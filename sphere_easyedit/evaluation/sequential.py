@@ -25,16 +25,15 @@ from transformers import PreTrainedTokenizerBase
 from ..callbacks import (
     EditCallback,
     EditEvent,
-    HETracker,
     MeasureEvent,
     RunState,
     StopEditing,
-    read_energy_csv,
 )
 from ..editing.executors import tokenize_batch
 from ..editing.requests import EditRequest
 from ..editing.session import EditSession, resume_from
 from ..fingerprints import weights_checksum
+from ..he_tracker import HETracker, read_energy_csv
 from ..hparams import SPHEREHyperParams, check_hparams
 from ..inputs import check_parameters, check_tokenizer, default_torch_settings
 from ..messages import kind_and_text

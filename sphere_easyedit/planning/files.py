@@ -17,7 +17,7 @@ from ..editing.corpus import GENERATED, GENERATED_LENGTH
 from ..editing.covariance import FACTOR_FILED_FROM, moment_path
 from ..hparams import SPHEREHyperParams
 from ..models import max_positions
-from .memory import DOUBLE, FLOAT, keeps_keys, state_bytes, uses_null_space
+from .memory import DOUBLE, FLOAT, keeps_keys, state_bytes
 from .results import DiskItem, Download
 from .sizes import CHARACTERS_PER_TOKEN, ModelShape, Statistics
 
@@ -42,12 +42,12 @@ def bytes_to_download(source: str, shape: ModelShape) -> int | None:
 
 def find_statistics(config: PretrainedConfig, hparams: SPHEREHyperParams) -> Statistics:
     """Look for a run's statistics."""
-    given = uses_null_space(hparams) and hparams.P_loc is not None and Path(hparams.P_loc).exists()
+    given = hparams.method.uses_null_space and hparams.P_loc is not None and Path(hparams.P_loc).exists()
     if hparams.executor != "native" or given:
         return Statistics({})
     located: Any = SimpleNamespace(names=hparams.module_names(config), config=config)  # all that the path depends on
     paths = {layer: moment_path(located, hparams, layer) for layer in hparams.layers}
-    kind = "null_space_*" if uses_null_space(hparams) else "cholesky"
+    kind = "null_space_*" if hparams.method.uses_null_space else "cholesky"
     filed = all(any(path.parent.glob(f"{path.stem}_{kind}.safetensors")) for path in paths.values())
     missing = sum(not path.exists() for path in paths.values())
     return Statistics(paths, missing, filed, _corpus_tokens(hparams, max_positions(config)) if missing else 0)
@@ -77,8 +77,8 @@ def disk_items(shape: ModelShape, hparams: SPHEREHyperParams, num_edits: int, st
         each = shape.d_in**2 * getattr(torch, hparams.mom2_dtype).itemsize + _HEADER
         items += [DiskItem(f"statistics of {count} layers", folder, size, present) for count, size, present in (
             (len(there), sum(there), True), (statistics.missing, statistics.missing * each, False)) if count]
-        if uses_null_space(hparams) or shape.d_in >= FACTOR_FILED_FROM:
-            items.append(DiskItem("null spaces" if uses_null_space(hparams) else "factors of C", folder,
+        if hparams.method.uses_null_space or shape.d_in >= FACTOR_FILED_FROM:
+            items.append(DiskItem("null spaces" if hparams.method.uses_null_space else "factors of C", folder,
                                   state["metrics"] + layers * _HEADER, statistics.metric_is_filed))
     return items
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Final
 
 from ..editing.covariance import TOKENS_AT_ONCE
-from ..editing.executors import is_alphaedit
 from ..editing.grams import carries_grams
 from ..editing.solvers import BLOCK
 from ..editing.target_values import LOGITS_AT_ONCE
@@ -21,14 +20,9 @@ FLOAT: Final = 4  # bytes
 DOUBLE: Final = 8
 
 
-def uses_null_space(hparams: SPHEREHyperParams) -> bool:
-    """Whether keys are weighed by a null space; otherwise by a factor of C."""
-    return is_alphaedit(hparams)
-
-
 def keeps_keys(hparams: SPHEREHyperParams) -> bool:
     """Whether the keys of earlier edits are kept."""
-    return hparams.executor == "native" and (uses_null_space(hparams) or bool(hparams.keep_previous_keys))
+    return hparams.executor == "native" and hparams.method.keeps_keys(hparams)
 
 
 def null_space_columns(shape: ModelShape, hparams: SPHEREHyperParams) -> int:
@@ -53,10 +47,12 @@ def state_bytes(shape: ModelShape, hparams: SPHEREHyperParams, num_edits: int) -
     keys = num_edits if keeps_keys(hparams) else 0
     # At most: d_in keys at a time are absorbed into a factor of their own.
     factors = factor_bytes(min(keys, d_in)) + (factor_bytes(d_in) if keys > d_in else 0)
-    metric = d_in * null_space_columns(shape, hparams) * FLOAT if uses_null_space(hparams) else factor_bytes(d_in)
+    metric = (d_in * null_space_columns(shape, hparams) * FLOAT if hparams.method.uses_null_space
+              else factor_bytes(d_in))
     carried = carries_grams(hparams, hparams.executor == "native") and shape.d_out <= d_in
     gram = shape.d_out**2 * (DOUBLE if shape.d_out <= FLOAT64_SIDE else FLOAT) if carried else 0
-    each = {"original": weight, "unrestrained": weight if hparams.base_alg == "PRUNE" else 0, "metrics": metric,
+    each = {"original": weight, "metrics": metric,
+            "unrestrained": weight if hparams.method.restrains_whole_change else 0,
             "history": d_in * keys * FLOAT + factors, "grams": gram}
     return {name: len(hparams.layers) * size for name, size in each.items()}
 
@@ -96,7 +92,7 @@ def memory_items(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSe
         most = activation_bytes(shape, hparams, tokens, settings.batch_size)
         sums = (len(hparams.layers) * DOUBLE + DOUBLE + FLOAT) * square + TOKENS_AT_ONCE * running
         free = math.inf if hparams.state_memory is None else hparams.state_memory * 1e9
-        for name, size in (("null space" if uses_null_space(hparams) else "factor of C", state["metrics"]),
+        for name, size in (("null space" if hparams.method.uses_null_space else "factor of C", state["metrics"]),
                            (f"keys of {settings.num_edits} edits and their factor", state["history"])):
             kept = int(min(size, free))
             free -= kept

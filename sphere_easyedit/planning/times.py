@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from ..editing.contexts import generate_contexts, generator_on, sample_tokens
 from ..editing.corpus import GENERATED, GENERATED_AT_ONCE
 from ..editing.requests import parse_requests, tokenize_request
-from ..editing.restraints import prune, rect
 from ..editing.target_values import optimise_target_values
 from ..evaluation.datasets import EditRecord
 from ..evaluation.generation import generate_continuations
@@ -24,7 +23,7 @@ from ..hparams import SPHEREHyperParams
 from ..hyperspherical import hyperspherical_energy
 from ..models import EditableModel, frozen, max_positions
 from ..projection import PrincipalSpace
-from .memory import keeps_keys, null_space_columns, uses_null_space
+from .memory import keeps_keys, null_space_columns
 from .results import PlanSettings
 from .sizes import ModelShape, Statistics, Tokens, count_tokens
 
@@ -118,10 +117,10 @@ def _noise(rows: int, columns: int, device: torch.device) -> Tensor:
 def _project(weight: Tensor, hparams: SPHEREHyperParams, columns: int) -> None:
     """Restrain and project a made-up update of one layer."""
     wide = weight.float()
-    if hparams.base_alg == "RECT":
-        rect(0.01 * wide.roll(1, 0), wide, hparams.rect_keep)
-    if hparams.base_alg == "PRUNE":
-        prune(0.01 * wide.roll(1, 0), wide, hparams.prune_log_base)
+    update = 0.01 * wide.roll(1, 0)
+    hparams.method.restrain(update, wide, hparams)
+    if hparams.method.restrains_whole_change:
+        hparams.method.restrain_whole_change(update, wide, hparams)
     if hparams.projects:
         space = PrincipalSpace.from_weight(weight, hparams.gamma)
         space.suppress_keys(_noise(weight.shape[1], columns, weight.device), hparams.alpha)
@@ -133,7 +132,8 @@ def solve_flops(shape: ModelShape, hparams: SPHEREHyperParams, num_edits: int) -
     Each key is weighed about twice (``4 d_in q`` by the q columns of a null space, ``2 d_in^2`` by a factor of C) and
     solved with the ``m`` earlier keys that are kept (``2 d_in m + m^2``); d_in of these are absorbed at a time.
     """
-    weigh = 4.0 * shape.d_in * null_space_columns(shape, hparams) if uses_null_space(hparams) else 2.0 * shape.d_in**2
+    weigh = (4.0 * shape.d_in * null_space_columns(shape, hparams) if hparams.method.uses_null_space
+             else 2.0 * shape.d_in**2)
     if not keeps_keys(hparams):
         return len(hparams.layers) * 2 * num_edits * weigh
     most = min(num_edits, shape.d_in)  # so the mean of m is half of it, that of m^2 a third of its square
@@ -143,7 +143,7 @@ def solve_flops(shape: ModelShape, hparams: SPHEREHyperParams, num_edits: int) -
 
 def metric_flops(shape: ModelShape, hparams: SPHEREHyperParams, statistics: Statistics) -> float:
     """FLOPs of all layers' null spaces (eigenproblems) or Cholesky factors of C, where these are not on file."""
-    each = (10 / 3 if uses_null_space(hparams) else 1 / 3) * float(shape.d_in) ** 3
+    each = (10 / 3 if hparams.method.uses_null_space else 1 / 3) * float(shape.d_in) ** 3
     return 0.0 if statistics.metric_is_filed else len(hparams.layers) * each
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from ... import safe_yaml
+from ...messages import suggestion
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -63,20 +63,13 @@ def check_keys(mapping: Mapping[Any, Any], known: Collection[str], where: str) -
     """Refuse a key that is not known."""
     for key in mapping:
         if key not in known:
-            raise ValueError(f"{where} knows no {key!r}{hint(str(key), known)}")
+            raise ValueError(f"{where} knows no {key!r}{suggestion(str(key), known)}")
 
 
 def refuse_both(one: Iterable[str], other: Collection[str], where: str, there: str) -> None:
     """Refuse a name that stands in two places."""
     if both := [name for name in one if name in other]:
         raise ValueError(f"{both[0]} is given under both {where} and {there}: remove one")
-
-
-def hint(name: str, known: Collection[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, or all."""
-    by_lower = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    return f": did you mean {by_lower[near[0]]!r}?" if near else f"; known are {', '.join(known)}"
 
 
 def as_mapping(value: Any, where: str) -> Mapping[Any, Any]:

@@ -40,8 +40,9 @@ from types import MappingProxyType
 from typing import Any, Final, get_args
 
 from ...hparams import SPHEREHyperParams
+from ...messages import suggestion
 from ..datasets import DatasetName
-from .checks import as_flag, as_list, as_mapping, as_text, as_whole, check_keys, hint, read_yaml, refuse_both
+from .checks import as_flag, as_list, as_mapping, as_text, as_whole, check_keys, read_yaml, refuse_both
 from .grid import LONGEST, Group, arms_of, is_name, resolve, runs_of, without
 from .record import Run, Sweep
 from .slurm import check_slurm
@@ -165,7 +166,7 @@ class _Reader:
                 raise ValueError(f"{where} holds {key!r}: give an option's long name without dashes in front")
             if self._edit_options is not None and name not in self._edit_options:
                 raise ValueError(f"{where}: {key} is no option of `sphere-easyedit edit`"
-                                 f"{hint(name, self._edit_options)}")
+                                 f"{suggestion(name, self._edit_options)}")
             if name in found:
                 raise ValueError(f"{where} holds {name} in two spellings: remove one")
             if not all(isinstance(part, (str, int, float)) for part in as_list("" if item is None else item)):
@@ -214,7 +215,7 @@ def _settings(method: str, given: Mapping[str, Any], changed: Mapping[str, Any],
         hparams = hparams.replace("{model}", as_text(given["model"], f"{where}: model (or hparams, a file)"))
     dataset = "demo" if given["dataset"] is None else as_text(given["dataset"], f"{where}: dataset")
     if dataset not in get_args(DatasetName):
-        raise ValueError(f"{where}: dataset {dataset!r} is not known{hint(dataset, get_args(DatasetName))}")
+        raise ValueError(f"{where}: dataset {dataset!r} is not known{suggestion(dataset, get_args(DatasetName))}")
     return Run(
         name="", arm="", method=method, sphere=False, seed=0, hparams=hparams.replace("{method}", method), set=changed,
         dataset=dataset, data=None if given["data"] is None else as_text(given["data"], f"{where}: data"),

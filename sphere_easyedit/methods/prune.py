@@ -1,38 +1,34 @@
-"""RECT and PRUNE: how they restrain a weight change. Tensors only."""
+"""PRUNE (arXiv 2405.16821): bound the singular values of the whole change since the pretrained weight."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-_RECT_EPSILON = 1e-8  # EasyEdit's and the authors': keeps a zero weight from dividing
+from .memit import MEMIT
+
+if TYPE_CHECKING:
+    from ..hparams import SPHEREHyperParams
 
 
-def rect(update: Tensor, weight: Tensor, keep: float = 0.4) -> Tensor:
-    """RECT: keep the entries that change most relative to their weight, zero the others.
+class PRUNE(MEMIT):
+    """MEMIT, evaluated and saved with the singular values of its whole change bounded."""
 
-    Kept are those with ``|dW / (W + 1e-8)|`` at or above the value of rank ``int((1 - keep) * numel)``.
+    name = "PRUNE"
+    is_low_rank = False
+    restrains_whole_change = True
+    edits_as = MEMIT.name
+    offered_to_easyedit = True
+    starting_values: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {**MEMIT.starting_values, "principal_space": "pretrained", "prune_log_base": None})
 
-    Args:
-        update: dW ``(d_out, d_in)``.
-        weight: W ``(d_out, d_in)`` before the update.
-        keep: share of entries kept, in (0, 1].
-
-    Raises:
-        ValueError: keep is out of range, or the shapes differ.
-    """
-    if not 0.0 < keep <= 1.0:
-        raise ValueError(f"rect_keep is {keep}; give a share in (0, 1]")
-    if update.shape != weight.shape:
-        raise ValueError(f"update {tuple(update.shape)} and weight {tuple(weight.shape)} differ in shape")
-    rank = int((1 - keep) * update.numel())
-    if rank < 1:
-        return update.clone()
-    change = (update / (weight.to(update.dtype) + _RECT_EPSILON)).abs()
-    threshold = change.flatten().kthvalue(rank).values
-    return torch.where(change >= threshold, update, torch.zeros_like(update))
+    def restrain_whole_change(self, change: Tensor, original: Tensor, hparams: SPHEREHyperParams) -> Tensor:
+        return prune(change, original, hparams.prune_log_base)
 
 
 def prune(change: Tensor, original: Tensor, log_base: float | None = None) -> Tensor:

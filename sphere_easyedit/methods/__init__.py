@@ -1,0 +1,1 @@
+"""Base methods: one file each, registered by name."""

@@ -1,0 +1,49 @@
+"""MEMIT (arXiv 2210.07229): keys weighed by their covariance."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..editing.covariance import filed_factor
+from ..editing.origins import StatisticsFile
+from ..editing.shelves import Shelf
+from ..editing.solvers import CovarianceMetric, KeyHistory, KeyMetric, plain_memit_keys
+from ..models import EditableModel
+from .base import Method
+
+if TYPE_CHECKING:
+    from ..hparams import SPHEREHyperParams
+
+logger = logging.getLogger(__name__)
+
+
+class MEMIT(Method):
+    """``dW = R K^T (lambda C + K K^T)^-1``; with ``keep_previous_keys`` earlier keys join the bracket (Eq. 69)."""
+
+    name = "MEMIT"
+    required = (("mom2_update_weight",),)
+    reads_target_values = True
+    starting_values: ClassVar[Mapping[str, Any]] = MappingProxyType({"mom2_update_weight": 15000})
+
+    def key_metrics(self, editable: EditableModel, hparams: SPHEREHyperParams,
+                    statistics: Mapping[int, StatisticsFile], shelf: Shelf) -> dict[int, KeyMetric | None]:
+        metrics: dict[int, KeyMetric | None] = {}
+        for layer, file in statistics.items():
+            try:
+                factor = filed_factor(file.path, editable.d_in(layer), editable.device(layer), shelf)
+                metrics[layer] = CovarianceMetric(factor, hparams.mom2_update_weight)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                logger.warning("layer %d: the second moment of keys is not positive definite; each batch solves "
+                               "densely. More text (mom2_n_samples) would mend it", layer)
+                metrics[layer] = None
+        return metrics
+
+    def solve_densely(self, metric: KeyMetric | None, moment: Callable[[], Tensor], keys: Tensor, history: KeyHistory,
+                      hparams: SPHEREHyperParams) -> Tensor:
+        return plain_memit_keys(moment(), hparams.mom2_update_weight, keys, history)
