@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import EditCallback, EditEvent, EditSession
+from sphere_easyedit.callbacks import MeasureEvent, RunState
 from sphere_easyedit.evaluation import sequential
 from sphere_easyedit.evaluation.datasets import EditRecord, load_records
 from sphere_easyedit.evaluation.measuring import MeasureSettings
 from sphere_easyedit.evaluation.metrics import Protocol, evaluate_protocols, evaluate_records, summarise
 from sphere_easyedit.evaluation.neurons import NeuronRecord
-from sphere_easyedit.evaluation.run_records import RunRecords
+from sphere_easyedit.evaluation.run_directory import RunDirectory
+from sphere_easyedit.evaluation.run_records import RunRecords, read_state
 from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
 from sphere_easyedit.evaluation.spaces import read_spaces_csv
 from sphere_easyedit.he_tracker import read_energy_csv
@@ -93,6 +96,43 @@ def test_run_directory_holds_what_the_design_says(tmp_path: Path, llama_stats: P
     assert {phase.split()[0] for phase in phases} == {"before", "editing", "after"}
     assert "editing 5/5" in phases
     assert not list(run.rglob(".*"))  # no temporary file is left
+
+
+class Observer(EditCallback):
+    """Keeps what a run tells."""
+
+    def __init__(self) -> None:
+        self.events: list[MeasureEvent] = []
+        self.ends: list[RunState] = []
+
+    def on_measured(self, event: MeasureEvent) -> None:
+        self.events.append(event)
+
+    def on_run_end(self, run: RunState) -> None:
+        self.ends.append(run)
+
+
+def test_observers_get_what_the_files_hold(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase) -> None:
+    def run(observer: Observer) -> dict[str, Any]:
+        return run_sequential(
+            tiny_model("llama"), tok, load_records("demo", None, 5, 0), tiny_hparams(llama_stats, v_num_grad_steps=2),
+            RunSettings(tmp_path / "run", 2, resume=True, measure=MeasureSettings(every=4)), [observer]).summary
+
+    observer = Observer()
+    summary = run(observer)
+    batches = [event.batch for event in observer.events if event.batch is not None]
+    points = [event.measurement for event in observer.events if event.measurement is not None]
+    told = [(event.batch or event.measurement).num_edits for event in observer.events]  # type: ignore[union-attr]
+    assert told == [0, 2, 4, 4, 5, 5]  # in the order in which it happened
+    written = read_state(RunDirectory(tmp_path / "run"))
+    assert (batches, points) == (written.batches, written.measurements)
+    end, = observer.ends
+    assert (end.batches, end.measurements, end.energy, end.spaces) == (
+        written.batches, written.measurements, written.energy, written.spaces)
+    assert end.config == written.config and end.summary is not None and end.summary.to_dict() == summary
+    again = Observer()
+    assert run(again) == summary
+    assert again.events == [] and [state.summary for state in again.ends] == [end.summary]
 
 
 def test_same_seed_same_bits(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase) -> None:

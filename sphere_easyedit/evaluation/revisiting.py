@@ -15,18 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from ..callbacks import EditCallback, EditEvent, MeasureEvent, RunState
 from ..editing.session import EditSession
 from ..hparams import SPHEREHyperParams
-from ..runs.schema import (
-    METRICS,
-    NEURONS,
-    SCORES,
-    SKIPPED,
-    SPACES,
-    SUMMARY,
-    Measurement,
-    Skipped,
-    Summary,
-    read_record,
-)
+from ..runs import schema
+from ..runs.schema import Measurement, Skipped, Summary, read_record
 from .checkpoints import put_weights, saved_weights
 from .datasets import EditRecord, load_records, records_fingerprint, with_protocol_targets
 from .measuring import (
@@ -76,7 +66,7 @@ class EditedRun:
             raise ValueError(f"the facts of {path} are not in its data set any more: {config['run']['data']} has "
                              "changed since")
         # Refused before editing or left out at it; the summary has both, but only once the run has ended.
-        skipped = {one.case_id for one in self.directory.records(SKIPPED, Skipped)}
+        skipped = {one.case_id for one in self.directory.records(schema.SKIPPED, Skipped)}
         summary = self._summary()
         if summary is not None:
             skipped |= {one.case_id for one in summary.skipped}
@@ -131,10 +121,10 @@ class EditedRun:
         return [one for one in measurer.measurements if one.num_edits in numbers]
 
     def _summary(self) -> Summary | None:
-        if not self.directory.has(SUMMARY):
+        if not self.directory.has(schema.SUMMARY):
             return None
-        where = f"{self.directory.path / SUMMARY} is no summary of a run"
-        summary = read_record(Summary, self.directory.read_json(SUMMARY), where)
+        where = f"{self.directory.path / schema.SUMMARY} is no summary of a run"
+        summary = read_record(Summary, self.directory.read_json(schema.SUMMARY), where)
         if summary.num_edits < 1:
             raise ValueError(f"{where}: num_edits is {summary.num_edits}: it was changed by hand or damaged")
         return summary
@@ -149,7 +139,7 @@ class EditedRun:
     def _warn_of_facts(self, point: DueMeasurement, settings: MeasureSettings, measurements: Sequence[Measurement]
                        ) -> None:
         """Warn of what a point's measurements keep to, though it is asked for otherwise or can't be told."""
-        scores = self.directory.lines(f"{SCORES}/{point.when}-{point.num_edits}.jsonl")
+        scores = self.directory.lines(f"{schema.SCORES}/{point.when}-{point.num_edits}.jsonl")
         asked = {self.records[case].case_id for case in point.cases}
         whole = len(asked) == (point.num_edits or len(self.records))
         for protocol, found in measured_at(measurements, point).items():
@@ -176,7 +166,7 @@ class EditedRun:
 
     def _warn(self, what: str, how: str) -> None:
         logger.warning("%s has %s already, %s: it stays. Remove its line to have it measured anew",
-                       self.directory.path / METRICS, what, how)
+                       self.directory.path / schema.METRICS, what, how)
 
     def describe_weights(self, model: nn.Module, progress: Progress | None = None) -> None:
         """Write ``neurons.safetensors`` of the latest kept weights, and ``spaces.csv`` of the changes between them.
@@ -212,9 +202,9 @@ class EditedRun:
             return EditEvent(model, editable.weights(), num_edits, 0, ())
 
         with self.directory.locked():
-            spaces = self.directory.place(SPACES)
+            spaces = self.directory.place(schema.SPACES)
             told = spaces.is_file() and covers(read_spaces_csv(spaces), kept[-1])
-            path = self.directory.place(NEURONS)
+            path = self.directory.place(schema.NEURONS)
             seen = path.is_file() and NeuronRecord.read(path).num_edits >= kept[-1]
             if told and seen:
                 return

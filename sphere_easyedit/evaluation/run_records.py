@@ -14,14 +14,8 @@ from ..callbacks import RunState
 from ..energy_metrics import EnergyRecord
 from ..he_tracker import read_energy_csv
 from ..hparams import REMOVED, SPHERE_ONLY
+from ..runs import schema
 from ..runs.schema import (
-    CONFIG,
-    EDITS,
-    ENERGY,
-    METRICS,
-    NEURONS,
-    SPACES,
-    SUMMARY,
     BatchRecord,
     CaseId,
     Estimate,
@@ -77,16 +71,16 @@ class RunRecords:
                 names file and line.
         """
         files = RunDirectory(Path(directory))
-        for name in (CONFIG, METRICS):
+        for name in (schema.CONFIG, schema.METRICS):
             if not files.has(name):
                 raise ValueError(f"{directory} has no {name}: give the directory of a run, as `edit --output` makes it")
         state = read_state(files)
-        _check_unique(files.path / METRICS, [
+        _check_unique(files.path / schema.METRICS, [
             # Tasks may be measured one after the other, by one protocol.
             (point.num_edits, point.when, point.protocol, task) for point in state.measurements
             for task in point.abilities or ("",)])
-        _check_unique(files.path / EDITS, [batch.num_edits for batch in state.batches])
-        _check_unique(files.path / SPACES, [(space.num_edits, space.layer) for space in state.spaces])
+        _check_unique(files.path / schema.EDITS, [batch.num_edits for batch in state.batches])
+        _check_unique(files.path / schema.SPACES, [(space.num_edits, space.layer) for space in state.spaces])
         return cls.of(state)
 
     @classmethod
@@ -208,7 +202,7 @@ class RunRecords:
         Raises:
             ValueError: ``neurons.safetensors`` is damaged, or leads out of the directory.
         """
-        path = RunDirectory(self.directory).place(NEURONS)
+        path = RunDirectory(self.directory).place(schema.NEURONS)
         return NeuronRecord.read(path) if path.is_file() else None
 
     def scores(self, when: When, num_edits: int, protocol: str = PAPER) -> dict[CaseId, dict[str, float]]:
@@ -242,10 +236,11 @@ def find_runs(folder: str | Path) -> list[RunRecords]:
     Raises:
         ValueError: there are none, or one can't be read.
     """
-    found = [path.parent for path in sorted(Path(folder).rglob(METRICS)) if (path.parent / CONFIG).is_file()]
+    found = [path.parent for path in sorted(Path(folder).rglob(schema.METRICS))
+             if (path.parent / schema.CONFIG).is_file()]
     if not found:
-        raise ValueError(f"{folder} holds no run (a directory with {CONFIG} and {METRICS}): give a folder of "
-                         "runs")
+        raise ValueError(f"{folder} holds no run (a directory with {schema.CONFIG} and {schema.METRICS}): give a "
+                         "folder of runs")
     return [RunRecords.read(path) for path in found]
 
 
@@ -256,10 +251,11 @@ def read_state(files: RunDirectory) -> RunState:
         ValueError: a file does not have its form; the message names file and line.
     """
     return RunState(
-        files.path, _config(files), files.records(EDITS, BatchRecord), files.measurements(),
-        read_energy_csv(files.place(ENERGY)) if files.has(ENERGY) else (),
-        read_spaces_csv(files.place(SPACES)) if files.has(SPACES) else (),
-        read_record(Summary, files.read_json(SUMMARY), str(files.path / SUMMARY)) if files.has(SUMMARY) else None)
+        files.path, _config(files), files.records(schema.EDITS, BatchRecord), files.measurements(),
+        read_energy_csv(files.place(schema.ENERGY)) if files.has(schema.ENERGY) else (),
+        read_spaces_csv(files.place(schema.SPACES)) if files.has(schema.SPACES) else (),
+        read_record(Summary, files.read_json(schema.SUMMARY), str(files.path / schema.SUMMARY))
+        if files.has(schema.SUMMARY) else None)
 
 
 def _measured(estimates: Mapping[str, _E]) -> dict[str, _E]:
@@ -271,8 +267,8 @@ def _config(files: RunDirectory) -> Mapping[str, Any]:
     config = files.read_config()
     for part in ("run", "hparams"):
         if not isinstance(config.get(part), dict):
-            raise ValueError(f"{files.path / CONFIG} has no mapping `{part}`: give a run whose config is whole")
-    read_record(RunDescription, config["run"], f"{files.path / CONFIG}, run")
+            raise ValueError(f"{files.path / schema.CONFIG} has no mapping `{part}`: give a run whose config is whole")
+    read_record(RunDescription, config["run"], f"{files.path / schema.CONFIG}, run")
     return config
 
 

@@ -38,21 +38,8 @@ from ..hparams import SPHEREHyperParams, check_hparams
 from ..inputs import check_parameters, check_tokenizer, default_torch_settings
 from ..messages import kind_and_text
 from ..models import EditableModel
+from ..runs import schema
 from ..runs.schema import (
-    CASES,
-    CONFIG,
-    CONFLICTS,
-    EDITS,
-    ENERGY,
-    EXAMPLES,
-    FACT_METRICS,
-    METRICS,
-    NEURONS,
-    SCORES,
-    SKIPPED,
-    SPACES,
-    SUMMARY,
-    TEXTS,
     BatchRecord,
     CaseRecord,
     Measurement,
@@ -174,7 +161,7 @@ def run_sequential(
         raise ValueError("there are no records to edit")
     run = RunDirectory(settings.output)
     run.check_places()
-    goes_on = settings.resume and run.has(CONFIG)
+    goes_on = settings.resume and run.has(schema.CONFIG)
     if not goes_on and settings.output.exists() and any(settings.output.iterdir()):
         raise ValueError(f"{settings.output} is not empty: give a new directory for the run"
                          + (", this one holds no run to resume" if settings.resume else ", or resume it"))
@@ -197,7 +184,7 @@ def run_sequential(
     config = run_config(model, hparams, described)
     if goes_on:
         same_versions = check_same_run(run, config)
-        if run.has(SUMMARY):
+        if run.has(schema.SUMMARY):
             logger.info("%s is finished: nothing is left to do", settings.output)
             return _finished(run, callbacks, [record.edit_prompt for record in records[: settings.examples]])
     with run.locked():
@@ -205,10 +192,10 @@ def run_sequential(
             _go_back_to_checkpoint(run, editable, same_versions)
             config = run.read_config()
         else:
-            run.write_text(CONFIG, yaml.safe_dump(config, sort_keys=False))
+            run.write_text(schema.CONFIG, yaml.safe_dump(config, sort_keys=False))
             if conflicts := find_conflicts(records):
                 logger.warning("%s", conflicts.summary())
-                run.write_json(CONFLICTS, conflicts.to_dict())
+                run.write_json(schema.CONFLICTS, conflicts.to_dict())
         return work.complete(config, preparation_seconds)
 
 
@@ -221,13 +208,13 @@ def _go_back_to_checkpoint(run: RunDirectory, editable: EditableModel, same_vers
     num_edits = numbers[-1] if numbers else 0
     if numbers:
         resume_from(editable, run.checkpoints, num_edits)
-    run.keep_until(EDITS, num_edits)
-    run.keep_until(SKIPPED, num_edits - 1)  # with as many edits in the model, the batch after it was tried
-    run.keep_whole_lines(METRICS)
+    run.keep_until(schema.EDITS, num_edits)
+    run.keep_until(schema.SKIPPED, num_edits - 1)  # with as many edits in the model, the batch after it was tried
+    run.keep_whole_lines(schema.METRICS)
     if not same_versions:
-        run.keep_until(METRICS, num_edits)
-        run.place(NEURONS).unlink(missing_ok=True)  # the next measurement makes it anew
-        for path in itertools.chain.from_iterable(run.place(part).glob("*.jsonl") for part in (SCORES, TEXTS)):
+        run.keep_until(schema.METRICS, num_edits)
+        run.place(schema.NEURONS).unlink(missing_ok=True)  # the next measurement makes it anew
+        for path in [*run.place(schema.SCORES).glob("*.jsonl"), *run.place(schema.TEXTS).glob("*.jsonl")]:
             edits = path.stem.rpartition("-")[2]
             if edits.isdecimal() and int(edits) > num_edits:
                 path.unlink()
@@ -244,8 +231,8 @@ class _Run:
         self._settings, self._run, self._observers, self._progress = settings, run, callbacks, progress
         self._session = EditSession.of(editable.model)
         self._measurer = Measurer(editable, tok, records, settings.measure, run, progress, self._on_measured)
-        self._tracker = HETracker(run.place(ENERGY))
-        self._spaces = SpaceTracker(run.place(SPACES), hparams.gamma, hparams.principal_space == "pretrained")
+        self._tracker = HETracker(run.place(schema.ENERGY))
+        self._spaces = SpaceTracker(run.place(schema.SPACES), hparams.gamma, hparams.principal_space == "pretrained")
         self._log = _BatchLog(run, self._tracker, self._spaces, self._efficacy)
         self._callbacks = [*callbacks, self._tracker, self._log]
         self._told = 0  # batches of the log that observers were told of
@@ -298,19 +285,21 @@ class _Run:
 
     def complete(self, config: Mapping[str, Any], preparation_seconds: float) -> RunResult:
         """Do what is left, and sum up."""
-        session, run, total = self._session_now(), self._run, len(self._records)
-        if session.num_edits == 0 and not run.has(EXAMPLES):
+        # Going back to a checkpoint exchanged the session.
+        session = self._session = EditSession.of(self._editable.model)
+        run, total = self._run, len(self._records)
+        if session.num_edits == 0 and not run.has(schema.EXAMPLES):
             self._said_before = self._continuations()
-            run.write_json(EXAMPLES, {"before": self._said_before})
+            run.write_json(schema.EXAMPLES, {"before": self._said_before})
         else:
             self._said_before = _examples(run)["before"]
         self._config = config
         if session.num_edits:
-            self._tracker.records = read_energy_csv(run.place(ENERGY))
-            self._spaces.records = read_spaces_csv(run.place(SPACES)) if run.has(SPACES) else []
-            self._log.batches = run.records(EDITS, BatchRecord)
+            self._tracker.records = read_energy_csv(run.place(schema.ENERGY))
+            self._spaces.records = read_spaces_csv(run.place(schema.SPACES)) if run.has(schema.SPACES) else []
+            self._log.batches = run.records(schema.EDITS, BatchRecord)
             self._told = len(self._log.batches)
-        self._skips.add(run.records(SKIPPED, Skipped))
+        self._skips.add(run.records(schema.SKIPPED, Skipped))
         begun = self._skips.tried(session.num_edits, self._ends)
         tried = 0
         for size in (0, *self._sizes):  # the model as it was loaded comes before the first batch
@@ -335,11 +324,6 @@ class _Run:
             self._end_early(tried)
         return self._sum_up(preparation_seconds, tried)
 
-    def _session_now(self) -> EditSession:
-        """The model's session, which going back to a checkpoint exchanges."""
-        self._session = EditSession.of(self._editable.model)
-        return self._session
-
     def _state(self, summary: Summary | None = None) -> RunState:
         return RunState(self._run.path, self._config, self._log.batches, self._measurer.measurements,
                         self._tracker.records, self._spaces.records, summary)
@@ -362,7 +346,7 @@ class _Run:
         for point in points:
             self._measurer.measure(self._of_the_edited(point, tried))
         if tried == total or any(point.when == "during" for point in points):
-            self._neurons.write(self._run.place(NEURONS), self._editable.weights(), self._skips.edited(tried))
+            self._neurons.write(self._run.place(schema.NEURONS), self._editable.weights(), self._skips.edited(tried))
         if abilities_are_due(tried, size, total, measure.abilities):
             self._measurer.measure_abilities(when_after(tried, total), self._skips.edited(tried))
 
@@ -374,7 +358,7 @@ class _Run:
         save_weights(self._editable, self._run.checkpoints, num_edits)
         if measure.after:
             self._measurer.measure(self._last_point(tried))
-        self._neurons.write(self._run.place(NEURONS), self._editable.weights(), num_edits)
+        self._neurons.write(self._run.place(schema.NEURONS), self._editable.weights(), num_edits)
         if measure.abilities.tasks:
             self._measurer.measure_abilities("after", num_edits)
 
@@ -407,7 +391,7 @@ class _Run:
         skipped = [Skipped(fact.index, fact.case_id, num_edits, kind_and_text(error)) for fact, error in faults]
         for one in skipped:
             logger.warning("case_id %s was left out: %s", one.case_id, one.error)
-            self._run.append(SKIPPED, one.to_dict())
+            self._run.append(schema.SKIPPED, one.to_dict())
         self._skips.add(skipped)
         self._check_edited(first + size)
 
@@ -483,8 +467,8 @@ class _Run:
             evaluation_seconds=sum(one.seconds for one in self._measurer.measurements),
             peak_memory_bytes=peak_memory_bytes(self._editable.model),
             weights_sha256=weights_checksum(self._editable))
-        run.write_json(EXAMPLES, {"before": self._said_before, "after": after})
-        run.write_json(SUMMARY, summary.to_dict())
+        run.write_json(schema.EXAMPLES, {"before": self._said_before, "after": after})
+        run.write_json(schema.SUMMARY, summary.to_dict())
         for observer in self._observers:
             observer.on_run_end(self._state(summary))
         return RunResult(summary.to_dict(), self._tracker, generations)
@@ -510,7 +494,7 @@ class _Run:
                 record.case_id, record.edit_prompt, record.subject, record.target_new, record.target_true,
                 None if was is None else _scores(was), _scores(is_now),
                 None if said is None else {"before": said[0], "after": said[1]}).to_dict())
-        self._run.write_lines(CASES, lines)
+        self._run.write_lines(schema.CASES, lines)
 
 
 def _checkpoints(sizes: Sequence[int], every: int) -> set[int]:
@@ -530,12 +514,12 @@ def _finished(run: RunDirectory, callbacks: Sequence[EditCallback], examples: Se
     for callback in callbacks:
         callback.on_run_end(state)
     said = _examples(run)
-    return RunResult(run.read_json(SUMMARY), tracker,
+    return RunResult(run.read_json(schema.SUMMARY), tracker,
                      list(zip(examples, said["before"], said["after"], strict=False)))
 
 
 def _examples(run: RunDirectory) -> dict[str, list[str]]:
-    return read_record(dict[str, list[str]], run.read_json(EXAMPLES), str(run.path / EXAMPLES))
+    return read_record(dict[str, list[str]], run.read_json(schema.EXAMPLES), str(run.path / schema.EXAMPLES))
 
 
 class _BatchLog(EditCallback):
@@ -566,7 +550,7 @@ class _BatchLog(EditCallback):
         batch = BatchRecord(
             event.num_edits, tuple(event.case_ids), dict(event.seconds), wall_seconds, tuple(event.losses),
             dict(event.update_norms), self._tracker.records[-1].energy, self._efficacy(), event.strength)
-        self._run.append(EDITS, batch.to_dict())
+        self._run.append(schema.EDITS, batch.to_dict())
         self.batches.append(batch)
 
 
@@ -593,7 +577,7 @@ class _Undo(EditCallback):
 
 
 def _scores(scores: CaseScores) -> dict[str, float | None]:
-    return {metric: getattr(scores, metric) for metric in FACT_METRICS}
+    return {metric: getattr(scores, metric) for metric in schema.FACT_METRICS}
 
 
 def peak_memory_bytes(model: nn.Module) -> int:
