@@ -33,16 +33,17 @@ class FollowedWeights:
     """
 
     def __init__(self, run: Path, editable: EditableModel, hparams: SPHEREHyperParams, ends: Sequence[int]) -> None:
-        if hparams.base_alg != "PRUNE":
+        followed = hparams.method.edits_as
+        if followed is None:
             raise ValueError(f"base_alg is {hparams.base_alg}, but only PRUNE edits as another method's run did: leave "
                              "out the run to follow")
         self._folder = RunDirectory(run).checkpoints
         if not (run / CONFIG).is_file():
             raise ValueError(f"{run} holds no run to follow (no {CONFIG})")
         theirs = SPHEREHyperParams.from_dict(RunDirectory(run).read_config()["hparams"])
-        if theirs.base_alg != "MEMIT" or theirs.projects:
-            raise ValueError(f"{run} is a run of {theirs.base_alg} with alpha {theirs.alpha}: PRUNE follows MEMIT with "
-                             "alpha 0")
+        if theirs.base_alg != followed or theirs.projects:
+            raise ValueError(f"{run} is a run of {theirs.base_alg} with alpha {theirs.alpha}: {hparams.base_alg} "
+                             f"follows {followed} with alpha 0")
         was, now = theirs.to_dict(), hparams.to_dict()
         differing = sorted(name for name in now if name not in _FREE and was.get(name) != now[name])
         if differing:

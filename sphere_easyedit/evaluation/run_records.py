@@ -13,6 +13,7 @@ from typing import Any, Final, get_args
 from ..energy_metrics import EnergyRecord
 from ..he_tracker import read_energy_csv
 from ..hparams import REMOVED, SPHERE_ONLY
+from ..methods.registry import METHODS
 from .neurons import NeuronRecord
 from .run_directory import CONFIG, EDITS, ENERGY, METRICS, NEURONS, SPACES, SUMMARY, RunDirectory, When
 from .spaces import SpaceRecord, read_spaces_csv
@@ -161,7 +162,9 @@ class RunRecords:
     @property
     def base(self) -> str:
         """The base method: the algorithm, and whether it has earlier keys in its bracket where that is a choice."""
-        earlier = self.config["hparams"].get("keep_previous_keys") and self.algorithm != "AlphaEdit"
+        method = METHODS.find(self.algorithm)
+        is_choice = method is None or not method.always_keeps_keys
+        earlier = self.config["hparams"].get("keep_previous_keys") and is_choice
         return f"{self.algorithm}, earlier keys" if earlier else self.algorithm
 
     @cached_property
