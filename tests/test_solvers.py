@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 import sphere_easyedit as sphere
 from sphere_easyedit.editing import executors, solvers
 from sphere_easyedit.editing.covariance import load_moment, moment_path, save_moment
-from sphere_easyedit.editing.shelves import Shelf
 from sphere_easyedit.editing.solvers import (
     CholeskyFactor,
     CovarianceMetric,
@@ -32,6 +31,7 @@ from sphere_easyedit.editing.solvers import (
     plain_alphaedit_keys,
     plain_memit_keys,
 )
+from sphere_easyedit.editing.tensor_store import TensorStore
 from sphere_easyedit.models import EditableModel
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
@@ -506,12 +506,12 @@ def test_what_is_made_lies_where_it_is_asked_for() -> None:
     assert KeyHistory.empty(WIDTH, None, meta).device == meta
     assert KeyHistory(torch.zeros(WIDTH, 2), None, meta).keys.is_meta
     assert KeyHistory(torch.zeros(WIDTH, 2, device=meta), None).keys.is_meta
-    assert all(row.is_meta for row in solvers._scaled_identity(2.0, 300, meta, Shelf()))
+    assert all(row.is_meta for row in solvers._scaled_identity(2.0, 300, meta, TensorStore()))
     assert solvers._probes(3, meta).is_meta
     assert solvers._probes(30, meta).is_meta
 
 
-class _Noted(Shelf):
+class _Noted(TensorStore):
     """Remembers what was put on it."""
 
     def __init__(self) -> None:
@@ -530,27 +530,27 @@ class _Noted(Shelf):
 def test_what_is_derived_is_kept_on_the_shelf(monkeypatch: pytest.MonkeyPatch) -> None:
     """However it comes about: a bound on the device's memory would not hold for what is not."""
     monkeypatch.setattr(solvers, "BLOCK", 5)
-    cpu, shelf, moment = torch.device("cpu"), _Noted(), some_moment(0).double()
-    factor = CholeskyFactor.of(moment, cpu, shelf)
-    merged = CholeskyFactor(shelf=shelf).extended(moment[:2, :2]).extended(moment[2:4, :4])
-    summed = CholeskyFactor.of_sum([moment.clone()], [moment], cpu, shelf)
-    moved = CholeskyFactor.of(moment).on(cpu, shelf)
+    cpu, store, moment = torch.device("cpu"), _Noted(), some_moment(0).double()
+    factor = CholeskyFactor.of(moment, cpu, store)
+    merged = CholeskyFactor(store=store).extended(moment[:2, :2]).extended(moment[2:4, :4])
+    summed = CholeskyFactor.of_sum([moment.clone()], [moment], cpu, store)
+    moved = CholeskyFactor.of(moment).on(cpu, store)
     for made in (factor, merged, summed, moved, factor.extended(torch.eye(WIDTH + 1, dtype=torch.float64)[-1:])):
-        assert made.shelf is shelf
-        assert shelf.holds(made.rows)
-    assert shelf.holds(factor.products(cpu))
-    assert shelf.holds(solvers._scaled_identity(2.0, WIDTH, cpu, shelf))
-    space = two_forms(0, 7)[0].on(cpu, shelf)
-    assert shelf.holds([space.columns])
-    for metric in (NullSpaceMetric(space, 0.5, shelf), CovarianceMetric(factor, 2.0)):
-        history = KeyHistory.empty(WIDTH, metric, cpu, shelf)
+        assert made.store is store
+        assert store.holds(made.rows)
+    assert store.holds(factor.products(cpu))
+    assert store.holds(solvers._scaled_identity(2.0, WIDTH, cpu, store))
+    space = two_forms(0, 7)[0].on(cpu, store)
+    assert store.holds([space.columns])
+    for metric in (NullSpaceMetric(space, 0.5, store), CovarianceMetric(factor, 2.0)):
+        history = KeyHistory.empty(WIDTH, metric, cpu, store)
         for i in range(9):
             history = history.extended(some_keys(i, 3, False))
             assert history.factor is not None
-            assert shelf.holds([*history.factor.rows, *history._waiting])
+            assert store.holds([*history.factor.rows, *history._waiting])
         assert history.metric is not metric
         absorbed = history.metric._absorbed if isinstance(metric, NullSpaceMetric) else history.metric._factor
-        assert shelf.holds([*absorbed.rows, *history._absorbed])
+        assert store.holds([*absorbed.rows, *history._absorbed])
 
 
 def test_history_lets_go_of_the_tensor_that_it_was_made_of() -> None:
@@ -561,7 +561,7 @@ def test_history_lets_go_of_the_tensor_that_it_was_made_of() -> None:
 
 def test_bare_history_keeps_its_keys_alone() -> None:
     history = KeyHistory(some_keys(0, 4, False), null_space_metric(1, 7, 0.5))
-    bare = history.bare()
+    bare = history.keys_only()
     assert (bare.metric, bare.factor) == (None, None)
     assert torch.equal(bare.keys, history.keys)
     assert bare.nbytes == history.keys.nbytes < history.nbytes
@@ -585,18 +585,18 @@ def test_state_on_the_host_comes_to_where_it_is_computed(kind: str, room: int | 
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", noted)
     monkeypatch.setattr(solvers, "BLOCK", 8)
-    device, shelf = torch.device("lazy:0"), Shelf(room)  # the one that torch always knows
+    device, store = torch.device("lazy:0"), TensorStore(room)  # the one that torch always knows
     home = device if room is None else torch.device("cpu")
     with FakeTensorMode():
         metric: KeyMetric
         if kind == "MEMIT":
-            factor = CholeskyFactor.of(torch.zeros(WIDTH, WIDTH), device, shelf)
+            factor = CholeskyFactor.of(torch.zeros(WIDTH, WIDTH), device, store)
             assert all(row.device == home for row in factor.rows)
             metric = CovarianceMetric(factor, 3.0)
         else:
-            space = NullSpace(torch.zeros(WIDTH, 9), kind == "complement").on(device, shelf)
-            metric = NullSpaceMetric(space, 0.4, shelf)
-        history = KeyHistory.empty(WIDTH, metric, device, shelf)
+            space = NullSpace(torch.zeros(WIDTH, 9), kind == "complement").on(device, store)
+            metric = NullSpaceMetric(space, 0.4, store)
+        history = KeyHistory.empty(WIDTH, metric, device, store)
         for count in (4, 4, 8, 8):
             history = history.extended(torch.zeros(WIDTH, count))
         found = adjusted_keys(history, torch.zeros(WIDTH, 17, device=device))

@@ -36,8 +36,8 @@ from .corpus import corpus_name, text_length, token_sequences
 from .origins import Finding, Origins, StatisticsFile, contents_of, unchanged, write_origin
 from .remaining import RemainingTime
 from .replay import BlockReplay, as_rows, first_input, pad_rows
-from .shelves import Shelf
 from .solvers import CholeskyFactor, NullSpace
+from .tensor_store import TensorStore
 
 if TYPE_CHECKING:
     from ..hparams import SPHEREHyperParams
@@ -358,10 +358,10 @@ def _eigenvectors(moment: Tensor, first: int, last: int) -> Tensor:
 
 
 def filed_null_space(statistics: Path, d_in: int, threshold: float | None, share: float | None,
-                     device: torch.device, shelf: Shelf | None = None) -> NullSpace:
+                     device: torch.device, store: TensorStore | None = None) -> NullSpace:
     """``null_space`` of the second moment in a statistics file, kept beside it.
 
-    Where the shelf's room is bounded, it is derived on the host.
+    Where the store has a limit, it is derived on the host.
 
     Raises:
         ValueError: the statistics don't fit, or nothing is left to keep.
@@ -371,14 +371,14 @@ def filed_null_space(statistics: Path, d_in: int, threshold: float | None, share
     stored = _read_derived(path, origin)
     for name, complement in (("kept", False), ("left_out", True)):
         if name in stored:
-            return NullSpace(stored[name], complement).on(device, shelf)
+            return NullSpace(stored[name], complement).on(device, store)
     there = load_moment(statistics, d_in)
-    space = null_space(there if shelf is not None and shelf.is_bounded else there.to(device), threshold, share)
+    space = null_space(there if store is not None and store.is_bounded else there.to(device), threshold, share)
     _write_derived(path, origin, {"left_out" if space.complement else "kept": space.columns})
-    return space.on(device, shelf)
+    return space.on(device, store)
 
 
-def filed_factor(statistics: Path, d_in: int, device: torch.device, shelf: Shelf | None = None) -> CholeskyFactor:
+def filed_factor(statistics: Path, d_in: int, device: torch.device, store: TensorStore | None = None) -> CholeskyFactor:
     """The Cholesky factor of the second moment in a statistics file, float64; a wide one is kept beside it.
 
     Reading it back at 4096 takes a fifth of the time of making it; it takes the disk space of C itself.
@@ -388,12 +388,12 @@ def filed_factor(statistics: Path, d_in: int, device: torch.device, shelf: Shelf
         torch.linalg.LinAlgError: the second moment is not positive definite.
     """
     if d_in < FACTOR_FILED_FROM:
-        return CholeskyFactor.of(load_moment(statistics, d_in), device, shelf)
+        return CholeskyFactor.of(load_moment(statistics, d_in), device, store)
     path, origin = _beside(statistics, "cholesky"), _origin(statistics, "cholesky")
     stored = _read_derived(path, origin)
     if stored:
-        return CholeskyFactor([stored[f"rows.{i}"] for i in range(len(stored))]).on(device, shelf)
-    factor = CholeskyFactor.of(load_moment(statistics, d_in), device, shelf)
+        return CholeskyFactor([stored[f"rows.{i}"] for i in range(len(stored))]).on(device, store)
+    factor = CholeskyFactor.of(load_moment(statistics, d_in), device, store)
     _write_derived(path, origin, {f"rows.{i}": row for i, row in enumerate(factor.rows)})
     return factor
 

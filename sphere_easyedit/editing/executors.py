@@ -25,9 +25,9 @@ from .replay import check_replay, pad_rows
 from .requests import EditRequest, TokenizedRequest, tokenize_prompt, tokenize_request
 from .session import EditSession
 from .sharing import batch_states, target_values
-from .shelves import Shelf
 from .solvers import KeyHistory, LowRankUpdate, Update, adjusted_keys, dense
 from .target_values import TargetValues
+from .tensor_store import TensorStore
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +74,9 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
     if any(history.device != editable.device(layer) for layer, history in session.history.items()):
         logger.info("the model moved to another device: the session follows")
         session.metrics, session.spaces = {}, {}
-        session.history = {layer: history.bare() for layer, history in session.history.items()}
-    if session.shelf is None:
-        session.shelf = _shelf(hparams)
+        session.history = {layer: history.keys_only() for layer, history in session.history.items()}
+    if session.store is None:
+        session.store = _tensor_store(hparams)
     if set(session.metrics) != set(editable.layers):
         with restored_after(editable):
             # The statistics are filed as the unedited model's, so it is the unedited model they must come from.
@@ -85,15 +85,15 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
             if hparams.method.needs_statistics(hparams):
                 session.statistics = statistics_files(editable, tok, hparams)
             with unchanged(session.statistics.values()):
-                session.metrics = hparams.method.key_metrics(editable, hparams, session.statistics, session.shelf)
+                session.metrics = hparams.method.key_metrics(editable, hparams, session.statistics, session.store)
     for layer in editable.layers:
         history = session.history.get(layer)
         metric = session.metrics[layer]
         device = editable.device(layer)
         if history is None:
-            history = KeyHistory.empty(editable.d_in(layer), metric, device, session.shelf)
+            history = KeyHistory.empty(editable.d_in(layer), metric, device, session.store)
         elif history.metric is None:  # just loaded, or moved
-            history = KeyHistory(history.keys, metric, device, session.shelf)
+            history = KeyHistory(history.keys, metric, device, session.store)
         session.history[layer] = history
 
 
@@ -127,9 +127,9 @@ def warn_of_indirect_outputs(editable: EditableModel, tok: PreTrainedTokenizerBa
                        type(editable.model).__name__)
 
 
-def _shelf(hparams: SPHEREHyperParams) -> Shelf:
+def _tensor_store(hparams: SPHEREHyperParams) -> TensorStore:
     room = None if hparams.state_memory is None else int(hparams.state_memory * 1e9)
-    return Shelf(room, None if hparams.state_folder is None else Path(hparams.state_folder))
+    return TensorStore(room, None if hparams.state_folder is None else Path(hparams.state_folder))
 
 
 def tokenize_batch(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest],

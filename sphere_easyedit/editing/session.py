@@ -26,15 +26,15 @@ from ..projection import PrincipalSpace
 from .grams import GramMatrix
 from .origins import StatisticsFile
 from .output_path import OutputPath
-from .shelves import Shelf
 from .solvers import KeyHistory, KeyMetric
+from .tensor_store import TensorStore
 
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_sphere_session"
 _FORMAT = "sphere-easyedit session 1"
 _EXECUTOR = "executor"
-_DERIVED = ("contexts", "paths", "metrics", "statistics", "spaces", "shelf", "engine_caches")
+_DERIVED = ("contexts", "paths", "metrics", "statistics", "spaces", "store", "engine_caches")
 
 
 class EditSession:
@@ -52,7 +52,7 @@ class EditSession:
         metrics: how keys are weighed, by layer; rebuilt when needed, not saved.
         statistics: the files of the keys' second moments as they were found to fit, by layer; looked at again when
             needed, not saved.
-        shelf: where metrics and histories are kept; None until made.
+        store: where metrics and histories are kept; None until made.
         spaces: principal spaces of the original weights, by layer and how they were made; rebuilt when needed, not
             saved.
         ranks: of the last principal space, by layer: where the next one's is looked for first.
@@ -78,7 +78,7 @@ class EditSession:
         self.paths: dict[int, OutputPath] = {}
         self.metrics: dict[int, KeyMetric | None] = {}
         self.statistics: dict[int, StatisticsFile] = {}
-        self.shelf: Shelf | None = None
+        self.store: TensorStore | None = None
         self.spaces: dict[str, PrincipalSpace] = {}
         self.ranks: dict[int, int] = {}
         self.grams: dict[int, GramMatrix] = {}
@@ -127,7 +127,7 @@ class EditSession:
         Gram matrices, ranks and the factors of earlier keys are derived anew; carried on, they differ by rounding.
         """
         self.ranks, self.grams = {}, {}
-        self.history = {layer: history.bare() for layer, history in self.history.items()}
+        self.history = {layer: history.keys_only() for layer, history in self.history.items()}
 
     def bind(self, editable: EditableModel, hparams: SPHEREHyperParams) -> None:
         """Make the session fit the model as it stands, starting afresh where it does not.

@@ -17,8 +17,8 @@ that, and over many batches an edit costs O(d_in^2).
 Precision: null spaces and keys are stored as they come (float32) and multiplied in float64 a block at a time, since S
 is close to singular where keys repeat themselves; factors are float64.
 
-Memory: null spaces, factors and earlier keys may lie elsewhere than the keys to be solved for (see ``shelves``): each
-block comes to them, is used and let go.
+Memory: null spaces, factors and earlier keys may be kept on another device than the keys to be solved for (see
+``tensor_store``): they are moved there block by block.
 
 Shape legend: d_out, d_in of the weight; n edits in the batch; m earlier keys; q dimensions of the null space.
 """
@@ -34,7 +34,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .shelves import Shelf
+from .tensor_store import TensorStore
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +93,9 @@ class NullSpace:
         """Rows of coordinates: d_in for a complement, else q."""
         return self.columns.shape[0 if self.complement else 1]
 
-    def on(self, device: torch.device, shelf: Shelf | None = None) -> NullSpace:
-        """The same on a device, or kept where the shelf has room."""
-        return replace(self, columns=(shelf or Shelf()).put(self.columns, device))
+    def on(self, device: torch.device, store: TensorStore | None = None) -> NullSpace:
+        """The same on a device, as far as the store's limit allows."""
+        return replace(self, columns=(store or TensorStore()).put(self.columns, device))
 
     def project(self, keys: Tensor) -> Tensor:
         """``P0 K`` ``(d_in, n)`` float64."""
@@ -146,14 +146,14 @@ class CholeskyFactor:
 
     Args:
         rows: the i-th is ``(b_i, b_1 + ... + b_i)`` float64.
-        shelf: where rows that come to it are kept.
+        store: where rows that come to it are kept.
     """
 
-    def __init__(self, rows: Sequence[Tensor] = (), shelf: Shelf | None = None) -> None:
-        self.rows, self.shelf = tuple(rows), shelf or Shelf()
+    def __init__(self, rows: Sequence[Tensor] = (), store: TensorStore | None = None) -> None:
+        self.rows, self.store = tuple(rows), store or TensorStore()
 
     @classmethod
-    def of(cls, matrix: Tensor, device: torch.device | None = None, shelf: Shelf | None = None) -> CholeskyFactor:
+    def of(cls, matrix: Tensor, device: torch.device | None = None, store: TensorStore | None = None) -> CholeskyFactor:
         """Factorise a symmetric matrix in float64, on a device (its own if not given).
 
         Raises:
@@ -161,25 +161,25 @@ class CholeskyFactor:
         """
         device = matrix.device if device is None else device
         return cls._from_rows((matrix[start: start + BLOCK, : start + BLOCK].to(device).double()
-                               for start in range(0, len(matrix), BLOCK)), shelf)
+                               for start in range(0, len(matrix), BLOCK)), store)
 
     @classmethod
-    def _from_rows(cls, rows: Iterable[Tensor], shelf: Shelf | None) -> CholeskyFactor:
-        factor = cls(shelf=shelf)
+    def _from_rows(cls, rows: Iterable[Tensor], store: TensorStore | None) -> CholeskyFactor:
+        factor = cls(store=store)
         for row in rows:
             factor = factor.extended(row)
         return factor
 
     @classmethod
-    def of_sum(cls, matrix: list[Tensor], parts: Iterable[Tensor], device: torch.device, shelf: Shelf | None = None
-               ) -> CholeskyFactor:
+    def of_sum(cls, matrix: list[Tensor], parts: Iterable[Tensor], device: torch.device,
+               store: TensorStore | None = None) -> CholeskyFactor:
         """Factorise ``matrix + sum of Y Y^T`` for parts Y ``(size, k)`` float64; the matrix is used up.
 
         Args:
             matrix: block rows that end at the diagonal.
             parts: may be made as they are asked for.
             device: where it is computed.
-            shelf: where the factor is kept.
+            store: where the factor is kept.
 
         Raises:
             torch.linalg.LinAlgError: it is not positive definite, for want of finite entries or by rounding.
@@ -190,7 +190,7 @@ class CholeskyFactor:
                 here += part[row.shape[1] - len(row): row.shape[1]] @ part[: row.shape[1]].T
                 if here is not row:
                     row.copy_(here)
-        return cls._from_rows((matrix.pop(0).to(device) for _ in range(len(matrix))), shelf)
+        return cls._from_rows((matrix.pop(0).to(device) for _ in range(len(matrix))), store)
 
     @property
     def size(self) -> int:
@@ -202,10 +202,10 @@ class CholeskyFactor:
         """Memory taken."""
         return sum(row.nbytes for row in self.rows)
 
-    def on(self, device: torch.device, shelf: Shelf | None = None) -> CholeskyFactor:
-        """The same on a device, or kept where the shelf has room."""
-        shelf = shelf or Shelf()
-        return CholeskyFactor([shelf.put(row, device) for row in self.rows], shelf)
+    def on(self, device: torch.device, store: TensorStore | None = None) -> CholeskyFactor:
+        """The same on a device, as far as the store's limit allows."""
+        store = store or TensorStore()
+        return CholeskyFactor([store.put(row, device) for row in self.rows], store)
 
     def extended(self, row: Tensor) -> CholeskyFactor:
         """The factor of the matrix with more rows ``(b, size + b)`` and, by symmetry, columns: O(size^2 b).
@@ -221,10 +221,10 @@ class CholeskyFactor:
                 f"row {self.size + int(failed)} leaves it not positive definite")
         fresh = torch.cat([solved, end], dim=1)
         if not self.rows or len(self.rows[-1]) + len(fresh) > BLOCK:
-            return CholeskyFactor([*self.rows, self.shelf.put(fresh)], self.shelf)
+            return CholeskyFactor([*self.rows, self.store.put(fresh)], self.store)
         last = self.rows[-1].to(fresh.device)  # many thin rows would be slow to solve with
         last = torch.nn.functional.pad(last, (0, len(fresh)))
-        return CholeskyFactor([*self.rows[:-1], self.shelf.put(torch.cat([last, fresh]))], self.shelf)
+        return CholeskyFactor([*self.rows[:-1], self.store.put(torch.cat([last, fresh]))], self.store)
 
     def products(self, device: torch.device, scale: float = 1.0) -> list[Tensor]:
         """Block rows of ``scale L L^T`` that end at the diagonal, computed on ``device`` and kept where L is."""
@@ -232,7 +232,7 @@ class CholeskyFactor:
         for i, row in enumerate(self.rows):
             here = row.to(device)
             product = torch.cat([here[:, : other.shape[1]] @ other.to(device).T for other in self.rows[: i + 1]], dim=1)
-            found.append(self.shelf.put(scale * product))
+            found.append(self.store.put(scale * product))
         return found
 
     def solve_lower(self, right: Tensor) -> Tensor:
@@ -296,12 +296,12 @@ class NullSpaceMetric:
     Args:
         space: P0.
         l2: the ridge, above 0.
-        shelf: where what is derived from it is kept.
+        store: where what is derived from it is kept.
     """
 
-    def __init__(self, space: NullSpace, l2: float, shelf: Shelf | None = None) -> None:
+    def __init__(self, space: NullSpace, l2: float, store: TensorStore | None = None) -> None:
         self.space, self.ridge, self.capacity = space, l2, space.num_coordinates
-        self._shelf = shelf or Shelf()
+        self._store = store or TensorStore()
         self._absorbed: CholeskyFactor | None = None  # of the bracket
 
     @property
@@ -314,24 +314,24 @@ class NullSpaceMetric:
         return self.space.lift(self._absorbed.solve(self.space.coordinates(keys)))
 
     def absorbing(self, parts: Sequence[Tensor], device: torch.device) -> NullSpaceMetric:
-        grown = NullSpaceMetric(self.space, 1.0, self._shelf)
+        grown = NullSpaceMetric(self.space, 1.0, self._store)
         if self._absorbed is None:
-            matrix = _scaled_identity(self.ridge, self.capacity, device, self._shelf)
+            matrix = _scaled_identity(self.ridge, self.capacity, device, self._store)
         else:
             matrix = self._absorbed.products(device)
         coordinates = (self.space.coordinates(part.to(device)) for part in parts)
-        grown._absorbed = CholeskyFactor.of_sum(matrix, coordinates, device, self._shelf)
+        grown._absorbed = CholeskyFactor.of_sum(matrix, coordinates, device, self._store)
         return grown
 
 
-def _scaled_identity(scale: float, size: int, device: torch.device, shelf: Shelf) -> list[Tensor]:
+def _scaled_identity(scale: float, size: int, device: torch.device, store: TensorStore) -> list[Tensor]:
     """Block rows of ``scale I`` that end at the diagonal."""
     rows = []
     for start in range(0, size, BLOCK):
         end = min(start + BLOCK, size)
         row = torch.zeros(end - start, end, dtype=torch.float64, device=device)
         row[:, start:].fill_diagonal_(scale)
-        rows.append(shelf.put(row))
+        rows.append(store.put(row))
     return rows
 
 
@@ -359,7 +359,7 @@ class CovarianceMetric:
     def absorbing(self, parts: Sequence[Tensor], device: torch.device) -> CovarianceMetric:
         matrix = self._factor.products(device, self._weight)
         wide = (part.to(device).double() for part in parts)
-        return CovarianceMetric(CholeskyFactor.of_sum(matrix, wide, device, self._factor.shelf), 1.0)
+        return CovarianceMetric(CholeskyFactor.of_sum(matrix, wide, device, self._factor.store), 1.0)
 
 
 class KeyHistory:
@@ -373,9 +373,9 @@ class KeyHistory:
     """
 
     def __init__(self, keys: Tensor, metric: KeyMetric | None, device: torch.device | None = None,
-                 shelf: Shelf | None = None) -> None:
-        self.metric, self._shelf = metric, shelf or Shelf()
-        self.factor = None if metric is None else CholeskyFactor(shelf=self._shelf)
+                 store: TensorStore | None = None) -> None:
+        self.metric, self._store = metric, store or TensorStore()
+        self.factor = None if metric is None else CholeskyFactor(store=self._store)
         self._absorbed: tuple[Tensor, ...] = ()
         self._waiting: tuple[Tensor, ...] = ()
         self._none = keys[:, :0].to(keys.device if device is None else device, copy=True)
@@ -383,9 +383,10 @@ class KeyHistory:
             self._append(part)
 
     @classmethod
-    def empty(cls, d_in: int, metric: KeyMetric | None, device: torch.device, shelf: Shelf | None = None) -> KeyHistory:
+    def empty(cls, d_in: int, metric: KeyMetric | None, device: torch.device, store: TensorStore | None = None
+              ) -> KeyHistory:
         """A history without keys."""
-        return cls(torch.zeros(d_in, 0, dtype=torch.float32, device=device), metric, device, shelf)
+        return cls(torch.zeros(d_in, 0, dtype=torch.float32, device=device), metric, device, store)
 
     @property
     def keys(self) -> Tensor:
@@ -406,11 +407,11 @@ class KeyHistory:
         state += 0 if self.factor is None else self.factor.nbytes
         return state + sum(part.nbytes for part in (*self._absorbed, *self._waiting))
 
-    def bare(self) -> KeyHistory:
+    def keys_only(self) -> KeyHistory:
         """The same keys, without what was derived from them."""
-        bare = copy.copy(self)
-        bare.metric = bare.factor = None
-        return bare
+        found = copy.copy(self)
+        found.metric = found.factor = None
+        return found
 
     def extended(self, keys: Tensor) -> KeyHistory:
         """This history with more keys ``(d_in, n)`` behind it; only what is new is computed."""
@@ -425,7 +426,7 @@ class KeyHistory:
             try:
                 if self.factor.size and self.factor.size + keys.shape[1] > self.metric.capacity:
                     self.metric = self.metric.absorbing(self._waiting, self.device)
-                    self.factor = CholeskyFactor(shelf=self._shelf)
+                    self.factor = CholeskyFactor(store=self._store)
                     self._absorbed, self._waiting = (*self._absorbed, *self._waiting), ()
                 wide = keys.double()
                 weighed = self.metric.weigh(wide)
@@ -439,7 +440,7 @@ class KeyHistory:
             keys = torch.cat([self._waiting[-1].to(keys.device), keys], dim=1)
             self._waiting = self._waiting[:-1]
         if keys.shape[1]:
-            self._waiting = (*self._waiting, self._shelf.put(keys.contiguous()))
+            self._waiting = (*self._waiting, self._store.put(keys.contiguous()))
 
     def inner(self, vectors: Tensor) -> Tensor:
         """``A^T X`` ``(m, n)`` float64 of X ``(d_in, n)`` and the keys that wait, A."""

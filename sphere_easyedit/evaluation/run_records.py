@@ -14,6 +14,7 @@ from ..callbacks import RunState
 from ..energy_metrics import EnergyRecord
 from ..he_tracker import read_energy_csv
 from ..hparams import REMOVED, SPHERE_ONLY
+from ..methods.registry import METHODS
 from ..runs import schema
 from ..runs.schema import (
     BatchRecord,
@@ -106,7 +107,9 @@ class RunRecords:
     @property
     def base(self) -> str:
         """The base method: the algorithm, and whether it has earlier keys in its bracket where that is a choice."""
-        earlier = self.config["hparams"].get("keep_previous_keys") and self.algorithm != "AlphaEdit"
+        method = METHODS.find(self.algorithm)
+        is_choice = method is None or not method.always_keeps_keys
+        earlier = self.config["hparams"].get("keep_previous_keys") and is_choice
         return f"{self.algorithm}, earlier keys" if earlier else self.algorithm
 
     @cached_property

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..editing.covariance import filed_null_space, load_null_space
 from ..editing.origins import StatisticsFile
-from ..editing.shelves import Shelf
 from ..editing.solvers import KeyHistory, KeyMetric, NullSpace, NullSpaceMetric, plain_alphaedit_keys
+from ..editing.tensor_store import TensorStore
 from ..models import EditableModel
 from .base import Method
 
@@ -40,22 +40,22 @@ class AlphaEdit(Method):
         return hparams.P_loc is None or not Path(hparams.P_loc).exists()
 
     def key_metrics(self, editable: EditableModel, hparams: SPHEREHyperParams,
-                    statistics: Mapping[int, StatisticsFile], shelf: Shelf) -> dict[int, KeyMetric | None]:
-        spaces = self._null_spaces(editable, hparams, statistics, shelf)
-        return {layer: NullSpaceMetric(space, hparams.L2, shelf) for layer, space in spaces.items()}
+                    statistics: Mapping[int, StatisticsFile], store: TensorStore) -> dict[int, KeyMetric | None]:
+        spaces = self._null_spaces(editable, hparams, statistics, store)
+        return {layer: NullSpaceMetric(space, hparams.L2, store) for layer, space in spaces.items()}
 
     def _null_spaces(self, editable: EditableModel, hparams: SPHEREHyperParams,
-                     statistics: Mapping[int, StatisticsFile], shelf: Shelf) -> dict[int, NullSpace]:
+                     statistics: Mapping[int, StatisticsFile], store: TensorStore) -> dict[int, NullSpace]:
         if hparams.P_loc is not None:
             path = Path(hparams.P_loc)
             if path.exists():
                 spaces = load_null_space(path, editable.layers, editable.d_in(editable.layers[0]))
-                return {layer: space.on(editable.device(layer), shelf) for layer, space in spaces.items()}
+                return {layer: space.on(editable.device(layer), store) for layer, space in spaces.items()}
             logger.info("P_loc %s does not exist: the null space is computed from the keys' second moment", path)
         share = hparams.nullspace_share
         threshold = None if share is not None else hparams.nullspace_threshold
         return {layer: filed_null_space(file.path, editable.d_in(layer), threshold, share, editable.device(layer),
-                                        shelf) for layer, file in statistics.items()}
+                                        store) for layer, file in statistics.items()}
 
     def solve_densely(self, metric: KeyMetric | None, moment: Callable[[], Tensor], keys: Tensor, history: KeyHistory,
                       hparams: SPHEREHyperParams) -> Tensor:

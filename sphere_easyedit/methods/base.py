@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from ..editing.origins import StatisticsFile
-from ..editing.shelves import Shelf
 from ..editing.solvers import KeyHistory, KeyMetric, Update
+from ..editing.tensor_store import TensorStore
 from ..models import EditableModel
 
 if TYPE_CHECKING:
@@ -73,12 +73,12 @@ class Method(ABC):
 
     @abstractmethod
     def key_metrics(self, editable: EditableModel, hparams: SPHEREHyperParams,
-                    statistics: Mapping[int, StatisticsFile], shelf: Shelf) -> dict[int, KeyMetric | None]:
+                    statistics: Mapping[int, StatisticsFile], store: TensorStore) -> dict[int, KeyMetric | None]:
         """How keys are weighed, by layer; None for a layer whose batches are to be solved densely.
 
         Args:
             statistics: files with the second moments of keys, by layer; empty where none are needed.
-            shelf: where what is derived from them is kept.
+            store: where what is derived from them is kept.
 
         Raises:
             ValueError: a file does not fit the model.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..editing.covariance import filed_factor
 from ..editing.origins import StatisticsFile
-from ..editing.shelves import Shelf
 from ..editing.solvers import CovarianceMetric, KeyHistory, KeyMetric, plain_memit_keys
+from ..editing.tensor_store import TensorStore
 from ..models import EditableModel
 from .base import Method
 
@@ -32,11 +32,11 @@ class MEMIT(Method):
     starting_values: ClassVar[Mapping[str, Any]] = MappingProxyType({"mom2_update_weight": 15000})
 
     def key_metrics(self, editable: EditableModel, hparams: SPHEREHyperParams,
-                    statistics: Mapping[int, StatisticsFile], shelf: Shelf) -> dict[int, KeyMetric | None]:
+                    statistics: Mapping[int, StatisticsFile], store: TensorStore) -> dict[int, KeyMetric | None]:
         metrics: dict[int, KeyMetric | None] = {}
         for layer, file in statistics.items():
             try:
-                factor = filed_factor(file.path, editable.d_in(layer), editable.device(layer), shelf)
+                factor = filed_factor(file.path, editable.d_in(layer), editable.device(layer), store)
                 metrics[layer] = CovarianceMetric(factor, hparams.mom2_update_weight)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 logger.warning("layer %d: the second moment of keys is not positive definite; each batch solves "

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Final
 
+from ..methods.registry import METHODS
 from .curves import MEAN
 from .figure import Choice, Figure, Panel, Spec, by_run, chosen, params, quantitative, shown, tooltip
 from .runs import ReportRun
@@ -72,7 +73,8 @@ def _kept_inside(run: ReportRun) -> float:
     """By what the part of an update inside the principal space was multiplied; 0 where that can't be told."""
     hparams = run.run.config["hparams"]
     alpha, suppression = float(hparams.get("alpha") or 0.0), hparams.get("suppression", "principal")
-    if run.run.algorithm == "PRUNE":
+    method = METHODS.find(run.run.algorithm)
+    if method is not None and method.restrains_whole_change:
         return 0.0
     if not alpha or suppression == "shrink":  # shrunk as a whole, an update keeps its share
         return 1.0

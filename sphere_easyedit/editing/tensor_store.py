@@ -1,4 +1,4 @@
-"""Where the state of solves lies between them: on the weight's device while there is room, else where there is more."""
+"""Keeps what solving carries from batch to batch: on the weight's device up to a limit, else on the host or on disk."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch import Tensor
 from ..mapped import mapped_copy
 
 
-class Shelf:
-    """Keeps tensors on their device up to a bound; what is above it goes to the host, or to memory-mapped files.
+class TensorStore:
+    """Keeps tensors on their device up to a limit; the rest goes to the host's memory, or to memory-mapped files.
 
-    Whoever computes with a tensor takes it to the device of its other operand, a block at a time. So where it lies
-    decides about memory and speed only, not about bits.
+    Computations move a tensor to the device of the other operand block by block, so where it is kept affects memory and
+    speed, not results.
 
     Args:
-        room: bytes of each device that tensors may take; None for no bound.
-        folder: where files for what is above it are made, which the system writes and reads by pages; None for the
-            host's memory. They have no name and go with the process.
+        limit: bytes of each device that tensors may take; None for no limit.
+        folder: where files for the rest are made, which the system pages in and out; None for the host's memory. They
+            have no name and are gone with the process.
 
     Raises:
         ValueError: the folder can't be written.
     """
 
-    def __init__(self, room: int | None = None, folder: Path | None = None) -> None:
-        self._room, self._folder = room, folder
+    def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
+        self._limit, self._folder = limit, folder
         self._taken: Counter[torch.device] = Counter()
         if folder is not None:
             try:
@@ -41,20 +41,20 @@ class Shelf:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether a device may have no room for all."""
-        return self._room is not None
+        """Whether there is a limit."""
+        return self._limit is not None
 
     def put(self, tensor: Tensor, device: torch.device | None = None) -> Tensor:
-        """The tensor on a device (its own if not given), or its like where there is room, to be kept.
+        """The tensor on a device (its own if not given) while the limit allows it, else a copy elsewhere.
 
         Raises:
             ValueError: the folder has no room.
         """
         device = tensor.device if device is None else device
-        if self._room is None:
+        if self._limit is None:
             return tensor.to(device)
         size = tensor.nbytes
-        if self._taken[device] + size > self._room:
+        if self._taken[device] + size > self._limit:
             return tensor.cpu() if self._folder is None else _in_file(tensor, self._folder)
         kept = tensor.to(device)
         kept = kept.clone() if kept._is_view() else kept  # a view would keep all that it is a view of

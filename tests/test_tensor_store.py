@@ -18,9 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import apply_sphere_to_model
-from sphere_easyedit.editing import shelves
+from sphere_easyedit.editing import tensor_store
 from sphere_easyedit.editing.session import EditSession
-from sphere_easyedit.editing.shelves import Shelf
 from sphere_easyedit.editing.solvers import (
     CholeskyFactor,
     CovarianceMetric,
@@ -30,12 +29,13 @@ from sphere_easyedit.editing.solvers import (
     NullSpaceMetric,
     adjusted_keys,
 )
+from sphere_easyedit.editing.tensor_store import TensorStore
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
-def solved(method: str, width: int, sizes: list[int], seed: int, shelf: Shelf | None) -> list[Tensor]:
+def solved(method: str, width: int, sizes: list[int], seed: int, store: TensorStore | None) -> list[Tensor]:
     """Solutions of batches of these sizes, one after the other; more keys than the width are absorbed on the way."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -45,11 +45,11 @@ def solved(method: str, width: int, sizes: list[int], seed: int, shelf: Shelf | 
     square = normal(width, 2 * width)
     metric: KeyMetric
     if method == "MEMIT":
-        metric = CovarianceMetric(CholeskyFactor.of(square @ square.T / width, CPU, shelf), 3.0)
+        metric = CovarianceMetric(CholeskyFactor.of(square @ square.T / width, CPU, store), 3.0)
     else:
         columns = torch.linalg.qr(normal(width, width)).Q[:, : width // 2 + 1].contiguous()
-        metric = NullSpaceMetric(NullSpace(columns, method == "complement").on(CPU, shelf), 0.5, shelf)
-    history = KeyHistory.empty(width, metric, CPU, shelf)
+        metric = NullSpaceMetric(NullSpace(columns, method == "complement").on(CPU, store), 0.5, store)
+    history = KeyHistory.empty(width, metric, CPU, store)
     found = []
     for size in sizes:
         keys = normal(width, size)
@@ -68,32 +68,32 @@ def test_where_state_lies_does_not_decide_about_bits(tmp_path_factory: pytest.Te
                                                      sizes: list[int], seed: int, room: int) -> None:
     folder = tmp_path_factory.getbasetemp() / "state"
     plain = solved(method, width, sizes, seed, None)
-    elsewhere = solved(method, width, sizes, seed, Shelf(room, folder))
+    elsewhere = solved(method, width, sizes, seed, TensorStore(room, folder))
     assert all(torch.equal(one, other) for one, other in zip(plain, elsewhere, strict=True))
     assert list(folder.iterdir()) == []  # mappings without a name
 
 
 def test_a_shelf_takes_no_more_than_its_room_and_gets_it_back(tmp_path: Path) -> None:
-    shelf = Shelf(1000, tmp_path)
-    first = shelf.put(torch.zeros(200))
-    second = shelf.put(torch.arange(100.0))
-    assert shelf._taken[CPU] == 800
+    store = TensorStore(1000, tmp_path)
+    first = store.put(torch.zeros(200))
+    second = store.put(torch.arange(100.0))
+    assert store._taken[CPU] == 800
     assert torch.equal(second, torch.arange(100.0))
     del first
     gc.collect()
-    assert shelf._taken[CPU] == 0
-    third = shelf.put(torch.ones(250))
-    assert shelf._taken[CPU] == third.nbytes == 1000
+    assert store._taken[CPU] == 0
+    third = store.put(torch.ones(250))
+    assert store._taken[CPU] == third.nbytes == 1000
     wide = torch.arange(40.0).view(4, 10)
-    view = Shelf(10**6).put(wide[:, :2])
+    view = TensorStore(10**6).put(wide[:, :2])
     assert view.untyped_storage().nbytes() == view.nbytes  # what it is a view of is not kept with it
-    assert Shelf(0, tmp_path).put(torch.zeros(3, 0)).shape == (3, 0)
+    assert TensorStore(0, tmp_path).put(torch.zeros(3, 0)).shape == (3, 0)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="state_folder .* can't be written"):
-        Shelf(0, tmp_path / "file" / "folder")
+        TensorStore(0, tmp_path / "file" / "folder")
     with pytest.raises(ValueError, match="state_memory, which is not given"):
         tiny_hparams(tmp_path, state_folder=str(tmp_path))
     with pytest.raises(ValueError, match="state_memory"):
@@ -110,7 +110,7 @@ def test_a_full_folder_leaves_the_model_as_it_was(tmp_path: Path, tok: PreTraine
     def full(*_: object) -> Tensor:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shelves, "mapped_copy", full)
+    monkeypatch.setattr(tensor_store, "mapped_copy", full)
     with pytest.raises(ValueError, match="state_folder .* No space left .*: make room"):
         apply_sphere_to_model(model, tok, REQUESTS[1:], hparams)
     assert all(torch.equal(before[layer], weight) for layer, weight in edited_weights(model, hparams).items())
@@ -136,14 +136,14 @@ def test_editing_with_state_in_files_gives_the_same_bits(base_alg: str, family: 
 PEAK = """
 import sys, threading, time, torch
 from pathlib import Path
-from sphere_easyedit.editing.shelves import Shelf
+from sphere_easyedit.editing.tensor_store import TensorStore
 from sphere_easyedit.editing.solvers import *
 def anonymous():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon"))
 folder, batches = sys.argv[1], int(sys.argv[2])
 cpu, width = torch.device("cpu"), 1024
-shelf = Shelf(0, Path(folder)) if folder else Shelf()
+store = TensorStore(0, Path(folder)) if folder else TensorStore()
 def keys(count):
     return torch.randn(width, count)
 small = NullSpaceMetric(NullSpace(torch.eye(64)[:, :9], True), 1.0)
@@ -156,8 +156,8 @@ def watch():
         time.sleep(0.001)
 thread = threading.Thread(target=watch)
 thread.start()
-space = NullSpace(columns, True).on(cpu, shelf)
-history = KeyHistory.empty(width, NullSpaceMetric(space, 10.0, shelf), cpu, shelf)
+space = NullSpace(columns, True).on(cpu, store)
+history = KeyHistory.empty(width, NullSpaceMetric(space, 10.0, store), cpu, store)
 for _ in range(batches):  # each 1,024 are absorbed
     history = history.extended(keys(256))
 assert history._absorbed and adjusted_keys(history, keys(32)) is not None
