@@ -32,7 +32,7 @@ from sphere_easyedit.evaluation.ability_tasks import (
     ABILITY_TASKS,
     last_number,
     marked_number,
-    normalised,
+    squad_normalised,
     roc_auc,
     weighted_f1,
     word_f1,
@@ -174,7 +174,7 @@ def test_written_answers_are_those_of_plain_greedy_decoding(family: str, tok: Pr
     assert len({len(text) for text in expected}) > 1, "answers must end at different times for this test to say much"
 
     model.generation_config.eos_token_id = ends
-    lm = harness.LentModel(model, tok, batch_size=3)
+    lm = harness.InMemoryLM(model, tok, batch_size=3)
     reported: list[tuple[int, int]] = []
     lm.report = lambda done, total: reported.append((done, total))
     found = lm.generate_until([_Request((prompt, {"until": list(stops), "do_sample": False, "max_gen_toks": 36}))
@@ -222,8 +222,8 @@ def test_scores_of_gsm8k_and_natural_questions() -> None:
     assert score(record, " A+") == {"exact_match": 1, "f1": 1, "contains": 1}
     assert score(record, " 12016") == {"exact_match": 0, "f1": 0, "contains": 0}
     assert score(record, " ") == {"exact_match": 0, "f1": 0, "contains": 0}
-    assert normalised(" The  Cat's a-hat, an\nOWL ") == "cats ahat owl"
-    assert (normalised("*"), normalised("The"), normalised("")) == ("*", "the", "")
+    assert squad_normalised(" The  Cat's a-hat, an\nOWL ") == "cats ahat owl"
+    assert (squad_normalised("*"), squad_normalised("The"), squad_normalised("")) == ("*", "the", "")
 
 
 @settings(max_examples=25, deadline=None)  # each counts in milliseconds
@@ -386,9 +386,9 @@ def test_an_unknown_task_is_refused_with_its_nearest(official: None, tok: PreTra
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"tasks": ()}, "no task to measure"), ({"num_fewshot": -1}, "num_fewshot is -1"), ({"limit": 0}, "limit is 0"),
+    ({"tasks": ()}, "no task is given"), ({"num_fewshot": -1}, "num_fewshot is -1"), ({"limit": 0}, "limit is 0"),
     ({"batch_size": 0}, "batch_size is 0"), ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-    ({"tasks": ("gsm8k",)}, "up to 256 tokens leave no room .* context of 128: set max_new_tokens lower"),
+    ({"tasks": ("gsm8k",)}, "up to 256 tokens don't fit .* context of 128 .*: set max_new_tokens lower"),
     ({"tasks": ("rte",), "num_fewshot": 12}, "rte has 12 records, .*at most 11"),
 ])
 def test_what_can_not_be_measured_is_refused(
@@ -403,7 +403,7 @@ def test_what_can_not_be_measured_is_refused(
     ("rte", '{"sentence1": "a", "sentence2": "b", "label": "0"}', "line 13, field 'label'.*entailment"),
     ("gsm8k", '{"question": "q", "answer": "12"}', "line 13, field 'answer'.*####"),
     ("natural_questions", '{"question": "q", "answer": []}', "line 13, field 'answer'.*at least one"),
-    ("rte", '{"sentence1": ', "line 13 is no valid JSON"), ("rte", "[]", "line 13: found list"),
+    ("rte", '{"sentence1": ', "line 13 is not valid JSON"), ("rte", "[]", "line 13: found list"),
 ])
 def test_a_bad_line_is_named(name: str, line: str, message: str, tok: PreTrainedTokenizerBase, data: Path) -> None:
     with (data / f"{name}.jsonl").open("a") as file:

@@ -165,7 +165,7 @@ def test_a_model_that_cannot_generate(monkeypatch: pytest.MonkeyPatch, caplog: p
     with caplog.at_level(logging.INFO, logger="sphere_easyedit"):
         assert generate_continuations(model, tok, PROMPTS, STEPS) == expected
     assert [record.getMessage() for record in caplog.records] == [
-        "LlamaForCausalLM does not generate with a cache (ValueError: get_seq_length): every token is made without one"]
+        "LlamaForCausalLM can't generate with a cache (ValueError: get_seq_length): generating without one"]
 
 
 def test_the_model_s_own_settings_do_not_count() -> None:
@@ -190,7 +190,7 @@ def test_within_an_outer_inference_mode(model_type: str) -> None:
     rows = [Row([5, 6, 7], [8, 9]), Row([5, 6], [9]), Row([20, 21, 22, 23], [24])]
 
     def all_values() -> tuple[Any, ...]:
-        return (score_rows(model, rows, weighed=range(3)), generate_continuations(model, tok, PROMPTS, 4),
+        return (score_rows(model, rows, log_probs_for=range(3)), generate_continuations(model, tok, PROMPTS, 4),
                 perplexity(model, tok, PROMPTS, window=8))
 
     expected = all_values()
@@ -216,7 +216,7 @@ def test_prompts_past_the_context_are_refused(model_type: str) -> None:
     text = "X" + " a" * 125
     assert len(tok(text).input_ids) == 126
     assert len(generate_continuations(model, tok, [text], 3)) == 1
-    with pytest.raises(ValueError, match=r"has 126 tokens: with max_new_tokens 4 it passes the model's context of 128"):
+    with pytest.raises(ValueError, match=r"has 126 tokens: with max_new_tokens 4 it exceeds the model's context of 128"):
         generate_continuations(model, tok, [text], 4)
     long = "X" + " a" * 400
     assert perplexity(model, tok, [long], window=512).window == 128

@@ -114,21 +114,21 @@ def test_a_model_that_says_no_numbers_succeeds_at_nothing(llama: Any) -> None:
 
 def test_rome_refuses_what_has_no_true_target(llama: Any) -> None:
     zsre = replace(record_of(" is", "so", case_id=7), dataset="zsre")
-    with pytest.raises(ValueError, match=r"case 7 \(zsre\) has no target_true.*measure it by paper or easyedit"):
+    with pytest.raises(ValueError, match=r"case 7 \(zsre\) has no target_true.*use protocol paper or easyedit"):
         evaluate_records(llama, tokenizer("plain"), [zsre], "rome")
 
 
 def test_log_probabilities_are_given_for_the_rows_that_ask(llama: Any) -> None:
     rows = [Row([5, 6, 7], [8, 9]), Row([5, 6, 7], [10]), Row([5, 6], [7, 8]), Row([4], [3])]
-    scores = score_rows(llama, rows, weighed=[1, 2])
+    scores = score_rows(llama, rows, log_probs_for=[1, 2])
     plain = score_rows(llama, rows)
     assert [score.log_probs is None for score in scores] == [True, False, False, True]
-    assert [(one.said, one.hits) for one in scores] == [(one.said, one.hits) for one in plain]
+    assert [(one.predicted, one.hits) for one in scores] == [(one.predicted, one.hits) for one in plain]
     for row, score in zip(rows, scores, strict=True):
         log_probs = logits_of(llama, row.prompt + row.target).log_softmax(-1)
         places = range(len(row.prompt) - 1, len(row.prompt) + len(row.target) - 1)
-        assert list(score.said) == [int(log_probs[place].argmax()) for place in places]
-        assert score.hits == tuple(one == other for one, other in zip(score.said, row.target, strict=True))
+        assert list(score.predicted) == [int(log_probs[place].argmax()) for place in places]
+        assert score.hits == tuple(one == other for one, other in zip(score.predicted, row.target, strict=True))
         if score.log_probs is not None:
             wanted = [float(log_probs[place, token]) for place, token in zip(places, row.target, strict=True)]
             assert list(score.log_probs) == pytest.approx(wanted, abs=1e-4)
@@ -265,7 +265,7 @@ def test_scores_survive_json(llama: Any) -> None:
             assert CaseScores.from_dict(written) == score
             assert ("specificity_said" in written) == (protocol == "easyedit")
             assert ("efficacy_magnitudes" in written) == (protocol == "rome")
-    with pytest.raises(ValueError, match="lack or don't know case_id, other"):
+    with pytest.raises(ValueError, match="fields case_id, other are missing or unknown"):
         CaseScores.from_dict({**{key: value for key, value in written.items() if key != "case_id"}, "other": 1})
 
 

@@ -126,9 +126,9 @@ def test_text_quality_refuses(model: Any) -> None:
     one = TextQuality(1, "demo", 500.0, None, "greedy", None, ("a",))
     with pytest.raises(ValueError, match="several protocols"):
         summarise_text_quality([one, replace(one, fluency_protocol="top-5")])
-    with pytest.raises(ValueError, match="not what TextQuality"):
+    with pytest.raises(ValueError, match="not written by TextQuality"):
         TextQuality.from_dict({**one.to_dict(), "other": 1})
-    with pytest.raises(ValueError, match="not what TextQuality"):
+    with pytest.raises(ValueError, match="not written by TextQuality"):
         TextQuality.from_dict({})
 
 
@@ -229,28 +229,28 @@ def test_consistency_of_records(model: Any, tmp_path: Path) -> None:
 def test_references_refuse(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     folder = rome_folder(tmp_path)
-    with pytest.raises(ValueError, match="reference texts of none of 2 records"):
+    with pytest.raises(ValueError, match="reference texts for none of 2 records"):
         load_references(folder, FACTS[1:])
     np.save(folder / "idf.npy", np.ones(2))
     with pytest.raises(ValueError, match=r"shape \(2,\) and .*3 words"):
         load_references(folder, FACTS)
     np.save(folder / "idf.npy", np.array([print, 1, 2], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="no array that NumPy loads without pickle"):
+    with pytest.raises(ValueError, match="not an array that NumPy loads without pickle"):
         load_references(folder, FACTS)
     (folder / "attribute_snippets.json").write_text('[{"relation_id": "P1"}]')
     with pytest.raises(ValueError, match="entry 0 has no relation_id, target_id and samples"):
         load_references(folder, FACTS)
     (folder / "attribute_snippets.json").unlink()
-    with pytest.raises(ValueError, match=r"attribute_snippets.json does not exist; it should hold ROME's reference"):
+    with pytest.raises(ValueError, match=r"attribute_snippets.json does not exist: it should contain ROME's reference"):
         load_references(folder, FACTS)
-    with pytest.raises(ValueError, match="facts.json does not exist; it should hold relation and target ids"):
+    with pytest.raises(ValueError, match="facts.json does not exist: it should contain relation and target ids"):
         load_references(folder, FACTS, folder / "facts.json")
     (folder / "counterfact.json").write_text('[{"case_id": 1}]')
-    with pytest.raises(ValueError, match="record 0 is not of CounterFact's form"):
+    with pytest.raises(ValueError, match="record 0 is not in CounterFact's format"):
         load_references(folder, FACTS)
     (folder / "counterfact.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds a dict where a list is needed"):
+    with pytest.raises(ValueError, match="contains a dict instead of a list"):
         load_references(folder, FACTS)
     (folder / "signs.txt").write_text("! ? .")
-    with pytest.raises(ValueError, match="makes no vocabulary"):
+    with pytest.raises(ValueError, match="no vocabulary can be fitted"):
         load_references(folder / "signs.txt", [fact(1, "A", "!")])

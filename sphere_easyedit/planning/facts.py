@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..editing.requests import EditRequest, TokenizedPrompt, TokenizedRequest, parse_requests, tokenize_request
 from ..editing.sharing import dealt_out
 from ..evaluation.datasets import EditRecord, load_records
-from ..evaluation.metrics import questions_of
+from ..evaluation.metrics import prompts_by_metric
 from ..tokenization import continuation_ids_batch
 from .results import PlanSettings
 
@@ -78,7 +78,7 @@ def _pairs(records: Sequence[EditRecord]) -> list[list[tuple[str, str]]]:
     seen: set[tuple[str, str]] = set()
     found = []
     for record in records:
-        pairs = [pair for asked in questions_of(record).values() for pair in asked]
+        pairs = [pair for prompts in prompts_by_metric(record).values() for pair in prompts]
         fresh = [pair for pair in dict.fromkeys(pairs) if pair not in seen]
         seen.update(fresh)
         found.append(fresh)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from ..editing.covariance import TOKENS_AT_ONCE, working_dtype
 from ..editing.executors import is_alphaedit
 from ..editing.steering import Layout
-from ..evaluation.teacher_forcing import TOKENS_PER_PLACE, fast_token_budget
+from ..evaluation.teacher_forcing import TOKENS_PER_LOGITS, fast_token_budget
 from ..hparams import SPHEREHyperParams
 from ..projection import FLOAT64_SIDE
 from .batches import micro_batches
@@ -100,7 +100,7 @@ def _evaluation_bytes(shape: ModelShape, facts: Facts, device: str) -> int:
     tokens = fast_token_budget(device)
     scored = [pair for pairs in facts.scored for pair in pairs]
     tokens_run = min(tokens, sum(read for read, _ in scored))
-    places = min(tokens // TOKENS_PER_PLACE, sum(targets for _, targets in scored))
+    places = min(tokens // TOKENS_PER_LOGITS, sum(targets for _, targets in scored))
     return running_bytes(shape, tokens_run) + places * shape.vocabulary * (shape.itemsize + FLOAT)
 
 
