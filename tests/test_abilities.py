@@ -32,8 +32,8 @@ from sphere_easyedit.evaluation.ability_tasks import (
     ABILITY_TASKS,
     last_number,
     marked_number,
-    squad_normalised,
     roc_auc,
+    squad_normalised,
     weighted_f1,
     word_f1,
 )

@@ -76,7 +76,7 @@ def test_a_summary_that_is_no_object_is_refused_in_words(content: str, workplace
     (tmp_path / "run" / "summary.json").write_text(content)
     done = call("export", tmp_path / "run", "--output", tmp_path / "out", "--as", "deltas")
     assert isinstance(done.exception, ValueError)
-    assert re.search(r"summary.json holds \w+, not an object: it was changed by hand or damaged", str(done.exception))
+    assert re.search(r"summary.json contains a \w+, not an object", str(done.exception))
 
 
 def test_errors_are_printed_by_layer(workplace: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_another_model_is_refused(workplace: Path, tmp_path: Path) -> None:
     for expected in (fingerprint(tmp_path / "other"), fingerprint(workplace / "base")):
         assert expected in str(done.exception)
     done = call("apply", tmp_path / "nothing", "--model", workplace / "base", "--output", tmp_path / "out")
-    assert "holds no deltas.safetensors" in str(done.exception)
+    assert "contains no deltas.safetensors" in str(done.exception)
     assert not (tmp_path / "out").exists()
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import tiny_model
 from test_metrics import AROUND, tokenizer
 
-from sphere_easyedit.evaluation.perplexity import Perplexity, held_out_texts, detokenize_wikitext, perplexity
+from sphere_easyedit.evaluation.perplexity import Perplexity, detokenize_wikitext, held_out_texts, perplexity
 
 TEXTS = ["The mother tongue of Danielle Darrieux is French, and that of many others is, too. " * 3,
          "Who is here?", "a", "The capital of Peru is Lima. It lies by the sea, in a desert."]

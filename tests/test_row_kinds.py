@@ -111,7 +111,7 @@ def test_scores(family: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> N
     expected = []
     for row in ROWS:
         log_probs = logits_alone(family, row.input_ids).log_softmax(dim=-1)
-        expected.append([float(log_probs[place, token]) for place, token in zip(row.positions, row.target, strict=True)])
+        expected.append([float(log_probs[at, token]) for at, token in zip(row.positions, row.target, strict=True)])
     model = fresh(family)
     for rows in (list(range(len(ROWS))), list(reversed(range(len(ROWS))))):
         scores = score_rows(model, [ROWS[number] for number in rows], log_probs_for=range(len(rows)))
