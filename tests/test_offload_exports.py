@@ -1,4 +1,4 @@
-"""What was edited while offloaded is exported like what was edited in memory."""
+"""Models edited while offloaded are exported like models edited in memory."""
 
 from __future__ import annotations
 

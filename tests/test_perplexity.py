@@ -58,7 +58,7 @@ def test_equals_one_window_at_a_time(model: Any, kind: str, window: int) -> None
     assert tokens == (sum(own) if front else sum(own) - sum(-(-length // window) for length in own))
 
 
-def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(model: Any) -> None:
+def test_uniform_predictions_have_the_vocabulary_size_as_perplexity(model: Any) -> None:
     blank = copy.deepcopy(model)
     with torch.no_grad():
         blank.lm_head.weight.zero_()
@@ -79,7 +79,7 @@ def test_a_window_is_no_longer_than_the_context(model: Any) -> None:
     assert perplexity(model, tokenizer("bos"), text).window == model.config.max_position_embeddings == 128
 
 
-def test_what_passes_a_float_is_infinite(model: Any) -> None:
+def test_overflow_is_infinite(model: Any) -> None:
     steep = copy.deepcopy(model)
     with torch.no_grad():
         steep.lm_head.weight.mul_(1e4)
@@ -112,7 +112,7 @@ def test_refused(model: Any) -> None:
 # --- held-out text ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("written", "natural"), [
+@pytest.mark.parametrize(("written", "original"), [
     (" Robert is a film , television and theatre actor . ", "Robert is a film, television and theatre actor."),
     ("a two @-@ part episode , 1 @,@ 234 @.@ 5 m", "a two-part episode, 1,234.5 m"),
     (' as " Craig " in " Teddy \'s Story " ; he ', 'as "Craig" in "Teddy\'s Story"; he'),
@@ -120,8 +120,8 @@ def test_refused(model: Any) -> None:
     ("the actors ' roles", "the actors' roles"),
     (" = = Early life = = \n \n He was born .", "Early life\nHe was born."),
 ])
-def test_wikitext_becomes_natural(written: str, natural: str) -> None:
-    assert detokenize_wikitext(written) == natural
+def test_wikitext_is_detokenized(written: str, original: str) -> None:
+    assert detokenize_wikitext(written) == original
 
 
 def test_articles_of_wikitext(tmp_path: Path) -> None:
@@ -148,8 +148,8 @@ def test_held_out_text_is_refused_by_name(tmp_path: Path) -> None:
         ("a.csv", b"x", "is not an existing .txt or .jsonl file"),
         ("a.txt", b"\xff\xfe", "is not UTF-8 text"),
         ("b.txt", b" \n", "contains no text"),
-        ("a.jsonl", b'{"text": "x"}\n{"body": 1}\n', "line 2 is not a JSON object with a 'text' field"),
-        ("b.jsonl", b'{"text": 3}\n', "line 1: 'text' is 3, give a string"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": 1}\n', "line 2 is dict .*, expected an object with a string 'text'"),
+        ("b.jsonl", b'{"text": 3}\n', "line 1 is dict .*, expected an object"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):

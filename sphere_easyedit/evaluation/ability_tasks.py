@@ -34,7 +34,6 @@ Here the model has to reason and to recall, so scores are not comparable with th
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -46,7 +45,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from .json_records import RawRecord, read_text, shown
+from .json_records import RawRecord, json_lines, read_text, shown
 
 Record = dict[str, Any]
 Aggregation = Callable[[Sequence[Any]], float] | Literal["mean"]
@@ -98,17 +97,11 @@ class AbilityTask:
         """
         path = folder / f"{self.name}.jsonl"
         records: list[Record] = []
-        # JSON strings may contain characters that str.splitlines takes for line ends.
-        for number, line in enumerate(read_text(path, f"the {self.name} task's records").split("\n"), start=1):
-            if line.strip():
-                label = f"{path}: line {number}"
-                try:
-                    raw = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{label} is not valid JSON ({error}): repair it or get the file again") from error
-                if not isinstance(raw, dict):
-                    raise ValueError(f"{label}: found {shown(raw)}, expected an object: get the file again")
-                records.append(self.read(RawRecord(raw, len(records), label)))
+        for number, raw in json_lines(read_text(path, f"the {self.name} task's records"), str(path)):
+            label = f"{path}: line {number}"
+            if not isinstance(raw, dict):
+                raise ValueError(f"{label}: found {shown(raw)}, expected an object: get the file again")
+            records.append(self.read(RawRecord(raw, len(records), label)))
         if not records:
             raise ValueError(f"{path} contains no records: get it again")
         return records

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from ..inputs import check_inputs
 from ..models import frozen, input_device, max_positions
 from ..replicas import Replicas, shared_out
 from ..tokenization import leading_special_ids
+from .json_records import json_lines, shown
 from .teacher_forcing import TOKENS_PER_LOGITS, Progress, fast_token_budget
 
 _LOGITS_CHUNK = 64  # positions converted to float32 at once: a whole window would take 0.25 GB for Llama 3
@@ -190,16 +190,10 @@ def held_out_texts(path: Path | str) -> list[str]:
 
 
 def _json_texts(path: Path, content: str) -> Iterator[str]:
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is not a JSON object with a 'text' field ({error}): correct it"
-                             ) from error
+    for number, item in json_lines(content, str(path)):
+        text = item.get("text") if isinstance(item, dict) else None
         if not isinstance(text, str):
-            raise ValueError(f"{path}, line {number}: 'text' is {text!r}, give a string")
+            raise ValueError(f"{path}: line {number} is {shown(item)}, expected an object with a string 'text'")
         yield text
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from .datasets import EditRecord
-from .json_records import parse_json
+from .json_records import parse_json, read_list, read_text, shown
 from .perplexity import held_out_texts
 
 _SNIPPETS, _VOCABULARY, _WEIGHTS, _FACTS = "attribute_snippets.json", "tfidf_vocab.json", "idf.npy", "counterfact.json"
@@ -54,13 +54,12 @@ class References:
         return min(100.0, 100 * float((vectors @ vectors.T).toarray()[0, 1]))
 
 
-def load_references(path: Path | str, records: Sequence[EditRecord], facts: Path | str | None = None) -> References:
+def load_references(path: Path | str, records: Sequence[EditRecord]) -> References:
     """Load references for the records, from a folder of ROME's files or from a .txt or .jsonl corpus.
 
     Args:
-        path: a folder with ``attribute_snippets.json`` and optionally ``idf.npy`` and ``tfidf_vocab.json``; or a file.
-        facts: for a folder, the CounterFact file with the relation and target ids of the records (matched by prompt,
-            subject and new target); None for ``counterfact.json`` in the folder.
+        path: a file; or a folder with ``attribute_snippets.json``, ``counterfact.json`` (relation and target ids of the
+            records, matched by prompt, subject and new target), and optionally ``idf.npy`` and ``tfidf_vocab.json``.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -68,7 +67,7 @@ def load_references(path: Path | str, records: Sequence[EditRecord], facts: Path
     """
     path = Path(path)
     if path.is_dir():
-        protocol, texts, vectorizer = _from_rome(path, records, path / _FACTS if facts is None else Path(facts))
+        protocol, texts, vectorizer = _from_rome(path, records)
     else:
         protocol, texts, vectorizer = _from_corpus(path, records)
     if not texts:
@@ -77,8 +76,8 @@ def load_references(path: Path | str, records: Sequence[EditRecord], facts: Path
     return References(protocol, texts, vectorizer)
 
 
-def _from_rome(folder: Path, records: Sequence[EditRecord], facts: Path) -> tuple[str, dict[int, str], Any]:
-    ids = _ids(facts)
+def _from_rome(folder: Path, records: Sequence[EditRecord]) -> tuple[str, dict[int, str], Any]:
+    ids = _ids(folder / _FACTS)
     of_record = {record.case_id: ids.get((record.prompt, record.subject, record.target_new)) for record in records}
     wanted = set(of_record.values())
     found: dict[tuple[str, str], list[str]] = {}
@@ -98,7 +97,7 @@ def _from_rome(folder: Path, records: Sequence[EditRecord], facts: Path) -> tupl
 def _ids(facts: Path) -> dict[tuple[str, str, str], tuple[str, str]]:
     """Relation id and target id, by prompt, subject and new target."""
     ids = {}
-    for number, entry in enumerate(_json(facts, "relation and target ids of the records (facts)")):
+    for number, entry in enumerate(read_list(facts, "the records' relation and target ids")):
         try:
             rewrite = entry["requested_rewrite"]
             key = rewrite["prompt"], rewrite["subject"], rewrite["target_new"]["str"].strip()
@@ -112,7 +111,7 @@ def _ids(facts: Path) -> dict[tuple[str, str, str], tuple[str, str]]:
 
 
 def _snippets(path: Path) -> Iterator[tuple[tuple[str, str], list[str]]]:
-    for number, entry in enumerate(_json(path, "ROME's reference texts")):
+    for number, entry in enumerate(read_list(path, "ROME's reference texts")):
         try:
             yield (entry["relation_id"], entry["target_id"]), [str(sample["text"]) for sample in entry["samples"]]
         except (KeyError, TypeError) as error:
@@ -138,7 +137,13 @@ def _fitted(texts: Sequence[str], source: Path) -> Any:
 
 
 def _published(vocabulary: Path, weights: Path) -> Any:
-    words: Any = _json(vocabulary, "the vocabulary's words and their indices", dict)
+    text = read_text(vocabulary, "the vocabulary")
+    try:
+        words = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{vocabulary} is not valid JSON ({error}): get the file again") from error
+    if not isinstance(words, dict):
+        raise ValueError(f"{vocabulary}: found {shown(words)}, expected an object with each word's index")
     try:
         idf = np.load(weights, allow_pickle=False)
     except Exception as error:  # a damaged header raises errors of many types
@@ -158,15 +163,3 @@ def _vectorizer_class() -> Any:
     except ImportError as error:
         raise ImportError("consistency needs scikit-learn: pip install scikit-learn, or leave consistency out"
                           ) from error
-
-
-def _json(path: Path, what: str, kind: type = list) -> Any:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: it should contain {what}")
-    try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{path} is not valid JSON ({error}): get the file again") from error
-    if not isinstance(found, kind):
-        raise ValueError(f"{path} contains a {type(found).__name__} instead of a {kind.__name__}: get the file again")
-    return found

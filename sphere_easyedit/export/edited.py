@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ..editing.executors import restored_after
 from ..editing.session import EditSession
 from ..evaluation.checkpoints import choose_kept, put_weights, resumable, session_path
+from ..evaluation.run_config import package_versions
 from ..evaluation.run_directory import SUMMARY, RunDirectory
 from ..hparams import SPHEREHyperParams
 from ..offload import live_parameter
@@ -135,8 +135,7 @@ class ExportableRun:
             self.hparams = SPHEREHyperParams.from_dict(self._config["hparams"])
             self._described: dict[str, Any] = dict(self._config["run"])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} can't be exported: its config.yaml lacks {error}; give the directory of an "
-                             "`edit` run") from error
+            raise ValueError(f"{path} holds no run that can be exported: config.yaml lacks {error}") from error
         self.num_edits = choose_kept(self._run, at, "nothing can be exported")
         dtypes = (self._config.get("model") or {}).get("dtypes") or []
         self.dtype = str(dtypes[0]).removeprefix("torch.") if len(dtypes) == 1 else None
@@ -186,7 +185,7 @@ class ExportableRun:
             num_edits=self.num_edits, num_facts=run.get("num_edits"), facts=run.get("records"),
             dataset=run.get("dataset"), seed=run.get("seed"), batch_size=run.get("batch_size"),
             settings=hparams.to_dict(), run_versions=dict(self._config.get("versions") or {}),
-            versions=_versions(), results=self._results())
+            versions=package_versions(_PACKAGES), results=self._results())
 
     def _results(self) -> dict[str, Any] | None:
         if not self._run.has(SUMMARY):
@@ -198,13 +197,3 @@ class ExportableRun:
         if summary.get("num_edits") != self.num_edits or summary.get("post") is None:
             return None  # of other weights, or not measured
         return {name: summary.get(name) for name in ("protocol", "pre", "post")}
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
