@@ -29,7 +29,7 @@ from common import machine, peak_memory, spread
 
 from sphere_easyedit.easyedit import HOME, edit_arguments, load_easyedit
 from sphere_easyedit.evaluation.datasets import EditRecord, load_records
-from sphere_easyedit.evaluation.metrics import evaluate_records, questions_of
+from sphere_easyedit.evaluation.metrics import evaluate_records, prompts_by_metric
 from sphere_easyedit.loading import load_model, model_source
 from sphere_easyedit.models import input_device
 from sphere_easyedit.tokenization import continuation_ids
@@ -51,7 +51,7 @@ def ours(model: Any, tok: Any) -> Side:
 def plain(model: Any, tok: Any) -> Side:
     @torch.no_grad()
     def answer(records: list[EditRecord]) -> Answers:
-        return [[said_so(*question) for asked in questions_of(record).values() for question in asked]
+        return [[said_so(*question) for asked in prompts_by_metric(record).values() for question in asked]
                 for record in records]
 
     def said_so(prompt: str, target: str) -> bool:

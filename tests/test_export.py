@@ -1,4 +1,4 @@
-"""Exports: what they promise of bits and errors is so, and what can't be had is refused with nothing changed."""
+"""Exports restore the weights they promise, state their errors, and refuse wrong input with nothing changed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import yaml
 from conftest import GOLDEN, tiny_hparams, tiny_model
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -43,7 +45,7 @@ from sphere_easyedit.export.fingerprint import tensors_sha256
 from sphere_easyedit.export.folders import new_folder
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
-# The last one has its embeddings tied, as GPT-2 has by default.
+# The last one has tied embeddings, as GPT-2 has by default.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}), "qwen2": ("qwen2", {}), "gpt2": ("gpt2", {}),
     "tied": ("llama", {"tie_word_embeddings": True})}
@@ -53,7 +55,7 @@ TOKENS = torch.tensor([[5, 17, 300, 42, 8], [11, 1200, 64, 2, 900]])
 
 @dataclass(frozen=True)
 class Made:
-    """A run of four facts, its base model on the disk, and what is exported of it."""
+    """A run of four facts, and its base model on the disk."""
 
     path: Path
     base: Path
@@ -75,7 +77,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
-    """Runs, each made when first asked for."""
+    """Runs, each made at its first use."""
     known: dict[str, Made] = {}
 
     def one(name: str) -> Made:
@@ -179,7 +181,8 @@ def test_another_base_than_the_run_had_is_refused(llama: Made) -> None:
     assert same(bits(model), before)
 
 
-def test_a_base_that_can_t_be_checked_is_told(llama: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_base_that_can_t_be_checked_is_warned_about(llama: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture
+                                                     ) -> None:
     shutil.copytree(llama.path, tmp_path / "run")
     for file in (tmp_path / "run" / "checkpoints").glob("session-*"):
         file.unlink()
@@ -216,7 +219,7 @@ def test_the_whole_model_in_another_dtype(llama: Made, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", ["", "5", "5 gigabytes", "0GB", "-1GB", "5gb"])
-def test_sizes_that_are_none(size: str, llama: Made, tmp_path: Path) -> None:
+def test_invalid_shard_sizes(size: str, llama: Made, tmp_path: Path) -> None:
     model = llama.load()
     with pytest.raises(ValueError, match="max_shard_size"):
         export_model(tmp_path / "out", model, llama.tok, llama.edited(), max_shard_size=size)
@@ -239,7 +242,7 @@ def test_exact_deltas_give_the_bits(made: Made, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", [{}, {"tolerance": 0.1}, {"rank": 2}, {"rank": 3, "dtype": torch.bfloat16}], ids=str)
-def test_low_rank_deltas_are_as_near_as_they_say(given: dict[str, Any], made: Made, tmp_path: Path) -> None:
+def test_low_rank_deltas_have_the_stated_error(given: dict[str, Any], made: Made, tmp_path: Path) -> None:
     edited = made.edited()
     layers = export_deltas(tmp_path / "deltas", edited, **given)
     model = made.load()
@@ -264,7 +267,7 @@ def test_low_rank_deltas_are_as_near_as_they_say(given: dict[str, Any], made: Ma
 
 
 def test_where_low_rank_does_not_pay_the_weight_is_stored(llama: Made, tmp_path: Path) -> None:
-    """Of a change of full rank nothing is gained by factors; nor where they can't come as near as is asked."""
+    """For a change of full rank, and for a tolerance below the rounding of the factors."""
     edited = llama.edited()
     noise = torch.randn(edited.changes[0].before.shape, generator=torch.Generator().manual_seed(0))
     noisy = replace(edited, changes=(replace(edited.changes[0], after=edited.changes[0].before + noise),
@@ -305,7 +308,7 @@ def test_arguments_of_deltas(llama: Made, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not finite"):
         export_adapter(tmp_path / "deltas", llama.load(), broken, 2)
     huge = replace(edited, changes=(replace(edited.changes[0], after=edited.changes[0].after + 1e12),))
-    with pytest.raises(ValueError, match="leave the range of torch.float16"):
+    with pytest.raises(ValueError, match="exceed the range of torch.float16"):
         export_deltas(tmp_path / "deltas", huge, rank=1, dtype=torch.float16)
     assert not list(tmp_path.iterdir())
 
@@ -343,17 +346,17 @@ def test_damaged_deltas_are_refused(llama: Made, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=match):
             apply_deltas(model, tmp_path / "deltas")
         assert same(bits(model), bits(llama.load()))
-    with pytest.raises(ValueError, match="holds no deltas.safetensors"):
+    with pytest.raises(ValueError, match="contains no deltas.safetensors"):
         read_deltas(tmp_path)
-    with pytest.raises(ValueError, match="holds no deltas.safetensors"):
+    with pytest.raises(ValueError, match="contains no deltas.safetensors"):
         read_deltas(tmp_path / "absent")
     save_file({"a": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="holds no deltas .*None"):
+    with pytest.raises(ValueError, match="contains no deltas .*None"):
         read_deltas(file)
 
 
 def test_deltas_that_do_not_fit_change_nothing(llama: Made, tmp_path: Path) -> None:
-    """Files made by someone who means ill, checksums and all."""
+    """Manipulated files with valid checksums."""
     export_deltas(tmp_path / "deltas", llama.edited(), rank=2)
     deltas = read_deltas(tmp_path / "deltas")
     name = deltas.layers[1].name
@@ -366,7 +369,7 @@ def test_deltas_that_do_not_fit_change_nothing(llama: Made, tmp_path: Path) -> N
             apply_deltas(model, replace(deltas, tensors=wrong))
         assert same(bits(model), bits(llama.load()))
     absent = replace(deltas.layers[1], name="model.layers.9.mlp.down_proj.weight")
-    with pytest.raises(ValueError, match="which the model has not"):
+    with pytest.raises(ValueError, match="the model has no parameter"):
         apply_deltas(llama.load(), replace(deltas, layers=(deltas.layers[0], absent)))
 
 
@@ -485,7 +488,7 @@ def test_the_fingerprint_is_of_names_and_bits(tmp_path: Path) -> None:
     assert base_fingerprint(model.to(torch.bfloat16)) not in seen
     assert tensors_sha256([("a", torch.zeros(2, 3))]) != tensors_sha256([("b", torch.zeros(2, 3))])
     assert tensors_sha256([("a", torch.zeros(2, 3))]) != tensors_sha256([("a", torch.zeros(3, 2))])
-    with pytest.raises(ValueError, match="a is offloaded"):
+    with pytest.raises(ValueError, match="a is on the meta device"):
         tensors_sha256([("a", torch.zeros(2, device="meta"))])
 
 
@@ -520,7 +523,7 @@ def test_nothing_is_overwritten(kind: str, llama: Made, tmp_path: Path) -> None:
     assert same(bits(model), bits(llama.load()))
 
 
-def test_the_card_tells_where_it_comes_from(llama: Made, tmp_path: Path) -> None:
+def test_the_card_states_the_origin(llama: Made, tmp_path: Path) -> None:
     edited = llama.edited()
     layers = export_adapter(tmp_path / "lora", llama.load(), edited, 2)
     card = (tmp_path / "lora" / "README.md").read_text()
@@ -533,62 +536,39 @@ def test_the_card_tells_where_it_comes_from(llama: Made, tmp_path: Path) -> None
                  f"{origin.results['post']['efficacy']['mean']:.1f}"):
         assert text in card
     assert "4 of the run's" not in card
-    assert "not with what is stored here" in card
-    assert "not with what is stored here" not in card_text("model", origin)
+    assert "not with those stored here" in card
+    assert "not with those stored here" not in card_text("model", origin)
     assert "Facts edited: 2 of the run's 4" in card_text("deltas", llama.edited(at=2).provenance)
 
 
 NASTY = "</code><script>alert(1)</script>`` | # **x**\n\n# heading\x00\u202e[a](javascript:b)"
 
 
-def test_the_card_takes_nothing_for_markup(llama: Made) -> None:
+def tokens_of(markdown: str) -> list[Token]:
+    """All tokens of a text by CommonMark, inline ones included."""
+    return [token for block in MarkdownIt().parse(markdown) for token in (block, *(block.children or ()))]
+
+
+def test_untrusted_text_in_the_card_is_not_markup(llama: Made) -> None:
     origin = llama.edited().provenance
     nasty = replace(origin, base=NASTY, dataset=NASTY, facts=NASTY, method=NASTY,
                     settings={**origin.settings, "stats_dir": "x\n```\n<script>alert(1)</script>"})
-    card = card_text("model", nasty)
-    lines, fence, outside = card.split("\n"), None, []
-    for line in lines:  # what stands outside fenced blocks and code spans, as CommonMark reads it
-        ticks = line[: len(line) - len(line.lstrip("`"))]
-        if fence is None and len(ticks) >= 3 and "`" not in line[len(ticks):]:
-            fence = ticks
-        elif fence is not None and line == fence:
-            fence = None
-        elif fence is None:
-            outside.append(_without_code(line))
-    assert fence is None
-    text = "\n".join(outside)
-    assert "<" not in text
-    assert "javascript" not in text
-    assert "# heading" not in text
-    assert "\u202e" not in card
-    assert "\x00" not in card
-
-
-def _without_code(line: str) -> str:
-    out, position = "", 0
-    while position < len(line):
-        if line[position] != "`":
-            out += line[position]
-            position += 1
-            continue
-        end = position
-        while end < len(line) and line[end] == "`":
-            end += 1
-        fence, close = line[position:end], end
-        while (close := line.find(fence, close)) != -1:
-            after = close + len(fence)
-            if line[close - 1] != "`" and (after == len(line) or line[after] != "`"):
-                break
-            close += 1
-        position = end if close == -1 else close + len(fence)
-        out += fence if close == -1 else "X"
-    return out
+    cards = [card_text("model", one) for one in (nasty, origin)]
+    types = [[token.type for token in tokens_of(card)] for card in cards]
+    assert not {"html_block", "html_inline", "link_open", "strong_open"} & set(types[0])
+    assert types[0].count("heading_open") == types[1].count("heading_open")
+    assert types[0].count("fence") == types[1].count("fence")
+    assert "\u202e" not in cards[0]
+    assert "\x00" not in cards[0]
 
 
 @PROPERTY
-@given(st.text(max_size=40))
+@given(st.text(max_size=40) | st.text("`ab |<", max_size=8))
 def test_code_spans_hold_any_text(text: str) -> None:
     span = code(text)
-    assert _without_code(f"a {span} b") == "a X b"
+    found = tokens_of(f"a {span} b")
+    assert [token.type for token in found] == ["paragraph_open", "inline", "text", "code_inline", "text",
+                                               "paragraph_close"]
+    assert (found[2].content, found[4].content) == ("a ", " b")
     assert "\n" not in span
     assert "\r" not in span

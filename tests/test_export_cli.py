@@ -134,7 +134,7 @@ def test_another_model_is_refused(workplace: Path, tmp_path: Path) -> None:
     for expected in (fingerprint(tmp_path / "other"), fingerprint(workplace / "base")):
         assert expected in str(done.exception)
     done = call("apply", tmp_path / "nothing", "--model", workplace / "base", "--output", tmp_path / "out")
-    assert "holds no deltas.safetensors" in str(done.exception)
+    assert "contains no deltas.safetensors" in str(done.exception)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,6 @@
-"""Bad input by the thousand: a right result or a clear error, never a traceback from inside, never a changed weight.
+"""Random bad input gives a right result or a ValueError, and changes no weight.
 
-Each property takes one hypothesis argument and no fixture, so that ``tests/fuzzers/fuzz.py`` can drive it by coverage.
+Each property takes one hypothesis argument and no fixture, so that ``tests/fuzzers/fuzz.py`` can run it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.di
 
 
 def mutated(base: dict[str, Any], more: tuple[str, ...] = ()) -> st.SearchStrategy[Any]:
-    """A mapping like this one, some of its values changed and some of its keys gone, here and further in."""
+    """A mapping like this one, with some values changed and some keys removed, also in nested mappings."""
 
     @st.composite
     def draw_one(draw: st.DrawFn) -> Any:

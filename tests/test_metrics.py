@@ -1,12 +1,10 @@
-"""Protocol `paper` against an obvious reimplementation: one prompt at a time, full forwards, plain loops."""
+"""Protocol `paper` against a plain reimplementation: one prompt at a time, full forward passes."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
 from tokenizers import Tokenizer, normalizers
 from tokenizers.models import Unigram
 from tokenizers.processors import TemplateProcessing
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sphere_easyedit.evaluation import teacher_forcing
 from sphere_easyedit.evaluation.bootstrap import bootstrap_interval
@@ -39,7 +30,6 @@ from sphere_easyedit.evaluation.metrics import CaseScores, evaluate_records, sum
 from sphere_easyedit.tokenization import continuation_ids, continuation_ids_batch, leading_special_ids
 
 GOLDEN = Path(__file__).parent / "golden"
-DATA = Path(os.environ.get("SPHERE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 FOLDERS = {"llama": GOLDEN / "llama" / "tiny-llama", "gpt2": GOLDEN / "gpt2" / "tiny-gpt2-xl"}
 # What a tokenizer puts around a text: kind -> (in front, behind). Token 0 is <|endoftext|>.
 AROUND: dict[str, tuple[list[int], list[int]]] = {
@@ -52,7 +42,7 @@ AROUND: dict[str, tuple[list[int], list[int]]] = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Models this small only lose by threads, a hundredfold where the machine is busy."""
+    """Threads slow models this small down, a hundredfold on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -67,8 +57,8 @@ def tokenizer(kind: str) -> Any:
         tok.backend_tokenizer.post_processor = TemplateProcessing(
             single=template, special_tokens=[("<|endoftext|>", 0)]
         )
-    bare = tok("The mother", add_special_tokens=False).input_ids
-    assert tok("The mother").input_ids == front + bare + behind
+    ids = tok("The mother", add_special_tokens=False).input_ids
+    assert tok("The mother").input_ids == front + ids + behind
     return tok
 
 
@@ -82,7 +72,7 @@ def llama() -> Any:
     return AutoModelForCausalLM.from_pretrained(FOLDERS["llama"]).train(False)
 
 
-# --- the obvious way ----------------------------------------------------------------------------------------
+# --- the reimplementation -----------------------------------------------------------------------------------
 
 
 def next_token(model: Any, ids: list[int]) -> int:
@@ -133,68 +123,68 @@ def assert_equal_to_slow(scores: list[CaseScores], records: list[EditRecord], mo
         assert (score.protocol, score.dataset) == ("paper", record.dataset)
 
 
-# --- records whose targets the model itself would say -------------------------------------------------------
+# --- records with targets that the model predicts -----------------------------------------------------------
 
 
-def own_words(model: Any, tok: Any, front: list[int], prompt: str, most: int = 3) -> str | None:
-    """The model's greedy continuation as far as its tokens are also those of its text."""
+def greedy_words(model: Any, tok: Any, front: list[int], prompt: str, most: int = 3) -> str | None:
+    """The model's greedy continuation, as long as the tokenizer gives its text the same tokens."""
     ids = tok(prompt, add_special_tokens=False).input_ids
     new: list[int] = []
-    said = None
+    words = None
     while len(new) < most:
         new.append(next_token(model, front + ids + new))
         text = tok.decode(new)
         same = tok(prompt + text, add_special_tokens=False).input_ids == ids + new
         if not (text.startswith(" ") and text[1:].strip() == text[1:] != "" and same):
             break
-        said = text[1:]
-    return said
+        words = text[1:]
+    return words
 
 
-def first_said(model: Any, tok: Any, front: list[int], prompts: list[str]) -> tuple[str, str | None]:
-    """The first prompt after which the model says words, and the words; None where it says none."""
+def first_words(model: Any, tok: Any, front: list[int], prompts: list[str]) -> tuple[str, str | None]:
+    """The first prompt that the model continues with words, and the words; None if it does so for no prompt."""
     for prompt in prompts:
-        said = own_words(model, tok, front, prompt)
-        if said:
-            return prompt, said
+        words = greedy_words(model, tok, front, prompt)
+        if words:
+            return prompt, words
     return prompts[0], None
 
 
 def mixed_records(model: Any, tok: Any, front: list[int], folder: Path) -> list[EditRecord]:
-    """CounterFact and ZsRE records through their loaders, some targets being what the model says."""
+    """CounterFact and ZsRE records through their loaders; some targets are the model's own predictions."""
     counterfact: list[dict[str, Any]] = []
     zsre: list[dict[str, Any]] = []
     for number, record in enumerate(load_records("demo", None, 12, seed=3)):
         paraphrases = list(record.paraphrase_prompts[:2])
         neighbours = [prompt.text for prompt in record.neighborhood_prompts[:3]]
         hit, wrong = number % 3 > 0, " Otherwise" * (number % 2)
-        # The model's words for the edit prompt in some cases, for a paraphrase in others.
+        # The prediction for the edit prompt in some cases, for a paraphrase in others.
         texts = [record.edit_prompt, *paraphrases]
-        _, said_new = first_said(model, tok, front, texts if number % 2 else texts[::-1])
-        _, said_true = first_said(model, tok, front, neighbours)
+        _, predicted_new = first_words(model, tok, front, texts if number % 2 else texts[::-1])
+        _, predicted_true = first_words(model, tok, front, neighbours)
         counterfact.append({
             "case_id": 100 + number,
             "requested_rewrite": {
                 "prompt": record.prompt,
                 "subject": record.subject,
-                "target_new": {"str": (hit and said_new) or record.target_new},
-                "target_true": {"str": (hit and said_true) or record.target_true},
+                "target_new": {"str": (hit and predicted_new) or record.target_new},
+                "target_true": {"str": (hit and predicted_true) or record.target_true},
             },
             "paraphrase_prompts": paraphrases if number else [],
             "neighborhood_prompts": neighbours,
         })
         asks = ("Who knows", "Where is", "What is said of", "When was", "In which country is", "Why did",
                 "How far is", "Who built", "Which people like", "Do you like", "Name", "What can be")
-        question, said = first_said(model, tok, front, [f"{ask} {record.subject}?" for ask in asks])
-        place, said_loc = first_said(model, tok, front, [f"nq question: {ask} {number}?" for ask in asks])
+        question, predicted = first_words(model, tok, front, [f"{ask} {record.subject}?" for ask in asks])
+        place, predicted_loc = first_words(model, tok, front, [f"nq question: {ask} {number}?" for ask in asks])
         zsre.append({
             "subject": record.subject,
             "src": question,
             "rephrase": f"{record.subject}, {question}",
-            # A wrong word behind the right ones: a share of the target's tokens is hit.
-            "answers": [((hit and said) or record.target_new) + wrong],
+            # A wrong word after the predicted ones: only some of the target's tokens are hits.
+            "answers": [((hit and predicted) or record.target_new) + wrong],
             "loc": place[:-1],
-            "loc_ans": ((hit and said_loc) or record.target_new) + wrong,
+            "loc_ans": ((hit and predicted_loc) or record.target_new) + wrong,
         })
     paths = []
     for name, raw in (("cf.json", counterfact), ("zsre.json", zsre)):
@@ -207,12 +197,12 @@ def mixed_records(model: Any, tok: Any, front: list[int], folder: Path) -> list[
 
 
 @pytest.mark.parametrize("kind", list(AROUND))
-def test_equal_to_the_obvious_way_case_by_case(model: Any, kind: str, tmp_path: Path) -> None:
+def test_equals_the_reimplementation(model: Any, kind: str, tmp_path: Path) -> None:
     tok, front = tokenizer(kind), AROUND[kind][0]
     records = mixed_records(model, tok, front, tmp_path)
     scores = evaluate_records(model, tok, records)
     assert_equal_to_slow(scores, records, model, tok, front)
-    # The comparison means something only where hits, misses and shares all occur.
+    # Hits, misses and fractions must all occur.
     for dataset in ("counterfact", "zsre"):
         prompts = {
             metric: [value for score in scores if score.dataset == dataset
@@ -240,38 +230,14 @@ def test_batching_changes_nothing(model: Any, tmp_path: Path) -> None:
     assert backwards[::-1] == alone
 
 
-def test_built_models_on_real_records(tmp_path: Path) -> None:
-    path = DATA / "zsre_mend_eval.json"
-    if not path.is_file():
-        pytest.skip(f"real data not here: {path} (set SPHERE_DATA to its folder)")
-    tok = tokenizer("plain")
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": len(tok), "bos_token_id": 0, "eos_token_id": 0}
-    models: list[Any] = [
-        LlamaForCausalLM(LlamaConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, initializer_range=0.3, max_position_embeddings=256, **sizes,
-        )),
-        GPT2LMHeadModel(GPT2Config(
-            n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3, resid_pdrop=0.5,
-            embd_pdrop=0.5, attn_pdrop=0.5, **sizes,
-        )),
-    ]
-    records = load_records("zsre", path)[:6] + load_records("counterfact", DATA / "counterfact.json")[:4]
-    for built in models:
-        built.train(False)
-        hit = []
-        for record in records:
-            said = own_words(built, tok, [], record.edit_prompt, most=1)
-            hit.append(replace(record, target_new=f"{said} {record.target_new}") if said else record)
-        expected = [slow_scores(built, tok, [], record) for record in hit]
-        built.train()  # with dropout on, two runs would differ
-        scores = evaluate_records(built, tok, hit)
-        for score, values in zip(scores, expected, strict=True):
-            for metric in values:
-                assert list(getattr(score, f"{metric}_prompts")) == pytest.approx(values[metric])
-        assert built.training
-        assert any(value > 0 for score in scores for value in score.efficacy_prompts)
+def test_dropout_is_off() -> None:
+    model, tok = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5), tokenizer("plain")
+    records = load_records("demo", None, 3)
+    expected = evaluate_records(model, tok, records, "rome")
+    model.train()
+    assert not torch.equal(*(model(torch.tensor([[5, 6, 7]])).logits for _ in range(2)))
+    assert evaluate_records(model, tok, records, "rome") == expected
+    assert model.training
 
 
 @pytest.fixture
@@ -322,7 +288,7 @@ def test_equal_rows_run_once_within_the_budget(packed: bool, watched: tuple[Any,
     assert sum(shape.numel() for shape in shapes) > 0.6 * 500 * len(shapes)  # batches are well filled
     ids = [continuation_ids(tok, text, " " + target) for text, target in pairs]
     whole = [tuple(prompt + target[:-1]) for prompt, target in ids]
-    if packed:  # beginnings that several pairs share run about once
+    if packed:  # prefixes that several pairs share run about once
         assert all(shape[0] == 1 for shape in shapes)
         distinct = {row[:length] for row in whole for length in range(1, len(row) + 1)}
         assert len(distinct) <= sum(shape.numel() for shape in shapes) < sum(map(len, whole))
@@ -394,9 +360,9 @@ def test_target_of_nothing_is_refused(llama: Any) -> None:
     )
     with pytest.raises(ValueError, match="target '\u00f8' has no tokens"):
         evaluate_records(llama, tok, [record_of(" is", "\u00f8")])
-    bare = replace(record_of(" is", "so"), neighborhood_prompts=(EvaluationPrompt("\u00f8", "so"),))
+    empty = replace(record_of(" is", "so"), neighborhood_prompts=(EvaluationPrompt("\u00f8", "so"),))
     with pytest.raises(ValueError, match="specificity prompt .* the prompt has no tokens"):
-        evaluate_records(llama, tok, [bare])
+        evaluate_records(llama, tok, [empty])
 
 
 def test_wrong_arguments(llama: Any) -> None:
@@ -416,20 +382,20 @@ def test_wrong_arguments(llama: Any) -> None:
 def test_continuation_ids(kind: str) -> None:
     tok, (front, _) = tokenizer(kind), AROUND[kind]
 
-    def bare(text: str) -> list[int]:
+    def plain_ids(text: str) -> list[int]:
         ids: list[int] = tok(text, add_special_tokens=False).input_ids
         return ids
 
     prompt, target = "The mother tongue of", " Danielle Darrieux"
     ids = continuation_ids(tok, prompt, target)
-    assert ids == (front + bare(prompt), bare(prompt + target)[len(bare(prompt)) :])
+    assert ids == (front + plain_ids(prompt), plain_ids(prompt + target)[len(plain_ids(prompt)) :])
     assert 0 not in ids[1] and len(ids[1]) > 1
     assert tok.decode(ids[1]) == target
     spaced = continuation_ids(tok, prompt + " ", target)
-    assert spaced == (front + bare(prompt + " "), bare(prompt + " " + target)[len(bare(prompt + " ")) :])
+    assert spaced == (front + plain_ids(prompt + " "), plain_ids(prompt + " " + target)[len(plain_ids(prompt + " ")) :])
     assert len(spaced[0]) == len(ids[0]) + 1
-    assert continuation_ids(tok, "", "The") == (front, bare("The"))
-    assert continuation_ids(tok, prompt, "") == (front + bare(prompt), [])
+    assert continuation_ids(tok, "", "The") == (front, plain_ids("The"))
+    assert continuation_ids(tok, prompt, "") == (front + plain_ids(prompt), [])
     assert leading_special_ids(tok) == front
     pairs = [(prompt, target), ("A", " b"), (prompt, " French")]
     batch = continuation_ids_batch(tok, [p for p, _ in pairs], [c for _, c in pairs])
@@ -513,115 +479,3 @@ def test_summary_refuses() -> None:
         summarise([score_of(0, 1.0), score_of(1, 1.0, protocol="other")])
     with pytest.raises(ValueError, match="resamples is 0"):
         summarise([score_of(0, 1.0)], resamples=0)
-
-
-# --- examples -----------------------------------------------------------------------------------------------
-
-PROMPTS = ["The mother tongue of Danielle Darrieux is", "A", "Who", "The capital", "Who is here, and why?"]
-
-
-def slow_greedy(model: Any, ids: list[int], steps: int) -> list[int]:
-    new: list[int] = []
-    for _ in range(steps):
-        new.append(next_token(model, ids + new))
-    return new
-
-
-@pytest.mark.parametrize("kind", ["plain", "both"])
-def test_continuations_are_greedy(model: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tok, front = tokenizer(kind), AROUND[kind][0]
-    tok.pad_token = None
-    for name, value in (("repetition_penalty", 5.0), ("do_sample", True), ("eos_token_id", None)):
-        monkeypatch.setattr(model.generation_config, name, value)
-    ids = [front + tok(prompt, add_special_tokens=False).input_ids for prompt in PROMPTS]
-    assert len({len(one) for one in ids}) > 1
-    expected = [slow_greedy(model, one, 12) for one in ids]
-    texts = generate_continuations(model, tok, PROMPTS, max_new_tokens=12)
-    assert texts == [decoded(tok, one, new) for one, new in zip(ids, expected, strict=True)]
-    assert len(set(texts)) > 1
-    # One end token of the model's, where the first prompt's continuation says it first.
-    end = expected[0][5]
-    monkeypatch.setattr(model.generation_config, "eos_token_id", [end, 7])
-    cut = [list(itertools.takewhile(lambda token: token not in (end, 7), new)) for new in expected]
-    assert len(cut[0]) <= 5
-    texts = generate_continuations(model, tok, PROMPTS, max_new_tokens=12)
-    assert texts == [decoded(tok, one, new) for one, new in zip(ids, cut, strict=True)]
-
-
-def decoded(tok: Any, prompt_ids: list[int], new_ids: list[int]) -> str:
-    head = tok.decode(prompt_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    whole = tok.decode(prompt_ids + new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert whole.startswith(head)
-    return str(whole[len(head) :])
-
-
-def test_continuations_refuse(llama: Any) -> None:
-    tok = tokenizer("plain")
-    assert generate_continuations(llama, tok, []) == []
-    cases: list[tuple[Callable[[], object], str]] = [
-        (lambda: generate_continuations(llama, tok, ["A"], 0), "max_new_tokens is 0"),
-        (lambda: generate_continuations(llama, tok, ["A", ""]), r"prompt 1 \(''\) has no tokens"),
-        (lambda: generate_continuations(llama, tok, ["X" + " a" * 250], 10), "the model's context of 256"),
-        (lambda: generate_continuations(llama, tok, ["A"], top_k=0, seeds=[[1]]), "top_k is 0"),
-        (lambda: generate_continuations(llama, tok, ["A"], top_k=5), "top_k is 5, with no seeds for 1 prompts"),
-        (lambda: generate_continuations(llama, tok, ["A"], top_k=5, seeds=[]), "with 0 seeds for 1 prompts"),
-        (lambda: generate_continuations(llama, tok, ["A"], seeds=[[1]]), "top_k is None, with 1 seeds"),
-    ]
-    for call, message in cases:
-        with pytest.raises(ValueError, match=message):
-            call()
-    assert len(generate_continuations(llama, tok, ["X" + " a" * 250], 6)) == 1
-
-
-def slow_draws(model: Any, tok: Any, ids: list[int], top_k: int, draws: list[float]) -> list[int]:
-    new: list[int] = []
-    for draw in draws:
-        with torch.no_grad():
-            logits = model(torch.tensor([ids + new])).logits[0, -1].double()
-        likeliest = logits.argsort(descending=True)[:top_k]
-        summed = torch.softmax(logits[likeliest], dim=0).cumsum(0)
-        new.append(int(likeliest[int((summed <= draw).sum())]))
-        if new[-1] == tok.eos_token_id:
-            return new[:-1]
-    return new
-
-
-def test_sampled_continuations_depend_on_their_prompt_and_seed_alone(model: Any) -> None:
-    tok, prompts, seeds = tokenizer("bos"), [*PROMPTS, PROMPTS[0]], [(3, number) for number in range(6)]
-    texts = generate_continuations(model, tok, prompts, 12, 4, seeds)
-    assert texts[0] != texts[5]  # another seed
-    assert texts[0] != generate_continuations(model, tok, prompts[:1], 12)[0]
-    for number in range(6):
-        assert generate_continuations(model, tok, [prompts[number]], 12, 4, [seeds[number]]) == [texts[number]]
-        ids = [0, *tok(prompts[number], add_special_tokens=False).input_ids]
-        draws = np.random.default_rng(seeds[number]).random(12).tolist()
-        assert texts[number] == decoded(tok, ids, slow_draws(model, tok, ids, 4, draws))
-    greedy = generate_continuations(model, tok, prompts, 12)
-    assert generate_continuations(model, tok, prompts, 12, 1, seeds) == greedy
-
-
-def test_tokens_are_drawn_by_their_probabilities(llama: Any) -> None:
-    tok, count = tokenizer("plain"), 1000
-    logits = llama(torch.tensor([tok("The").input_ids])).logits[0, -1].detach().double()
-    values, tokens = logits.topk(3)
-    values = torch.softmax(values, dim=0)
-    texts = generate_continuations(llama, tok, ["The"] * count, 1, 3, [[number] for number in range(count)])
-    assert set(texts) <= {tok.decode([token]) for token in tokens.tolist()}
-    for value, token in zip(values.tolist(), tokens.tolist(), strict=True):
-        found = texts.count(tok.decode([token]))
-        assert abs(found - count * value) < 4 * (count * value * (1 - value)) ** 0.5
-
-
-def test_prompts_generate_together_and_equal_ones_once(llama: Any) -> None:
-    tok, rows = tokenizer("plain"), []
-    handle = llama.lm_head.register_forward_hook(lambda _module, _args, out: rows.append(tuple(out.shape[:2])))
-    seen: list[tuple[int, int]] = []
-    try:
-        texts = generate_continuations(llama, tok, PROMPTS * 3, 80, progress=lambda *done: seen.append(done))
-    finally:
-        handle.remove()
-    assert texts[:5] == texts[5:10] == texts[10:]
-    assert set(rows[:-1]) == {(5, 1)}  # five rows, logits of their last place alone
-    longest, shortest = max(counts := [len(tok(prompt).input_ids) for prompt in PROMPTS]), min(counts)
-    assert rows[-1] == (1, 2 * (longest - shortest + 80))  # two of them again, without a cache
-    assert seen == [(5, 5)]

@@ -1,4 +1,4 @@
-"""Protocols `rome` and `easyedit` against obvious reimplementations, and what holds for several protocols at once."""
+"""Protocols `rome` and `easyedit` against plain reimplementations, and several protocols at once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def llama() -> Any:
 
 
 def edited(model: Any) -> Any:
-    """The same model after something has happened to it."""
+    """A copy of the model with perturbed weights."""
     changed = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
@@ -85,7 +85,7 @@ def assert_rome(score: CaseScores, record: EditRecord, model: Any, tok: Any, fro
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "plain"), ("qwen2", "both"), ("gpt2", "bos")])
-def test_rome_equals_the_obvious_way(family: str, kind: str, tmp_path: Path) -> None:
+def test_rome_equals_the_reimplementation(family: str, kind: str, tmp_path: Path) -> None:
     model, tok, front = built(family), tokenizer(kind), AROUND[kind][0]
     records = [record for record in mixed_records(model, tok, front, tmp_path) if record.dataset == "counterfact"]
     scores = evaluate_records(model, tok, records, "rome")
@@ -103,7 +103,7 @@ def test_equal_targets_are_a_tie_and_no_success(llama: Any) -> None:
     assert score.efficacy_magnitudes == score.specificity_magnitudes == (0.0,)
 
 
-def test_a_model_that_says_no_numbers_succeeds_at_nothing(llama: Any) -> None:
+def test_nan_logits_score_zero(llama: Any) -> None:
     broken = copy.deepcopy(llama)
     with torch.no_grad():
         broken.model.norm.weight.fill_(torch.nan)
@@ -114,21 +114,21 @@ def test_a_model_that_says_no_numbers_succeeds_at_nothing(llama: Any) -> None:
 
 def test_rome_refuses_what_has_no_true_target(llama: Any) -> None:
     zsre = replace(record_of(" is", "so", case_id=7), dataset="zsre")
-    with pytest.raises(ValueError, match=r"case 7 \(zsre\) has no target_true.*measure it by paper or easyedit"):
+    with pytest.raises(ValueError, match=r"case 7 \(zsre\) has no target_true.*use protocol paper or easyedit"):
         evaluate_records(llama, tokenizer("plain"), [zsre], "rome")
 
 
-def test_log_probabilities_are_given_for_the_rows_that_ask(llama: Any) -> None:
+def test_log_probabilities_of_chosen_rows(llama: Any) -> None:
     rows = [Row([5, 6, 7], [8, 9]), Row([5, 6, 7], [10]), Row([5, 6], [7, 8]), Row([4], [3])]
-    scores = score_rows(llama, rows, weighed=[1, 2])
+    scores = score_rows(llama, rows, log_probs_for=[1, 2])
     plain = score_rows(llama, rows)
     assert [score.log_probs is None for score in scores] == [True, False, False, True]
-    assert [(one.said, one.hits) for one in scores] == [(one.said, one.hits) for one in plain]
+    assert [(one.predicted, one.hits) for one in scores] == [(one.predicted, one.hits) for one in plain]
     for row, score in zip(rows, scores, strict=True):
         log_probs = logits_of(llama, row.prompt + row.target).log_softmax(-1)
         places = range(len(row.prompt) - 1, len(row.prompt) + len(row.target) - 1)
-        assert list(score.said) == [int(log_probs[place].argmax()) for place in places]
-        assert score.hits == tuple(one == other for one, other in zip(score.said, row.target, strict=True))
+        assert list(score.predicted) == [int(log_probs[place].argmax()) for place in places]
+        assert score.hits == tuple(one == other for one, other in zip(score.predicted, row.target, strict=True))
         if score.log_probs is not None:
             wanted = [float(log_probs[place, token]) for place, token in zip(places, row.target, strict=True)]
             assert list(score.log_probs) == pytest.approx(wanted, abs=1e-4)
@@ -138,7 +138,7 @@ def test_log_probabilities_are_given_for_the_rows_that_ask(llama: Any) -> None:
 
 
 def easyedits_cut(tok: Any, prompts: list[str], targets: list[str]) -> list[tuple[list[int], int]]:
-    """Whole texts in tokens and where their targets begin, counted in left-padded batches."""
+    """Tokens of each whole text and where its target begins, counted in left-padded batches."""
     padding = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
     wholes = [tok(prompt + " " + target).input_ids for prompt, target in zip(prompts, targets, strict=True)]
     alone = [tok(prompt).input_ids for prompt in prompts]
@@ -151,7 +151,7 @@ def easyedits_cut(tok: Any, prompts: list[str], targets: list[str]) -> list[tupl
     return cuts
 
 
-def said_and_wanted(model: Any, whole: list[int], start: int) -> tuple[list[int], list[int]]:
+def predicted_and_target(model: Any, whole: list[int], start: int) -> tuple[list[int], list[int]]:
     return logits_of(model, whole).argmax(-1).tolist()[start - 1: -1], whole[start:]
 
 
@@ -167,17 +167,17 @@ def slow_easyedit(model: Any, unedited: Any, tok: Any, record: EditRecord) -> di
     for metric, prompts in (("efficacy", [record.edit_prompt]), ("generalization", record.paraphrase_prompts[:1])):
         for prompt in prompts:
             (cut,) = easyedits_cut(tok, [prompt], [record.target_new])
-            scores[metric].append(share_equal(*said_and_wanted(model, *cut)))
+            scores[metric].append(share_equal(*predicted_and_target(model, *cut)))
     if neighbours:
         for cut in easyedits_cut(tok, neighbours, [one.target for one in record.neighborhood_prompts]):
-            now, before = (said_and_wanted(one, *cut)[0] for one in (model, unedited))
+            now, before = (predicted_and_target(one, *cut)[0] for one in (model, unedited))
             scores["specificity"].append(share_equal(now, before))
     return scores
 
 
 @pytest.mark.parametrize(("family", "kind"), [*(("llama", kind) for kind in AROUND), ("qwen2", "bos"),
                                               ("gpt2", "plain")])
-def test_easyedit_equals_the_obvious_way(family: str, kind: str, tmp_path: Path) -> None:
+def test_easyedit_equals_the_reimplementation(family: str, kind: str, tmp_path: Path) -> None:
     model, tok, front = built(family), tokenizer(kind), AROUND[kind][0]
     changed = edited(model)
     records = mixed_records(changed, tok, front, tmp_path)
@@ -193,7 +193,7 @@ def test_easyedit_equals_the_obvious_way(family: str, kind: str, tmp_path: Path)
         assert (score.case_id, score.protocol, score.dataset) == (record.case_id, "easyedit", record.dataset)
     agreed = [value for score in scores for value in score.specificity_prompts]
     assert {0.0, 1.0} <= set(agreed) and any(0 < value < 1 for value in agreed)
-    if not AROUND[kind][1]:  # an EOS behind the texts, wanted and never said, leaves no whole hits
+    if not AROUND[kind][1]:  # a scored EOS is never predicted, so that no prompt has hits only
         hit = [value for score in scores for value in score.efficacy_prompts]
         assert {0.0, 1.0} <= set(hit) and any(0 < value < 1 for value in hit)
 
@@ -207,7 +207,7 @@ def test_padding_tokens_in_a_text_are_counted_as_easyedit_does(llama: Any) -> No
     for prompt, target, cut in zip(prompts, targets, cuts, strict=True):
         record = replace(record_of("", target), subject=prompt)
         (score,) = evaluate_records(llama, tok, [record], "easyedit")
-        assert score.efficacy == pytest.approx(share_equal(*said_and_wanted(llama, *cut)))
+        assert score.efficacy == pytest.approx(share_equal(*predicted_and_target(llama, *cut)))
 
 
 def test_unedited_scores_must_fit(llama: Any) -> None:
@@ -229,7 +229,7 @@ def test_unedited_scores_must_fit(llama: Any) -> None:
 # --- several at once ----------------------------------------------------------------------------------------
 
 
-def test_protocols_together_give_what_each_gives_alone_for_less(llama: Any) -> None:
+def test_protocols_together_equal_each_alone_and_cost_less(llama: Any) -> None:
     tok = tokenizer("bos")
     records = load_records("demo", None, 12, seed=2)
     run: list[int] = []
@@ -251,8 +251,8 @@ def test_protocols_together_give_what_each_gives_alone_for_less(llama: Any) -> N
             magnitudes = [getattr(score, f"{metric}_magnitudes") for score in (one, other)
                           for metric in ("efficacy", "generalization", "specificity")]
             assert magnitudes[:3] == [pytest.approx(values, abs=1e-6) for values in magnitudes[3:]]
-            bare = {"efficacy_magnitudes": (), "generalization_magnitudes": (), "specificity_magnitudes": ()}
-            assert replace(one, **bare) == replace(other, **bare)
+            none = {"efficacy_magnitudes": (), "generalization_magnitudes": (), "specificity_magnitudes": ()}
+            assert replace(one, **none) == replace(other, **none)
 
 
 def test_scores_survive_json(llama: Any) -> None:
@@ -265,7 +265,7 @@ def test_scores_survive_json(llama: Any) -> None:
             assert CaseScores.from_dict(written) == score
             assert ("specificity_said" in written) == (protocol == "easyedit")
             assert ("efficacy_magnitudes" in written) == (protocol == "rome")
-    with pytest.raises(ValueError, match="lack or don't know case_id, other"):
+    with pytest.raises(ValueError, match="fields case_id, other are missing or unknown"):
         CaseScores.from_dict({**{key: value for key, value in written.items() if key != "case_id"}, "other": 1})
 
 

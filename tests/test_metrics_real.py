@@ -1,4 +1,4 @@
-"""Protocols `paper` and `rome`, case by case, on real records and a real model, one plain model call a question."""
+"""Protocols `paper` and `rome` on real records and a real model, against one plain model call a prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was edited while offloaded is exported like what was edited in memory."""
+"""Models edited while offloaded are exported like models edited in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.export.deltas import apply_deltas, deltas_of, read_deltas, write_deltas
+from sphere_easyedit.export.deltas import apply_deltas, compute_deltas, read_deltas, write_deltas
 from sphere_easyedit.export.edited import EditedWeights, Provenance, WeightChange
 from sphere_easyedit.export.fingerprint import base_fingerprint
 from sphere_easyedit.offload import distinct_names
@@ -46,13 +46,13 @@ def test_deltas_between_models_whole_and_split(tok: PreTrainedTokenizerBase, sav
                                  editable.parameter(layer).clone()) for layer in editable.layers)
     edited = EditedWeights(changes, Provenance("tiny", fingerprint, "float32", "AlphaEdit", 3, None, None, None, None,
                                                None, {}, {}, {}, None))
-    write_deltas(tmp_path, deltas_of(edited, exact=True))
+    write_deltas(tmp_path, compute_deltas(edited, exact=True))
     for fresh in (load(folder), split(folder, disk=(2,))):
         apply_deltas(fresh, read_deltas(tmp_path))
         assert all(torch.equal(weight, change.after) for weight, change in
                    zip(stored(fresh, hparams).values(), changes, strict=True))
     other = split(folder)
-    edited.put_into(other)
+    edited.copy_into(other)
     assert torch.equal(stored(other, hparams)[2], changes[1].after)
 
 

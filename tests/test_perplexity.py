@@ -14,7 +14,7 @@ import torch
 from conftest import tiny_model
 from test_metrics import AROUND, tokenizer
 
-from sphere_easyedit.evaluation.perplexity import Perplexity, held_out_texts, natural_text, perplexity
+from sphere_easyedit.evaluation.perplexity import Perplexity, detokenize_wikitext, held_out_texts, perplexity
 
 TEXTS = ["The mother tongue of Danielle Darrieux is French, and that of many others is, too. " * 3,
          "Who is here?", "a", "The capital of Peru is Lima. It lies by the sea, in a desert."]
@@ -58,7 +58,7 @@ def test_equals_one_window_at_a_time(model: Any, kind: str, window: int) -> None
     assert tokens == (sum(own) if front else sum(own) - sum(-(-length // window) for length in own))
 
 
-def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(model: Any) -> None:
+def test_uniform_predictions_have_the_vocabulary_size_as_perplexity(model: Any) -> None:
     blank = copy.deepcopy(model)
     with torch.no_grad():
         blank.lm_head.weight.zero_()
@@ -79,7 +79,7 @@ def test_a_window_is_no_longer_than_the_context(model: Any) -> None:
     assert perplexity(model, tokenizer("bos"), text).window == model.config.max_position_embeddings == 128
 
 
-def test_what_passes_a_float_is_infinite(model: Any) -> None:
+def test_overflow_is_infinite(model: Any) -> None:
     steep = copy.deepcopy(model)
     with torch.no_grad():
         steep.lm_head.weight.mul_(1e4)
@@ -98,7 +98,7 @@ def test_refused(model: Any) -> None:
     for arguments, message in (
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"token_budget": 0}, "token_budget is 0"),
-        ({"window": 1}, "window is 1, with 1 special tokens in front: give at least 2"),
+        ({"window": 1}, "window is 1, including 1 special tokens: give at least 2"),
     ):
         with pytest.raises(ValueError, match=message):
             perplexity(model, tok, TEXTS, **arguments)
@@ -112,7 +112,7 @@ def test_refused(model: Any) -> None:
 # --- held-out text ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("written", "natural"), [
+@pytest.mark.parametrize(("written", "original"), [
     (" Robert is a film , television and theatre actor . ", "Robert is a film, television and theatre actor."),
     ("a two @-@ part episode , 1 @,@ 234 @.@ 5 m", "a two-part episode, 1,234.5 m"),
     (' as " Craig " in " Teddy \'s Story " ; he ', 'as "Craig" in "Teddy\'s Story"; he'),
@@ -120,8 +120,8 @@ def test_refused(model: Any) -> None:
     ("the actors ' roles", "the actors' roles"),
     (" = = Early life = = \n \n He was born .", "Early life\nHe was born."),
 ])
-def test_wikitext_becomes_natural(written: str, natural: str) -> None:
-    assert natural_text(written) == natural
+def test_wikitext_is_detokenized(written: str, original: str) -> None:
+    assert detokenize_wikitext(written) == original
 
 
 def test_articles_of_wikitext(tmp_path: Path) -> None:
@@ -145,16 +145,16 @@ def test_other_text_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_held_out_text_is_refused_by_name(tmp_path: Path) -> None:
     for name, content, message in (
-        ("a.csv", b"x", "is no .txt or .jsonl file"),
-        ("a.txt", b"\xff\xfe", "is no UTF-8 text"),
-        ("b.txt", b" \n", "holds no text"),
-        ("a.jsonl", b'{"text": "x"}\n{"body": 1}\n', "line 2: no JSON object with a 'text' field"),
-        ("b.jsonl", b'{"text": 3}\n', "line 1: 'text' is 3, not a string"),
+        ("a.csv", b"x", "is not an existing .txt or .jsonl file"),
+        ("a.txt", b"\xff\xfe", "is not UTF-8 text"),
+        ("b.txt", b" \n", "contains no text"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": 1}\n', "line 2 is dict .*, expected an object with a string 'text'"),
+        ("b.jsonl", b'{"text": 3}\n', "line 1 is dict .*, expected an object"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             held_out_texts(tmp_path / name)
-    with pytest.raises(ValueError, match="is no .txt or .jsonl file"):
+    with pytest.raises(ValueError, match="is not an existing .txt or .jsonl file"):
         held_out_texts(tmp_path / "absent.txt")
 
 

@@ -107,25 +107,25 @@ def test_scores(family: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> N
     """Also of rows of which one is the beginning of another, and after rows that were longer."""
     if not packed:
         monkeypatch.setattr(teacher_forcing, "_packing_is_exact", lambda *_: False)
-    assert {len(row.fed) for row in ROWS} >= {16, 17, 18}
+    assert {len(row.input_ids) for row in ROWS} >= {16, 17, 18}
     expected = []
     for row in ROWS:
-        log_probs = logits_alone(family, row.fed).log_softmax(dim=-1)
-        expected.append([float(log_probs[place, token]) for place, token in zip(row.places, row.target, strict=True)])
+        log_probs = logits_alone(family, row.input_ids).log_softmax(dim=-1)
+        expected.append([float(log_probs[at, token]) for at, token in zip(row.positions, row.target, strict=True)])
     model = fresh(family)
     for rows in (list(range(len(ROWS))), list(reversed(range(len(ROWS))))):
-        scores = score_rows(model, [ROWS[number] for number in rows], weighed=range(len(rows)))
+        scores = score_rows(model, [ROWS[number] for number in rows], log_probs_for=range(len(rows)))
         for number, score in zip(rows, scores, strict=True):
             assert score.log_probs == pytest.approx(expected[number], abs=1e-4)
     # The model is as it was: what comes after is not by the longest row that was scored.
     with torch.no_grad():
-        after = model(torch.tensor([ROWS[1].fed])).logits[0]
-    assert torch.allclose(after, logits_alone(family, ROWS[1].fed), atol=1e-5)
+        after = model(torch.tensor([ROWS[1].input_ids])).logits[0]
+    assert torch.allclose(after, logits_alone(family, ROWS[1].input_ids), atol=1e-5)
 
 
 def test_frequencies_matter(family: str) -> None:
     """The other kind's would be seen."""
-    short, longer = ROWS[0].fed, ROWS[4].fed
+    short, longer = ROWS[0].input_ids, ROWS[4].input_ids
     with torch.no_grad():
         beside = fresh(family)(torch.tensor([[*short, *[0] * (len(longer) - len(short))], longer])).logits
     assert (beside[0, : len(short)] - logits_alone(family, short)).abs().max() > 1e-2

@@ -1,7 +1,7 @@
 """Ten thousand random subjects of all kinds of characters: the key is read at the subject's last token.
 
-The rule that it is held against knows nothing of a tokenizer's character offsets: tokens are written out as bytes, and
-the last one that shares a byte with the subject (without spaces behind it) is the one.
+The expected token is found without the tokenizer's character offsets: tokens are converted to bytes, and the last one
+that shares a byte with the subject (without trailing spaces) is expected.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from sphere_easyedit.loading import SMOLLM2_FOLDER, cache_folder
 COUNT = 3_400  # for each of three
 TOKENIZERS = ("bytes", "smollm2", "llama2")  # GPT-2's kind, a real one of it, and SentencePiece's with byte fallback
 
-# Each a kind of trouble: words, marks that combine, right to left, emoji of several code points, characters of several
-# bytes, line ends, controls, spaces, punctuation, digits, what a tokenizer may take for its own.
+# Words, combining marks, right-to-left text, emoji of several code points, characters of several bytes, line ends,
+# control characters, spaces, punctuation, digits, and texts like special tokens.
 PIECES = (
     *"abcdeRS", "France", "the", "ance", "'s", "n\u0303", "e\u0301\u0323", "\u0345", "Zoë", "İ", "ß", "ﬁ",
     "שלום", "العربية", "\u202e", "\u200f", "\u2067",
@@ -82,7 +82,7 @@ def token_bytes(tok: PreTrainedTokenizerBase, token: str, kind: str) -> bytes:
 
 def last_token(tok: PreTrainedTokenizerBase, kind: str, ids: tuple[int, ...], before: str, subject: str, after: str
                ) -> int | None:
-    """By the slow rule; None where the tokens are not the text's bytes."""
+    """Index of the expected token; None if the tokens are not the text's bytes."""
     own = [token_bytes(tok, token, kind) for token in tok.convert_ids_to_tokens(list(ids))]
     shift = 0
     if kind == "llama2":
@@ -121,7 +121,7 @@ def test_lookups_of_random_subjects(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_requests_of_random_subjects(kind: str) -> None:
-    """The same by way of requests, with templates; what has no place for a key is refused as such."""
+    """The same through requests, with templates; a few are refused since they have no token for a key."""
     tok, refused = tokenizer(kind), 0
     for number, (before, subject, after) in enumerate(random_facts(1, 500)):
         raw = {"prompt": before.replace("{}", "") + "{}" + after.replace("{}", ""), "subject": subject,
@@ -142,7 +142,7 @@ def test_requests_of_random_subjects(kind: str) -> None:
 
 
 def test_facts_of_all_kinds_are_edited(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    """Not only placed: written, together, and put back by the same call when one more of them is no fact."""
+    """Facts of all kinds in one batch; nothing is changed if one of them is refused."""
     subjects = ["Zoë", "e\u0301\u0323", "العربية", "שלום\u200f", "👩‍👩‍👧‍👦", "line\nbreak", "\x07bell\x1b[31m", "日本",
                 "a\u200bb", "{x}"]
     requests = [{"prompt": "{} is in", "subject": subject, "target_new": target} for subject, target in

@@ -1,40 +1,39 @@
-"""The four general abilities of the SPHERE paper: how each is asked and how an answer is scored.
+"""Prompts and metrics of the SPHERE paper's four general abilities: GSM8K, RTE, BoolQ and Natural Questions.
 
 =====================  =============================================  ===============================================
-task                   prompt                                         scores, the main one first
+task                   prompt                                         metrics, the main one first
 =====================  =============================================  ===============================================
-``gsm8k``              ``Question: ...\\nAnswer:``                     ``exact_match``: the last number of what the
-                                                                      model says is the gold one; ``strict``: the
-                                                                      number behind ``####`` is
-``rte``                premise, ``Question: hypothesis True or        ``acc``: the likelier of `` True`` and
+``gsm8k``              ``Question: ...\\nAnswer:``                     ``exact_match``: the answer's last number is
+                                                                      the gold one; ``strict``: the number after
+                                                                      ``####`` is
+``rte``                premise, ``Question: hypothesis True or        ``acc``: the more likely of `` True`` and
                        False?\\nAnswer:``                              `` False`` is right; ``f1``, ``auc``
-``boolq``              passage, ``Question: ...?\\nAnswer:``           ``acc``: the likelier of `` no`` and `` yes``
-                                                                      is right; ``f1``, ``auc``
+``boolq``              passage, ``Question: ...?\\nAnswer:``           ``acc``: the more likely of `` no`` and
+                                                                      `` yes`` is right; ``f1``, ``auc``
 ``natural_questions``  ``Answer these questions:``, ``Q: ...\\nA:``    ``exact_match`` with any gold answer, ``f1``
-                                                                      over words, ``contains``: a gold answer stands
-                                                                      in what the model says
+                                                                      over words, ``contains``: the answer contains
+                                                                      a gold one
 =====================  =============================================  ===============================================
 
-Worded as lm-evaluation-harness words its tasks of (nearly) these names. Generation is greedy and ends at a stop
-sequence, at an end token or after so many new tokens (:class:`AbilityTask`). The authors' own harness asks other
-things: its GSM8K prompt holds the gold rationale up to the final number, and its Natural Questions come behind a
-passage with the answer. Here the model has to reason and to remember, so the numbers don't compare with the paper's.
+The prompts are those of lm-evaluation-harness's tasks of similar names. Generation is greedy and ends at a stop
+sequence, at an end token or after a maximum number of new tokens (:class:`AbilityTask`). The authors' harness has other
+prompts: GSM8K's contains the gold rationale up to the final number, and Natural Questions' a passage with the answer.
+Here the model has to reason and to recall, so scores are not comparable with the paper's.
 
-* **GSM8K.** Numbers are compared as numbers (18, 18.00 and $18 are one). In a zero-shot prompt nothing tells the model
-  of ``####``, so ``strict`` asks for a format it has never seen, and the last number is the main score; lm-eval calls
-  the two flexible-extract and strict-match.
-* **RTE and BoolQ.** F1 is the mean of both classes' F1, weighted by how often each is right, as in the authors' code.
-  A small model may give nearly all records the same answer, so that accuracy tells its bias and the classes' shares;
-  ``auc`` (the area under the ROC curve of the difference of both log-probabilities; 50% is chance) does not
-  depend on that bias. It is left out where all records are of one class.
-* **Natural Questions** are normalised as SQuAD's are: lower case, no punctuation, no articles, single spaces. A model
-  that answers in whole sentences has an exact match of nearly 0; ``contains`` (the criterion of the authors' code) sees
-  what it knows.
+* **GSM8K.** Answers are compared as numbers (18, 18.00 and $18 are equal). A zero-shot prompt does not mention
+  ``####``, so ``strict`` expects a format that the model has not seen, and the last number is the main metric; lm-eval
+  calls the two flexible-extract and strict-match.
+* **RTE and BoolQ.** F1 is the mean of both classes' F1, weighted by the gold classes' frequencies, as in the authors'
+  code. A small model may give nearly all records the same answer, and accuracy then shows only the classes'
+  frequencies; ``auc`` (the area under the ROC curve of the difference of both log-probabilities; 50% is chance) does
+  not depend on that bias. It is left out if all records are of one class.
+* **Natural Questions** are normalised as in SQuAD: lower case, no punctuation, no articles, single spaces. A model
+  that answers in whole sentences has an exact match of nearly 0; ``contains`` (the authors' criterion) still finds a
+  correct answer.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -46,12 +45,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from .json_records import RawRecord, read_text, shown
+from .json_records import RawRecord, json_lines, read_text, shown
 
 Record = dict[str, Any]
 Aggregation = Callable[[Sequence[Any]], float] | Literal["mean"]
 
-# A hyphen behind a digit, a letter or a bracket is a sign of operation or a dash, and no number's own.
+# A hyphen after a digit, a letter or a bracket is an operator or a dash, not a minus sign.
 _NUMBER: Final = r"(?:(?<![\w)])-\$?|\$-?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _ANY_NUMBER: Final = re.compile(_NUMBER)
 _MARKED_NUMBER: Final = re.compile(rf"####\s*({_NUMBER})")
@@ -61,20 +60,20 @@ _NO_PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class AbilityTask:
-    """How one ability is asked and scored.
+    """Prompt and metrics of one task.
 
     Attributes:
         name: of the task, and of its file, ``<name>.jsonl``.
-        read: a record of that file, checked, with the fields that the functions below read.
-        prompt: the question, without what goes in front of it.
-        answer: the gold answer, or the number of the right choice; of several answers the first stands in examples.
-        score: of one record, by metric, from what the model wrote, or from the log-probability of each choice.
-        metrics: what is made of the scores of all records, by metric, the main one first.
-        choices: what is compared by likelihood, in the order of their numbers; () where the model writes an answer.
-        preamble: in front of examples and question.
-        between: between examples, and between the last one and the question.
-        stops: a written answer ends in front of the first of them.
-        max_new_tokens: most tokens of a written answer.
+        read: checks a record of that file and returns the fields that the functions below use.
+        prompt: the question, without preamble and examples.
+        answer: the gold answer, or the index of the right choice; of several answers examples show the first.
+        score: one record's scores by metric, from the generated answer or from the log-probability of each choice.
+        metrics: how the scores of all records are aggregated, by metric, the main one first.
+        choices: the choices, compared by likelihood; () if the model generates an answer.
+        preamble: text before examples and question.
+        between: text between examples, and between the last one and the question.
+        stops: stop sequences; a generated answer ends before the first of them.
+        max_new_tokens: maximum length of a generated answer.
     """
 
     name: str
@@ -90,43 +89,37 @@ class AbilityTask:
     max_new_tokens: int = 0
 
     def records(self, folder: Path) -> list[Record]:
-        """All records of the task's file in that folder, in its order.
+        """Read all records of the task's file in a folder.
 
         Raises:
-            MissingDatasetError: there is no such file.
-            ValueError: a line is no valid JSON or not of the task's form, or there is none.
+            MissingDatasetError: the file does not exist.
+            ValueError: a line is not valid JSON or not in the task's format, or there is none.
         """
         path = folder / f"{self.name}.jsonl"
         records: list[Record] = []
-        # JSON strings may hold what str.splitlines takes for a line's end.
-        for number, line in enumerate(read_text(path, f"the {self.name} task's records").split("\n"), start=1):
-            if line.strip():
-                label = f"{path}: line {number}"
-                try:
-                    raw = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{label} is no valid JSON ({error}): repair it or get the file again") from error
-                if not isinstance(raw, dict):
-                    raise ValueError(f"{label}: found {shown(raw)}, expected an object")
-                records.append(self.read(RawRecord(raw, len(records), label)))
+        for number, raw in json_lines(read_text(path, f"the {self.name} task's records"), str(path)):
+            label = f"{path}: line {number}"
+            if not isinstance(raw, dict):
+                raise ValueError(f"{label}: found {shown(raw)}, expected an object: get the file again")
+            records.append(self.read(RawRecord(raw, len(records), label)))
         if not records:
-            raise ValueError(f"{path} holds no record: get it again")
+            raise ValueError(f"{path} contains no records: get it again")
         return records
 
 
 def default_folder() -> Path:
-    """Where the four files are looked for: ``general/`` in ``SPHERE_DATA``, else in ``shared/data`` by the checkout."""
+    """Default folder of the files: ``general/`` in ``SPHERE_DATA``, else in ``shared/data`` beside the checkout."""
     return Path(os.environ.get("SPHERE_DATA") or Path(__file__).parents[3] / "shared" / "data") / "general"
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in a text; None where there is none."""
+    """The last number in a text; None if there is none."""
     found = _ANY_NUMBER.findall(text)
     return _number(found[-1]) if found else None
 
 
 def marked_number(text: str) -> Decimal | None:
-    """The first number right behind ``####``, GSM8K's mark of the final answer; None where there is none."""
+    """The first number that directly follows ``####``, GSM8K's mark of the final answer; None if there is none."""
     found = _MARKED_NUMBER.search(text)
     return None if found is None else _number(found[1])
 
@@ -135,43 +128,43 @@ def _number(text: str) -> Decimal:
     return Decimal(re.sub(r"[$,\s]", "", text))
 
 
-def normalised(text: str) -> str:
-    """A text as SQuAD compares it: lower case, without punctuation and articles, words one space apart.
+def squad_normalised(text: str) -> str:
+    """Normalise as SQuAD does: lower case, no punctuation, no articles, single spaces.
 
-    Of a text that is nothing else ("A+", "*") all is kept.
+    A text of nothing but punctuation and articles ("A+", "*") keeps them.
     """
     lowered = text.lower()
     return " ".join(_ARTICLES.sub(" ", lowered.translate(_NO_PUNCTUATION)).split()) or " ".join(lowered.split())
 
 
-def word_f1(said: str, gold: str) -> float:
+def word_f1(answer: str, gold: str) -> float:
     """Harmonic mean of precision and recall over the words, with repetition, of two normalised texts."""
-    if not said or not gold:
-        return float(said == gold)
-    said_words, gold_words = said.split(), gold.split()
-    common = (Counter(said_words) & Counter(gold_words)).total()
-    return 2 * common / (len(said_words) + len(gold_words))
+    if not answer or not gold:
+        return float(answer == gold)
+    answer_words, gold_words = answer.split(), gold.split()
+    common = (Counter(answer_words) & Counter(gold_words)).total()
+    return 2 * common / (len(answer_words) + len(gold_words))
 
 
 def _score_choice(record: Record, log_probs: Sequence[float]) -> dict[str, Any]:
-    gold, said = record["choice"], int(log_probs[1] > log_probs[0])
-    return {"acc": float(said == gold), "f1": (gold, said), "auc": (gold, log_probs[1] - log_probs[0])}
+    gold, chosen = record["choice"], int(log_probs[1] > log_probs[0])
+    return {"acc": float(chosen == gold), "f1": (gold, chosen), "auc": (gold, log_probs[1] - log_probs[0])}
 
 
 def weighted_f1(pairs: Sequence[tuple[int, int]]) -> float:
-    """F1 of each class, averaged with the share of each among the gold ones as its weight.
+    """Mean of both classes' F1, weighted by their frequencies among the gold classes.
 
     Args:
         pairs: (gold class, predicted class) of each record.
     """
-    from sklearn.metrics import f1_score  # type: ignore[import-untyped]  # of the extra that lm-eval comes with
+    from sklearn.metrics import f1_score  # type: ignore[import-untyped]  # of the extra `eval`, as lm-eval is
 
-    gold, said = zip(*pairs, strict=True)
-    return float(f1_score(gold, said, average="weighted", zero_division=0))
+    gold, predicted = zip(*pairs, strict=True)
+    return float(f1_score(gold, predicted, average="weighted", zero_division=0))
 
 
 def roc_auc(pairs: Sequence[tuple[int, float]]) -> float:
-    """How likely a record of class 1 has a higher score than one of class 0; NaN where a class or a score is missing.
+    """Area under the ROC curve; NaN if a class is missing or a score is not finite.
 
     Args:
         pairs: (gold class, score) of each record.
@@ -191,9 +184,9 @@ def _read_gsm8k(given: RawRecord) -> Record:
     return {"question": given.text("question"), "answer": answer}
 
 
-def _score_gsm8k(record: Record, said: str) -> dict[str, float]:
+def _score_gsm8k(record: Record, answer: str) -> dict[str, float]:
     gold = marked_number(record["answer"])
-    return {"exact_match": float(last_number(said) == gold), "strict": float(marked_number(said) == gold)}
+    return {"exact_match": float(last_number(answer) == gold), "strict": float(marked_number(answer) == gold)}
 
 
 def _read_rte(given: RawRecord) -> Record:
@@ -218,20 +211,20 @@ def _read_natural_question(given: RawRecord) -> Record:
     return {"question": given.text("question"), "answers": answers}
 
 
-def _score_natural_question(record: Record, said: str) -> dict[str, float]:
-    golds, said = [normalised(gold) for gold in record["answers"]], normalised(said)
+def _score_natural_question(record: Record, answer: str) -> dict[str, float]:
+    golds, answer = [squad_normalised(gold) for gold in record["answers"]], squad_normalised(answer)
     return {
-        "exact_match": float(said in golds),
-        "f1": max(word_f1(said, gold) for gold in golds),
-        "contains": float(any(f" {gold} " in f" {said} " for gold in golds)),
+        "exact_match": float(answer in golds),
+        "f1": max(word_f1(answer, gold) for gold in golds),
+        "contains": float(any(f" {gold} " in f" {answer} " for gold in golds)),
     }
 
 
-def _asked(question: str) -> str:
+def _with_question_mark(question: str) -> str:
     return question if question.endswith("?") else f"{question}?"
 
 
-_OF_CHOICES: Final[Mapping[str, Aggregation]] = {"acc": "mean", "f1": weighted_f1, "auc": roc_auc}
+_CHOICE_METRICS: Final[Mapping[str, Aggregation]] = {"acc": "mean", "f1": weighted_f1, "auc": roc_auc}
 
 ABILITY_TASKS: Final[dict[str, AbilityTask]] = {task.name: task for task in (
     AbilityTask(
@@ -245,19 +238,19 @@ ABILITY_TASKS: Final[dict[str, AbilityTask]] = {task.name: task for task in (
         "rte", _read_rte,
         prompt=lambda record: f"{record['premise']}\nQuestion: {record['hypothesis']} True or False?\nAnswer:",
         answer=lambda record: int(record["choice"]),
-        score=_score_choice, metrics=_OF_CHOICES, choices=("True", "False"),
+        score=_score_choice, metrics=_CHOICE_METRICS, choices=("True", "False"),
     ),
     AbilityTask(
         "natural_questions", _read_natural_question,
-        prompt=lambda record: f"Q: {_asked(record['question'])}\nA:",
+        prompt=lambda record: f"Q: {_with_question_mark(record['question'])}\nA:",
         answer=lambda record: list(record["answers"]),
         score=_score_natural_question, metrics={"exact_match": "mean", "f1": "mean", "contains": "mean"},
         preamble="Answer these questions:\n\n", between="\n", stops=("\n",), max_new_tokens=32,
     ),
     AbilityTask(
         "boolq", _read_boolq,
-        prompt=lambda record: f"{record['passage']}\nQuestion: {_asked(record['question'])}\nAnswer:",
+        prompt=lambda record: f"{record['passage']}\nQuestion: {_with_question_mark(record['question'])}\nAnswer:",
         answer=lambda record: int(record["choice"]),
-        score=_score_choice, metrics=_OF_CHOICES, choices=("no", "yes"),
+        score=_score_choice, metrics=_CHOICE_METRICS, choices=("no", "yes"),
     ),
 )}

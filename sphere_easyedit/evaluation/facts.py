@@ -22,13 +22,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from .json_records import RawRecord, build_records, parse_json, read_text, shown
+from .json_records import RawRecord, build_records, json_lines, parse_json, read_text, shown
 from .records import EditRecord, EvaluationPrompt
 
 FACTS_FILE: Final = ("a .jsonl (a record a line) or .csv (with a header) file of facts with prompt, subject and "
@@ -54,7 +53,7 @@ def load_facts(path: Path | str) -> list[EditRecord]:
     text = read_text(path, FACTS_FILE)
     if not text.strip():
         raise ValueError(f"{path}: the file is empty; expected at least one record")
-    items = list(_json_lines(text, str(path)) if ending == ".jsonl" else _csv_rows(text, str(path)))
+    items = list(_json_items(text, str(path)) if ending == ".jsonl" else _csv_rows(text, str(path)))
     if not items:
         raise ValueError(f"{path}: there is a header and nothing else; expected at least one record")
     records = build_records(items, str(path), _fact)
@@ -64,21 +63,8 @@ def load_facts(path: Path | str) -> list[EditRecord]:
     return records
 
 
-def _json_lines(text: str, source: str) -> Iterator[tuple[str, Any]]:
-    lines = text.split("\n")  # JSON strings may hold what str.splitlines takes for a line's end
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            item = parse_json(line)
-        except json.JSONDecodeError as error:
-            torn = number == len(lines)  # nothing ends the line
-            remedy = ("the file ends within the line: finish the line or remove it" if torn else
-                      "repair the line; a record takes one line and no more")
-            raise ValueError(f"{source}: line {number} is no valid JSON: {error.msg} at column {error.colno}; {remedy}"
-                             ) from error
-        except ValueError as error:
-            raise ValueError(f"{source}: line {number} can't be read: {error}") from error
+def _json_items(text: str, source: str) -> Iterator[tuple[str, Any]]:
+    for number, item in json_lines(text, source):
         yield f"line {number}", _without_nulls(item)
 
 

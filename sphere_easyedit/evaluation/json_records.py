@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -144,6 +144,28 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("its lists and objects are nested too deep") from error
+
+
+def json_lines(text: str, source: str) -> Iterator[tuple[int, Any]]:
+    """Values of JSON lines with their line numbers, from 1; blank lines are skipped.
+
+    Raises:
+        ValueError: a line is not valid JSON.
+    """
+    lines = text.split("\n")  # JSON strings may contain characters that str.splitlines takes for line ends
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, parse_json(line)
+        except json.JSONDecodeError as error:
+            torn = number == len(lines)  # nothing ends the line
+            remedy = ("the file ends within the line: finish the line or remove it" if torn else
+                      "repair the line; a record takes one line and no more")
+            raise ValueError(f"{source}: line {number} is no valid JSON: {error.msg} at column {error.colno}; {remedy}"
+                             ) from error
+        except ValueError as error:
+            raise ValueError(f"{source}: line {number} can't be read: {error}") from error
 
 
 def existing(path: Path, wanted: str) -> Path:

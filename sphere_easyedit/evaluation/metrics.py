@@ -1,7 +1,4 @@
-"""What an edited model says: efficacy, generalization and specificity by one or several protocols.
-
-:mod:`.protocols` defines them. The model is run once over what all of them ask.
-"""
+"""Efficacy, generalization and specificity of an edited model, by one or several protocols (see :mod:`.protocols`)."""
 
 from __future__ import annotations
 
@@ -18,32 +15,32 @@ from ..runs.schema import FACT_METRICS, MetricName
 from .bootstrap import MetricSummary, summary_of
 from .datasets import EditRecord
 from .protocols import (
-    RULES,
+    PROTOCOLS,
     PromptScore,
+    PromptTarget,
     Protocol,
-    Question,
     agreement,
-    questions_of,
-    rows_of,
+    prompts_by_metric,
+    tokenize_pairs,
 )
 from .teacher_forcing import Progress, RowScore, score_rows
 
 __all__ = ["CaseScores", "MetricName", "MetricSummary", "Protocol", "evaluate_protocols", "evaluate_records",
-           "questions_of", "summarise"]
+           "prompts_by_metric", "summarise"]
 
 
 @dataclass(frozen=True)
 class CaseScores:
-    """How a model did on one case.
+    """The scores of one case.
 
     Attributes:
         case_id, dataset: of the record.
-        protocol: by which the numbers were computed; numbers of two protocols don't compare.
-        efficacy, generalization, specificity: mean over the case's prompts, 0 to 1; None where it has none.
+        protocol: that the scores were computed by; scores of different protocols are not comparable.
+        efficacy, generalization, specificity: mean over the case's prompts, 0 to 1; None if it has none.
         efficacy_prompts, generalization_prompts, specificity_prompts: 0 to 1 for each prompt, in the record's
             order.
-        efficacy_magnitudes, generalization_magnitudes, specificity_magnitudes: of ``rome``, -1 to 1 for each prompt.
-        specificity_said: of ``easyedit``, for each neighbour the tokens that the model said at its target's places.
+        efficacy_magnitudes, generalization_magnitudes, specificity_magnitudes: -1 to 1 for each prompt (``rome``).
+        specificity_said: for each neighbour the token ids predicted for its target (``easyedit``).
     """
 
     case_id: int
@@ -61,27 +58,27 @@ class CaseScores:
     specificity_said: tuple[tuple[int, ...], ...] = ()
 
     def magnitude(self, metric: MetricName) -> float | None:
-        """Mean of a metric's magnitudes; None where there are none."""
-        found: tuple[float, ...] = getattr(self, f"{metric}_magnitudes")
-        return _mean(found)
+        """Mean of a metric's magnitudes; None if there are none."""
+        magnitudes: tuple[float, ...] = getattr(self, f"{metric}_magnitudes")
+        return _mean(magnitudes)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it, without what is empty by default; :meth:`from_dict` gives back an equal object."""
-        empty = {field.name for field in fields(self) if field.default == ()}
-        return {name: value for name, value in asdict(self).items() if value or name not in empty}
+        """Convert to a JSON-serialisable dict without empty optional fields; :meth:`from_dict` reverses it."""
+        optional = {field.name for field in fields(self) if field.default == ()}
+        return {name: value for name, value in asdict(self).items() if value or name not in optional}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CaseScores:
-        """Of what :meth:`to_dict` gave, through JSON or not.
+        """Restore from the dict that :meth:`to_dict` returned, through JSON or not.
 
         Raises:
-            ValueError: a field is missing or not known.
+            ValueError: a field is missing or unknown.
         """
-        unlike = {field.name for field in fields(cls) if field.default != ()} - data.keys() \
+        wrong = {field.name for field in fields(cls) if field.default != ()} - data.keys() \
             | data.keys() - {field.name for field in fields(cls)}
-        if unlike:
-            raise ValueError(f"these scores lack or don't know {', '.join(sorted(unlike))}: they are not CaseScores' "
-                             "to_dict(); evaluate again")
+        if wrong:
+            raise ValueError(f"fields {', '.join(sorted(wrong))} are missing or unknown in these scores, which "
+                             "CaseScores.to_dict() did not write: evaluate again")
         return cls(**{name: _tuples(value) for name, value in data.items()})
 
 
@@ -99,15 +96,16 @@ def evaluate_records(
 
 def edit_efficacy(model: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord],
                   protocol: Protocol = "paper") -> float | None:
-    """Percent of facts that the model says, on the edit prompts alone; None where the protocol has none of these facts.
+    """Mean efficacy over the records in percent, without running their other prompts; None if there are no records.
 
     Raises:
-        ValueError: the protocol does not fit the facts.
+        ValueError: the protocol is not defined for a record.
     """
-    asked = [replace(record, paraphrase_prompts=(), neighborhood_prompts=(), generation_prompts=(),
-                     portability_prompts=()) for record in records]
-    found = [score.efficacy for score in evaluate_records(model, tok, asked, protocol) if score.efficacy is not None]
-    return 100.0 * sum(found) / len(found) if found else None
+    edits_only = [replace(record, paraphrase_prompts=(), neighborhood_prompts=(), generation_prompts=(),
+                          portability_prompts=()) for record in records]
+    scores = evaluate_records(model, tok, edits_only, protocol)
+    values = [score.efficacy for score in scores if score.efficacy is not None]
+    return 100.0 * sum(values) / len(values) if values else None
 
 
 def evaluate_protocols(
@@ -121,69 +119,68 @@ def evaluate_protocols(
 ) -> dict[Protocol, list[CaseScores]]:
     """Score every record by each protocol, in the records' order.
 
-    Prompts of all cases and protocols are gathered and run together: equal pairs of prompt and target once, and what
-    prompts or targets begin with in common once, too (see :mod:`.teacher_forcing`). Neither the model (device, mode,
-    gradients) nor the tokenizer is changed.
+    Prompts of all cases and protocols run together: equal pairs of prompt and target run once, and so do common
+    prefixes (see :mod:`.teacher_forcing`). The model (device, mode, gradients) and the tokenizer stay as they are.
 
     Args:
         model: a causal language model of transformers.
-        records: of one or several data sets.
+        records: from one or several data sets.
         protocols: see :mod:`.protocols`.
-        unedited: what ``easyedit`` gave for the unedited model, by case_id. None says that this model is the
-            unedited one, which agrees with itself: specificity is 1.
-        token_budget: tokens of a batch, padding included; a longer row makes a batch of its own. It changes
-            time and memory, and results by no more than rounding in the model. None for what is fast: 1024 on a
-            CPU, 8192 elsewhere.
-        progress: called with (questions done, questions in all) after each batch.
+        unedited: the unedited model's scores by ``easyedit``, by case_id. None if this model is the unedited one, whose
+            specificity is 1.
+        token_budget: maximum number of tokens in a batch, padding included; a longer row is a batch of its own. It
+            affects time and memory, and results only by rounding in the model. None for 1024 on a CPU and 8192 on other
+            devices.
+        progress: called with (prompts done, prompts in total) after each batch.
 
     Raises:
         TypeError: the model or the tokenizer is not one of transformers.
-        ValueError: a protocol is unknown or does not fit a record, the token budget is below 1, ``unedited`` does not
-            fit the records, a target is blank or has no tokens, a prompt has no tokens to predict from, or a prompt
-            with its target passes the model's context (the case is named).
+        ValueError: a protocol is unknown or not defined for a record, the token budget is below 1, ``unedited`` does
+            not match the records, a target is blank or has no tokens, a prompt has no tokens, or a prompt with its
+            target exceeds the model's context (the message names the case).
     """
     check_inputs(model, tok)
     for protocol in protocols:
-        if protocol not in RULES:
-            raise ValueError(f"protocol {protocol!r} is not known: choose one of {', '.join(RULES)}")
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol {protocol!r} is not known: choose one of {', '.join(PROTOCOLS)}")
     if token_budget is not None and token_budget < 1:
         raise ValueError(f"token_budget is {token_budget}: give the tokens of a batch, 1 or more")
-    asked = {protocol: [RULES[protocol].questions(record) for record in records] for protocol in protocols}
-    names: dict[Question, str] = {}
-    weighed: set[Question] = set()
-    for protocol, cases in asked.items():
+    pairs = {protocol: [PROTOCOLS[protocol].pairs(record) for record in records] for protocol in protocols}
+    names: dict[PromptTarget, str] = {}
+    with_log_probs: set[PromptTarget] = set()
+    for protocol, cases in pairs.items():
         for record, by_metric in zip(records, cases, strict=True):
             for metric, prompts in by_metric.items():
-                for question in (question for questions in prompts for question in questions):
-                    names.setdefault(question, f"case {record.case_id} ({record.dataset}), {metric}")
-                    if RULES[protocol].weighs:
-                        weighed.add(question)
-    rows = rows_of(tok, names, max_positions(model.config))  # type: ignore[arg-type]
+                for pair in (pair for prompt in prompts for pair in prompt):
+                    names.setdefault(pair, f"case {record.case_id} ({record.dataset}), {metric}")
+                    if PROTOCOLS[protocol].needs_log_probs:
+                        with_log_probs.add(pair)
+    rows = tokenize_pairs(tok, names, max_positions(model.config))  # type: ignore[arg-type]
     scores = score_rows(model, rows, token_budget, progress,
-                        [number for number, question in enumerate(names) if question in weighed])
-    answers = dict(zip(names, scores, strict=True))
+                        [number for number, pair in enumerate(names) if pair in with_log_probs])
+    results = dict(zip(names, scores, strict=True))
     return {
         protocol: [
-            _case_scores(record, protocol, {metric: [[answers[question] for question in questions]
-                                                     for questions in prompts]
+            _case_scores(record, protocol, {metric: [[results[pair] for pair in prompt] for prompt in prompts]
                                             for metric, prompts in by_metric.items()}, unedited)
             for record, by_metric in zip(records, cases, strict=True)
         ]
-        for protocol, cases in asked.items()
+        for protocol, cases in pairs.items()
     }
 
 
-def _case_scores(record: EditRecord, protocol: Protocol, answers: Mapping[MetricName, list[list[RowScore]]],
+def _case_scores(record: EditRecord, protocol: Protocol, results: Mapping[MetricName, list[list[RowScore]]],
                  unedited: Mapping[int, CaseScores] | None) -> CaseScores:
-    rules = RULES[protocol]
-    found = {metric: [rules.score(record, answer) for answer in prompts] for metric, prompts in answers.items()}
-    said: tuple[tuple[int, ...], ...] = ()
-    if rules.remembers:
-        said = tuple(answer[0].said for answer in answers["specificity"])
-        before = said if unedited is None else _said_before(record, protocol, said, unedited)
-        found["specificity"] = [PromptScore(agreement(*pair)) for pair in zip(said, before, strict=True)]
-    values = {metric: tuple(score.value for score in found[metric]) for metric in FACT_METRICS}
-    magnitudes = {metric: tuple(score.magnitude for score in found[metric] if score.magnitude is not None)
+    """Scores of one case, from the results of each prompt's pairs by metric."""
+    rules = PROTOCOLS[protocol]
+    scores = {metric: [rules.score(record, prompt) for prompt in prompts] for metric, prompts in results.items()}
+    predicted: tuple[tuple[int, ...], ...] = ()
+    if rules.needs_unedited:
+        predicted = tuple(prompt[0].predicted for prompt in results["specificity"])
+        expected = predicted if unedited is None else _unedited_predictions(record, protocol, predicted, unedited)
+        scores["specificity"] = [PromptScore(agreement(*pair)) for pair in zip(predicted, expected, strict=True)]
+    values = {metric: tuple(score.value for score in scores[metric]) for metric in FACT_METRICS}
+    magnitudes = {metric: tuple(score.magnitude for score in scores[metric] if score.magnitude is not None)
                   for metric in FACT_METRICS}
     return CaseScores(
         case_id=record.case_id,
@@ -198,12 +195,12 @@ def _case_scores(record: EditRecord, protocol: Protocol, answers: Mapping[Metric
         efficacy_magnitudes=magnitudes["efficacy"],
         generalization_magnitudes=magnitudes["generalization"],
         specificity_magnitudes=magnitudes["specificity"],
-        specificity_said=said,
+        specificity_said=predicted,
     )
 
 
-def _said_before(record: EditRecord, protocol: Protocol, said: tuple[tuple[int, ...], ...],
-                 unedited: Mapping[int, CaseScores]) -> tuple[tuple[int, ...], ...]:
+def _unedited_predictions(record: EditRecord, protocol: Protocol, predicted: tuple[tuple[int, ...], ...],
+                          unedited: Mapping[int, CaseScores]) -> tuple[tuple[int, ...], ...]:
     before = unedited.get(record.case_id)
     case = f"case {record.case_id} ({record.dataset})"
     remedy = f"give the unedited model's scores of these records by protocol {protocol}"
@@ -211,9 +208,9 @@ def _said_before(record: EditRecord, protocol: Protocol, said: tuple[tuple[int, 
         raise ValueError(f"{case} is not among the {len(unedited)} unedited scores: {remedy}")
     if before.protocol != protocol:
         raise ValueError(f"{case}: the unedited scores are of protocol {before.protocol}: {remedy}")
-    if [*map(len, before.specificity_said)] != [*map(len, said)]:
-        raise ValueError(f"{case}: its neighbours' targets have {[*map(len, said)]} tokens, in the unedited scores "
-                         f"{[*map(len, before.specificity_said)]}: {remedy}, with the same tokenizer")
+    if [*map(len, before.specificity_said)] != [*map(len, predicted)]:
+        raise ValueError(f"{case}: its neighbours' targets have {[*map(len, predicted)]} tokens, in the unedited "
+                         f"scores {[*map(len, before.specificity_said)]}: {remedy}, with the same tokenizer")
     return before.specificity_said
 
 
@@ -225,19 +222,17 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
-
 def summarise(scores: Sequence[CaseScores], seed: int = 0, resamples: int = 1000) -> dict[str, MetricSummary]:
-    """Means over cases in percent, with 95% intervals by bootstrap over cases.
+    """Means over cases in percent, with 95% bootstrap intervals over cases.
 
     Args:
         scores: of one protocol.
         seed: of the resampling; the same seed gives the same intervals.
-        resamples: how many times the cases are drawn anew; the interval is the 2.5th to the 97.5th percentile
-            of their means.
+        resamples: number of bootstrap resamples; the interval is the 2.5th to the 97.5th percentile of their means.
 
     Returns:
-        For each metric ``{"mean": percent, "ci95": [low, high] in percent, "n": cases that have it}``. Where
-        no case has it, mean and ci95 are None and n is 0. For ``rome`` also ``efficacy_magnitude`` and so on.
+        For each metric ``{"mean": percent, "ci95": [low, high] in percent, "n": cases that have it}``; mean and ci95
+        are None if no case has it. For ``rome`` also ``efficacy_magnitude`` and so on.
 
     Raises:
         ValueError: there are no scores, they are of several protocols, or resamples is below 1.

@@ -1,12 +1,12 @@
-"""Three ways of telling whether an edit has worked, which the field mixes up: what each asks, and how it scores.
+"""The three protocols for efficacy, generalization and specificity: which prompts each scores, and how.
 
-Numbers of two protocols don't compare, so each result names its own. In all of them a prompt's score is 0 to 1, a
-case's the mean over its prompts, a run's the mean over its cases; everything is teacher-forced: a prompt and its target
-run through the model once, and each target token is predicted from the true tokens in front of it.
+Numbers of different protocols are not comparable, so each result names its own. In all of them a prompt's score is 0 to
+1, a case's score the mean over its prompts, a run's the mean over its cases. Everything is teacher-forced: a prompt and
+its target run through the model once, and each target token is predicted from the true tokens before it.
 
 ``paper``
-    What the code of SPHERE's authors computes, which goes back to ROME and MEMIT. A target token is a **hit** where it
-    is the argmax.
+    What the code of SPHERE's authors computes, which goes back to ROME and MEMIT. A target token that is the argmax is
+    a **hit**.
 
     ==============  ====================================  =============================================
     metric          CounterFact and the like              ZsRE
@@ -18,8 +18,8 @@ run through the model once, and each target token is predicted from the true tok
                     hit, else 0
     ==============  ====================================  =============================================
 
-    All against the truth, specificity included, and not against what the unedited model said. Target tokens are
-    those of ``prompt + " " + target`` beyond the prompt's, so a tokenizer's BOS never is one.
+    All compare with the true target, specificity included, not with the unedited model's predictions. Target tokens are
+    those of ``prompt + " " + target`` beyond the prompt's, so a tokenizer's BOS is never one of them.
 
 ``rome``
     ROME's ES, PS and NS. With ``l(t)`` the mean over a target's tokens of the natural log-probability of each, and
@@ -33,11 +33,11 @@ run through the model once, and each target token is predicted from the true tok
     specificity     neighbours                   ``l(their target) > l(target_new)``   NM = p(theirs) - p(new)
     ==============  ===========================  ====================================  =======================
 
-    A tie is 0; magnitudes are -1 to 1; a probability that is no number (a broken model) is 0. A CounterFact
-    neighbour's own target is ``target_true``. Tokens as in ``paper``. ZsRE has no ``target_true``: refused.
+    A tie scores 0; magnitudes are -1 to 1; a NaN probability (a broken model) counts as 0. A CounterFact neighbour's
+    own target is ``target_true``. Tokens as in ``paper``. ZsRE has no ``target_true`` and is refused.
 
 ``easyedit``
-    EasyEdit's ``compute_edit_quality`` with its default metric, asked with what ``easyedit.edit_arguments`` gives it.
+    EasyEdit's ``compute_edit_quality`` with its default metric, called with what ``easyedit.edit_arguments`` passes.
 
     ==============  =========================================  =================================================
     metric          prompts                                    prompt's score
@@ -45,19 +45,19 @@ run through the model once, and each target token is predicted from the true tok
     efficacy        edit prompt -> ``target_new``              share of target tokens that are hits: rewrite_acc
     generalization  the **first** paraphrase ->                the same: rephrase_acc
                     ``target_new``
-    specificity     neighbours -> their targets, ZsRE's        share of the target's places where the argmax is
+    specificity     neighbours -> their targets, ZsRE's        share of target tokens for which the argmax is
                     ``loc`` without ``"?"``                    that of the **unedited** model: locality acc
     ==============  =========================================  =================================================
 
-    The unedited model agrees with itself: its specificity is 1. Tokens are those of the tokenizer's plain call on
-    ``prompt + " " + target``, special tokens at both ends included, and the target's are what is left behind as many as
-    the plain call on ``prompt`` gives. So where the tokenizer puts an EOS behind a text, the first target token is not
-    scored and the EOS is; where it merges over the seam, the last of the merged tokens are. Where the padding token
-    (else EOS) stands in the texts, those of the whole that are not in the prompt shift the target back by as many.
-    EasyEdit's ``max_length`` cuts nothing: it is raised to the longest prompt with its target.
-    ``target_new`` is what is measured: for ZsRE, edit ``alt`` in as EasyEdit's users do (``with_protocol_targets``).
-    What differs: a row runs by itself, EasyEdit pads a case's neighbours on the left without telling positions, which
-    changes what models with absolute positions (GPT-2) say to the shorter ones.
+    The unedited model agrees with itself: its specificity is 1. Tokens are those of a plain tokenizer call on
+    ``prompt + " " + target``, with special tokens at both ends. The first ``len(tok(prompt))`` of them count as the
+    prompt, the rest as the target. So if the tokenizer appends an EOS, the first target token is not scored and the EOS
+    is; if it merges characters of prompt and target into one token, fewer target tokens are scored. Each padding token
+    (EOS if there is none) that ``prompt + " " + target`` has beyond the prompt's moves the start of the target one
+    token to the right. EasyEdit's ``max_length`` truncates nothing: it is raised to the longest prompt with its target.
+    Measured is ``target_new``: for ZsRE, edit in ``alt`` as EasyEdit's users do (``with_protocol_targets``).
+    One difference remains: here each row runs without padding, while EasyEdit left-pads a case's neighbours without
+    adjusting positions, which changes the predictions of models with absolute positions (GPT-2) for shorter prompts.
 """
 
 from __future__ import annotations
@@ -80,87 +80,98 @@ Protocol = Literal["paper", "rome", "easyedit"]
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt with a target (no space in front) that the model is run on, and how the two become tokens."""
+class PromptTarget:
+    """A prompt and a target (without a leading space) that the model scores.
+
+    Attributes:
+        easyedit_tokens: whether the two are tokenized as EasyEdit does (see the module's text).
+    """
 
     prompt: str
     target: str
-    plainly: bool = False  # as EasyEdit does
+    easyedit_tokens: bool = False
 
 
 @dataclass(frozen=True)
 class PromptScore:
-    """How the model did on one prompt; ``magnitude`` in ``rome`` alone."""
+    """The score of one prompt; ``magnitude`` is set by ``rome`` only."""
 
     value: float
     magnitude: float | None = None
 
 
-class Rules(ABC):
-    """What a protocol asks of a record, and how it scores the answers."""
+class ProtocolRules(ABC):
+    """Which prompts of a record a protocol scores, and how.
 
-    weighs: bool = False  # whether it needs log-probabilities
-    remembers: bool = False  # whether specificity is measured against what the unedited model said
+    Attributes:
+        needs_log_probs: whether scores need log-probabilities of the target tokens.
+        needs_unedited: whether specificity compares with the unedited model's predictions.
+    """
+
+    needs_log_probs: bool = False
+    needs_unedited: bool = False
 
     @abstractmethod
-    def questions(self, record: EditRecord) -> dict[MetricName, list[list[Question]]]:
-        """By metric, for each prompt what it is asked with."""
+    def pairs(self, record: EditRecord) -> dict[MetricName, list[list[PromptTarget]]]:
+        """By metric, for each prompt the pairs that its score needs."""
 
     @abstractmethod
-    def score(self, record: EditRecord, answers: Sequence[RowScore]) -> PromptScore:
-        """Of one prompt, from the answers to its questions; where specificity ``remembers``, it is not asked."""
+    def score(self, record: EditRecord, results: Sequence[RowScore]) -> PromptScore:
+        """Score one prompt from the results of its pairs; not used for specificity with ``needs_unedited``."""
 
 
-class _Paper(Rules):
-    def questions(self, record: EditRecord) -> dict[MetricName, list[list[Question]]]:
-        return {metric: [[Question(*pair)] for pair in pairs] for metric, pairs in questions_of(record).items()}
+class _Paper(ProtocolRules):
+    def pairs(self, record: EditRecord) -> dict[MetricName, list[list[PromptTarget]]]:
+        return {metric: [[PromptTarget(*pair)] for pair in pairs]
+                for metric, pairs in prompts_by_metric(record).items()}
 
-    def score(self, record: EditRecord, answers: Sequence[RowScore]) -> PromptScore:
-        hits = answers[0].hits
-        return PromptScore(_share(hits) if record.dataset == "zsre" else float(all(hits)))
+    def score(self, record: EditRecord, results: Sequence[RowScore]) -> PromptScore:
+        hits = results[0].hits
+        return PromptScore(_fraction(hits) if record.dataset == "zsre" else float(all(hits)))
 
 
-class _Rome(Rules):
-    weighs = True
+class _Rome(ProtocolRules):
+    needs_log_probs = True
 
-    def questions(self, record: EditRecord) -> dict[MetricName, list[list[Question]]]:
+    def pairs(self, record: EditRecord) -> dict[MetricName, list[list[PromptTarget]]]:
         if record.target_true is None:
             raise ValueError(
                 f"case {record.case_id} ({record.dataset}) has no target_true, which protocol rome compares target_new "
-                "with: measure it by paper or easyedit, or leave the case out"
+                "with: use protocol paper or easyedit, or leave the case out"
             )
-        rivals: dict[MetricName, str] = {"efficacy": record.target_true, "generalization": record.target_true,
-                                         "specificity": record.target_new}
-        return {metric: [[Question(*pair), Question(pair[0], rivals[metric])] for pair in pairs]
-                for metric, pairs in questions_of(record).items()}
+        competing: dict[MetricName, str] = {"efficacy": record.target_true, "generalization": record.target_true,
+                                            "specificity": record.target_new}
+        return {metric: [[PromptTarget(*pair), PromptTarget(pair[0], competing[metric])] for pair in pairs]
+                for metric, pairs in prompts_by_metric(record).items()}
 
-    def score(self, record: EditRecord, answers: Sequence[RowScore]) -> PromptScore:
-        own, other = map(_mean_log_prob, answers)
+    def score(self, record: EditRecord, results: Sequence[RowScore]) -> PromptScore:
+        own, other = map(_mean_log_prob, results)
         return PromptScore(float(own > other), math.exp(own) - math.exp(other))
 
 
-class _EasyEdit(Rules):
-    remembers = True
+class _EasyEdit(ProtocolRules):
+    needs_unedited = True
 
-    def questions(self, record: EditRecord) -> dict[MetricName, list[list[Question]]]:
+    def pairs(self, record: EditRecord) -> dict[MetricName, list[list[PromptTarget]]]:
         zsre = record.dataset == "zsre"
         return {
-            "efficacy": [[Question(record.edit_prompt, record.target_new, plainly=True)]],
-            "generalization": [[Question(text, record.target_new, plainly=True)]
+            "efficacy": [[PromptTarget(record.edit_prompt, record.target_new, easyedit_tokens=True)]],
+            "generalization": [[PromptTarget(text, record.target_new, easyedit_tokens=True)]
                                for text in record.paraphrase_prompts[:1]],
-            "specificity": [[Question(prompt.text.removesuffix("?") if zsre else prompt.text, prompt.target,
-                                      plainly=True)] for prompt in record.neighborhood_prompts],
+            "specificity": [[PromptTarget(prompt.text.removesuffix("?") if zsre else prompt.text, prompt.target,
+                                          easyedit_tokens=True)] for prompt in record.neighborhood_prompts],
         }
 
-    def score(self, record: EditRecord, answers: Sequence[RowScore]) -> PromptScore:
-        return PromptScore(_share(answers[0].hits))
+    def score(self, record: EditRecord, results: Sequence[RowScore]) -> PromptScore:
+        return PromptScore(_fraction(results[0].hits))
 
 
-RULES: Final[Mapping[Protocol, Rules]] = MappingProxyType({"paper": _Paper(), "rome": _Rome(), "easyedit": _EasyEdit()})
+PROTOCOLS: Final[Mapping[Protocol, ProtocolRules]] = MappingProxyType(
+    {"paper": _Paper(), "rome": _Rome(), "easyedit": _EasyEdit()})
 
 
-def questions_of(record: EditRecord) -> dict[MetricName, list[tuple[str, str]]]:
-    """Prompts of a case with their targets, by what they measure; all of them, as ``paper`` and ``rome`` ask."""
+def prompts_by_metric(record: EditRecord) -> dict[MetricName, list[tuple[str, str]]]:
+    """All (prompt, target) pairs of a record by the metric they measure, as ``paper`` and ``rome`` use them."""
     return {
         "efficacy": [(record.edit_prompt, record.target_new)],
         "generalization": [(text, record.target_new) for text in record.paraphrase_prompts],
@@ -168,58 +179,58 @@ def questions_of(record: EditRecord) -> dict[MetricName, list[tuple[str, str]]]:
     }
 
 
-def agreement(said: Sequence[int], before: Sequence[int]) -> float:
-    """Share of places where the same token is said as before."""
-    return _share([one == other for one, other in zip(said, before, strict=True)])
+def agreement(predicted: Sequence[int], unedited: Sequence[int]) -> float:
+    """Share of predicted tokens that equal the unedited model's."""
+    return _fraction([one == other for one, other in zip(predicted, unedited, strict=True)])
 
 
-def rows_of(tok: PreTrainedTokenizerBase, questions: Mapping[Question, str], context: int | None) -> list[Row]:
-    """Questions in tokens, in their order, each fit to be run.
+def tokenize_pairs(tok: PreTrainedTokenizerBase, pairs: Mapping[PromptTarget, str], context: int | None) -> list[Row]:
+    """Tokenize pairs, in their order.
 
     Args:
-        questions: with what names each in an error.
-        context: most tokens that the model reads; None for no limit.
+        pairs: each with the name that an error calls it by.
+        context: maximum number of tokens that the model reads; None for no limit.
 
     Raises:
-        ValueError: a target is blank or has no tokens, a prompt has none to predict from, or both pass the context.
+        ValueError: a target is blank or has no tokens, a prompt has no tokens, or both exceed the context.
     """
-    plain = iter(_plain_rows(tok, [question for question in questions if question.plainly]))
-    joined = [question for question in questions if not question.plainly]
-    continued = iter(continuation_ids_batch(tok, [question.prompt for question in joined],
-                                            [" " + question.target for question in joined]))
-    rows = [next(plain) if question.plainly else Row(*next(continued)) for question in questions]
-    for row, (question, name) in zip(rows, questions.items(), strict=True):
-        where = f"{name} prompt {question.prompt[:80]!r}"
-        # A blank target still leaves the token of the space in front of it.
-        if not row.target or not question.target.strip():
-            raise ValueError(f"{where}: target {question.target!r} has no tokens; give one that the tokenizer knows")
+    easyedit = iter(_easyedit_rows(tok, [pair for pair in pairs if pair.easyedit_tokens]))
+    others = [pair for pair in pairs if not pair.easyedit_tokens]
+    continued = iter(continuation_ids_batch(tok, [pair.prompt for pair in others],
+                                            [" " + pair.target for pair in others]))
+    rows = [next(easyedit) if pair.easyedit_tokens else Row(*next(continued)) for pair in pairs]
+    for row, (pair, name) in zip(rows, pairs.items(), strict=True):
+        where = f"{name} prompt {pair.prompt[:80]!r}"
+        # A blank target still has the token of the space in front of it.
+        if not row.target or not pair.target.strip():
+            raise ValueError(f"{where}: target {pair.target!r} has no tokens; give one that the tokenizer knows")
         if not row.prompt:
             raise ValueError(f"{where}: the prompt has no tokens to predict from; give one that is not empty")
-        if context is not None and len(row.fed) > context:
+        if context is not None and len(row.input_ids) > context:
             raise ValueError(
-                f"{where}: {len(row.fed)} tokens with its target, but the model's context is {context}; "
+                f"{where}: {len(row.input_ids)} tokens with its target, but the model's context is {context}; "
                 "shorten the prompt or leave the case out"
             )
     return rows
 
 
-def _plain_rows(tok: PreTrainedTokenizerBase, questions: Sequence[Question]) -> Iterator[Row]:
-    """The whole text's tokens, cut where EasyEdit cuts them."""
-    if not questions:
+def _easyedit_rows(tok: PreTrainedTokenizerBase, pairs: Sequence[PromptTarget]) -> Iterator[Row]:
+    """The tokens of prompt and target together, split where EasyEdit splits them."""
+    if not pairs:
         return
-    prompts = tok([question.prompt for question in questions], verbose=False)["input_ids"]
-    wholes = tok([f"{question.prompt} {question.target}" for question in questions], verbose=False)["input_ids"]
+    prompts = tok([pair.prompt for pair in pairs], verbose=False)["input_ids"]
+    wholes = tok([f"{pair.prompt} {pair.target}" for pair in pairs], verbose=False)["input_ids"]
     padding = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
     for prompt, whole in zip(prompts, wholes, strict=True):
         start = len(prompt) + whole.count(padding) - prompt.count(padding)
         yield Row(list(whole[:start]), list(whole[start:]))
 
 
-def _share(hits: Sequence[bool]) -> float:
+def _fraction(hits: Sequence[bool]) -> float:
     return sum(hits) / len(hits)
 
 
-def _mean_log_prob(answer: RowScore) -> float:
-    assert answer.log_probs is not None  # rows of a protocol that weighs are weighed
-    mean = math.fsum(answer.log_probs) / len(answer.log_probs)
+def _mean_log_prob(result: RowScore) -> float:
+    assert result.log_probs is not None  # requested for protocols with needs_log_probs
+    mean = math.fsum(result.log_probs) / len(result.log_probs)
     return -math.inf if math.isnan(mean) else mean

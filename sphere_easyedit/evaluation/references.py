@@ -1,14 +1,14 @@
-"""Reference texts for consistency: what a text about the subject would say if the edit were true.
+"""Reference texts for consistency: texts about things that have the property which an edit gives its subject.
 
-Consistency is the cosine of TF-IDF vectors. Where reference texts and vocabulary come from is the **protocol**:
+Consistency is the cosine of TF-IDF vectors. The **protocol** names the source of reference texts and vocabulary:
 
 ``rome``
-    ROME's: Wikipedia texts about things that have the edit's new property (``attribute_snippets.json``), with the
-    published vocabulary and weights (``tfidf_vocab.json``, ``idf.npy``).
+    ROME's: Wikipedia texts about things with the edit's new property (``attribute_snippets.json``), with the published
+    vocabulary and weights (``tfidf_vocab.json``, ``idf.npy``).
 ``rome-fitted``
-    The same texts, the vocabulary fitted to all of them, as ROME's code does where the two files can't be had.
+    The same texts, with a vocabulary fitted to all of them, as ROME's code does without the two files.
 ``corpus:NAME``
-    Paragraphs of any text that name the edit's new target, the vocabulary fitted to all paragraphs.
+    Paragraphs of any text that contain the edit's new target, with a vocabulary fitted to all paragraphs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from .datasets import EditRecord
-from .json_records import parse_json
+from .json_records import parse_json, read_list, read_text, shown
 from .perplexity import held_out_texts
 
 _SNIPPETS, _VOCABULARY, _WEIGHTS, _FACTS = "attribute_snippets.json", "tfidf_vocab.json", "idf.npy", "counterfact.json"
@@ -34,9 +34,9 @@ class References:
     """Reference texts of cases.
 
     Attributes:
-        protocol: where texts and vocabulary come from, see the module docstring.
-        texts: by case_id; cases without any are left out.
-        vectorizer: scikit-learn's ``TfidfVectorizer``, fitted.
+        protocol: the source of texts and vocabulary, see the module's docstring.
+        texts: by case_id, for cases that have any.
+        vectorizer: a fitted ``TfidfVectorizer`` of scikit-learn.
     """
 
     protocol: str
@@ -44,9 +44,9 @@ class References:
     vectorizer: Any
 
     def consistency(self, case_id: int, text: str) -> float | None:
-        """Cosine of a text with the case's references, times 100: 0 to 100; None where the case has none.
+        """Cosine of a text with the case's references, 0 to 100; None if the case has none.
 
-        A text without any word of the vocabulary is at 0.
+        A text without any word of the vocabulary scores 0.
         """
         if case_id not in self.texts:
             return None
@@ -54,31 +54,30 @@ class References:
         return min(100.0, 100 * float((vectors @ vectors.T).toarray()[0, 1]))
 
 
-def load_references(path: Path | str, records: Sequence[EditRecord], facts: Path | str | None = None) -> References:
-    """References of the records, from a folder of ROME's files or from a .txt or .jsonl corpus.
+def load_references(path: Path | str, records: Sequence[EditRecord]) -> References:
+    """Load references for the records, from a folder of ROME's files or from a .txt or .jsonl corpus.
 
     Args:
-        path: a folder with ``attribute_snippets.json`` and perhaps ``idf.npy`` and ``tfidf_vocab.json``; or a file.
-        facts: with a folder, the CounterFact file that tells relation and target ids of the records (matched by
-            prompt, subject and new target); None for ``counterfact.json`` in the folder.
+        path: a file; or a folder with ``attribute_snippets.json``, ``counterfact.json`` (relation and target ids of the
+            records, matched by prompt, subject and new target), and optionally ``idf.npy`` and ``tfidf_vocab.json``.
 
     Raises:
-        ImportError: scikit-learn is not there.
-        ValueError: a file is missing or not of its form, or no record has references.
+        ImportError: scikit-learn is not installed.
+        ValueError: a file is missing or has the wrong format, or no record has references.
     """
     path = Path(path)
     if path.is_dir():
-        protocol, texts, vectorizer = _from_rome(path, records, path / _FACTS if facts is None else Path(facts))
+        protocol, texts, vectorizer = _from_rome(path, records)
     else:
         protocol, texts, vectorizer = _from_corpus(path, records)
     if not texts:
-        raise ValueError(f"{path} has reference texts of none of {len(records)} records: give other texts, or measure "
-                         "no consistency")
+        raise ValueError(f"{path} has reference texts for none of {len(records)} records: give other texts, or leave "
+                         "consistency out")
     return References(protocol, texts, vectorizer)
 
 
-def _from_rome(folder: Path, records: Sequence[EditRecord], facts: Path) -> tuple[str, dict[int, str], Any]:
-    ids = _ids(facts)
+def _from_rome(folder: Path, records: Sequence[EditRecord]) -> tuple[str, dict[int, str], Any]:
+    ids = _ids(folder / _FACTS)
     of_record = {record.case_id: ids.get((record.prompt, record.subject, record.target_new)) for record in records}
     wanted = set(of_record.values())
     found: dict[tuple[str, str], list[str]] = {}
@@ -96,36 +95,37 @@ def _from_rome(folder: Path, records: Sequence[EditRecord], facts: Path) -> tupl
 
 
 def _ids(facts: Path) -> dict[tuple[str, str, str], tuple[str, str]]:
-    """Relation and new target's id, by template, subject and new target."""
+    """Relation id and target id, by prompt, subject and new target."""
     ids = {}
-    for number, entry in enumerate(_json(facts, "relation and target ids of the records (facts)")):
+    for number, entry in enumerate(read_list(facts, "the records' relation and target ids")):
         try:
             rewrite = entry["requested_rewrite"]
             key = rewrite["prompt"], rewrite["subject"], rewrite["target_new"]["str"].strip()
             relation, target = rewrite["relation_id"], rewrite["target_new"].get("id")
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{facts}: record {number} is not of CounterFact's form ({error!r})") from error
+            raise ValueError(f"{facts}: record {number} is not in CounterFact's format ({error!r}): get the file again"
+                             ) from error
         if relation is not None and target is not None:
             ids[key] = relation, target
     return ids
 
 
 def _snippets(path: Path) -> Iterator[tuple[tuple[str, str], list[str]]]:
-    for number, entry in enumerate(_json(path, "ROME's reference texts")):
+    for number, entry in enumerate(read_list(path, "ROME's reference texts")):
         try:
             yield (entry["relation_id"], entry["target_id"]), [str(sample["text"]) for sample in entry["samples"]]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: entry {number} has no relation_id, target_id and samples with text ({error!r})"
-                             ) from error
+            raise ValueError(f"{path}: entry {number} has no relation_id, target_id and samples with text ({error!r}): "
+                             "get the file again") from error
 
 
 def _from_corpus(path: Path, records: Sequence[EditRecord]) -> tuple[str, dict[int, str], Any]:
     paragraphs = [line for text in held_out_texts(path) for line in text.splitlines() if line.strip()]
-    about = {}
+    by_target = {}
     for target in {record.target_new for record in records}:
-        named = re.compile(rf"(?<!\w){re.escape(target)}(?!\w)")
-        about[target] = " ".join(text for text in paragraphs if target in text and named.search(text))
-    texts = {record.case_id: about[record.target_new] for record in records if about[record.target_new]}
+        mention = re.compile(rf"(?<!\w){re.escape(target)}(?!\w)")
+        by_target[target] = " ".join(text for text in paragraphs if target in text and mention.search(text))
+    texts = {record.case_id: by_target[record.target_new] for record in records if by_target[record.target_new]}
     return f"corpus:{path.stem}", texts, _fitted(paragraphs, path)
 
 
@@ -133,18 +133,25 @@ def _fitted(texts: Sequence[str], source: Path) -> Any:
     try:
         return _vectorizer_class()().fit(texts)
     except ValueError as error:
-        raise ValueError(f"{source} makes no vocabulary ({error}): give texts with words") from error
+        raise ValueError(f"no vocabulary can be fitted to {source} ({error}): give texts with words") from error
 
 
 def _published(vocabulary: Path, weights: Path) -> Any:
-    words: Any = _json(vocabulary, "the vocabulary's words and their numbers", dict)
+    text = read_text(vocabulary, "the vocabulary")
+    try:
+        words = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{vocabulary} is not valid JSON ({error}): get the file again") from error
+    if not isinstance(words, dict):
+        raise ValueError(f"{vocabulary}: found {shown(words)}, expected an object with each word's index")
     try:
         idf = np.load(weights, allow_pickle=False)
-    except Exception as error:  # NumPy's headers fail in more ways than can be listed
-        raise ValueError(f"{weights} is no array that NumPy loads without pickle ({error})") from error
+    except Exception as error:  # a damaged header raises errors of many types
+        raise ValueError(f"{weights} is not an array that NumPy loads without pickle ({error}): get the file again"
+                         ) from error
     if idf.shape != (len(words),) or sorted(words.values()) != list(range(len(words))) or not np.isfinite(idf).all():
-        raise ValueError(f"{weights} has the shape {idf.shape} and {vocabulary} has {len(words)} words: give the two "
-                         "that belong together, a finite weight for each of the numbers from 0 on")
+        raise ValueError(f"{weights} has the shape {idf.shape} and {vocabulary} has {len(words)} words: give two files "
+                         "that match, with a finite weight for each index from 0")
     vectorizer = _vectorizer_class()(vocabulary=words)
     vectorizer.idf_ = idf
     return vectorizer
@@ -154,17 +161,5 @@ def _vectorizer_class() -> Any:
     try:
         return importlib.import_module("sklearn.feature_extraction.text").TfidfVectorizer
     except ImportError as error:
-        raise ImportError("consistency needs scikit-learn: pip install scikit-learn, or measure no consistency"
+        raise ImportError("consistency needs scikit-learn: pip install scikit-learn, or leave consistency out"
                           ) from error
-
-
-def _json(path: Path, what: str, kind: type = list) -> Any:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; it should hold {what}")
-    try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path} is no valid JSON ({error})") from error
-    if not isinstance(found, kind):
-        raise ValueError(f"{path} holds a {type(found).__name__} where a {kind.__name__} is needed")
-    return found

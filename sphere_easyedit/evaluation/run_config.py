@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any, Final
 
@@ -30,23 +30,28 @@ _FIXED_MEASURES: Final = ("protocols", "before", "cases", "sample", "seed", "tex
 _FIXED_ABILITIES: Final = ("num_fewshot", "limit", "max_new_tokens")
 
 
+def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Version of each package; None if it is not installed."""
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
 def run_config(model: nn.Module, hparams: SPHEREHyperParams, run: Mapping[str, Any]) -> dict[str, Any]:
     """The content of ``config.yaml``: everything resolved, versions, machine.
 
     Args:
         run: what the run edits and measures.
     """
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     replicas = Replicas.of(model)
     return {
         "run": dict(run),
         "hparams": hparams.to_dict(),
-        "versions": versions,
+        "versions": {"python": platform.python_version()} | package_versions(_PACKAGES),
         "model": {"devices": sorted({str(parameter.device) for parameter in model.parameters()}),
                   "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
                   "context_templates": EditSession.of(model).contexts},

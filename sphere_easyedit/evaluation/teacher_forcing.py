@@ -1,10 +1,10 @@
-"""Many prompts with their targets through a model: what it says in front of each target token, and how likely that is.
+"""Teacher-forced scoring of many prompts with targets: the argmax and log-probability of each target token.
 
-Nothing is run twice that need not be. Tokens that other tokens begin with are not run on their own: what a causal model
-says at a place does not depend on what follows, so a prompt's targets of one token share a row. Rows that begin alike
-(targets of one prompt, questions of one wording) run their common beginning once, as a row that they have in front.
-Rows are packed end to end where the model takes an attention function of ours (see ``editing.packing``), else padded,
-each whole. Logits are made only where a target token is predicted.
+Tokens run once where possible. A causal model's prediction at a position does not depend on later tokens, so a row that
+is a prefix of another row is not run separately: all one-token targets of a prompt share a row. Rows with a common
+prefix (targets of one prompt, prompts of one wording) run it once. Rows are packed end to end if the model accepts our
+attention function (see ``editing.packing``), otherwise padded, without prefix sharing. Logits are computed only where a
+target token is predicted.
 """
 
 from __future__ import annotations
@@ -25,263 +25,271 @@ from ..replicas import Replicas, merge_parts, split_contiguous
 
 Progress = Callable[[int, int], None]
 
-# Tokens of a batch. On a CPU, states of many more fall out of its caches.
+# Tokens in a batch. On a CPU, the hidden states of many more do not fit in its caches.
 _CPU_TOKENS = 1024
 _GPU_TOKENS = 8192
-# Logits of a place cost a whole vocabulary of float32, 0.5 MB for Llama 3: a batch has so many fewer of them.
-TOKENS_PER_PLACE = 4
-_WEIGHED_AT_ONCE = 128  # places whose logits are copied to be normalised
-_LEAST_SHARED = 2  # tokens: to run fewer of them again is cheaper than a row of their own
+# Logits of one position are a float32 vocabulary (0.5 MB for Llama 3) and count as this many tokens of a batch.
+TOKENS_PER_LOGITS = 4
+_LOG_PROB_CHUNK = 128  # positions whose logits are copied and normalised at once
+_MIN_SHARED_PREFIX = 2  # tokens: running fewer of them again is cheaper than a separate row
 
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt with its target in tokens."""
+    """Token ids of a prompt and its target."""
 
     prompt: list[int]
     target: list[int]
 
     @property
-    def fed(self) -> list[int]:
-        """What the model has to read: the last target token is predicted but never read."""
+    def input_ids(self) -> list[int]:
+        """The tokens that the model reads: all but the last target token, which is only predicted."""
         return self.prompt + self.target[:-1]
 
     @property
-    def places(self) -> range:
-        """Where the target's tokens are predicted."""
+    def positions(self) -> range:
+        """Positions whose logits predict the target's tokens."""
         return range(len(self.prompt) - 1, len(self.prompt) + len(self.target) - 1)
 
 
 @dataclass(frozen=True)
 class _Sequence:
-    """Tokens that the model is run on, for all rows that they begin with."""
+    """Tokens to run, and the rows whose input is a prefix of them."""
 
     tokens: list[int]
     rows: list[int]
-    places: list[int]  # ascending, where any of the rows is predicted
+    positions: list[int]  # ascending, those of all rows
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What is run together, with the beginning of each sequence that is run once for several; () where there is none.
-    """
+    """Sequences that run together, and for each the prefix that it shares with others; () if it shares none."""
 
     sequences: list[_Sequence] = field(default_factory=list)
-    stems: list[tuple[int, ...]] = field(default_factory=list)
+    prefixes: list[tuple[int, ...]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class RowScore:
-    """What the model says where a row's target is predicted.
+    """The model's predictions of a row's target.
 
     Attributes:
-        said: the argmax in front of each target token.
-        hits: whether it is that token.
-        log_probs: natural logarithm of each target token's probability; None where that was not asked.
+        predicted: the argmax for each target token.
+        hits: whether it equals the target token.
+        log_probs: natural logarithm of each target token's probability; None if not requested.
     """
 
-    said: tuple[int, ...]
+    predicted: tuple[int, ...]
     hits: tuple[bool, ...]
     log_probs: tuple[float, ...] | None = None
 
 
 def score_rows(
     model: nn.Module, rows: Sequence[Row], token_budget: int | None = None, progress: Progress | None = None,
-    weighed: Collection[int] = (),
+    log_probs_for: Collection[int] = (),
 ) -> list[RowScore]:
     """Score every row, in the rows' order.
 
     Args:
         model: a causal language model of transformers; stays as it is.
         rows: with at least one token in prompt and target.
-        token_budget: tokens of a batch, padding included; None for what is fast on the model's device.
-        progress: called with (rows done, rows in all) after each batch; of this process's rows where others share them.
-        weighed: numbers of the rows whose log-probabilities are wanted. They are made in float32 of the logits at
-            these rows' places alone.
+        token_budget: maximum number of tokens in a batch, padding included; None for the device's default.
+        progress: called with (rows done, rows in total) after each batch; with several processes, of this one's rows.
+        log_probs_for: indices of the rows whose log-probabilities are computed, in float32.
     """
     if token_budget is None:
         token_budget = fast_token_budget(input_device(model).type)
     replicas = Replicas.of(model)
     if replicas is None:
-        return _score_here(model, rows, token_budget, progress, set(weighed))
-    # Neighbours in this order begin alike, so what is run once for several stays together but at the seams.
-    order = sorted(range(len(rows)), key=lambda index: rows[index].fed)
-    parts = split_contiguous([len(rows[index].fed) for index in order], replicas.world_size)
-    places = [[order[number] for number in part] for part in parts]
+        return _score_rows(model, rows, token_budget, progress, set(log_probs_for))
+    # In this order rows with a common prefix are neighbours, so that most of them go to one process.
+    order = sorted(range(len(rows)), key=lambda index: rows[index].input_ids)
+    parts = split_contiguous([len(rows[index].input_ids) for index in order], replicas.world_size)
+    indices = [[order[number] for number in part] for part in parts]
     shares = [([rows[index] for index in part], token_budget,
-               {number for number, index in enumerate(part) if index in weighed}) for part in places]
-    return merge_parts(places, replicas.run(_score_share, shares, progress))
+               {number for number, index in enumerate(part) if index in log_probs_for}) for part in indices]
+    return merge_parts(indices, replicas.run(_score_share, shares, progress))
 
 
-def _score_share(here: Replicas, rows: Sequence[Row], token_budget: int, weighed: set[int]) -> list[RowScore]:
-    return _score_here(here.editable.model, rows, token_budget, here.progress, weighed)
+def _score_share(replicas: Replicas, rows: Sequence[Row], token_budget: int, log_probs_for: set[int]) -> list[RowScore]:
+    return _score_rows(replicas.editable.model, rows, token_budget, replicas.progress, log_probs_for)
 
 
-def _score_here(model: nn.Module, rows: Sequence[Row], token_budget: int, progress: Progress | None,
-                weighed: set[int]) -> list[RowScore]:
+def _score_rows(model: nn.Module, rows: Sequence[Row], token_budget: int, progress: Progress | None,
+                log_probs_for: set[int]) -> list[RowScore]:
     scores: dict[int, RowScore] = {}
+    lengths = [len(row.input_ids) for row in rows]
     with frozen(model):
-        for alike in group_by_class([len(row.fed) for row in rows], length_class(model.config)):  # type: ignore[arg-type]
-            sequences = _sequences(rows, alike)
+        for group in group_by_class(lengths, length_class(model.config)):  # type: ignore[arg-type]
+            sequences = _sequences(rows, group)
             packed = _packing_is_exact(model, sequences)
             make_batches, run = (_packed_batches, _packed_logits) if packed else (_padded_batches, _padded_logits)
             with attending_packed(model) if packed else nullcontext():
                 for batch in make_batches(sequences, token_budget):
-                    scores.update(_scores(rows, batch, run(model, batch), weighed))
+                    scores.update(_scores(rows, batch, run(model, batch), log_probs_for))
                     if progress is not None:
                         progress(len(scores), len(rows))
     return [scores[index] for index in range(len(rows))]
 
 
-def _scores(rows: Sequence[Row], batch: _Batch, logits: Tensor, weighed: set[int]) -> dict[int, RowScore]:
-    """By row, from the logits ``(places, vocabulary)`` of all sequences' places in turn."""
-    said = logits.argmax(dim=-1).tolist()
-    numbers: dict[int, list[int]] = {}  # by row, which of the places are its own
+def _scores(rows: Sequence[Row], batch: _Batch, logits: Tensor, log_probs_for: set[int]) -> dict[int, RowScore]:
+    """Scores by row index, from the logits ``(positions, vocabulary)`` at the positions of all sequences in turn."""
+    predicted = logits.argmax(dim=-1).tolist()
+    columns: dict[int, list[int]] = {}  # by row, the indices of its positions in ``logits``
     first = 0
     for sequence in batch.sequences:
-        at = {place: first + number for number, place in enumerate(sequence.places)}
-        numbers |= {index: [at[place] for place in rows[index].places] for index in sequence.rows}
+        at = {position: first + number for number, position in enumerate(sequence.positions)}
+        columns |= {index: [at[position] for position in rows[index].positions] for index in sequence.rows}
         first += len(at)
-    asked = [index for index in numbers if index in weighed]
-    found = iter(_log_probs(logits, [number for index in asked for number in numbers[index]],
-                            [token for index in asked for token in rows[index].target]))
-    log_probs = {index: tuple(next(found) for _ in numbers[index]) for index in asked}
+    chosen = [index for index in columns if index in log_probs_for]
+    found = iter(_log_probs(logits, [column for index in chosen for column in columns[index]],
+                            [token for index in chosen for token in rows[index].target]))
+    log_probs = {index: tuple(next(found) for _ in columns[index]) for index in chosen}
     scores = {}
-    for index, own in numbers.items():
-        tokens = tuple(said[number] for number in own)
+    for index, own in columns.items():
+        tokens = tuple(predicted[column] for column in own)
         hits = tuple(one == other for one, other in zip(tokens, rows[index].target, strict=True))
         scores[index] = RowScore(tokens, hits, log_probs.get(index))
     return scores
 
 
-def _log_probs(logits: Tensor, numbers: list[int], tokens: list[int]) -> list[float]:
-    """Log-probability of each token at the place that ``numbers`` names for it."""
+def _log_probs(logits: Tensor, indices: list[int], tokens: list[int]) -> list[float]:
+    """Log-probability of each token by the logits at its index."""
     found: list[float] = []
-    for start in range(0, len(numbers), _WEIGHED_AT_ONCE):
-        places = torch.tensor(numbers[start: start + _WEIGHED_AT_ONCE], device=logits.device)
-        wanted = torch.tensor(tokens[start: start + _WEIGHED_AT_ONCE], device=logits.device)
-        found += logits[places].log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0].tolist()
+    for start in range(0, len(indices), _LOG_PROB_CHUNK):
+        chunk = torch.tensor(indices[start: start + _LOG_PROB_CHUNK], device=logits.device)
+        wanted = torch.tensor(tokens[start: start + _LOG_PROB_CHUNK], device=logits.device)
+        found += logits[chunk].log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0].tolist()
     return found
 
 
 def fast_token_budget(device_type: str) -> int:
-    """Tokens of a batch that are fast on a kind of device."""
+    """Default number of tokens in a batch on a type of device."""
     return _CPU_TOKENS if device_type == "cpu" else _GPU_TOKENS
 
 
-def _sequences(rows: Sequence[Row], chosen: Sequence[int]) -> list[_Sequence]:
-    """What has to be run for the chosen rows, in an order that puts together what begins alike."""
+def _sequences(rows: Sequence[Row], indices: Sequence[int]) -> list[_Sequence]:
+    """Sequences to run for the rows at these indices, sorted so that those with a common prefix are neighbours."""
     sequences: list[_Sequence] = []
-    # In this order a row comes right after those that it is the beginning of.
-    for index in sorted(chosen, key=lambda index: rows[index].fed, reverse=True):
-        fed = rows[index].fed
-        if not sequences or sequences[-1].tokens[: len(fed)] != fed:
-            sequences.append(_Sequence(fed, [], []))
+    # In this order a row comes right after the rows that it is a prefix of.
+    for index in sorted(indices, key=lambda index: rows[index].input_ids, reverse=True):
+        tokens = rows[index].input_ids
+        if not sequences or sequences[-1].tokens[: len(tokens)] != tokens:
+            sequences.append(_Sequence(tokens, [], []))
         sequences[-1].rows.append(index)
     return [
-        _Sequence(one.tokens, one.rows, sorted({at for index in one.rows for at in rows[index].places}))
+        _Sequence(one.tokens, one.rows, sorted({at for index in one.rows for at in rows[index].positions}))
         for one in sequences
     ]
 
 
 def _padded_batches(sequences: list[_Sequence], token_budget: int) -> Iterator[_Batch]:
-    costs = [TOKENS_PER_PLACE * len(one.places) for one in sequences]
+    costs = [TOKENS_PER_LOGITS * len(one.positions) for one in sequences]
     for batch in padded_batches([len(one.tokens) for one in sequences], token_budget, costs, token_budget):
         yield _Batch([sequences[number] for number in batch], [()] * len(batch))
 
 
 def _packed_batches(sequences: list[_Sequence], token_budget: int) -> Iterator[_Batch]:
-    """In the sequences' order; a beginning whose sequences fall in two batches is run in both."""
-    stems: list[tuple[int, ...]] = [()] * len(sequences)
-    for group in _shared_beginnings(sequences):
-        stem = tuple(sequences[group.first].tokens[: group.depth])
-        stems[group.first: group.stop] = [stem] * (group.stop - group.first)
-    batch, tokens, places = _Batch(), 0, 0
-    for sequence, stem in zip(sequences, stems, strict=True):
-        known = len(stem) if batch.stems and batch.stems[-1] == stem else 0
-        cost = len(sequence.tokens) - known
-        if batch.sequences and max(tokens + cost, TOKENS_PER_PLACE * (places + len(sequence.places))) > token_budget:
+    """Batches in the sequences' order; a prefix whose sequences fall in two batches runs in both."""
+    prefixes: list[tuple[int, ...]] = [()] * len(sequences)
+    for group in _prefix_groups(sequences):
+        prefix = tuple(sequences[group.first].tokens[: group.length])
+        prefixes[group.first: group.stop] = [prefix] * (group.stop - group.first)
+    batch, tokens, positions = _Batch(), 0, 0
+    for sequence, prefix in zip(sequences, prefixes, strict=True):
+        shared = len(prefix) if batch.prefixes and batch.prefixes[-1] == prefix else 0
+        cost = len(sequence.tokens) - shared
+        logits_cost = TOKENS_PER_LOGITS * (positions + len(sequence.positions))
+        if batch.sequences and max(tokens + cost, logits_cost) > token_budget:
             yield batch
-            batch, tokens, places, cost = _Batch(), 0, 0, len(sequence.tokens)
+            batch, tokens, positions, cost = _Batch(), 0, 0, len(sequence.tokens)
         batch.sequences.append(sequence)
-        batch.stems.append(stem)
-        tokens, places = tokens + cost, places + len(sequence.places)
+        batch.prefixes.append(prefix)
+        tokens, positions = tokens + cost, positions + len(sequence.positions)
     if batch.sequences:
         yield batch
 
 
 @dataclass
-class _Group:
-    """Sequences ``first .. stop - 1``, which have their first ``depth`` tokens in common."""
+class _PrefixGroup:
+    """Sequences ``first .. stop - 1``, which share their first ``length`` tokens."""
 
     first: int
     stop: int
-    depth: int
+    length: int
 
 
 @dataclass
-class _Open:
-    """Neighbours that agree to ``depth`` or deeper from ``first`` onward, and the best that can be made of them."""
+class _OpenNode:
+    """A node of the prefix tree whose sequences, from ``first`` on, are still being read.
+
+    Attributes:
+        first: index of its first sequence.
+        length: tokens that its sequences share.
+        saved: tokens that ``groups`` save.
+        groups: the best groups among its sequences so far.
+    """
 
     first: int
-    depth: int
+    length: int
     saved: int = 0
-    groups: list[_Group] = field(default_factory=list)
+    groups: list[_PrefixGroup] = field(default_factory=list)
 
 
-def _shared_beginnings(sequences: list[_Sequence]) -> list[_Group]:
-    """Groups of sequences whose common beginning, run once each, saves most tokens.
+def _prefix_groups(sequences: list[_Sequence]) -> list[_PrefixGroup]:
+    """Disjoint groups of sequences such that running each group's common prefix once saves the most tokens.
 
-    A beginning ends in front of the first place where anything is predicted. The sequences are in order, so those that
-    agree to some depth are neighbours, and those that agree deeper lie within: a tree, settled from its leaves.
+    A prefix ends before the first position that predicts a target. Sequences are sorted, so those with a common prefix
+    are neighbours and longer prefixes nest in shorter ones: a tree, which is solved from its leaves.
     """
-    depths = [_common(one, other) for one, other in pairwise(sequences)]
-    opened = [_Open(0, 0)]
-    for number, depth in enumerate([*depths, 0]):
-        closed = _Open(number, depth)
-        while opened[-1].depth > depth:
+    lengths = [_common_prefix_length(one, other) for one, other in pairwise(sequences)]
+    opened = [_OpenNode(0, 0)]
+    for number, length in enumerate([*lengths, 0]):
+        closed = _OpenNode(number, length)
+        while opened[-1].length > length:
             last = opened.pop()
             last.saved, last.groups = last.saved + closed.saved, last.groups + closed.groups
-            whole = (number - last.first) * last.depth
-            if whole >= last.saved and last.depth >= _LEAST_SHARED:
-                last.saved, last.groups = whole, [_Group(last.first, number + 1, last.depth)]
+            whole = (number - last.first) * last.length
+            if whole >= last.saved and last.length >= _MIN_SHARED_PREFIX:
+                last.saved, last.groups = whole, [_PrefixGroup(last.first, number + 1, last.length)]
             closed = last
-        if opened[-1].depth == depth:
+        if opened[-1].length == length:
             opened[-1].saved += closed.saved
             opened[-1].groups += closed.groups
         else:
-            opened.append(_Open(closed.first, depth, closed.saved, closed.groups))
+            opened.append(_OpenNode(closed.first, length, closed.saved, closed.groups))
     return opened[0].groups
 
 
-def _common(one: _Sequence, other: _Sequence) -> int:
-    most = min(one.places[0], other.places[0])
+def _common_prefix_length(one: _Sequence, other: _Sequence) -> int:
+    limit = min(one.positions[0], other.positions[0])
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1],
-                                    zip(one.tokens[:most], other.tokens[:most], strict=True)))
+                                    zip(one.tokens[:limit], other.tokens[:limit], strict=True)))
 
 
 def _padded_logits(model: nn.Module, batch: _Batch) -> Tensor:
-    """Logits ``(places, vocabulary)`` at all sequences' places in turn."""
+    """Logits ``(positions, vocabulary)`` at the positions of all sequences in turn."""
     padded = pad_rows([one.tokens for one in batch.sequences], input_device(model))
-    rows = torch.tensor([number for number, one in enumerate(batch.sequences) for _ in one.places])
-    columns = torch.tensor([at for one in batch.sequences for at in one.places])
+    rows = torch.tensor([number for number, one in enumerate(batch.sequences) for _ in one.positions])
+    columns = torch.tensor([at for one in batch.sequences for at in one.positions])
     return logits_at(model, padded.input_ids, padded.attention_mask, rows, columns)
 
 
 def _packed_logits(model: nn.Module, batch: _Batch) -> Tensor:
-    """The same of packed rows, which the model must attend to (``attending_packed``)."""
-    packed = pack_behind([one.tokens for one in batch.sequences], batch.stems, input_device(model))
-    columns = torch.tensor([start + at - len(stem) for one, stem, start
-                            in zip(batch.sequences, batch.stems, packed.starts, strict=True) for at in one.places])
+    """The same for packed sequences; must be called within ``attending_packed``."""
+    packed = pack_behind([one.tokens for one in batch.sequences], batch.prefixes, input_device(model))
+    columns = torch.tensor([start + at - len(prefix) for one, prefix, start
+                            in zip(batch.sequences, batch.prefixes, packed.starts, strict=True)
+                            for at in one.positions])
     tokens = packed.tokens
     return logits_at(model, tokens.input_ids, tokens.attention_mask, torch.zeros_like(columns), columns,
                      position_ids=tokens.position_ids, packed_rows=packed.layout)
 
 
 def _packing_is_exact(model: nn.Module, sequences: list[_Sequence]) -> bool:
-    """Whether packed sequences, one of them behind its beginning, give the logits of sequences by themselves."""
-    longest = max(sequences, key=lambda one: one.places[0])
+    """Whether two packed sequences, one of them with a separate prefix, give the same logits as each one alone."""
+    longest = max(sequences, key=lambda one: one.positions[0])
     shortest = min(sequences, key=lambda one: len(one.tokens))
-    together = _Batch([longest, shortest], [tuple(longest.tokens[: longest.places[0]]), ()])
+    together = _Batch([longest, shortest], [tuple(longest.tokens[: longest.positions[0]]), ()])
     alone = torch.cat([_padded_logits(model, _Batch([one], [()])) for one in (longest, shortest)])
     return packs_exactly(model, alone, lambda: _packed_logits(model, together))

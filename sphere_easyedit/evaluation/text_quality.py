@@ -1,16 +1,16 @@
-"""What an edited model's own text is like: fluency and consistency of what it says about the edited subject.
+"""Fluency and consistency of the text that an edited model generates about the edited subject.
 
-The model goes on after each of a case's generation prompts; a text is the prompt with what follows it.
+The model continues each of a case's generation prompts; a text is the prompt with its continuation.
 
 **Fluency** is the mean over the case's texts of ``100 * (2/3 H_2 + 4/3 H_3) / 2``, with ``H_n`` the entropy in **bits**
-(logarithm to base 2, as in ROME's code) of the text's n-grams of words: ``-sum f log2 f`` over their relative
-frequencies, 0 for a text of fewer than n words. Text that repeats itself is low, varied English of 100 tokens near 600.
+(logarithm to base 2, as in ROME's code) of the text's word n-grams: ``-sum f log2 f`` over their relative frequencies,
+0 for a text of fewer than n words. Repetitive text scores low, varied English of 100 tokens near 600.
 
 **Consistency** is ``100 *`` the cosine of TF-IDF vectors of the case's texts, joined, and of its reference texts (see
 :mod:`.references`).
 
-Unlike ROME's code: its 100 tokens include the prompt's, it goes on behind an end token, and it splits words with NLTK's
-punkt, which must be downloaded. Here a word is what :func:`words` says, named ``regex-treebank`` in results.
+ROME's code differs: its 100 tokens include the prompt's, it generates past an end token, and it splits words with
+NLTK's punkt, which must be downloaded. Here :func:`words` splits them, named ``regex-treebank`` in results.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .teacher_forcing import Progress
 
 WORDS: Final = "regex-treebank"
 _CLITIC = r"n['\u2019]t\b|['\u2019](?:s|m|d|re|ve|ll)\b"
-_COMPOUND = r"\w+(?:[-.,:/'\u2019]\w+)*"  # words and numbers with such signs inside
+_COMPOUND = r"\w+(?:[-.,:/'\u2019]\w+)*"  # words and numbers with these characters inside
 _WORD = re.compile(rf"{_CLITIC}|{_COMPOUND}?(?={_CLITIC})|{_COMPOUND}|\.{{2,}}|--+|\S", re.IGNORECASE)
 
 
@@ -42,10 +42,11 @@ class Decoding:
     """How text is generated.
 
     Attributes:
-        max_new_tokens: after a prompt; fewer where the model ends its text.
-        top_k: tokens are drawn from so many likeliest (5 in ROME); None for greedy.
-        seed: of the draws, with case_id and the prompt's place in its case: a text does not depend on other cases.
-        prompts: of a case's generation prompts the first so many; None for all.
+        max_new_tokens: maximum number of tokens after a prompt; fewer if the model generates an end token.
+        top_k: number of most likely tokens to sample from (5 in ROME); None for greedy decoding.
+        seed: of sampling. Together with case_id and the prompt's index in its case it seeds each text, which therefore
+            does not depend on other cases.
+        prompts: number of generation prompts to use per case, from the first; None for all.
     """
 
     max_new_tokens: int = 100
@@ -61,7 +62,7 @@ class Decoding:
             raise ValueError(f"seed is {self.seed}: give 0 or more")
 
     def described(self) -> str:
-        """For a result's protocol."""
+        """A short description for a result's protocol."""
         how = "greedy" if self.top_k is None else f"top-{self.top_k} seed {self.seed}"
         some = "" if self.prompts is None else f", first {self.prompts} prompts"
         return f"{how}, {self.max_new_tokens} new tokens{some}"
@@ -69,15 +70,15 @@ class Decoding:
 
 @dataclass(frozen=True)
 class TextQuality:
-    """What a model's text about one case is like.
+    """Fluency and consistency of one case's generated texts.
 
     Attributes:
         case_id, dataset: of the record.
-        fluency: bits times 100; None where the case has no generation prompts.
-        consistency: 0 to 100; None where it has no prompts or no reference texts.
+        fluency: bits times 100; None if the case has no generation prompts.
+        consistency: 0 to 100; None if it has no generation prompts or no reference texts.
         fluency_protocol: how text was generated and split into words.
-        consistency_protocol: where reference texts and vocabulary come from; None where consistency was not asked.
-        texts: each prompt with what the model said.
+        consistency_protocol: where reference texts and vocabulary come from; None if consistency was not measured.
+        texts: each prompt with its continuation.
     """
 
     case_id: int
@@ -89,20 +90,21 @@ class TextQuality:
     texts: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it; :meth:`from_dict` gives back an equal object."""
+        """Convert to a JSON-serialisable dict; :meth:`from_dict` reverses it."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TextQuality:
-        """Of what :meth:`to_dict` gave, through JSON or not.
+        """Restore from the dict that :meth:`to_dict` returned, through JSON or not.
 
         Raises:
-            ValueError: a field is missing or not known.
+            ValueError: a field is missing or unknown.
         """
         try:
             return cls(**{**data, "texts": tuple(data["texts"])})
         except (TypeError, KeyError) as error:
-            raise ValueError(f"this is not what TextQuality.to_dict() gives ({error}): measure again") from error
+            raise ValueError(f"these values were not written by TextQuality.to_dict() ({error}): measure again"
+                             ) from error
 
 
 def fluency_protocol(decoding: Decoding) -> str:
@@ -118,31 +120,31 @@ def measure_text_quality(
     decoding: Decoding | None = None,
     progress: Progress | None = None,
 ) -> list[TextQuality]:
-    """Fluency of every record that has generation prompts, and consistency where it has references.
+    """Measure the fluency of each record with generation prompts, and the consistency of each with references.
 
     Args:
         model: a causal language model of transformers; stays as it is.
-        references: None measures no consistency.
+        references: None to not measure consistency.
         decoding: None for ``Decoding()``: 100 tokens, sampled as ROME does.
-        progress: called with (prompts done, prompts in all).
+        progress: called with (prompts done, prompts in total).
 
     Returns:
-        One for each record, in their order.
+        One result a record, in their order.
 
     Raises:
-        ValueError: a prompt has no tokens, or passes the model's context with what is generated.
+        ValueError: a prompt has no tokens, or exceeds the model's context together with its continuation.
     """
     decoding = Decoding() if decoding is None else decoding
-    asked = [(record, place, prompt) for record in records
-             for place, prompt in enumerate(record.generation_prompts[: decoding.prompts])]
-    seeds = None if decoding.top_k is None else [(decoding.seed, record.case_id, place) for record, place, _ in asked]
-    said = generate_continuations(model, tok, [prompt for _, _, prompt in asked], decoding.max_new_tokens,
-                                  decoding.top_k, seeds, progress)
-    whole = iter([prompt + continuation for (_, _, prompt), continuation in zip(asked, said, strict=True)])
-    found = []
+    prompts = [(record.case_id, index, prompt) for record in records
+               for index, prompt in enumerate(record.generation_prompts[: decoding.prompts])]
+    seeds = None if decoding.top_k is None else [(decoding.seed, case_id, index) for case_id, index, _ in prompts]
+    continuations = generate_continuations(model, tok, [prompt for _, _, prompt in prompts], decoding.max_new_tokens,
+                                           decoding.top_k, seeds, progress)
+    all_texts = iter([prompt + added for (_, _, prompt), added in zip(prompts, continuations, strict=True)])
+    qualities = []
     for record in records:
-        texts = tuple(next(whole) for _ in record.generation_prompts[: decoding.prompts])
-        found.append(TextQuality(
+        texts = tuple(next(all_texts) for _ in record.generation_prompts[: decoding.prompts])
+        qualities.append(TextQuality(
             case_id=record.case_id,
             dataset=record.dataset,
             fluency=math.fsum(map(fluency, texts)) / len(texts) if texts else None,
@@ -151,15 +153,15 @@ def measure_text_quality(
             consistency_protocol=None if references is None else references.protocol,
             texts=texts,
         ))
-    return found
+    return qualities
 
 
 def summarise_text_quality(qualities: Sequence[TextQuality], seed: int = 0, resamples: int = 1000
                            ) -> dict[str, MetricSummary]:
-    """Means of fluency (bits times 100) and consistency (0 to 100) over cases, with 95% intervals by bootstrap.
+    """Means of fluency (bits times 100) and consistency (0 to 100) over cases, with 95% bootstrap intervals.
 
     Raises:
-        ValueError: there is nothing to summarise, it is of several protocols, or resamples is below 1.
+        ValueError: there are no results, they are of several protocols, or resamples is below 1.
     """
     if not qualities:
         raise ValueError("there are no texts to summarise: measure at least one record")
@@ -172,22 +174,22 @@ def summarise_text_quality(qualities: Sequence[TextQuality], seed: int = 0, resa
 
 def fluency(text: str) -> float:
     """``100 * (2/3 H_2 + 4/3 H_3) / 2`` of a text's words, in bits times 100."""
-    said = words(text)
-    return 100 * (2 / 3 * n_gram_entropy(said, 2) + 4 / 3 * n_gram_entropy(said, 3)) / 2
+    tokens = words(text)
+    return 100 * (2 / 3 * n_gram_entropy(tokens, 2) + 4 / 3 * n_gram_entropy(tokens, 3)) / 2
 
 
-def n_gram_entropy(said: Sequence[str], n: int) -> float:
-    """``-sum f log2 f`` over the relative frequencies of runs of n words, in bits; 0 where there is none."""
-    counts = Counter(zip(*(said[start:] for start in range(n)), strict=False))
+def n_gram_entropy(tokens: Sequence[str], n: int) -> float:
+    """Entropy ``-sum f log2 f`` of the n-grams' relative frequencies f, in bits; 0 if there are none."""
+    counts = Counter(zip(*(tokens[start:] for start in range(n)), strict=False))
     total = counts.total()
     return math.fsum(count / total * math.log2(total / count) for count in counts.values())
 
 
 def words(text: str) -> list[str]:
-    """Words and punctuation signs of a text, split much as the Penn Treebank does, by a regular expression.
+    """Split a text into words and punctuation by a regular expression, much as the Penn Treebank does.
 
-    ``don't`` is ``do`` and ``n't``, ``Ann's`` is ``Ann`` and ``'s``; hyphens, points, commas, colons, slashes and
-    apostrophes inside a word or number stay in it; any other sign is a word of its own, but for runs of points or
-    dashes. A point behind a word is a word of its own, in abbreviations too.
+    ``don't`` becomes ``do`` and ``n't``, ``Ann's`` becomes ``Ann`` and ``'s``. Hyphens, periods, commas, colons,
+    slashes and apostrophes inside a word or number stay in it. Other punctuation is split off character by character,
+    except that runs of periods or dashes stay together. A period after a word is split off, also in abbreviations.
     """
     return _WORD.findall(text)

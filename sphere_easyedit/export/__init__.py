@@ -1,7 +1,4 @@
-"""What leaves the house: the whole edited model, its change as deltas, and a LoRA adapter, each in a folder of its own.
-
-A lower room's weights in formats that others read; see docs/EXPORT.md.
-"""
+"""Exports of a run's edited weights: the whole model, deltas to the base model, or a LoRA adapter (docs/EXPORT.md)."""
 
 from .deltas import Deltas, apply_deltas, read_deltas
 from .edited import EditedWeights, ExportableRun, Provenance, WeightChange

@@ -1,4 +1,4 @@
-"""The change that editing made, cut to a rank, as a LoRA adapter that PEFT loads."""
+"""Writes the change that editing made, truncated to a rank, as a LoRA adapter for PEFT."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from .card import LayerError
 from .edited import EditedWeights
 from .factors import Factors, Spectrum
 
-_ADAPTER = "default"  # PEFT's name for the only one
+_ADAPTER = "default"  # PEFT's name for a single adapter
 
 
 def write_adapter(folder: Path, model: nn.Module, edited: EditedWeights, rank: int, dtype: torch.dtype = torch.float32
                   ) -> tuple[LayerError, ...]:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into a folder that is not yet in its place.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into an existing folder.
 
-    ``W_0 + B A`` is the best approximation of rank r of the edited weight: A ``(r, d_in)``, B ``(d_out, r)``, oriented
-    whatever way the module stores W. lora_alpha is r, so that PEFT scales by 1.
+    ``B A`` is the best approximation of rank r of the change: A ``(r, d_in)``, B ``(d_out, r)``, whichever way the
+    module stores W. lora_alpha is r, so that PEFT scales by 1.
 
     Args:
-        model: the unedited model; left as it is.
-        edited: what editing changed in it.
-        rank: r, of every edited layer.
+        model: the unedited model; stays as it is.
+        edited: its edited weights.
+        rank: r, for every edited layer.
         dtype: of A and B.
 
     Returns:
-        What the adapter leaves out, by parameter.
+        The approximation error of each parameter.
 
     Raises:
         ValueError: the rank is out of range, a change is not finite, or PEFT is not installed.
@@ -37,8 +37,7 @@ def write_adapter(folder: Path, model: nn.Module, edited: EditedWeights, rank: i
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ValueError(f"LoRA adapters are written by PEFT, which can't be imported ({error}): pip install peft"
-                         ) from error
+        raise ValueError(f"LoRA adapters need PEFT, which can't be imported ({error}): pip install peft") from error
 
     full = min(min(change.before.shape) for change in edited.changes)
     if not 1 <= rank <= full:
@@ -47,7 +46,7 @@ def write_adapter(folder: Path, model: nn.Module, edited: EditedWeights, rank: i
     for change in edited.changes:
         difference = change.after.double() - change.before.double()
         if not bool(difference.isfinite().all()):
-            raise ValueError(f"{change.name} holds values that are not finite: nothing sound can be exported")
+            raise ValueError(f"{change.name} has values that are not finite: export weights after fewer edits (at)")
         spectrum = Spectrum(difference.T if change.transposed else difference)
         factors = spectrum.factors(rank, dtype)
         found[change.name.removesuffix(".weight")] = factors
@@ -58,8 +57,8 @@ def write_adapter(folder: Path, model: nn.Module, edited: EditedWeights, rank: i
     modes = {module: module.training for module in model.modules()}
     wrapped: Any = get_peft_model(model, config)
     try:
-        _fill(wrapped, found)
-        # Embeddings are not edited; asked to see for itself, PEFT would ask the hub.
+        _set_factors(wrapped, found)
+        # Embeddings are not edited; with the default, PEFT would look for the base model on the hub.
         wrapped.save_pretrained(folder, save_embedding_layers=False)
     finally:
         wrapped.unload()
@@ -72,7 +71,7 @@ def write_adapter(folder: Path, model: nn.Module, edited: EditedWeights, rank: i
     return tuple(layers)
 
 
-def _fill(wrapped: Any, found: dict[str, Factors]) -> None:
+def _set_factors(wrapped: Any, found: dict[str, Factors]) -> None:
     modules = dict(wrapped.base_model.model.named_modules())
     for name, factors in found.items():
         modules[name].lora_A[_ADAPTER].weight.data = factors.right

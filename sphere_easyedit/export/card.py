@@ -1,4 +1,4 @@
-"""README.md of an export: what it is, how it is loaded, where it comes from. Plain Markdown."""
+"""The README.md of an export: how to load it, and where its weights come from."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ tok = AutoTokenizer.from_pretrained("THIS_FOLDER")
 sphere-easyedit apply THIS_FOLDER --model BASE_MODEL --output NEW_FOLDER
 ```
 
-A base model with another fingerprint is refused. Below, `factors` are `left @ right`, to be added to the stored
+A base model with another fingerprint is refused. Below, `factors` are `left @ right`, to be added to the base model's
 parameter; `weight` is the edited parameter itself.
 """,
-    "lora": """A LoRA adapter of PEFT for the base model. Its lora_alpha is its rank, so its factors count as they are:
+    "lora": """A LoRA adapter of PEFT for the base model. Its lora_alpha is its rank, so its scale is 1:
 
 ```python
 from peft import PeftModel
@@ -46,7 +46,7 @@ base = AutoModelForCausalLM.from_pretrained("BASE_MODEL")
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 ```
 
-PEFT does not look whether the base model is the right one.
+PEFT does not check that the base model is the right one.
 """,
 })
 
@@ -58,8 +58,8 @@ class LayerError:
     Attributes:
         name: of the parameter.
         stored: ``factors``, or ``weight`` for the edited parameter itself.
-        rank: of the factors; None of a weight.
-        relative_error: Frobenius norm of what is missing of the change, over that of the change; 0 of a weight.
+        rank: of the factors; None for a weight.
+        relative_error: relative Frobenius error of the stored change; 0 for a weight.
         change_norm: Frobenius norm of the change.
     """
 
@@ -74,17 +74,17 @@ def write_card(folder: Path, kind: Kind, origin: Provenance, layers: Sequence[La
     """Write ``README.md``.
 
     Args:
-        folder: of the export, not yet in its place.
-        kind: what it is.
+        folder: of the export.
+        kind: of the export.
         origin: where the weights come from.
-        layers: what was left out, by parameter; none where nothing was.
-        note: a sentence of ours more, where the weights are not the run's own.
+        layers: how each parameter is stored; empty for a whole model.
+        note: an additional sentence, if the weights differ from the run's.
     """
     (folder / CARD).write_text(card_text(kind, origin, layers, note), encoding="utf-8")
 
 
 def card_text(kind: Kind, origin: Provenance, layers: Sequence[LayerError] = (), note: str = "") -> str:
-    """``write_card``'s text. Whatever came from outside stands in code, where Markdown and HTML mean nothing."""
+    """The text that ``write_card`` writes. Untrusted text is put in code spans, so that it can't be markup."""
     facts = str(origin.num_edits)
     if origin.num_facts is not None and origin.num_facts != origin.num_edits:
         facts += f" of the run's {origin.num_facts}"
@@ -92,7 +92,7 @@ def card_text(kind: Kind, origin: Provenance, layers: Sequence[LayerError] = (),
         f"# {origin.num_edits} facts edited into {code(origin.base)}", "",
         "Made with sphere-easyedit (SPHERE, arXiv 2510.01172). Facts in this model were changed on purpose: it says "
         "what it was edited to say, true or not.", "", _LOADING[kind], *([note, ""] if note else []),
-        "## Where it comes from", "",
+        "## Origin", "",
         f"- Base model: {code(origin.base)}, loaded in {code(origin.base_dtype or 'several dtypes')}",
         f"- Fingerprint of its parameters (SHA-256): {code(origin.base_fingerprint)}",
         f"- Method: {code(origin.method)}",
@@ -103,11 +103,11 @@ def card_text(kind: Kind, origin: Provenance, layers: Sequence[LayerError] = (),
     if origin.results is not None:
         lines += _results(origin.results)
         if note or any(layer.relative_error for layer in layers):
-            lines += ["Measured with the run's own weights, not with what is stored here.", ""]
+            lines += ["Measured with the run's weights, not with those stored here.", ""]
     if layers:
         lines += ["## What is stored", "",
-                  "The relative error is the Frobenius norm of what is missing of a parameter's change, over that of "
-                  "the change.", "", "| parameter | stored | rank | relative error | norm of the change |",
+                  "The relative error is the Frobenius norm of the error of a parameter's change, over that of the "
+                  "change.", "", "| parameter | stored | rank | relative error | norm of the change |",
                   "| --- | --- | ---: | ---: | ---: |"]
         lines += [f"| {code(layer.name, in_table=True)} | {layer.stored} | {'-' if layer.rank is None else layer.rank} "
                   f"| {layer.relative_error:.3e} | {layer.change_norm:.6g} |" for layer in layers]
@@ -118,7 +118,7 @@ def card_text(kind: Kind, origin: Provenance, layers: Sequence[LayerError] = (),
 
 
 def code(value: object, in_table: bool = False) -> str:
-    """A code span of one line, whatever is in the text; a dash for None."""
+    """A code span on one line for any text; a dash for None."""
     if value is None:
         return "-"
     text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(value))
@@ -142,12 +142,12 @@ def _results(results: Mapping[str, Any]) -> list[str]:
     lines = [f"## Measured by the run, protocol {code(results.get('protocol'))}", "",
              "| metric | before | after | 95% interval | cases |", "| --- | ---: | ---: | ---: | ---: |"]
     for name in METRIC_NAMES:
-        now = _mapping(post.get(name))
-        if now.get("mean") is not None:
-            was, interval = _mapping(pre.get(name)).get("mean"), now.get("ci95")
-            between = " - ".join(map(_number, interval)) if isinstance(interval, list) else "-"
-            lines.append(f"| {name} | {_number(was)} | {_number(now['mean'])} | {between} | "
-                         f"{_number(now.get('n'), '.0f')} |")
+        after = _mapping(post.get(name))
+        if after.get("mean") is not None:
+            before, interval = _mapping(pre.get(name)).get("mean"), after.get("ci95")
+            bounds = " - ".join(map(_number, interval)) if isinstance(interval, list) else "-"
+            lines.append(f"| {name} | {_number(before)} | {_number(after['mean'])} | {bounds} | "
+                         f"{_number(after.get('n'), '.0f')} |")
     return [*lines, ""]
 
 

@@ -1,14 +1,14 @@
-"""The change that editing made, as one safetensors file that is put on a fresh copy of the base model.
+"""Deltas: the change that editing made, in one safetensors file that is applied to the base model.
 
 Each edited parameter W is stored in one of two ways:
 
-- ``factors``: ``left @ right``, as the parameter is stored, of the smallest rank whose error is within a tolerance (or
-  of a given one). ``W_0 + left @ right`` is then near W, and the file says how near. It can't be W bit for bit: the
-  rounding of W at each batch is part of the change and has full rank, and products of factors round as the machine
-  sums.
-- ``weight``: W itself, bit for bit. It is as large as a dense difference ``W - W_0`` would be, and a difference added
-  to W_0 again need not round to W, so there is no reason to ever store one. It stands in wherever factors would take
-  no less room or miss the tolerance, and everywhere with ``exact``.
+- ``factors``: ``left @ right``, in the parameter's orientation, of a given rank or the smallest within a tolerance.
+  ``W_0 + left @ right`` then approximates W with an error that the file states. It can't equal W bit for bit: the
+  rounding of W after each batch is part of the change and has full rank, and a product of matrices rounds differently
+  from machine to machine.
+- ``weight``: W itself, bit for bit. A dense difference ``W - W_0`` would be as large, and ``W_0`` plus that difference
+  need not round to W, so differences are never stored. Used if factors would not be smaller or would miss the
+  tolerance, and for all parameters with ``exact``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FORMAT: Final = "sphere-easyedit deltas 1"
 
 @dataclass(frozen=True)
 class Deltas:
-    """What ``deltas.safetensors`` holds.
+    """The content of ``deltas.safetensors``.
 
     Attributes:
         origin: where the edited weights come from.
@@ -64,15 +64,15 @@ class Deltas:
         return (before.detach().cpu().double() + left @ right).to(before.dtype)
 
 
-def deltas_of(edited: EditedWeights, *, rank: int | None = None, tolerance: float = TOLERANCE, exact: bool = False,
-              dtype: torch.dtype | None = None) -> Deltas:
-    """Factorise a change.
+def compute_deltas(edited: EditedWeights, *, rank: int | None = None, tolerance: float = TOLERANCE, exact: bool = False,
+                   dtype: torch.dtype | None = None) -> Deltas:
+    """Factorize the change of each edited parameter.
 
     Args:
         rank: of all factors; None for the smallest within the tolerance.
-        tolerance: relative Frobenius error of a parameter's change, above 0 and below 1.
-        exact: store the edited parameters themselves; ``apply_deltas`` then gives them bit for bit.
-        dtype: of the factors; float32 (or the parameter's, if that is wider) if None.
+        tolerance: maximum relative Frobenius error of a parameter's change, above 0 and below 1.
+        exact: store the edited parameters themselves; ``apply_deltas`` then restores them bit for bit.
+        dtype: of the factors; None for float32, or the parameter's dtype if that is wider.
 
     Raises:
         ValueError: arguments exclude each other or are out of range, or a change is not finite.
@@ -84,31 +84,31 @@ def deltas_of(edited: EditedWeights, *, rank: int | None = None, tolerance: floa
     layers: list[LayerError] = []
     tensors: dict[str, Tensor] = {}
     for change in edited.changes:
-        layer, stored = _stored(change, rank, tolerance, exact, dtype)
+        layer, stored = _encode(change, rank, tolerance, exact, dtype)
         layers.append(layer)
         tensors |= {f"{side}.{layer.name}": tensor for side, tensor in stored.items()}
     return Deltas(edited.provenance, tuple(layers), tensors)
 
 
-def _stored(change: WeightChange, rank: int | None, tolerance: float, exact: bool, dtype: torch.dtype | None
+def _encode(change: WeightChange, rank: int | None, tolerance: float, exact: bool, dtype: torch.dtype | None
             ) -> tuple[LayerError, dict[str, Tensor]]:
     before, after = change.before, change.after
     difference = after.double() - before.double()
     norm = float(difference.norm())
     if not math.isfinite(norm):
-        raise ValueError(f"{change.name} holds values that are not finite: nothing sound can be exported")
-    whole = (LayerError(change.name, "weight", None, 0.0, norm), {"weight": after})
+        raise ValueError(f"{change.name} has values that are not finite: export weights after fewer edits (at)")
+    as_weight = (LayerError(change.name, "weight", None, 0.0, norm), {"weight": after})
     if exact:
-        return whole
+        return as_weight
     dtype = dtype or torch.promote_types(after.dtype, torch.float32)
     spectrum = Spectrum(difference)
     if rank is None:
         smallest = spectrum.rank_within(tolerance)
         if smallest * sum(after.shape) * dtype.itemsize >= after.numel() * after.element_size():
-            return whole
+            return as_weight
         factors = spectrum.factors(smallest, dtype)
-        if factors.relative_error > tolerance:  # the rounding of the factors, which the spectrum does not know
-            return whole
+        if factors.relative_error > tolerance:  # by rounding of the factors, which the spectrum does not include
+            return as_weight
     else:
         factors = spectrum.factors(rank, dtype)
     return (LayerError(change.name, "factors", factors.rank, factors.relative_error, norm),
@@ -116,7 +116,7 @@ def _stored(change: WeightChange, rank: int | None, tolerance: float, exact: boo
 
 
 def write_deltas(folder: Path, deltas: Deltas) -> None:
-    """Write ``deltas.safetensors`` into a folder that is not yet in its place."""
+    """Write ``deltas.safetensors`` into an existing folder."""
     content: dict[str, Any] = {"provenance": deltas.origin.to_dict(),
                                "parameters": [asdict(layer) for layer in deltas.layers]}
     content["sha256"] = _checksum(content, deltas.tensors)
@@ -125,35 +125,36 @@ def write_deltas(folder: Path, deltas: Deltas) -> None:
 
 
 def read_deltas(path: Path) -> Deltas:
-    """Read what ``write_deltas`` wrote.
+    """Read the file that ``write_deltas`` wrote.
 
     Args:
-        path: the file, or the folder that it is in.
+        path: the file, or its folder.
 
     Raises:
-        ValueError: it is absent, damaged or no such file.
+        ValueError: the file is missing, damaged or in another format.
     """
     file = path / DELTAS if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{path} holds no {DELTAS}: give the folder that `export --as deltas` wrote")
+        raise ValueError(f"{path} contains no {DELTAS}: give the folder that `export --as deltas` wrote")
     try:
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{file} holds no deltas (format {metadata.get('format')!r}, not {_FORMAT!r})")
+            raise ValueError(f"{file} contains no deltas (format {metadata.get('format')!r}, not {_FORMAT!r}): give a "
+                             "file that `export --as deltas` wrote")
         content: dict[str, Any] = json.loads(metadata["content"])
         layers = tuple(LayerError(**entry) for entry in content["parameters"])
         origin = Provenance.from_dict(content["provenance"])
         expected = {f"{side}.{layer.name}" for layer in layers
                     for side in (("weight",) if layer.stored == "weight" else ("left", "right"))}
         if expected != set(tensors) or len(layers) != len({layer.name for layer in layers}):
-            raise ValueError(f"{file} is damaged: it holds {sorted(tensors)}, and its description tells of "
-                             f"{sorted(expected)}")
+            raise ValueError(f"{file} is damaged: it contains {sorted(tensors)} instead of {sorted(expected)}; export "
+                             "again")
     except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} can't be read as deltas ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{file} can't be read as deltas ({type(error).__name__}: {error}): export again") from error
     if content.pop("sha256", None) != _checksum(content, tensors):
-        raise ValueError(f"{file} is damaged: its content has another SHA-256 than when it was written. Export again")
+        raise ValueError(f"{file} is damaged: its content has another SHA-256 than when it was written; export again")
     return Deltas(origin, layers, tensors)
 
 
@@ -164,41 +165,42 @@ def _checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 @torch.no_grad()
 def apply_deltas(model: nn.Module, deltas: Deltas | Path) -> Deltas:
-    """Put a change on a fresh copy of the base model, in place. Nothing is changed where anything is refused.
+    """Apply deltas to the base model, in place. On an error nothing is changed.
 
     Args:
-        model: the unedited base model, in the dtype that the run had it in (``origin.base_dtype``).
-        deltas: the change, or where it is.
+        model: the unedited base model, in the run's dtype (``origin.base_dtype``).
+        deltas: deltas, or the path to read them from.
 
     Returns:
-        The change.
+        The deltas.
 
     Raises:
-        ValueError: the file can't be read, or the model's parameters are not those that were edited, to the bit.
+        ValueError: the file can't be read, or the model's parameters differ from the run's base model in any bit.
     """
     if isinstance(deltas, Path):
         deltas = read_deltas(deltas)
     wanted, found = deltas.origin.base_fingerprint, base_fingerprint(model)
     if found != wanted:
         dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
-        theirs = deltas.origin.base_dtype or "several dtypes"
+        base_dtype = deltas.origin.base_dtype or "several dtypes"
         raise ValueError(f"the base model's fingerprint is {found} (in {', '.join(dtypes)}), but these deltas were "
-                         f"made from {wanted} ({deltas.origin.base} in {theirs}): load that model, unedited")
+                         f"made from {wanted} ({deltas.origin.base} in {base_dtype}): load that model, unedited")
     names = {name for name, _ in model.named_parameters()}
     edited: dict[Tensor, Tensor] = {}
     for layer in deltas.layers:
         if layer.name not in names:
-            raise ValueError(f"the deltas tell of {layer.name!r}, which the model has not: the file was changed")
+            raise ValueError(f"the model has no parameter {layer.name!r}, which the deltas name: the file was changed; "
+                             "export again")
         parameter = writable_parameter(model, layer.name)
         shapes = [tuple(tensor.shape) for name, tensor in deltas.tensors.items() if name.endswith(f".{layer.name}")]
         try:
             weight = deltas.edited(layer, parameter)
-        except RuntimeError as error:  # shapes that don't multiply or add
-            raise ValueError(f"{layer.name} is {tuple(parameter.shape)}, the deltas have {shapes}: the file was changed"
-                             ) from error
+        except RuntimeError as error:  # the shapes don't match
+            raise ValueError(f"{layer.name} is {tuple(parameter.shape)}, the deltas have {shapes}: the file was "
+                             "changed; export again") from error
         if weight.shape != parameter.shape or weight.dtype != parameter.dtype or not bool(weight.isfinite().all()):
-            raise ValueError(f"the deltas leave {layer.name} with {tuple(weight.shape)} {weight.dtype}, or not finite; "
-                             f"it is {tuple(parameter.shape)} {parameter.dtype}: the file was changed")
+            raise ValueError(f"{layer.name} is {tuple(parameter.shape)} {parameter.dtype}, with the deltas it would be "
+                             f"{tuple(weight.shape)} {weight.dtype} or not finite: the file was changed; export again")
         edited[parameter] = weight
     for parameter, weight in edited.items():
         parameter.copy_(weight)

@@ -1,11 +1,10 @@
-"""What is exported: the edited weights of a run after so many edits, and where they come from."""
+"""Reads the edited weights of a run directory, with their provenance, for export."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ..editing.executors import restored_after
 from ..editing.session import EditSession
 from ..evaluation.checkpoints import choose_kept, put_weights, resumable, session_path
+from ..evaluation.run_config import package_versions
 from ..evaluation.run_directory import RunDirectory
 from ..hparams import SPHEREHyperParams
 from ..offload import writable_parameter
@@ -28,21 +28,21 @@ _PACKAGES = ("sphere-easyedit", "torch", "transformers", "peft", "safetensors")
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where edited weights come from; plain values all.
+    """Where edited weights come from, in JSON-serialisable values.
 
     Attributes:
         base: name or folder of the unedited model, as the run had it.
         base_fingerprint: see ``base_fingerprint``.
-        base_dtype: that it was loaded in, for ``load_model``; None where it has several.
-        method: base method and SPHERE's strength.
-        num_edits: edits in the weights.
-        num_facts: facts of the whole run.
-        facts: SHA-256 over the whole run's facts in their order (``records_fingerprint``); None where not known.
-        dataset, seed, batch_size: of the run; None where not known.
+        base_dtype: that it was loaded in, for ``load_model``; None if it has several.
+        method: base method, and SPHERE's alpha and gamma.
+        num_edits: number of edits in the weights.
+        num_facts: number of facts in the whole run.
+        facts: SHA-256 over the whole run's facts in their order (``records_fingerprint``); None if not known.
+        dataset, seed, batch_size: of the run; None if not known.
         settings: all hyperparameters.
-        run_versions: packages that the run was made with.
-        versions: packages that exported it.
-        results: protocol and metrics before and after, where the run measured these very weights.
+        run_versions: versions of packages in the run.
+        versions: versions of packages in the export.
+        results: protocol and metrics before and after editing; None if the run did not measure these weights.
     """
 
     base: str
@@ -61,15 +61,15 @@ class Provenance:
     results: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Convert to a dict of JSON-serialisable values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Provenance:
-        """From ``to_dict``'s values.
+        """Restore from ``to_dict``'s values.
 
         Raises:
-            KeyError, TypeError: an entry lacks, or is no such thing.
+            KeyError, TypeError: an entry is missing or of the wrong type.
         """
         found = cls(**{field.name: values[field.name] for field in fields(cls)})
         texts = (found.base, found.base_fingerprint, found.method)
@@ -83,11 +83,11 @@ class Provenance:
 
 @dataclass(frozen=True)
 class WeightChange:
-    """One edited parameter before and after, as the module stores it, on the CPU.
+    """One edited parameter before and after editing, as the module stores it, on the CPU.
 
     Attributes:
         name: of the parameter.
-        transposed: stored as ``(d_in, d_out)`` (GPT-2's ``Conv1D``).
+        transposed: whether it is stored as ``(d_in, d_out)`` (GPT-2's ``Conv1D``).
         before, after: ``(d_out, d_in)``, or the transpose.
     """
 
@@ -99,14 +99,14 @@ class WeightChange:
 
 @dataclass(frozen=True)
 class EditedWeights:
-    """All that editing changed in a model, and where it comes from."""
+    """All edited parameters of a model, and where they come from."""
 
     changes: tuple[WeightChange, ...]
     provenance: Provenance
 
     @torch.no_grad()
-    def put_into(self, model: nn.Module) -> None:
-        """Give a model the edited weights, bit for bit."""
+    def copy_into(self, model: nn.Module) -> None:
+        """Copy the edited weights into a model, bit for bit."""
         for change in self.changes:
             writable_parameter(model, change.name).copy_(change.after)
 
@@ -116,21 +116,21 @@ class ExportableRun:
 
     Args:
         path: the run directory.
-        at: edits whose weights are wanted; the last ones kept if None.
+        at: number of edits after which to take the weights; None for the last weights that the run kept.
 
     Attributes:
         hparams: as the run resolved them.
-        num_edits: edits in the weights.
-        dtype: that the run's model was loaded in, for ``load_model``; None where it had several.
+        num_edits: number of edits in the weights.
+        dtype: that the run's model was loaded in, for ``load_model``; None if it had several.
 
     Raises:
-        ValueError: the directory holds no run, or kept no such weights.
+        ValueError: the directory is not a run, or it did not keep these weights.
     """
 
     def __init__(self, path: Path, at: int | None = None) -> None:
         self._run = RunDirectory(path)
         if not self._run.has("config.yaml"):
-            raise ValueError(f"{path} holds no run (config.yaml is not there): give the directory of an `edit` run")
+            raise ValueError(f"{path} holds no run (it has no config.yaml): give the directory of an `edit` run")
         self._config = self._run.read_config()
         try:
             self.hparams = SPHEREHyperParams.from_dict(self._config["hparams"])
@@ -142,13 +142,13 @@ class ExportableRun:
         self.dtype = str(dtypes[0]).removeprefix("torch.") if len(dtypes) == 1 else None
 
     def read(self, model: nn.Module) -> EditedWeights:
-        """The run's weights beside those of the unedited model.
+        """Read the run's weights and those of the unedited model.
 
         Args:
-            model: the model that the run edited, just loaded; left as it is.
+            model: the model that the run edited, freshly loaded; stays as it is.
 
         Raises:
-            ValueError: the weights can't be read, or belong to another model.
+            ValueError: the weights can't be read, or are another model's.
         """
         editable = self.hparams.editable(model)
         self._check_base(model)
@@ -162,17 +162,17 @@ class ExportableRun:
         return EditedWeights(changes, self._provenance(model, fingerprint))
 
     def _check_base(self, model: nn.Module) -> None:
-        """Refuse another model than the run began with, where a session was kept that knows it."""
+        """Check that the run began with this model, if it kept a session to compare with."""
         folder = self._run.checkpoints
         numbers = resumable(folder)
         if not numbers:
-            logger.warning("%s kept no session: whether %s is still the model that was edited can't be checked",
+            logger.warning("%s kept no session, so it can't be checked that %s is the model that was edited",
                            self._run.path, self.hparams.model_name)
         for num_edits in numbers[-1:]:
             if not EditSession.load(session_path(folder, num_edits)).is_original(self.hparams.editable(model)):
-                raise ValueError(f"the run in {self._run.path} began with other weights than those of "
-                                 f"{self.hparams.model_name!r} as it is now, or in another dtype: load the model that "
-                                 "it edited")
+                raise ValueError(f"the run in {self._run.path} began with other weights than "
+                                 f"{self.hparams.model_name!r} has now, or in another dtype: load the model that it "
+                                 "edited")
 
     def _provenance(self, model: nn.Module, fingerprint: str) -> Provenance:
         hparams, run = self.hparams, self._described
@@ -186,7 +186,7 @@ class ExportableRun:
             num_edits=self.num_edits, num_facts=run.get("num_edits"), facts=run.get("records"),
             dataset=run.get("dataset"), seed=run.get("seed"), batch_size=run.get("batch_size"),
             settings=hparams.to_dict(), run_versions=dict(self._config.get("versions") or {}),
-            versions=_versions(), results=self._results())
+            versions=package_versions(_PACKAGES), results=self._results())
 
     def _results(self) -> dict[str, Any] | None:
         if not self._run.has(SUMMARY):
@@ -195,13 +195,3 @@ class ExportableRun:
         if summary.num_edits != self.num_edits or summary.post is None:
             return None  # measured of other weights, or not at all
         return {name: value for name, value in summary.to_dict().items() if name in ("protocol", "pre", "post")}
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found

@@ -1,4 +1,4 @@
-"""The exports as whole folders: content and card, there complete or not at all."""
+"""The exports as folders of weights and a card, written complete or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .adapter import write_adapter
 from .card import LayerError, write_card
-from .deltas import TOLERANCE, Deltas, apply_deltas, deltas_of, write_deltas
+from .deltas import TOLERANCE, Deltas, apply_deltas, compute_deltas, write_deltas
 from .edited import EditedWeights
 from .folders import check_free, new_folder
 from .whole import MAX_SHARD_SIZE, check_shard_size, write_model
@@ -18,41 +18,41 @@ from .whole import MAX_SHARD_SIZE, check_shard_size, write_model
 
 def export_model(folder: Path, model: nn.Module, tok: PreTrainedTokenizerBase, edited: EditedWeights,
                  dtype: torch.dtype | None = None, max_shard_size: str = MAX_SHARD_SIZE) -> None:
-    """Write the whole edited model, which plain transformers loads.
+    """Write the whole edited model, which transformers can load.
 
     Args:
         folder: new or empty.
-        model: the unedited model; holds the edited weights at the end, in ``dtype``.
+        model: the unedited model; has the edited weights afterwards, in ``dtype``.
         tok: its tokenizer.
-        edited: what editing changed in it.
-        dtype: to round all parameters to; as they are if None.
+        edited: its edited weights.
+        dtype: to round all parameters to; None to leave them as they are.
         max_shard_size: of each file of weights.
 
     Raises:
-        ValueError: the folder is not empty, or ``max_shard_size`` is no size.
+        ValueError: the folder is not empty, or ``max_shard_size`` is not a size.
     """
     check_shard_size(max_shard_size)
     with new_folder(folder) as temporary:
-        edited.put_into(model)
+        edited.copy_into(model)
         if dtype is not None:
             model.to(dtype)
         write_model(temporary, model, tok, max_shard_size)
         write_card(temporary, "model", edited.provenance,
-                   note="" if dtype is None else f"All parameters were rounded to {_name(dtype)}.")
+                   note="" if dtype is None else f"All parameters were rounded to {str(dtype).removeprefix('torch.')}.")
 
 
 def export_deltas(folder: Path, edited: EditedWeights, *, rank: int | None = None, tolerance: float = TOLERANCE,
                   exact: bool = False, dtype: torch.dtype | None = None) -> tuple[LayerError, ...]:
-    """Write what editing changed; ``deltas_of`` has the arguments.
+    """Write deltas to the base model; see ``compute_deltas`` for the arguments.
 
     Returns:
         How each parameter is stored, and with what error.
 
     Raises:
-        ValueError: the folder is not empty, or what ``deltas_of`` refuses.
+        ValueError: the folder is not empty, or as ``compute_deltas`` does.
     """
-    check_free(folder)  # before the work
-    deltas = deltas_of(edited, rank=rank, tolerance=tolerance, exact=exact, dtype=dtype)
+    check_free(folder)  # before the computation
+    deltas = compute_deltas(edited, rank=rank, tolerance=tolerance, exact=exact, dtype=dtype)
     with new_folder(folder) as temporary:
         write_deltas(temporary, deltas)
         write_card(temporary, "deltas", deltas.origin, deltas.layers)
@@ -61,13 +61,13 @@ def export_deltas(folder: Path, edited: EditedWeights, *, rank: int | None = Non
 
 def export_adapter(folder: Path, model: nn.Module, edited: EditedWeights, rank: int,
                    dtype: torch.dtype = torch.float32) -> tuple[LayerError, ...]:
-    """Write a LoRA adapter; ``write_adapter`` has the arguments.
+    """Write a LoRA adapter; see ``write_adapter`` for the arguments.
 
     Returns:
-        What the adapter leaves out, by parameter.
+        The approximation error of each parameter.
 
     Raises:
-        ValueError: the folder is not empty, or what ``write_adapter`` refuses.
+        ValueError: the folder is not empty, or as ``write_adapter`` does.
     """
     with new_folder(folder) as temporary:
         layers = write_adapter(temporary, model, edited, rank, dtype)
@@ -77,23 +77,19 @@ def export_adapter(folder: Path, model: nn.Module, edited: EditedWeights, rank: 
 
 def export_applied(folder: Path, model: nn.Module, tok: PreTrainedTokenizerBase, deltas: Deltas,
                    max_shard_size: str = MAX_SHARD_SIZE) -> None:
-    """Put deltas on a fresh copy of the base model and write the whole model.
+    """Apply deltas to the base model and write the whole edited model.
 
     Args:
         folder: new or empty.
-        model: the unedited base model; holds the edited weights at the end.
+        model: the unedited base model; has the edited weights afterwards.
         tok: its tokenizer.
-        deltas: what editing changed.
+        deltas: see ``read_deltas``.
 
     Raises:
-        ValueError: the folder is not empty, ``max_shard_size`` is no size, or the model is not the deltas' base.
+        ValueError: the folder is not empty, ``max_shard_size`` is not a size, or the model is not the deltas' base.
     """
     check_shard_size(max_shard_size)
     with new_folder(folder) as temporary:
         apply_deltas(model, deltas)
         write_model(temporary, model, tok, max_shard_size)
         write_card(temporary, "model", deltas.origin, deltas.layers)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""What a model's parameters are, to the bit and under their names, in one number."""
+"""SHA-256 fingerprints of a model's parameters and of named tensors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..offload import distinct_names, parameter_values
 def base_fingerprint(model: nn.Module) -> str:
     """SHA-256 in hex over all parameters: name, dtype, shape and bytes of each, in the order of their names.
 
-    It does not depend on devices, on what is offloaded or on how files were sharded; it does on the dtype that the
-    model was loaded in. Tied parameters count once, under the first of their names.
+    It does not depend on devices, offloading or sharding, but on the dtype that the model was loaded in. Tied
+    parameters count once, under the first of their names.
 
     Raises:
         ValueError: a parameter has no values.
@@ -42,8 +42,7 @@ def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def _add(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
-        raise ValueError(f"{name} is offloaded (on the meta device), so its bits can't be told: load the model "
-                         "wholly into memory")
+        raise ValueError(f"{name} is on the meta device and has no values: load the whole model into memory")
     digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     digest.update(flat.view(torch.uint8).numpy().data)

@@ -1,4 +1,4 @@
-"""A whole folder that is there complete or not at all."""
+"""Output folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that something is in.
+    """Check that a folder does not exist or is empty.
 
     Raises:
-        ValueError: it is no folder, or not empty.
+        ValueError: it is a file, or not empty.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give a new folder")
@@ -24,15 +24,13 @@ def check_free(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its place when the context ends without an error.
-
-    On an error nothing is left.
+    """Create a temporary folder that is renamed to ``folder`` if the context ends without an error, else removed.
 
     Raises:
-        ValueError: ``folder`` is no folder, or not empty.
+        ValueError: ``folder`` is a file, or not empty.
     """
     check_free(folder)
-    folder = Path(os.path.abspath(folder))  # of "." the last component is wanted; links stay links
+    folder = Path(os.path.abspath(folder))  # "." gets a last component; links are not resolved
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -40,6 +38,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)  # mkdtemp's folders are private
-        temporary.rename(folder)  # refused by the system if something has come into it meanwhile
+        temporary.rename(folder)  # fails if ``folder`` is not empty by now
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The whole edited model with its tokenizer, as transformers saves and loads them."""
+"""Saves a whole model with its tokenizer in transformers' format."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SIZE = re.compile(r"[1-9]\d*(KB|MB|GB)")
 
 
 def check_shard_size(max_shard_size: str) -> None:
-    """Refuse what transformers would not understand.
+    """Check that transformers understands a shard size.
 
     Raises:
-        ValueError: it is no size.
+        ValueError: it doesn't.
     """
     if _SIZE.fullmatch(max_shard_size) is None:
         raise ValueError(f"max_shard_size is {max_shard_size!r}: give a whole number of KB, MB or GB, such as 5GB")
@@ -25,13 +25,13 @@ def check_shard_size(max_shard_size: str) -> None:
 
 def write_model(folder: Path, model: nn.Module, tok: PreTrainedTokenizerBase, max_shard_size: str = MAX_SHARD_SIZE
                 ) -> None:
-    """Write a model as it stands, in its dtype, into a folder that is not yet in its place.
+    """Write a model in its dtype, and its tokenizer, into an existing folder.
 
     Args:
-        max_shard_size: of each safetensors file, such as ``200MB``; a single tensor above it has one of its own.
+        max_shard_size: of each safetensors file, such as ``200MB``; a larger tensor is a file of its own.
 
     Raises:
-        ValueError: ``max_shard_size`` is no size.
+        ValueError: ``max_shard_size`` is not a size.
     """
     check_shard_size(max_shard_size)
     saved: Any = model

@@ -10,7 +10,7 @@ from ..editing.covariance import TOKENS_AT_ONCE
 from ..editing.grams import carries_grams
 from ..editing.solvers import BLOCK
 from ..editing.target_values import LOGITS_AT_ONCE
-from ..evaluation.teacher_forcing import TOKENS_PER_PLACE, fast_token_budget
+from ..evaluation.teacher_forcing import TOKENS_PER_LOGITS, fast_token_budget
 from ..hparams import SPHEREHyperParams
 from ..projection import FLOAT64_SIDE
 from .results import MemoryItem, PlanSettings
@@ -79,7 +79,7 @@ def memory_items(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSe
     projecting = 3 * side**2 * (DOUBLE if side <= FLOAT64_SIDE else FLOAT) + 2 * shape.d_out * shape.d_in * FLOAT
     running = (4 * shape.hidden + 3 * shape.d_in) * shape.itemsize  # a token in a block, without a backward pass
     scored = fast_token_budget(device)
-    scoring = scored * running + scored // TOKENS_PER_PLACE * shape.vocabulary * (shape.itemsize + FLOAT)
+    scoring = scored * running + scored // TOKENS_PER_LOGITS * shape.vocabulary * (shape.itemsize + FLOAT)
     items = [MemoryItem("Python and libraries", "host", base, True),
              MemoryItem("weights", "device", shape.weight_bytes, True),
              MemoryItem("weights while loading", "host", 0 if device == "cpu" else shape.weight_bytes, False),

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from ..config_fields import hidden_size, num_blocks, text_config
 from ..editing.requests import parse_requests
 from ..evaluation.datasets import EditRecord
-from ..evaluation.metrics import questions_of
+from ..evaluation.protocols import prompts_by_metric
 from ..model_class import meta_model
 from ..module_discovery import ModuleNames
 
@@ -127,7 +127,7 @@ def count_tokens(records: Sequence[EditRecord], contexts: Sequence[str] | None) 
         stepped += len(fronts) * count(request.after, request.target) + 1
         predicted += len(fronts) * count(request.target) + 1
     # A prompt and target that occur again are not scored again.
-    pairs = {pair for record in records for asked in questions_of(record).values() for pair in asked}
+    pairs = {pair for record in records for asked in prompts_by_metric(record).values() for pair in asked}
     scored = sum(count(*pair) for pair in pairs)
     return Tokens(*(total / len(records) for total in (read, stepped, predicted, scored)))
 

@@ -1,11 +1,11 @@
-"""Drives a property of ``tests/test_fuzz.py`` by coverage of the package, with atheris (libFuzzer).
+"""Runs a property of ``tests/test_fuzz.py`` as a coverage-guided fuzzer, with atheris (libFuzzer).
 
     python tests/fuzzers/fuzz.py run_directories -max_total_time=300
     python tests/fuzzers/fuzz.py data_sets -runs=500 -artifact_prefix=/tmp/
 
-The first argument names the property, all others are libFuzzer's, which gets a corpus of random seeds. What breaks a
-property ends it with a traceback and hypothesis's shrunk example; the input is kept as ``crash-*`` (or ``timeout-*``)
-for another run with that file as argument.
+The first argument names the property, the others are libFuzzer's, which gets a corpus of random seeds. A failure ends
+it with a traceback and hypothesis's shrunk example; the input is kept as ``crash-*`` (or ``timeout-*``), which can be
+given as an argument to run it again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import torch  # noqa: F401 - loaded before, so that only the package is watched
+import torch  # noqa: F401 - imported before, so that only the package is instrumented
 import transformers  # noqa: F401
 
 with atheris.instrument_imports(include=["sphere_easyedit"]):
@@ -36,7 +36,7 @@ def main() -> None:
     if not hasattr(found, "hypothesis"):
         known = [one.removeprefix("test_") for one in dir(test_fuzz)
                  if one.startswith("test_") and hasattr(getattr(test_fuzz, one), "hypothesis")]
-        sys.exit(f"{name!r} is no property: choose one of {', '.join(known)}")
+        sys.exit(f"{name!r} is not a property: choose one of {', '.join(known)}")
     logging.disable(logging.CRITICAL)
     fuzz_one_input = found.hypothesis.fuzz_one_input
 
@@ -44,7 +44,7 @@ def main() -> None:
         fuzz_one_input(data)
 
     with tempfile.TemporaryDirectory() as corpus:
-        # Hypothesis turns bytes into choices: it takes long inputs to make anything of size.
+        # Hypothesis turns bytes into choices: large examples need long inputs.
         drawn = random.Random(0)
         for number in range(64):
             (Path(corpus) / f"seed-{number}").write_bytes(drawn.randbytes(64 << number % 6))
