@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sphere_easyedit import EditSession, PrincipalSpace, SPHEREHyperParams, apply_sphere_to_model, hyperspherical_energy
+from sphere_easyedit.core.updates import LowRankUpdate
 from sphere_easyedit.editing.covariance import null_space
 from sphere_easyedit.editing.grams import GramMatrix
 from sphere_easyedit.editing.solvers import (
@@ -23,7 +24,6 @@ from sphere_easyedit.editing.solvers import (
     CovarianceMetric,
     KeyHistory,
     KeyMetric,
-    LowRankUpdate,
     NullSpaceMetric,
     adjusted_keys,
     plain_alphaedit_keys,

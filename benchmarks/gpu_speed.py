@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from sphere_easyedit import PrincipalSpace, SPHEREHyperParams, apply_sphere_to_model, hyperspherical_energy
+from sphere_easyedit.core.updates import LowRankUpdate
 from sphere_easyedit.editing.covariance import null_space
 from sphere_easyedit.editing.grams import GramMatrix
 from sphere_easyedit.editing.requests import TokenizedRequest, parse_requests, tokenize_request
@@ -27,7 +28,6 @@ from sphere_easyedit.editing.solvers import (
     CholeskyFactor,
     CovarianceMetric,
     KeyHistory,
-    LowRankUpdate,
     NullSpace,
     NullSpaceMetric,
     adjusted_keys,

@@ -26,8 +26,8 @@ from common import machine
 from torch import Tensor
 
 from sphere_easyedit import PrincipalSpace, hyperspherical_energy
+from sphere_easyedit.core.updates import LowRankUpdate
 from sphere_easyedit.editing.grams import GramMatrix
-from sphere_easyedit.editing.solvers import LowRankUpdate
 from sphere_easyedit.hyperspherical import energy_from_gram
 
 Size = tuple[int, int]

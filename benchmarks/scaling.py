@@ -36,13 +36,13 @@ from solves import L2, LAMBDA, SyntheticKeys
 from torch import Tensor
 
 from sphere_easyedit import PrincipalSpace, hyperspherical_energy
+from sphere_easyedit.core.updates import LowRankUpdate
 from sphere_easyedit.editing.executors import add_update
 from sphere_easyedit.editing.grams import GramMatrix
 from sphere_easyedit.editing.solvers import (
     CholeskyFactor,
     CovarianceMetric,
     KeyHistory,
-    LowRankUpdate,
     NullSpace,
     NullSpaceMetric,
     adjusted_keys,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from .core.updates import LowRankUpdate
 from .editing.requests import EditRequest
-from .editing.solvers import LowRankUpdate
 from .hyperspherical import energy_from_gram, hyperspherical_energy
 
 if TYPE_CHECKING:

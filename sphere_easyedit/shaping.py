@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .core.updates import LowRankUpdate, Update, dense
 from .editing.executors import add_update, check_finite
 from .editing.grams import GramMatrices
 from .editing.session import EditSession
-from .editing.solvers import LowRankUpdate, Update, dense
 from .hparams import SPHEREHyperParams
 from .models import EditableModel
 from .projection import PrincipalSpace

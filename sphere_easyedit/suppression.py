@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .editing.solvers import LowRankUpdate, Update
+from .core.updates import LowRankUpdate, Update
 from .projection import PrincipalSpace
 
 _LARGEST_REPAIR = 10.0  # times the values' norm: beyond it there is too little of the keys left to write through

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
+from sphere_easyedit.core.updates import LowRankUpdate
 from sphere_easyedit.editing.grams import GramMatrices, GramMatrix
-from sphere_easyedit.editing.solvers import LowRankUpdate
 from sphere_easyedit.hyperspherical import energy_from_gram, hyperspherical_energy
 from sphere_easyedit.methods.rect import rect
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing.solvers import Update, dense
+from sphere_easyedit.core.updates import Update, dense
 from sphere_easyedit.methods.base import Method
 from sphere_easyedit.methods.memit import MEMIT
 from sphere_easyedit.methods.registry import METHODS, get_method

@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 import sphere_easyedit as sphere
 from sphere_easyedit.callbacks import EditEvent
 from sphere_easyedit.cli.app import app
-from sphere_easyedit.editing.solvers import LowRankUpdate
+from sphere_easyedit.core.updates import LowRankUpdate
 from sphere_easyedit.evaluation.checkpoints import save_checkpoint
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.measuring import MeasureSettings

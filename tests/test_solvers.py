@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
+from sphere_easyedit.core.updates import LowRankUpdate
 from sphere_easyedit.editing import executors, solvers
 from sphere_easyedit.editing.covariance import load_moment, moment_path, save_moment
 from sphere_easyedit.editing.solvers import (
@@ -24,7 +25,6 @@ from sphere_easyedit.editing.solvers import (
     CovarianceMetric,
     KeyHistory,
     KeyMetric,
-    LowRankUpdate,
     NullSpace,
     NullSpaceMetric,
     adjusted_keys,

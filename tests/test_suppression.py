@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing.solvers import LowRankUpdate
+from sphere_easyedit.core.updates import LowRankUpdate
 from sphere_easyedit.suppression import compensated, frobenius_norm, random_directions, scaled, suppressed
 
 SEEDS = st.integers(0, 2**31 - 1)

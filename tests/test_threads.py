@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing.contexts import NEW_TOKENS, OPENINGS, generate_contexts, generator_on, sample_tokens
+from sphere_easyedit.editing.contexts import NEW_TOKENS, OPENINGS, generate_contexts
+from sphere_easyedit.editing.sampling import generator_on, sample_tokens
 from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.generation import generate_continuations
 from sphere_easyedit.evaluation.metrics import evaluate_records

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..models import EditableModel, max_positions
-from .contexts import generator_on, sample_tokens
 from .remaining import RemainingTime
+from .sampling import generator_on, sample_tokens
 
 if TYPE_CHECKING:
     from ..hparams import SPHEREHyperParams

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..core.updates import LowRankUpdate, Update, dense
 from ..hparams import SPHEREHyperParams
 from ..inputs import check_causal, decoder_errors
 from ..logit_map import find_logit_map
@@ -25,7 +26,7 @@ from .replay import check_replay, pad_rows
 from .requests import EditRequest, TokenizedRequest, tokenize_prompt, tokenize_request
 from .session import EditSession
 from .sharing import batch_states, target_values
-from .solvers import KeyHistory, LowRankUpdate, Update, adjusted_keys, dense
+from .solvers import KeyHistory, adjusted_keys
 from .target_values import TargetValues
 from .tensor_store import TensorStore
 

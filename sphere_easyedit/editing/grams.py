@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.updates import LowRankUpdate
 from ..hparams import SPHEREHyperParams
 from ..models import EditableModel
 from ..projection import FLOAT64_SIDE
-from .solvers import LowRankUpdate
 
 # The stored weight is rounded at every update, its Gram matrix at every advance: both random, both in the last digit.
 _MAX_ADVANCES = 50

@@ -47,30 +47,6 @@ _PROBES = 16
 
 
 @dataclass(frozen=True)
-class LowRankUpdate:
-    """A weight change ``dW = values @ keys.T``, one column an edit: values ``(d_out, n)``, keys ``(d_in, n)``.
-
-    ``solved_for`` are the batch's own keys ``(d_in, n)``, where the update was solved for any.
-    """
-
-    values: Tensor
-    keys: Tensor
-    solved_for: Tensor | None = None
-
-    def dense(self) -> Tensor:
-        """The change ``(d_out, d_in)``."""
-        return self.values @ self.keys.T
-
-
-Update = LowRankUpdate | Tensor  # a weight change in factors, or dense (d_out, d_in)
-
-
-def dense(update: Update) -> Tensor:
-    """A weight change ``(d_out, d_in)``, multiplied out where it is in factors."""
-    return update.dense() if isinstance(update, LowRankUpdate) else update
-
-
-@dataclass(frozen=True)
 class NullSpace:
     """The projection P0 on a subspace, by orthonormal columns that span it or what it leaves out: whichever are fewer.
 

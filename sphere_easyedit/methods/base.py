@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from ..core.updates import Update
 from ..editing.origins import StatisticsFile
-from ..editing.solvers import KeyHistory, KeyMetric, Update
+from ..editing.solvers import KeyHistory, KeyMetric
 from ..editing.tensor_store import TensorStore
 from ..models import EditableModel
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..editing.solvers import Update, dense
+from ..core.updates import Update, dense
 from .memit import MEMIT
 
 if TYPE_CHECKING:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..editing.contexts import generate_contexts, generator_on, sample_tokens
+from ..editing.contexts import generate_contexts
 from ..editing.corpus import GENERATED, GENERATED_AT_ONCE
 from ..editing.keys import BatchStates
 from ..editing.requests import parse_requests, tokenize_request
+from ..editing.sampling import generator_on, sample_tokens
 from ..editing.target_values import optimise_target_values
 from ..evaluation.datasets import EditRecord
 from ..evaluation.generation import generate_continuations

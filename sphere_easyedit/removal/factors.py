@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..callbacks import EditCallback, EditEvent
-from ..editing.solvers import LowRankUpdate
+from ..core.updates import LowRankUpdate
 from ..export.fingerprint import tensors_sha256
 from ..files import atomic_write, checksum_path, record_checksum, recorded_checksum, sha256_of
 from ..hparams import SPHEREHyperParams

@@ -15,8 +15,9 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from ..core.updates import LowRankUpdate
 from ..editing.session import EditSession
-from ..editing.solvers import KeyHistory, LowRankUpdate
+from ..editing.solvers import KeyHistory
 from ..exclusive import exclusive
 from ..hparams import SPHEREHyperParams, check_hparams
 from ..inputs import default_torch_settings

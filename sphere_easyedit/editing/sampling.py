@@ -1,0 +1,78 @@
+"""Sampling tokens from a model, with a generator of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+# What shapes the probabilities that generate() samples from, in its order: the setting, the value that changes nothing,
+# and transformers' class for it.
+_WARPERS: Mapping[str, tuple[float | None, str]] = MappingProxyType({
+    "temperature": (1.0, "TemperatureLogitsWarper"), "top_h": (None, "TopHLogitsWarper"),
+    "top_k": (0, "TopKLogitsWarper"), "top_p": (1.0, "TopPLogitsWarper"), "min_p": (None, "MinPLogitsWarper"),
+    "typical_p": (1.0, "TypicalLogitsWarper"), "epsilon_cutoff": (0.0, "EpsilonLogitsWarper"),
+    "eta_cutoff": (0.0, "EtaLogitsWarper"),
+})
+
+
+def sample_tokens(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, generator: torch.Generator,
+                  **settings: Any) -> Tensor:
+    """Continue rows of tokens at random by ``model.generate``, drawing from a generator of their own.
+
+    The tokens are those of ``generate(do_sample=True, **settings)`` after ``torch.manual_seed`` with the generator's
+    seed. The global random state, which all threads share, is neither read nor changed.
+
+    Args:
+        input_ids, attention_mask: ``(rows, tokens)``, without padding.
+        generator: on the device of ``input_ids``.
+        settings: of ``generate``; others are those of the model's own ``generation_config``.
+
+    Returns:
+        Token ids ``(rows, tokens)``, the given ones first.
+
+    Raises:
+        ValueError: the model's probabilities are not finite.
+    """
+    # generate() samples from the global generator alone. So it is told to take the likeliest token, and a processor
+    # draws it before: behind the warpers, which generate() itself would put behind every processor it is given.
+    own = getattr(model, "generation_config", None)
+    processors: list[LogitsProcessor] = []
+    for name, (neutral, warper) in _WARPERS.items():
+        value = settings.pop(name, getattr(own, name, None))
+        if value is not None and value != neutral:
+            processors.append(getattr(transformers, warper)(value))
+    # Greedy decoding warns of settings for sampling, so those of the model are set to transformers' defaults.
+    defaults = {name: 50 if name == "top_k" else neutral for name, (neutral, _) in _WARPERS.items()}
+    unused = {name: value for name, value in {**defaults, "penalty_alpha": None}.items() if hasattr(own, name)}
+    found: Tensor = model.generate(  # type: ignore[operator]
+        input_ids, attention_mask=attention_mask, do_sample=False, num_beams=1, num_return_sequences=1,
+        return_dict_in_generate=False, logits_processor=LogitsProcessorList([*processors, _Drawing(generator)]),
+        **{**unused, **settings})
+    return found
+
+
+class _Drawing(LogitsProcessor):
+    """Draws each row's next token by its probabilities, and leaves no other possible."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores ``(rows, vocabulary)``: 0 for the token that was drawn, else -inf."""
+        probabilities = scores.softmax(dim=-1)
+        if not bool(torch.isfinite(probabilities).all()):
+            raise ValueError("the model's probabilities of the next token are not finite: its weights are damaged, or "
+                             f"too large for {scores.dtype}")
+        drawn = torch.multinomial(probabilities.to(self._generator.device), 1, generator=self._generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn.to(scores.device), 0.0)
+
+
+def generator_on(device: torch.device, seed: int) -> torch.Generator:
+    """A new random number generator on a device."""
+    return torch.Generator(device).manual_seed(seed)
