@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sphere_easyedit import EditSession, SPHEREHyperParams, apply_sphere_to_model
-from sphere_easyedit.easyedit import HOME
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.easyedit.plugin import HOME
 from sphere_easyedit.editing.requests import parse_requests, tokenize_request
-from sphere_easyedit.editing.steering import rows_of
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.loading import load_model
-from sphere_easyedit.models import EditableModel
+from sphere_easyedit.editing.target_optimizer import rows_of
+from sphere_easyedit.models.architecture import EditableModel
+from sphere_easyedit.models.loading import load_model
 
 CONTEXTS = ["The first of these was a. {}", "Therefore, the number of days in. {}", "Because of this it is not. {}",
             "I have been a member of the. {}", "You can also use your own to. {}"]

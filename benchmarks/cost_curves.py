@@ -25,9 +25,9 @@ from solves import L2, SyntheticKeys
 from torch import Tensor
 
 from sphere_easyedit import EditSession, PrincipalSpace, SPHEREHyperParams, apply_sphere_to_model
-from sphere_easyedit.editing.solvers import KeyHistory, NullSpace, NullSpaceMetric, adjusted_keys
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.loading import load_model
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.methods.solvers import KeyHistory, NullSpace, NullSpaceMetric, adjusted_keys
+from sphere_easyedit.models.loading import load_model
 
 
 class Layer:

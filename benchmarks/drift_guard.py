@@ -23,15 +23,15 @@ from statistics import median
 from typing import Any
 
 from sphere_easyedit import DriftGuard, EditEvent
-from sphere_easyedit.drift_guard import GuardRecord
+from sphere_easyedit.analysis.collapse import collapse_of
+from sphere_easyedit.callbacks.drift_guard import GuardRecord
+from sphere_easyedit.editing.checkpoints import put_weights, saved_weights
 from sphere_easyedit.editing.requests import parse_requests
-from sphere_easyedit.evaluation.checkpoints import put_weights, saved_weights
-from sphere_easyedit.evaluation.collapse import collapse_of
-from sphere_easyedit.evaluation.revisiting import EditedRun
-from sphere_easyedit.evaluation.run_records import RunRecords
-from sphere_easyedit.files import atomic_write
-from sphere_easyedit.loading import load_model
+from sphere_easyedit.models.loading import load_model
+from sphere_easyedit.runs.records import RunRecords
+from sphere_easyedit.runs.revisiting import EditedRun
 from sphere_easyedit.runs.schema import GUARD
+from sphere_easyedit.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 

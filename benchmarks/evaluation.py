@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from common import machine, peak_memory, spread
 
-from sphere_easyedit.easyedit import HOME, edit_arguments, load_easyedit
-from sphere_easyedit.evaluation.datasets import EditRecord, load_records
+from sphere_easyedit.datasets.loaders import EditRecord, load_records
+from sphere_easyedit.easyedit.plugin import HOME, edit_arguments, load_easyedit
 from sphere_easyedit.evaluation.metrics import evaluate_records, prompts_by_metric
-from sphere_easyedit.loading import load_model, model_source
-from sphere_easyedit.models import input_device
-from sphere_easyedit.tokenization import continuation_ids
+from sphere_easyedit.models.architecture import input_device
+from sphere_easyedit.models.loading import load_model, model_source
+from sphere_easyedit.models.tokenization import continuation_ids
 
 # For each case, whether each prompt's target is what the model says: edit prompt, paraphrase, neighbours.
 Answers = list[list[bool]]

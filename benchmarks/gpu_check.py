@@ -29,7 +29,7 @@ from gpu_processes import processes
 from gpu_rows import FULL, ROOT, SMALL, Row
 from gpu_speed import models, speed
 
-from sphere_easyedit.files import atomic_write
+from sphere_easyedit.utils.files import atomic_write
 
 PARTS = ("parity", "speed", "models", "processes")
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sphere_easyedit import EditSession, PrincipalSpace, SPHEREHyperParams, apply_sphere_to_model, hyperspherical_energy
+from sphere_easyedit.core.hyperspherical import energy_from_gram
 from sphere_easyedit.core.updates import LowRankUpdate
-from sphere_easyedit.editing.covariance import null_space
-from sphere_easyedit.editing.grams import GramMatrix
-from sphere_easyedit.editing.solvers import (
+from sphere_easyedit.editing.gram_matrices import GramMatrix
+from sphere_easyedit.methods.covariance import null_space
+from sphere_easyedit.methods.solvers import (
     CholeskyFactor,
     CovarianceMetric,
     KeyHistory,
@@ -29,7 +30,6 @@ from sphere_easyedit.editing.solvers import (
     plain_alphaedit_keys,
     plain_memit_keys,
 )
-from sphere_easyedit.hyperspherical import energy_from_gram
 
 PART = "parity"
 GAMMA, ALPHA = 0.5, 0.8

@@ -21,10 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from sphere_easyedit import PrincipalSpace, SPHEREHyperParams, apply_sphere_to_model, hyperspherical_energy
 from sphere_easyedit.core.updates import LowRankUpdate
-from sphere_easyedit.editing.covariance import null_space
-from sphere_easyedit.editing.grams import GramMatrix
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.editing.gram_matrices import GramMatrix
 from sphere_easyedit.editing.requests import TokenizedRequest, parse_requests, tokenize_request
-from sphere_easyedit.editing.solvers import (
+from sphere_easyedit.editing.target_values import optimise_target_values
+from sphere_easyedit.methods.covariance import null_space
+from sphere_easyedit.methods.solvers import (
     CholeskyFactor,
     CovarianceMetric,
     KeyHistory,
@@ -32,9 +34,7 @@ from sphere_easyedit.editing.solvers import (
     NullSpaceMetric,
     adjusted_keys,
 )
-from sphere_easyedit.editing.target_values import optimise_target_values
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.models import frozen
+from sphere_easyedit.models.architecture import frozen
 from sphere_easyedit.planning import PlanSettings
 from sphere_easyedit.planning.memory import activation_bytes, memory_items, peak_bytes
 from sphere_easyedit.planning.sizes import ModelShape, Statistics, Tokens, count_tokens, model_shape

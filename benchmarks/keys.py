@@ -19,12 +19,12 @@ from plain import plain_states
 from torch import Tensor
 
 from sphere_easyedit import SPHEREHyperParams
+from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.contexts import generate_contexts
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import TokenizedRequest, parse_requests, tokenize_request
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.loading import load_model
-from sphere_easyedit.models import EditableModel, frozen
+from sphere_easyedit.models.architecture import EditableModel, frozen
+from sphere_easyedit.models.loading import load_model
 
 Found = dict[int, tuple[Tensor, Tensor]]
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sphere_easyedit import SPHEREHyperParams
-from sphere_easyedit.editing.covariance import load_moment, moment_path, null_space_basis
-from sphere_easyedit.editing.replay import first_output, pad_rows
 from sphere_easyedit.editing.requests import TokenizedRequest, parse_requests, tokenize_request
-from sphere_easyedit.models import EditableModel, frozen
+from sphere_easyedit.methods.covariance import load_moment, moment_path, null_space_basis
+from sphere_easyedit.models.architecture import EditableModel, frozen
+from sphere_easyedit.models.replay import first_output, pad_rows
 
 
 def plain_target_value(editable: EditableModel, request: TokenizedRequest, hparams: SPHEREHyperParams) -> Tensor:

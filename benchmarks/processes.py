@@ -24,12 +24,12 @@ from common import machine
 from torch.utils.flop_counter import FlopCounterMode
 
 from sphere_easyedit import SPHEREHyperParams
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.measuring import MeasureSettings
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
-from sphere_easyedit.files import atomic_write
-from sphere_easyedit.loading import load_model
-from sphere_easyedit.replicas import ProcessInfo, Replicas
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.models.distributed import ProcessInfo, Replicas
+from sphere_easyedit.models.loading import load_model
+from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
+from sphere_easyedit.utils.files import atomic_write
 
 ALONE = "alone"
 KINDS = {"_optimise": "target values", "_open": "keys", "_read": "keys", "_advance": "keys", "_read_all": "keys",

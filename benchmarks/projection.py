@@ -26,9 +26,9 @@ from common import machine
 from torch import Tensor
 
 from sphere_easyedit import PrincipalSpace, hyperspherical_energy
+from sphere_easyedit.core.hyperspherical import energy_from_gram
 from sphere_easyedit.core.updates import LowRankUpdate
-from sphere_easyedit.editing.grams import GramMatrix
-from sphere_easyedit.hyperspherical import energy_from_gram
+from sphere_easyedit.editing.gram_matrices import GramMatrix
 
 Size = tuple[int, int]
 Result = TypeVar("Result")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from sphere_easyedit import SPHEREHyperParams
-from sphere_easyedit.models import EditableModel
+from sphere_easyedit.models.architecture import EditableModel
 
 
 @dataclass(frozen=True)

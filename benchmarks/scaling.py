@@ -36,10 +36,11 @@ from solves import L2, LAMBDA, SyntheticKeys
 from torch import Tensor
 
 from sphere_easyedit import PrincipalSpace, hyperspherical_energy
+from sphere_easyedit.core.hyperspherical import energy_from_gram
 from sphere_easyedit.core.updates import LowRankUpdate
-from sphere_easyedit.editing.executors import add_update
-from sphere_easyedit.editing.grams import GramMatrix
-from sphere_easyedit.editing.solvers import (
+from sphere_easyedit.editing.gram_matrices import GramMatrix
+from sphere_easyedit.editing.solve import add_update
+from sphere_easyedit.methods.solvers import (
     CholeskyFactor,
     CovarianceMetric,
     KeyHistory,
@@ -47,8 +48,7 @@ from sphere_easyedit.editing.solvers import (
     NullSpaceMetric,
     adjusted_keys,
 )
-from sphere_easyedit.files import atomic_write
-from sphere_easyedit.hyperspherical import energy_from_gram
+from sphere_easyedit.utils.files import atomic_write
 
 Result = TypeVar("Result")
 BATCH: Final = 100

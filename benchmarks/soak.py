@@ -32,11 +32,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sphere_easyedit import EditCallback, EditEvent, SPHEREHyperParams
-from sphere_easyedit.editing import engines
-from sphere_easyedit.evaluation import checkpoints, sequential
-from sphere_easyedit.evaluation.measuring import MeasureSettings
-from sphere_easyedit.evaluation.records import EditRecord
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
+from sphere_easyedit.datasets.records import EditRecord
+from sphere_easyedit.editing import checkpoints, engines
+from sphere_easyedit.runs import sequential
+from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "golden" / "llama" / "tiny-llama"
 BATCH = 10

@@ -23,7 +23,7 @@ import torch
 from common import machine, peak_memory, spread
 from torch import Tensor
 
-from sphere_easyedit.editing.solvers import (
+from sphere_easyedit.methods.solvers import (
     CholeskyFactor,
     CovarianceMetric,
     KeyHistory,

@@ -23,15 +23,15 @@ from study.weights import keys_of_edits, over_layers, weight_tables
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from sphere_easyedit.evaluation.arms import Arm, arms_of
-from sphere_easyedit.evaluation.checkpoints import saved_weights
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.run_records import PAPER, RunRecords, find_runs
-from sphere_easyedit.evaluation.tables import Table
-from sphere_easyedit.files import atomic_write
+from sphere_easyedit.analysis.arms import Arm, arms_of
+from sphere_easyedit.analysis.tables import Table
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.editing.checkpoints import saved_weights
 from sphere_easyedit.hparams import SPHEREHyperParams
-from sphere_easyedit.loading import load_model
-from sphere_easyedit.models import EditableModel
+from sphere_easyedit.models.architecture import EditableModel
+from sphere_easyedit.models.loading import load_model
+from sphere_easyedit.runs.records import PAPER, RunRecords, find_runs
+from sphere_easyedit.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 

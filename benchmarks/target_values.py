@@ -20,12 +20,12 @@ from common import machine, peak_memory
 from plain import plain_target_value
 
 from sphere_easyedit import SPHEREHyperParams
+from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.contexts import generate_contexts
 from sphere_easyedit.editing.requests import parse_requests, tokenize_request
 from sphere_easyedit.editing.target_values import optimise_target_values
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.loading import load_model
-from sphere_easyedit.models import frozen
+from sphere_easyedit.models.architecture import frozen
+from sphere_easyedit.models.loading import load_model
 
 
 def main() -> None:

@@ -21,10 +21,10 @@ import yaml
 from common import machine, spread
 
 from sphere_easyedit import EditCallback, HETracker, SPHEREHyperParams, apply_sphere_to_model
-from sphere_easyedit.editing.grams import GramMatrices
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.loading import load_model
-from sphere_easyedit.shaping import Shaping
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.editing.gram_matrices import GramMatrices
+from sphere_easyedit.editing.projecting import Shaping
+from sphere_easyedit.models.loading import load_model
 
 # Where SPHERE and the tracker spend their time; none of them calls another.
 PARTS: tuple[tuple[type, str, str], ...] = (

@@ -18,10 +18,11 @@ fi
 failed=0
 .venv/bin/ruff check . || failed=1
 .venv/bin/mypy sphere_easyedit || failed=1
+.venv/bin/lint-imports --no-cache || failed=1
 # A file's tests share what they made. Lines are traced only in the tests that tests/conftest.py names: elsewhere tracing
 # would take minutes and tell nothing of these rooms. What only subprocesses run counts as not covered.
 .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --cov sphere_easyedit --cov-report "" || failed=1
-rooms="sphere_easyedit/editing/*,sphere_easyedit/hyperspherical.py,sphere_easyedit/projection.py"
-rooms+=",sphere_easyedit/suppression.py,sphere_easyedit/shaping.py,sphere_easyedit/wrapper.py"
+rooms="sphere_easyedit/editing/*,sphere_easyedit/core/hyperspherical.py,sphere_easyedit/core/projection.py"
+rooms+=",sphere_easyedit/core/suppression.py,sphere_easyedit/editing/projecting.py,sphere_easyedit/editing/pipeline.py"
 .venv/bin/python -m coverage report --include "$rooms" --fail-under 90 || failed=1
 exit "$failed"

@@ -5,17 +5,17 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .callbacks import EditCallback, EditEvent, StopEditing
-    from .drift_guard import DriftGuard
-    from .easyedit import register, track, unregister
+    from .callbacks.drift_guard import DriftGuard
+    from .callbacks.he_tracker import HETracker
+    from .core.hyperspherical import hyperspherical_energy
+    from .core.projection import PrincipalSpace
+    from .easyedit.plugin import register, track, unregister
+    from .editing.callbacks import EditCallback, EditEvent, StopEditing
+    from .editing.pipeline import apply_sphere_to_model
     from .editing.session import EditSession
-    from .he_tracker import HETracker
     from .hparams import SPHEREHyperParams
-    from .hyperspherical import hyperspherical_energy
-    from .loading import load_model
     from .methods.registry import register_method, unregister_method
-    from .projection import PrincipalSpace
-    from .wrapper import apply_sphere_to_model
+    from .models.loading import load_model
 
 __version__ = "0.1.0"
 
@@ -40,13 +40,14 @@ __all__ = [
 
 # Imported when asked for: torch and transformers take seconds, and `sphere-easyedit doctor` must start without them.
 _HOMES = MappingProxyType({
-    "DriftGuard": ".drift_guard",
-    "EditCallback": ".callbacks", "EditEvent": ".callbacks", "EditSession": ".editing.session",
-    "HETracker": ".he_tracker", "PrincipalSpace": ".projection", "SPHEREHyperParams": ".hparams",
-    "StopEditing": ".callbacks",
-    "apply_sphere_to_model": ".wrapper", "hyperspherical_energy": ".hyperspherical", "load_model": ".loading",
+    "DriftGuard": ".callbacks.drift_guard",
+    "EditCallback": ".editing.callbacks", "EditEvent": ".editing.callbacks", "EditSession": ".editing.session",
+    "HETracker": ".callbacks.he_tracker", "PrincipalSpace": ".core.projection", "SPHEREHyperParams": ".hparams",
+    "StopEditing": ".editing.callbacks",
+    "apply_sphere_to_model": ".editing.pipeline", "hyperspherical_energy": ".core.hyperspherical",
+    "load_model": ".models.loading",
     "register_method": ".methods.registry", "unregister_method": ".methods.registry",
-    "register": ".easyedit", "track": ".easyedit", "unregister": ".easyedit",
+    "register": ".easyedit.plugin", "track": ".easyedit.plugin", "unregister": ".easyedit.plugin",
 })
 
 

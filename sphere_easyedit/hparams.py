@@ -19,14 +19,14 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .hparams_files import find_hparams, read_mapping
-from .inputs import check_model
-from .loading import resolve_device
-from .messages import nearest
 from .methods.alphaedit import AlphaEdit
 from .methods.base import Method, WrappedMethod
 from .methods.registry import METHODS, get_method
-from .models import EditableModel, ModuleNames
-from .module_discovery import model_module_names, module_names
+from .models.architecture import EditableModel, ModuleNames
+from .models.checks import check_model
+from .models.loading import resolve_device
+from .models.module_discovery import model_module_names, module_names
+from .utils.messages import nearest
 
 SPHERE = "SPHERE"
 

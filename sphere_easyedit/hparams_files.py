@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import PretrainedConfig
 
-from .messages import nearest
 from .methods.base import WrappedMethod
 from .methods.registry import METHODS
-from .model_class import meta_model
-from .module_discovery import DecoderParts, ModuleNames, decoder_parts
-from .safe_yaml import read_yaml
+from .models.model_class import meta_model
+from .models.module_discovery import DecoderParts, ModuleNames, decoder_parts
+from .utils.messages import nearest
+from .utils.yaml import read_yaml
 
 if TYPE_CHECKING:
     if sys.version_info >= (3, 11):

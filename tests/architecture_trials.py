@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing.output_path import Gated, Normalised, OutputPath, Scaled
 from sphere_easyedit.editing.session import EditSession
 from sphere_easyedit.hparams_files import starting_hparams
+from sphere_easyedit.models.output_path import Gated, Normalised, OutputPath, Scaled
 
 TOKENIZER = Path(__file__).parent / "golden" / "llama" / "tiny-llama"
 # The subject's one token is all of the first prompt, so its loss is that of a plain forward pass. In the second, other

@@ -23,8 +23,8 @@ REPOSITORY = Path(__file__).parents[1]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PYTHONPATH": str(REPOSITORY)}
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload([
-    "sphere_easyedit.cli.app", "sphere_easyedit.doctor", "sphere_easyedit.evaluation.case_study",
-    "sphere_easyedit.evaluation.sequential", "sphere_easyedit.export", "sphere_easyedit.planning",
+    "sphere_easyedit.cli.app", "sphere_easyedit.cli.diagnosis", "sphere_easyedit.analysis.case_study",
+    "sphere_easyedit.runs.sequential", "sphere_easyedit.export", "sphere_easyedit.planning",
     "sphere_easyedit.removal", "transformers.models.auto.modeling_auto",
     "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"])
 

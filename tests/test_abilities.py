@@ -27,8 +27,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from sphere_easyedit.evaluation.abilities import general_abilities
-from sphere_easyedit.evaluation.ability_tasks import (
+from sphere_easyedit.datasets.records import MissingDatasetError
+from sphere_easyedit.evaluation.abilities.general import general_abilities
+from sphere_easyedit.evaluation.abilities.tasks import (
     ABILITY_TASKS,
     last_number,
     marked_number,
@@ -36,10 +37,9 @@ from sphere_easyedit.evaluation.ability_tasks import (
     squad_normalised,
     word_f1,
 )
-from sphere_easyedit.evaluation.records import MissingDatasetError
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'sphere-easyedit[eval]'")
-from sphere_easyedit.evaluation import harness
+from sphere_easyedit.evaluation.abilities import harness
 
 PLACES = ("Rome", "Paris", "the old town", "Lima", "Oslo", "a small island", "Cairo", "Delhi", "Bern", "Quito", "Kyiv",
           "Accra")
@@ -302,7 +302,7 @@ def test_nothing_stays_changed_and_nothing_is_printed(
     assert _state(model, tok) == before
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert capfd.readouterr() == ("", "")
-    assert {record.name for record in caplog.records} <= {"sphere_easyedit.evaluation.abilities"}
+    assert {record.name for record in caplog.records} <= {"sphere_easyedit.evaluation.abilities.general"}
     assert [(task, total) for task, so_far, total in done if so_far == total] == [
         ("gsm8k", 12), ("rte", 24), ("natural_questions", 12), ("boolq", 24)]
 

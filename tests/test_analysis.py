@@ -17,16 +17,16 @@ from study.spectra import moment_share, row_spectrum, update_alignment
 from torch import Tensor
 
 from sphere_easyedit import PrincipalSpace
-from sphere_easyedit.evaluation import neurons, spaces
-from sphere_easyedit.evaluation.analysis import (
+from sphere_easyedit.analysis.collapse import Collapse, collapse_point
+from sphere_easyedit.analysis.correlations import (
     EnergyPoint,
     change_pairs,
     energy_correlations,
     regress,
 )
-from sphere_easyedit.evaluation.collapse import Collapse, collapse_point
+from sphere_easyedit.callbacks import neurons, spaces
+from sphere_easyedit.callbacks.spaces import principal_share
 from sphere_easyedit.evaluation.paired import paired_bootstrap, paired_gain
-from sphere_easyedit.evaluation.spaces import principal_share
 
 SCORES = arrays(np.float64, st.integers(2, 40), elements=st.floats(0, 1))
 SEEDS = st.integers(0, 2**31 - 1)

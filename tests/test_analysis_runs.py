@@ -24,14 +24,14 @@ from study.weights import keys_of_edits, over_layers, stages, weight_tables
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import PrincipalSpace
-from sphere_easyedit.editing.covariance import moment_path, save_moment
-from sphere_easyedit.evaluation.analysis import energy_correlations, energy_points
-from sphere_easyedit.evaluation.arms import Arm, arms_of
-from sphere_easyedit.evaluation.collapse import Collapse, collapse_of
-from sphere_easyedit.evaluation.run_directory import RunDirectory
-from sphere_easyedit.evaluation.run_records import RunRecords, find_runs
-from sphere_easyedit.evaluation.spaces import principal_share
-from sphere_easyedit.evaluation.tables import Column, Table
+from sphere_easyedit.analysis.arms import Arm, arms_of
+from sphere_easyedit.analysis.collapse import Collapse, collapse_of
+from sphere_easyedit.analysis.correlations import energy_correlations, energy_points
+from sphere_easyedit.analysis.tables import Column, Table
+from sphere_easyedit.callbacks.spaces import principal_share
+from sphere_easyedit.methods.covariance import moment_path, save_moment
+from sphere_easyedit.runs.directory import RunDirectory
+from sphere_easyedit.runs.records import RunRecords, find_runs
 from sphere_easyedit.runs.schema import Estimate, Summary
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "study_tables.py"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.energy_metrics import EnergyRecord
-from sphere_easyedit.he_tracker import read_energy_csv
+from sphere_easyedit.callbacks.energy_metrics import EnergyRecord
+from sphere_easyedit.callbacks.he_tracker import read_energy_csv
 
 LAYERS = (1, 2)
 

@@ -10,14 +10,14 @@ import torch
 from conftest import edited_weights, tiny_hparams, tiny_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sphere_easyedit.evaluation import case_study
-from sphere_easyedit.evaluation.case_study import choose_case, dtype_of_run, study_case
-from sphere_easyedit.evaluation.checkpoints import put_weights
-from sphere_easyedit.evaluation.datasets import load_records
+from sphere_easyedit.analysis import case_study
+from sphere_easyedit.analysis.case_study import choose_case, dtype_of_run, study_case
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.editing.checkpoints import put_weights
 from sphere_easyedit.evaluation.generation import generate_continuations
-from sphere_easyedit.evaluation.measuring import MeasureSettings
-from sphere_easyedit.evaluation.revisiting import EditedRun
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
+from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.revisiting import EditedRun
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 
 @pytest.fixture(scope="module")

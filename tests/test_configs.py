@@ -17,11 +17,11 @@ import pytest
 import transformers
 from transformers import CONFIG_MAPPING
 
-from sphere_easyedit.configs import planning_config, shipped_config, shipped_models
 from sphere_easyedit.hparams import SPHEREHyperParams
 from sphere_easyedit.hparams_files import available_hparams
-from sphere_easyedit.loading import SMOLLM2
-from sphere_easyedit.model_class import meta_model
+from sphere_easyedit.models.loading import SMOLLM2
+from sphere_easyedit.models.model_class import meta_model
+from sphere_easyedit.models.shipped_configs import planning_config, shipped_config, shipped_models
 from sphere_easyedit.planning import PlanSettings, make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -76,11 +76,12 @@ def test_every_shipped_file_is_planned_without_network(
         pytest.skip("comes with a package, not from the hub")
     known(hparams.model_name)
     started = time.perf_counter()
-    with caplog.at_level(logging.INFO, "sphere_easyedit.configs"):
+    with caplog.at_level(logging.INFO, "sphere_easyedit.models.shipped_configs"):
         plan = make_plan(hparams, PlanSettings(20, 20))
     assert time.perf_counter() - started < 20
     assert not no_network
-    assert [record.getMessage() for record in caplog.records if record.name == "sphere_easyedit.configs"] == [
+    told = [record.getMessage() for record in caplog.records if record.name == "sphere_easyedit.models.shipped_configs"]
+    assert told == [
         f"{hparams.model_name} is not on this machine: its sizes are those that the package ships"]
     [weights] = [item for item in plan.downloads if item.name == hparams.model_name]
     assert weights.bytes == pytest.approx(PUBLISHED[hparams.model_name] * plan_itemsize(hparams.model_name))

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing import covariance
-from sphere_easyedit.editing.corpus import corpus_name, token_sequences
-from sphere_easyedit.editing.covariance import (
+from sphere_easyedit.editing.solve import prepare_session
+from sphere_easyedit.methods import covariance
+from sphere_easyedit.methods.corpus import corpus_name, token_sequences
+from sphere_easyedit.methods.covariance import (
     filed_factor,
     filed_null_space,
     load_moment,
@@ -34,10 +35,9 @@ from sphere_easyedit.editing.covariance import (
     save_moment,
     second_moments,
 )
-from sphere_easyedit.editing.executors import prepare_session
-from sphere_easyedit.editing.origins import origin_path
-from sphere_easyedit.editing.solvers import CholeskyFactor, KeyHistory, NullSpace
-from sphere_easyedit.models import EditableModel, ModuleNames
+from sphere_easyedit.methods.solvers import CholeskyFactor, KeyHistory, NullSpace
+from sphere_easyedit.methods.statistics_origin import origin_path
+from sphere_easyedit.models.architecture import EditableModel, ModuleNames
 
 TEXTS = ["The capital of France is Paris.", "Rome",
          " ".join(["John Smith plays for the team of the United States of America."] * 3),

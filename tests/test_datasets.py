@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sphere_easyedit.evaluation.datasets import (
+from sphere_easyedit.datasets.loaders import (
     EditRecord,
     EvaluationPrompt,
     MissingDatasetError,

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sphere_easyedit.datasets.conflicts import Conflict, ConflictReport, find_conflicts
+from sphere_easyedit.datasets.loaders import EditRecord, load_records
 from sphere_easyedit.editing.contradictions import normalised
-from sphere_easyedit.evaluation.conflicts import Conflict, ConflictReport, find_conflicts
-from sphere_easyedit.evaluation.datasets import EditRecord, load_records
 
 DATA = Path(os.environ.get("SPHERE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 

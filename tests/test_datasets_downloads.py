@@ -14,9 +14,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from sphere_easyedit.evaluation import downloads
-from sphere_easyedit.evaluation.datasets import MissingDatasetError, load_records
-from sphere_easyedit.evaluation.downloads import PUBLISHED, Published, dataset_path, download
+from sphere_easyedit.datasets import downloads
+from sphere_easyedit.datasets.downloads import PUBLISHED, Published, dataset_path, download
+from sphere_easyedit.datasets.loaders import MissingDatasetError, load_records
 
 CONTENT = json.dumps([{
     "subject": "Bari", "src": "Where is Bari?", "rephrase": "Bari is where?", "alt": "Oslo", "answers": ["Italy"],

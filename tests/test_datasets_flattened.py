@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sphere_easyedit.evaluation.datasets import EditRecord, EvaluationPrompt, load_records
+from sphere_easyedit.datasets.loaders import EditRecord, EvaluationPrompt, load_records
 
 DATA = Path(os.environ.get("SPHERE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sphere_easyedit.evaluation.datasets import EditRecord, load_records
+from sphere_easyedit.datasets.loaders import EditRecord, load_records
 
 REPO = Path(__file__).resolve().parents[1]
 TABLE_PATH = REPO / "sphere_easyedit" / "data" / "demo.json"

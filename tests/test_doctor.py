@@ -20,9 +20,9 @@ from packaging.specifiers import SpecifierSet
 from processes import ENVIRONMENT, REPOSITORY, run_forked
 
 import sphere_easyedit
-from sphere_easyedit import doctor
-from sphere_easyedit.editing.covariance import save_moment
-from sphere_easyedit.loading import SMOLLM2
+from sphere_easyedit.cli import diagnosis as doctor
+from sphere_easyedit.methods.covariance import save_moment
+from sphere_easyedit.models.loading import SMOLLM2
 
 FAKE = """
 import os, sys

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.drift_guard import Action
+from sphere_easyedit.callbacks.drift_guard import Action
+from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.requests import parse_requests
-from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.metrics import evaluate_records
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 BATCH = 4
 

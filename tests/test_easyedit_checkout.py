@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import sphere_easyedit as sphere
-from sphere_easyedit.easyedit import make_editor, wrappable
-from sphere_easyedit.loading import smollm2_folder
+from sphere_easyedit.easyedit.plugin import make_editor, wrappable
+from sphere_easyedit.models.loading import smollm2_folder
 
 pytestmark = pytest.mark.easyedit
 

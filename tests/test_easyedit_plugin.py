@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit import easyedit
-from sphere_easyedit.editing.covariance import null_space_basis, second_moments
+from sphere_easyedit.easyedit import plugin as easyedit
+from sphere_easyedit.methods.covariance import null_space_basis, second_moments
 
 STAND_IN = Path(__file__).parent / "stand_in"
 FACTS = [{**request, "prompt": request["prompt"].replace("{}", request["subject"])} for request in [

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 import sphere_easyedit as sphere
-from sphere_easyedit.energy_metrics import EnergyRecord, MetricCorrelation, Spearman
+from sphere_easyedit.callbacks.energy_metrics import EnergyRecord, MetricCorrelation, Spearman
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 NUMBERS = st.integers(-10**6, 10**6).map(lambda number: number / 1000)

@@ -24,10 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from sphere_easyedit.evaluation.checkpoints import put_weights
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.measuring import MeasureSettings
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.editing.checkpoints import put_weights
 from sphere_easyedit.export import (
     EditedWeights,
     ExportableRun,
@@ -43,6 +41,8 @@ from sphere_easyedit.export.card import card_text, code
 from sphere_easyedit.export.factors import Spectrum
 from sphere_easyedit.export.fingerprint import tensors_sha256
 from sphere_easyedit.export.folders import new_folder
+from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 # The last one has tied embeddings, as GPT-2 has by default.

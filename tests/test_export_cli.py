@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from sphere_easyedit.cli.app import app
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.measuring import MeasureSettings
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
+from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.export import base_fingerprint
+from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 
 @pytest.fixture(scope="module")

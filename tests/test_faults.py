@@ -25,12 +25,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing import covariance
-from sphere_easyedit.editing.covariance import second_moments, statistics_files
-from sphere_easyedit.editing.origins import origin_path
-from sphere_easyedit.editing.session import resume_from
-from sphere_easyedit.evaluation import checkpoints
-from sphere_easyedit.evaluation.checkpoints import (
+from sphere_easyedit.datasets.downloads import PUBLISHED, dataset_path
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.editing import checkpoints
+from sphere_easyedit.editing.checkpoints import (
     put_weights,
     resumable,
     save_checkpoint,
@@ -38,13 +36,15 @@ from sphere_easyedit.evaluation.checkpoints import (
     thin_out,
     weights_path,
 )
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.downloads import PUBLISHED, dataset_path
-from sphere_easyedit.evaluation.measuring import MeasureSettings
-from sphere_easyedit.evaluation.run_directory import RunDirectory
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
-from sphere_easyedit.files import atomic_write, checksum_path, locked, remove_partial_files
-from sphere_easyedit.loading import smollm2_folder
+from sphere_easyedit.editing.session import resume_from
+from sphere_easyedit.methods import covariance
+from sphere_easyedit.methods.covariance import second_moments, statistics_files
+from sphere_easyedit.methods.statistics_origin import origin_path
+from sphere_easyedit.models.loading import smollm2_folder
+from sphere_easyedit.runs.directory import RunDirectory
+from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
+from sphere_easyedit.utils.files import atomic_write, checksum_path, locked, remove_partial_files
 
 PACKAGE = Path(sphere.__file__).parent
 FORK = multiprocessing.get_context("fork")
@@ -207,13 +207,13 @@ def test_a_read_only_cache(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     data.mkdir()
     (data / "zsre_mend_eval.json").write_text("[]")
     blob = hashlib.sha1(b"blob 2\0[]").hexdigest()
-    monkeypatch.setattr("sphere_easyedit.evaluation.downloads.PUBLISHED",
+    monkeypatch.setattr("sphere_easyedit.datasets.downloads.PUBLISHED",
                         {"zsre": dataclasses.replace(PUBLISHED["zsre"], git_blob=blob)})
     disk.make_read_only()
     monkeypatch.setenv("SPHERE_CACHE", str(disk.folder))
     monkeypatch.delenv("SPHERE_DATA", raising=False)
     assert dataset_path("zsre") == data / "zsre_mend_eval.json"
-    monkeypatch.setattr("sphere_easyedit.loading._smollm2_gguf", lambda: Path("some.gguf"))
+    monkeypatch.setattr("sphere_easyedit.models.loading._smollm2_gguf", lambda: Path("some.gguf"))
     with pytest.raises(ValueError, match="set SPHERE_CACHE to a writable folder"):
         smollm2_folder()
 

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.drift_guard import DriftGuard
+from sphere_easyedit.callbacks.drift_guard import DriftGuard
+from sphere_easyedit.datasets.loaders import EditRecord, load_records
 from sphere_easyedit.editing import engines
-from sphere_easyedit.evaluation.datasets import EditRecord, load_records
-from sphere_easyedit.evaluation.faults import Skipped, Skips, edit_around_faults
-from sphere_easyedit.evaluation.measuring import MeasureSettings
-from sphere_easyedit.evaluation.revisiting import EditedRun
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
+from sphere_easyedit.runs.faults import Skipped, Skips, edit_around_faults
+from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.revisiting import EditedRun
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 # --- the bisection -----------------------------------------------------------------------------------------------
 

@@ -33,23 +33,23 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import sphere_easyedit as sphere
 from sphere_easyedit.cli import main
 from sphere_easyedit.cli.app import app
-from sphere_easyedit.editing.requests import EditRequest, parse_requests, tokenize_request
-from sphere_easyedit.evaluation.conflicts import find_conflicts
-from sphere_easyedit.evaluation.datasets import (
+from sphere_easyedit.datasets.conflicts import find_conflicts
+from sphere_easyedit.datasets.loaders import (
     DatasetName,
     EditRecord,
     load_records,
     records_fingerprint,
     with_protocol_targets,
 )
-from sphere_easyedit.evaluation.run_directory import RunDirectory
-from sphere_easyedit.evaluation.run_records import RunRecords
+from sphere_easyedit.editing.requests import EditRequest, parse_requests, tokenize_request
 from sphere_easyedit.hparams_files import render_hparams
 from sphere_easyedit.report.build import figures_of
 from sphere_easyedit.report.cases import tables_of
 from sphere_easyedit.report.notices import notices_of
 from sphere_easyedit.report.runs import named_runs
-from sphere_easyedit.safe_yaml import read_yaml
+from sphere_easyedit.runs.directory import RunDirectory
+from sphere_easyedit.runs.records import RunRecords
+from sphere_easyedit.utils.yaml import read_yaml
 
 RELAXED = settings(deadline=None, suppress_health_check=list(HealthCheck))
 

@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gener
 from sphere_easyedit.evaluation.generation import generate_continuations
 from sphere_easyedit.evaluation.perplexity import perplexity
 from sphere_easyedit.evaluation.teacher_forcing import Row, score_rows
-from sphere_easyedit.models import max_positions
+from sphere_easyedit.models.architecture import max_positions
 
 OLD = Version(transformers.__version__) < Version("5")
 IDS = {"vocab_size": 1500, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

@@ -12,7 +12,7 @@ from sphere_easyedit.editing.requests import parse_requests, tokenize_request
 from sphere_easyedit.editing.target_values import optimise_target_values
 from sphere_easyedit.methods.prune import prune
 from sphere_easyedit.methods.rect import rect
-from sphere_easyedit.models import EditableModel, frozen
+from sphere_easyedit.models.architecture import EditableModel, frozen
 
 
 def _tokenized(golden: Golden, tok: object) -> list:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
+from sphere_easyedit.core.hyperspherical import energy_from_gram, hyperspherical_energy
 from sphere_easyedit.core.updates import LowRankUpdate
-from sphere_easyedit.editing.grams import GramMatrices, GramMatrix
-from sphere_easyedit.hyperspherical import energy_from_gram, hyperspherical_energy
+from sphere_easyedit.editing.gram_matrices import GramMatrices, GramMatrix
 from sphere_easyedit.methods.rect import rect
 
 LAYERS = (1, 2)

@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sphere_easyedit import hyperspherical
-from sphere_easyedit.core import tensors
-from sphere_easyedit.hyperspherical import (
+from sphere_easyedit.core import hyperspherical, tensors
+from sphere_easyedit.core.hyperspherical import (
     DISTANCE_FLOOR,
     energy_change_bound,
     energy_from_gram,
@@ -516,7 +515,7 @@ def test_bad_input_is_refused(function: Any, arguments: tuple[Any, ...], message
 # VmHWM and not ru_maxrss: Linux carries the latter over from the parent process.
 PEAK = """
 import sys, torch
-from sphere_easyedit.hyperspherical import hyperspherical_energy
+from sphere_easyedit.core.hyperspherical import hyperspherical_energy
 def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))

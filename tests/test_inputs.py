@@ -24,15 +24,15 @@ from torch.nn.utils import prune
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
+from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.requests import parse_requests, request_dicts
-from sphere_easyedit.evaluation.abilities import check_abilities, general_abilities
-from sphere_easyedit.evaluation.datasets import load_records
+from sphere_easyedit.evaluation.abilities.general import check_abilities, general_abilities
 from sphere_easyedit.evaluation.generation import generate_continuations
 from sphere_easyedit.evaluation.metrics import edit_efficacy, evaluate_protocols, evaluate_records
 from sphere_easyedit.evaluation.perplexity import perplexity
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
 from sphere_easyedit.evaluation.text_quality import measure_text_quality
 from sphere_easyedit.removal import remove_facts
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 RECORDS = load_records("demo", None, 2, 0)
 

@@ -22,11 +22,11 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.callbacks import EditCallback, EditEvent
-from sphere_easyedit.configs import hub_options, model_config
-from sphere_easyedit.loading import load_model
-from sphere_easyedit.messages import one_line
-from sphere_easyedit.model_class import meta_model
+from sphere_easyedit.editing.callbacks import EditCallback, EditEvent
+from sphere_easyedit.models.loading import load_model
+from sphere_easyedit.models.model_class import meta_model
+from sphere_easyedit.models.shipped_configs import hub_options, model_config
+from sphere_easyedit.utils.messages import one_line
 
 TEXT = {"vocab_size": 1500, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 128,

@@ -14,14 +14,14 @@ import torch
 from conftest import GOLDEN, tiny_hparams, tiny_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sphere_easyedit.callbacks import EditCallback, EditEvent, StopEditing
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.measuring import AbilitySettings, Measurer, MeasureSettings
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.editing.callbacks import EditCallback, EditEvent, StopEditing
 from sphere_easyedit.evaluation.metrics import evaluate_records, summarise
-from sphere_easyedit.evaluation.revisiting import EditedRun
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
 from sphere_easyedit.evaluation.text_quality import Decoding, TextQuality, fluency
-from sphere_easyedit.fingerprints import model_fingerprint
+from sphere_easyedit.models.fingerprint import model_fingerprint
+from sphere_easyedit.runs.measuring import AbilitySettings, Measurer, MeasureSettings
+from sphere_easyedit.runs.revisiting import EditedRun
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -293,7 +293,7 @@ def test_abilities_that_are_there_are_told(run: Path, tmp_path: Path, tok: PreTr
 def test_abilities_that_can_not_be_measured_are_refused_at_once(
         task: str, message: str, tmp_path: Path, tok: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval")
-    from sphere_easyedit.evaluation import harness
+    from sphere_easyedit.evaluation.abilities import harness
 
     monkeypatch.setattr(harness, "TaskManager", lambda: SimpleNamespace(all_tasks=["boolq"]))  # the real takes 20 s
     if task == "rte":

@@ -18,16 +18,16 @@ from tokenizers.models import Unigram
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from sphere_easyedit.evaluation import teacher_forcing
-from sphere_easyedit.evaluation.bootstrap import bootstrap_interval
-from sphere_easyedit.evaluation.datasets import (
+from sphere_easyedit.datasets.loaders import (
     EditRecord,
     EvaluationPrompt,
     load_records,
 )
+from sphere_easyedit.evaluation import teacher_forcing
+from sphere_easyedit.evaluation.bootstrap import bootstrap_interval
 from sphere_easyedit.evaluation.generation import generate_continuations
 from sphere_easyedit.evaluation.metrics import CaseScores, evaluate_records, summarise
-from sphere_easyedit.tokenization import continuation_ids, continuation_ids_batch, leading_special_ids
+from sphere_easyedit.models.tokenization import continuation_ids, continuation_ids_batch, leading_special_ids
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = {"llama": GOLDEN / "llama" / "tiny-llama", "gpt2": GOLDEN / "gpt2" / "tiny-gpt2-xl"}

@@ -17,10 +17,10 @@ import torch
 from test_metrics import AROUND, mixed_records, tokenizer
 from test_metrics_protocols import built, edited
 
-from sphere_easyedit.easyedit import edit_arguments
-from sphere_easyedit.evaluation.datasets import EditRecord, load_records
+from sphere_easyedit.datasets.loaders import EditRecord, load_records
+from sphere_easyedit.easyedit.plugin import edit_arguments
 from sphere_easyedit.evaluation.metrics import CaseScores, evaluate_protocols, evaluate_records
-from sphere_easyedit.loading import SMOLLM2, load_model
+from sphere_easyedit.models.loading import SMOLLM2, load_model
 
 pytestmark = pytest.mark.easyedit
 

@@ -14,7 +14,7 @@ import torch
 from conftest import tiny_model
 from test_metrics import AROUND, mixed_records, record_of, tokenizer
 
-from sphere_easyedit.evaluation.datasets import EditRecord, EvaluationPrompt, load_records
+from sphere_easyedit.datasets.loaders import EditRecord, EvaluationPrompt, load_records
 from sphere_easyedit.evaluation.metrics import (
     CaseScores,
     Protocol,

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sphere_easyedit.evaluation.datasets import load_records
+from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.evaluation.metrics import evaluate_protocols
-from sphere_easyedit.loading import SMOLLM2, load_model
+from sphere_easyedit.models.loading import SMOLLM2, load_model
 
 pytestmark = pytest.mark.real
 

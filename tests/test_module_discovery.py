@@ -18,12 +18,12 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.pytorch_utils import Conv1D
 
 import sphere_easyedit as sphere
-from sphere_easyedit.config_fields import hidden_size, num_blocks, text_config
 from sphere_easyedit.hparams import SPHEREHyperParams
 from sphere_easyedit.hparams_files import starting_file, starting_hparams
-from sphere_easyedit.model_class import meta_model
-from sphere_easyedit.models import EditableModel
-from sphere_easyedit.module_discovery import (
+from sphere_easyedit.models.architecture import EditableModel
+from sphere_easyedit.models.config_fields import hidden_size, num_blocks, text_config
+from sphere_easyedit.models.model_class import meta_model
+from sphere_easyedit.models.module_discovery import (
     ModuleNames,
     decoder_parts,
     model_module_names,

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from sphere_easyedit import PrincipalSpace
-from sphere_easyedit.evaluation.neurons import BINS, SAMPLE, NeuronRecord, NeuronWatch
+from sphere_easyedit.callbacks.neurons import BINS, SAMPLE, NeuronRecord, NeuronWatch
 
 SEEDS = st.integers(0, 2**31)
 

@@ -20,20 +20,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.editing.checkpoints import save_checkpoint, save_weights
 from sphere_easyedit.editing.session import EditSession, resume_from
-from sphere_easyedit.evaluation.checkpoints import save_checkpoint, save_weights
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.measuring import MeasureSettings
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
-from sphere_easyedit.fingerprints import model_fingerprint
-from sphere_easyedit.loading import load_model
-from sphere_easyedit.models import EditableModel, frozen, input_device, module_names
-from sphere_easyedit.offload import (
+from sphere_easyedit.models.architecture import EditableModel, frozen, input_device, module_names
+from sphere_easyedit.models.fingerprint import model_fingerprint
+from sphere_easyedit.models.loading import load_model
+from sphere_easyedit.models.offload import (
     offloaded_names,
     offloaded_weight,
     parameter_values,
     writable_parameter,
 )
+from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -425,7 +425,7 @@ def test_where_no_copy_can_be_made(saved: Callable[[str], Path], tmp_path: Path,
         return plain(**options)
 
     monkeypatch.setattr(tempfile, "TemporaryFile", without_room)
-    with caplog.at_level(logging.DEBUG, "sphere_easyedit.offload"):
+    with caplog.at_level(logging.DEBUG, "sphere_easyedit.models.offload"):
         editable.weight(1)
     assert tried == [str(tmp_path / "away"), None]
     assert f"edited in a temporary file in {tempfile.gettempdir()}" in caplog.text

@@ -17,7 +17,7 @@ import sphere_easyedit as sphere
 from sphere_easyedit.export.deltas import apply_deltas, compute_deltas, read_deltas, write_deltas
 from sphere_easyedit.export.edited import EditedWeights, Provenance, WeightChange
 from sphere_easyedit.export.fingerprint import base_fingerprint
-from sphere_easyedit.offload import distinct_names
+from sphere_easyedit.models.offload import distinct_names
 
 pytest.importorskip("accelerate")
 __all__ = ["saved"]

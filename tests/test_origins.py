@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing import covariance, executors, origins
-from sphere_easyedit.editing.covariance import (
+from sphere_easyedit.editing import solve as executors
+from sphere_easyedit.methods import covariance
+from sphere_easyedit.methods import statistics_origin as origins
+from sphere_easyedit.methods.covariance import (
     load_moment,
     moment_on_file,
     moment_path,
     save_moment,
     second_moments,
 )
-from sphere_easyedit.editing.origins import Origins, origin_path, tokenizer_digest
+from sphere_easyedit.methods.statistics_origin import Origins, origin_path, tokenizer_digest
 
 WORDS = ("the", "of", "and", "in", "Rome", "Paris", "France", "Brazil", "language", "team", "plays", "John", "Smith",
          "who", "was", "born", "said", "that", "official", "world", "moon", "rain", "noon", "1969", "two", "men")

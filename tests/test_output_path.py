@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing.output_path import Gated, Normalised, OutputPath, Scaled, find_output_paths
-from sphere_easyedit.editing.replay import check_replay
 from sphere_easyedit.editing.requests import parse_requests, tokenize_request
 from sphere_easyedit.editing.session import EditSession
 from sphere_easyedit.editing.target_values import optimise_target_values
-from sphere_easyedit.logit_map import find_logit_map
-from sphere_easyedit.models import EditableModel, frozen, module_names
+from sphere_easyedit.models.architecture import EditableModel, frozen, module_names
+from sphere_easyedit.models.logit_map import find_logit_map
+from sphere_easyedit.models.output_path import Gated, Normalised, OutputPath, Scaled, find_output_paths
+from sphere_easyedit.models.replay import check_replay
 
 WIDTH = 48
 PROMPTS = [[5, 17, 90, 200, 31], [7, 300, 12, 45, 6, 99, 1000, 23]]

@@ -22,7 +22,7 @@ def test_an_installed_wheel_finds_hparams_and_demo(tmp_path: Path) -> None:
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=300)
     program = ("import sphere_easyedit as s; from sphere_easyedit.hparams_files import available_hparams;"
-               "from sphere_easyedit.evaluation.demo import demo_records;"
+               "from sphere_easyedit.datasets.demo import demo_records;"
                "h = s.SPHEREHyperParams.from_hparams('AlphaEdit/smollm2-135m');"
                "print(s.__file__, h.base_alg, len(available_hparams()), len(demo_records()), s.__version__)")
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True, capture_output=True, check=True,

@@ -18,7 +18,10 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
-from sphere_easyedit.editing.packing import (
+from sphere_easyedit.editing.requests import TokenizedPrompt
+from sphere_easyedit.editing.target_optimizer import packing_is_exact
+from sphere_easyedit.models.architecture import EditableModel, module_names
+from sphere_easyedit.models.packing import (
     PackedRows,
     attending_packed,
     packed_attention,
@@ -26,10 +29,7 @@ from sphere_easyedit.editing.packing import (
     packs_exactly,
     select_packed,
 )
-from sphere_easyedit.editing.replay import BlockReplay, pad_rows
-from sphere_easyedit.editing.requests import TokenizedPrompt
-from sphere_easyedit.editing.steering import packing_is_exact
-from sphere_easyedit.models import EditableModel, module_names
+from sphere_easyedit.models.replay import BlockReplay, pad_rows
 
 HAS_INTERFACE = Version(transformers.__version__) >= Version("4.48")
 PACKING = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gpt2")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sphere_easyedit.partial_imports import tolerant_imports, unimportable_modules
+from sphere_easyedit.easyedit.partial_imports import tolerant_imports, unimportable_modules
 
 FILES = {
     "__init__.py": "from .methods import *\nfrom .table import TABLE, Derived\n",

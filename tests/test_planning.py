@@ -19,10 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing.covariance import save_moment
+from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.requests import parse_requests, tokenize_request
 from sphere_easyedit.editing.session import EditSession
-from sphere_easyedit.editing.solvers import (
+from sphere_easyedit.editing.target_optimizer import rows_of
+from sphere_easyedit.editing.target_values import optimise_target_values
+from sphere_easyedit.methods.covariance import save_moment
+from sphere_easyedit.methods.solvers import (
     CholeskyFactor,
     CovarianceMetric,
     KeyHistory,
@@ -31,17 +34,14 @@ from sphere_easyedit.editing.solvers import (
     NullSpaceMetric,
     adjusted_keys,
 )
-from sphere_easyedit.editing.steering import rows_of
-from sphere_easyedit.editing.target_values import optimise_target_values
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
-from sphere_easyedit.loading import smollm2_folder
-from sphere_easyedit.models import frozen
+from sphere_easyedit.models.architecture import frozen
+from sphere_easyedit.models.loading import smollm2_folder
 from sphere_easyedit.planning import Plan, PlanSettings, TimePart, make_plan, times
 from sphere_easyedit.planning.files import bytes_to_download, disk_items
 from sphere_easyedit.planning.memory import activation_bytes, factor_bytes, state_bytes
 from sphere_easyedit.planning.sizes import ModelShape, Statistics, count_tokens, model_shape
 from sphere_easyedit.planning.times import solve_flops
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 # As published with meta-llama/Meta-Llama-3-8B-Instruct.
 LLAMA3_8B = {

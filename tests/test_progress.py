@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sphere_easyedit.callbacks import MeasureEvent, RunState
-from sphere_easyedit.energy_metrics import EnergyRecord
-from sphere_easyedit.progress import LiveLine, point_text
+from sphere_easyedit.callbacks.energy_metrics import EnergyRecord
+from sphere_easyedit.callbacks.progress import LiveLine, point_text
+from sphere_easyedit.editing.callbacks import MeasureEvent, RunState
 from sphere_easyedit.runs.schema import AbilityEstimate, BatchRecord, Estimate, Measurement
 
 

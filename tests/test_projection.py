@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sphere_easyedit import projection
-from sphere_easyedit.core import tensors
-from sphere_easyedit.projection import PrincipalSpace
+from sphere_easyedit.core import projection, tensors
+from sphere_easyedit.core.projection import PrincipalSpace
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "llama"
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from sphere_easyedit import SPHEREHyperParams
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
-from sphere_easyedit.loading import SMOLLM2, load_model
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.models.loading import SMOLLM2, load_model
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 pytestmark = pytest.mark.real
 

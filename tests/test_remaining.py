@@ -9,9 +9,9 @@ import pytest
 from conftest import tiny_hparams, tiny_model
 from transformers import PreTrainedTokenizerBase
 
-from sphere_easyedit.editing import remaining
-from sphere_easyedit.editing.covariance import second_moments
-from sphere_easyedit.editing.remaining import RemainingTime, rough_duration
+from sphere_easyedit.methods.covariance import second_moments
+from sphere_easyedit.utils import remaining_time as remaining
+from sphere_easyedit.utils.remaining_time import RemainingTime, rough_duration
 
 
 class Clock:
@@ -60,7 +60,7 @@ def test_collecting_and_generating_say_how_long_they_take(tok: PreTrainedTokeniz
                                                           caplog: pytest.LogCaptureFixture) -> None:
     """Both before they are through, with the model's own steps and batches."""
     monkeypatch.setattr(remaining, "_TIMED", 0.0)
-    monkeypatch.setattr("sphere_easyedit.editing.covariance.TOKENS_AT_ONCE", 200)
+    monkeypatch.setattr("sphere_easyedit.methods.covariance.TOKENS_AT_ONCE", 200)
     hparams = tiny_hparams(tmp_path, mom2_max_length=40)
     caplog.set_level(logging.INFO, "sphere_easyedit")
     second_moments(hparams.editable(tiny_model("llama")), tok, hparams)

@@ -21,14 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from typer.testing import CliRunner, Result
 
 import sphere_easyedit as sphere
-from sphere_easyedit.callbacks import EditEvent
 from sphere_easyedit.cli.app import app
 from sphere_easyedit.core.updates import LowRankUpdate
-from sphere_easyedit.evaluation.checkpoints import save_checkpoint
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.measuring import MeasureSettings
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
-from sphere_easyedit.files import checksum_path
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.editing.callbacks import EditEvent
+from sphere_easyedit.editing.checkpoints import save_checkpoint
 from sphere_easyedit.removal import Fact, FactorKeeper, remove_facts, removing
 from sphere_easyedit.removal.factors import (
     PastRemoval,
@@ -40,6 +37,9 @@ from sphere_easyedit.removal.factors import (
     write_removals,
 )
 from sphere_easyedit.removal.removing import Edits, disturbances, remove_from
+from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
+from sphere_easyedit.utils.files import checksum_path
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
 METHODS: dict[str, dict[str, Any]] = {

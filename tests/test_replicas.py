@@ -27,13 +27,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 from sphere_easyedit import SPHEREHyperParams
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.measuring import MeasureSettings
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
+from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.evaluation.text_quality import Decoding
-from sphere_easyedit.models import EditableModel
-from sphere_easyedit.replicas import ProcessInfo, Replicas, merge_parts, split_balanced, split_contiguous
-from sphere_easyedit.signals import ProcessLost
+from sphere_easyedit.models.architecture import EditableModel
+from sphere_easyedit.models.distributed import ProcessInfo, Replicas, merge_parts, split_balanced, split_contiguous
+from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
+from sphere_easyedit.utils.signals import ProcessLost
 
 TEXT = " ".join(f"The {noun} of the town is {number} years old." for number, noun in
                 enumerate(["mayor", "church", "bridge", "school", "river", "market", "tower", "wall"] * 4))

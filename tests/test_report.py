@@ -22,11 +22,8 @@ from test_analysis_runs import write_run
 from transformers import AutoTokenizer
 
 from sphere_easyedit import PrincipalSpace
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.measuring import MeasureSettings
-from sphere_easyedit.evaluation.run_records import RunRecords
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
-from sphere_easyedit.evaluation.spaces import principal_share
+from sphere_easyedit.callbacks.spaces import principal_share
+from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.report.build import figures_of, write_report
 from sphere_easyedit.report.cases import case_table
 from sphere_easyedit.report.changes import _regression
@@ -36,6 +33,9 @@ from sphere_easyedit.report.neurons import embed
 from sphere_easyedit.report.notices import notices_of
 from sphere_easyedit.report.runs import named_runs
 from sphere_easyedit.report.shares import _before_suppression
+from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.records import RunRecords
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 vl_convert = pytest.importorskip("vl_convert", reason="vl-convert-python (the extra `report`) is not installed")
 

@@ -10,11 +10,11 @@ import pytest
 from test_analysis_runs import write_run
 from test_cli import call_cli, workplace  # noqa: F401 - a fixture
 
-from sphere_easyedit.callbacks import MeasureEvent, RunState
-from sphere_easyedit.evaluation.run_directory import RunDirectory
-from sphere_easyedit.evaluation.run_records import read_state
+from sphere_easyedit.editing.callbacks import MeasureEvent, RunState
 from sphere_easyedit.report import live
 from sphere_easyedit.report.live import LiveReport
+from sphere_easyedit.runs.directory import RunDirectory
+from sphere_easyedit.runs.records import read_state
 
 pytest.importorskip("vl_convert", reason="vl-convert-python (the extra `report`) is not installed")
 

@@ -20,13 +20,13 @@ from processes import Started
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import EditCallback, EditEvent, SPHEREHyperParams
-from sphere_easyedit.evaluation import sequential
-from sphere_easyedit.evaluation.checkpoints import resumable, saved_weights
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.measuring import Measurer, MeasureSettings, points_after
-from sphere_easyedit.evaluation.neurons import NeuronRecord
-from sphere_easyedit.evaluation.sequential import RunResult, RunSettings, run_sequential
-from sphere_easyedit.signals import Interrupted, raise_on_interrupts
+from sphere_easyedit.callbacks.neurons import NeuronRecord
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.editing.checkpoints import resumable, saved_weights
+from sphere_easyedit.runs import sequential
+from sphere_easyedit.runs.measuring import Measurer, MeasureSettings, points_after
+from sphere_easyedit.runs.sequential import RunResult, RunSettings, run_sequential
+from sphere_easyedit.utils.signals import Interrupted, raise_on_interrupts
 
 TIMES = ("preparation_seconds", "editing_seconds", "evaluation_seconds", "peak_memory_bytes")
 TEXT = " ".join(f"The {noun} of the town is {number} years old." for number, noun in
@@ -250,7 +250,7 @@ def test_other_versions_measure_again_what_comes_later(tmp_path: Path, llama_sta
 
 def test_runs_share_what_they_measured_before(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    from sphere_easyedit.evaluation import measuring
+    from sphere_easyedit.runs import measuring
 
     hparams, records = tiny_hparams(llama_stats, v_num_grad_steps=2), load_records("demo", None, 4, 0)
     measure = MeasureSettings(shared_before=tmp_path / "shared")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
+from sphere_easyedit.editing.reviewing import partway
 from sphere_easyedit.editing.session import EditSession
-from sphere_easyedit.reviewing import partway
 
 
 class Shares(sphere.EditCallback):

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
 from sphere_easyedit.editing import session as session_room
-from sphere_easyedit.evaluation.checkpoints import save_checkpoint, session_path, weights_path
+from sphere_easyedit.editing.checkpoints import save_checkpoint, session_path, weights_path
 
 BATCHES = [[REQUESTS[0]], REQUESTS[1:], [
     {"prompt": "The mother tongue of Marie Curie is", "subject": "Marie Curie", "target_new": "English"},

@@ -15,8 +15,7 @@ from test_metrics import tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sphere_easyedit.batching import group_by_class, length_class
-from sphere_easyedit.editing import covariance, steering
+from sphere_easyedit.editing import target_optimizer as steering
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import TokenizedRequest, parse_requests, tokenize_request
 from sphere_easyedit.editing.target_values import optimise_target_values
@@ -24,7 +23,9 @@ from sphere_easyedit.evaluation import generation, teacher_forcing
 from sphere_easyedit.evaluation.generation import generate_continuations
 from sphere_easyedit.evaluation.perplexity import perplexity
 from sphere_easyedit.evaluation.teacher_forcing import Row, score_rows
-from sphere_easyedit.models import EditableModel, frozen, module_names
+from sphere_easyedit.methods import covariance
+from sphere_easyedit.models.architecture import EditableModel, frozen, module_names
+from sphere_easyedit.models.batching import group_by_class, length_class
 
 LIMIT = 16
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}

@@ -22,20 +22,20 @@ from test_fuzz import ABILITIES_LINE, CASES_LINE, CONFIG, EDITS_LINE, ENERGY, ME
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.callbacks import MeasureEvent, RunState
+from sphere_easyedit.callbacks.neurons import NeuronRecord
+from sphere_easyedit.callbacks.trackers import RunTrackers
 from sphere_easyedit.cli import main
-from sphere_easyedit.editing.covariance import load_projections, moment_path
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.editing.callbacks import MeasureEvent, RunState
+from sphere_easyedit.editing.checkpoints import put_weights, session_path, weights_path
 from sphere_easyedit.editing.session import resume_from
-from sphere_easyedit.evaluation.checkpoints import put_weights, session_path, weights_path
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.neurons import NeuronRecord
-from sphere_easyedit.evaluation.run_directory import RunDirectory
-from sphere_easyedit.evaluation.run_records import RunRecords
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
-from sphere_easyedit.evaluation.sweep import Run, Sweep, run_sweep
-from sphere_easyedit.evaluation.trackers import RunTrackers
-from sphere_easyedit.files import checksum_path, record_checksum, sha256_of
-from sphere_easyedit.loading import load_model
+from sphere_easyedit.methods.covariance import load_projections, moment_path
+from sphere_easyedit.models.loading import load_model
+from sphere_easyedit.runs.directory import RunDirectory
+from sphere_easyedit.runs.records import RunRecords
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
+from sphere_easyedit.runs.sweep import Run, Sweep, run_sweep
+from sphere_easyedit.utils.files import checksum_path, record_checksum, sha256_of
 
 PACKAGE = Path(sphere.__file__).parent
 

@@ -16,18 +16,18 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import EditCallback, EditEvent, EditSession
-from sphere_easyedit.callbacks import MeasureEvent, RunState
-from sphere_easyedit.evaluation import sequential
-from sphere_easyedit.evaluation.datasets import EditRecord, load_records
-from sphere_easyedit.evaluation.measuring import MeasureSettings
+from sphere_easyedit.callbacks.he_tracker import read_energy_csv
+from sphere_easyedit.callbacks.neurons import NeuronRecord
+from sphere_easyedit.callbacks.spaces import read_spaces_csv
+from sphere_easyedit.datasets.loaders import EditRecord, load_records
+from sphere_easyedit.editing.callbacks import MeasureEvent, RunState
 from sphere_easyedit.evaluation.metrics import Protocol, evaluate_protocols, evaluate_records, summarise
-from sphere_easyedit.evaluation.neurons import NeuronRecord
-from sphere_easyedit.evaluation.run_directory import RunDirectory
-from sphere_easyedit.evaluation.run_records import RunRecords, read_state
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
-from sphere_easyedit.evaluation.spaces import read_spaces_csv
-from sphere_easyedit.he_tracker import read_energy_csv
-from sphere_easyedit.tokenization import continuation_ids
+from sphere_easyedit.models.tokenization import continuation_ids
+from sphere_easyedit.runs import sequential
+from sphere_easyedit.runs.directory import RunDirectory
+from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.records import RunRecords, read_state
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 
 def _target_log_prob(model: torch.nn.Module, tok: PreTrainedTokenizerBase, records: list[EditRecord]) -> float:

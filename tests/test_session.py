@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.fingerprints import Fingerprint
-from sphere_easyedit.models import EditableModel
+from sphere_easyedit.models.architecture import EditableModel
+from sphere_easyedit.models.fingerprint import Fingerprint
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 BATCHES = [[REQUESTS[0]], REQUESTS[1:], [

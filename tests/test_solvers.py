@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
 from sphere_easyedit.core.updates import LowRankUpdate
-from sphere_easyedit.editing import executors, solvers
-from sphere_easyedit.editing.covariance import load_moment, moment_path, save_moment
-from sphere_easyedit.editing.solvers import (
+from sphere_easyedit.editing import solve as executors
+from sphere_easyedit.methods import solvers
+from sphere_easyedit.methods.covariance import load_moment, moment_path, save_moment
+from sphere_easyedit.methods.solvers import (
     CholeskyFactor,
     CovarianceMetric,
     KeyHistory,
@@ -31,8 +32,8 @@ from sphere_easyedit.editing.solvers import (
     plain_alphaedit_keys,
     plain_memit_keys,
 )
-from sphere_easyedit.editing.tensor_store import TensorStore
-from sphere_easyedit.models import EditableModel
+from sphere_easyedit.methods.tensor_store import TensorStore
+from sphere_easyedit.models.architecture import EditableModel
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2**31 - 1)

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import EditEvent, EditSession, SPHEREHyperParams
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.measuring import MeasureSettings
-from sphere_easyedit.evaluation.revisiting import EditedRun
-from sphere_easyedit.evaluation.run_records import RunRecords
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
-from sphere_easyedit.evaluation.spaces import SpaceTracker, covers, read_spaces_csv
+from sphere_easyedit.callbacks.spaces import SpaceTracker, covers, read_spaces_csv
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.records import RunRecords
+from sphere_easyedit.runs.revisiting import EditedRun
 from sphere_easyedit.runs.schema import NEURONS, SPACES, SpaceRecord
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 SEEDS = st.integers(0, 2**31)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
+from sphere_easyedit.core.suppression import compensated, frobenius_norm, random_directions, scaled, suppressed
 from sphere_easyedit.core.updates import LowRankUpdate
-from sphere_easyedit.suppression import compensated, frobenius_norm, random_directions, scaled, suppressed
 
 SEEDS = st.integers(0, 2**31 - 1)
 

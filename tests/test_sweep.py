@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from sphere_easyedit.cli.app import app
 from sphere_easyedit.cli.options import read_hparams
-from sphere_easyedit.evaluation.sweep import Run, Sweep, load_sweep
-from sphere_easyedit.evaluation.sweep.grid import LONGEST, compose, is_name
 from sphere_easyedit.hparams import SPHERE_ONLY, SPHEREHyperParams
+from sphere_easyedit.runs.sweep import Run, Sweep, load_sweep
+from sphere_easyedit.runs.sweep.grid import LONGEST, compose, is_name
 
 BASE: dict[str, Any] = {"model": "smollm2-135m", "methods": ["MEMIT", "AlphaEdit"]}
 

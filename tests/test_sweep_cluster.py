@@ -21,8 +21,8 @@ from conftest import GOLDEN, tiny_hparams, tiny_model
 from test_cli import call_cli
 from test_sweep_runs import PROGRAM, calls, is_alive, run_named, sweep_of, wait_for
 
-from sphere_easyedit.evaluation.sweep import load_sweep, parse_slurm, submit_sweep, wait_for_jobs
-from sphere_easyedit.evaluation.sweep.slurm import _CHECKS, check_slurm
+from sphere_easyedit.runs.sweep import load_sweep, parse_slurm, submit_sweep, wait_for_jobs
+from sphere_easyedit.runs.sweep.slurm import _CHECKS, check_slurm
 
 submitit = pytest.importorskip("submitit", reason="needs submitit: pip install 'sphere-easyedit[cluster]'")
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sphere_easyedit.evaluation.sweep import Run, Sweep, run_sweep
-from sphere_easyedit.evaluation.sweep.record import RECORD
+from sphere_easyedit.runs.sweep import Run, Sweep, run_sweep
+from sphere_easyedit.runs.sweep.record import RECORD
 
 # Each call is a line of calls.jsonl; --stub says what happens.
 PROGRAM = '''

@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from sphere_easyedit.analysis.sweep_pairs import differences
+from sphere_easyedit.analysis.sweep_results import MeasuredRun, Measurement
+from sphere_easyedit.analysis.sweep_table import collect, compare
 from sphere_easyedit.evaluation.paired import paired_bootstrap
-from sphere_easyedit.evaluation.sweep import Run, Sweep, collect, compare
-from sphere_easyedit.evaluation.sweep.pairs import differences
-from sphere_easyedit.evaluation.sweep.record import read_record, write_record
-from sphere_easyedit.evaluation.sweep.results import MeasuredRun, Measurement
+from sphere_easyedit.runs.sweep import Run, Sweep
+from sphere_easyedit.runs.sweep.record import read_record, write_record
 
 
 def run_of(arm: str, seed: int = 0, method: str = "MEMIT", alpha: float = 0.0, edit: Mapping[str, Any] | None = None,

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import apply_sphere_to_model
-from sphere_easyedit.editing import tensor_store
 from sphere_easyedit.editing.session import EditSession
-from sphere_easyedit.editing.solvers import (
+from sphere_easyedit.methods import tensor_store
+from sphere_easyedit.methods.solvers import (
     CholeskyFactor,
     CovarianceMetric,
     KeyHistory,
@@ -29,7 +29,7 @@ from sphere_easyedit.editing.solvers import (
     NullSpaceMetric,
     adjusted_keys,
 )
-from sphere_easyedit.editing.tensor_store import TensorStore
+from sphere_easyedit.methods.tensor_store import TensorStore
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -136,8 +136,8 @@ def test_editing_with_state_in_files_gives_the_same_bits(base_alg: str, family: 
 PEAK = """
 import sys, threading, time, torch
 from pathlib import Path
-from sphere_easyedit.editing.tensor_store import TensorStore
-from sphere_easyedit.editing.solvers import *
+from sphere_easyedit.methods.tensor_store import TensorStore
+from sphere_easyedit.methods.solvers import *
 def anonymous():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon"))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_metrics import record_of, tokenizer
 
-from sphere_easyedit.evaluation.datasets import EditRecord, load_records
+from sphere_easyedit.datasets.loaders import EditRecord, load_records
 from sphere_easyedit.evaluation.generation import generate_continuations
 from sphere_easyedit.evaluation.references import References, load_references
 from sphere_easyedit.evaluation.text_quality import (

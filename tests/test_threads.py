@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
+from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.contexts import NEW_TOKENS, OPENINGS, generate_contexts
-from sphere_easyedit.editing.sampling import generator_on, sample_tokens
-from sphere_easyedit.evaluation.datasets import load_records
 from sphere_easyedit.evaluation.generation import generate_continuations
 from sphere_easyedit.evaluation.metrics import evaluate_records
 from sphere_easyedit.evaluation.perplexity import Perplexity, perplexity
-from sphere_easyedit.models import EditableModel, frozen
+from sphere_easyedit.models.architecture import EditableModel, frozen
+from sphere_easyedit.models.sampling import generator_on, sample_tokens
 
 # Each fails in most runs, but not in all, where threads are not kept apart.
 RUNS = 2

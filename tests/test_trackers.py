@@ -15,14 +15,14 @@ from accelerate import tracking
 from conftest import GOLDEN, tiny_hparams, tiny_model
 from transformers import AutoTokenizer
 
-from sphere_easyedit.callbacks import MeasureEvent, RunState
-from sphere_easyedit.evaluation.datasets import load_records
-from sphere_easyedit.evaluation.measuring import MeasureSettings
-from sphere_easyedit.evaluation.run_directory import RunDirectory
-from sphere_easyedit.evaluation.sequential import RunSettings, run_sequential
-from sphere_easyedit.evaluation.trackers import RunTrackers, batch_numbers, flat_config, point_numbers
-from sphere_easyedit.he_tracker import read_energy_csv
+from sphere_easyedit.callbacks.he_tracker import read_energy_csv
+from sphere_easyedit.callbacks.trackers import RunTrackers, batch_numbers, flat_config, point_numbers
+from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.editing.callbacks import MeasureEvent, RunState
+from sphere_easyedit.runs.directory import RunDirectory
+from sphere_easyedit.runs.measuring import MeasureSettings
 from sphere_easyedit.runs.schema import EDITS, METRICS, AbilityEstimate, BatchRecord, Estimate, Measurement
+from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 
 class StandIn(tracking.GeneralTracker):  # type: ignore[misc]
@@ -166,7 +166,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tracker_that_fails_is_left_out(tmp_path: Path, edit: Edit,
                                           caplog: pytest.LogCaptureFixture) -> None:
     failing, other = StandIn(fails_at=2), OtherStandIn()
-    with caplog.at_level(logging.WARNING, "sphere_easyedit.evaluation.trackers"):
+    with caplog.at_level(logging.WARNING, "sphere_easyedit.callbacks.trackers"):
         summary = edit(tmp_path, [failing, other])
     assert summary["num_edits"] == 5
     assert len(failing.logged) == 1

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
 from sphere_easyedit.editing.requests import parse_requests, tokenize_prompt, tokenize_request
-from sphere_easyedit.loading import SMOLLM2_FOLDER, cache_folder
+from sphere_easyedit.models.loading import SMOLLM2_FOLDER, cache_folder
 
 COUNT = 3_400  # for each of three
 TOKENIZERS = ("bytes", "smollm2", "llama2")  # GPT-2's kind, a real one of it, and SentencePiece's with byte fallback

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit import shaping
-from sphere_easyedit.editing import executors
-from sphere_easyedit.editing.executors import prepare_session, solve_batch, tokenize_batch
+from sphere_easyedit.editing import projecting as shaping
+from sphere_easyedit.editing import solve as executors
 from sphere_easyedit.editing.requests import parse_requests
+from sphere_easyedit.editing.solve import prepare_session, solve_batch, tokenize_batch
 from sphere_easyedit.methods.prune import prune
 from sphere_easyedit.methods.rect import rect
-from sphere_easyedit.models import EditableModel
+from sphere_easyedit.models.architecture import EditableModel
 
 FAMILIES = ["llama", "gpt2", "qwen2"]
 NAMES = {"llama": "model.layers.{}.mlp.down_proj.weight", "gpt2": "transformer.h.{}.mlp.c_proj.weight",

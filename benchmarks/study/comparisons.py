@@ -16,10 +16,10 @@ from typing import Final
 
 import numpy as np
 
-from sphere_easyedit.evaluation.arms import DATASET_TITLES, Arm, title_of
+from sphere_easyedit.analysis.arms import DATASET_TITLES, Arm, title_of
+from sphere_easyedit.analysis.tables import Cell, Column, Table
 from sphere_easyedit.evaluation.paired import PairedDifference, Values, paired_bootstrap, paired_gain
-from sphere_easyedit.evaluation.run_records import PAPER, SPHERE
-from sphere_easyedit.evaluation.tables import Cell, Column, Table
+from sphere_easyedit.runs.records import PAPER, SPHERE
 from sphere_easyedit.runs.schema import METRIC_NAMES, CaseId, Measurement
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from sphere_easyedit.energy_metrics import Spearman
-from sphere_easyedit.evaluation.analysis import (
+from sphere_easyedit.analysis.arms import Arm, title_of
+from sphere_easyedit.analysis.collapse import collapse_of
+from sphere_easyedit.analysis.correlations import (
     FEWEST,
     EnergyPoint,
     Regression,
@@ -19,10 +20,9 @@ from sphere_easyedit.evaluation.analysis import (
     mean_magnitude,
     regress,
 )
-from sphere_easyedit.evaluation.arms import Arm, title_of
-from sphere_easyedit.evaluation.collapse import collapse_of
-from sphere_easyedit.evaluation.run_records import PAPER, RunRecords
-from sphere_easyedit.evaluation.tables import Cell, Column, Table
+from sphere_easyedit.analysis.tables import Cell, Column, Table
+from sphere_easyedit.callbacks.energy_metrics import Spearman
+from sphere_easyedit.runs.records import PAPER, RunRecords
 from sphere_easyedit.runs.schema import METRIC_NAMES, Estimate, Measurement
 
 from .comparisons import WHO, who

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sphere_easyedit.evaluation.neurons import cosine_blocks, directed_rows
+from sphere_easyedit.callbacks.neurons import cosine_blocks, directed_rows
 
 QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 

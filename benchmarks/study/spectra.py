@@ -13,8 +13,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from sphere_easyedit.evaluation.spaces import SpaceShare, check_rows, double_blocks, share_in
-from sphere_easyedit.projection import PrincipalSpace
+from sphere_easyedit.callbacks.spaces import SpaceShare, check_rows, double_blocks, share_in
+from sphere_easyedit.core.projection import PrincipalSpace
 
 GAMMAS: Final = (0.25, 0.5, 0.75, 0.9)
 

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sphere_easyedit.editing.covariance import moment_on_file
+from sphere_easyedit.analysis.arms import Arm
+from sphere_easyedit.analysis.tables import Cell, Column, Table
+from sphere_easyedit.callbacks.spaces import principal_share
+from sphere_easyedit.core.projection import PrincipalSpace
+from sphere_easyedit.editing.checkpoints import put_weights, saved_weights
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import parse_requests, tokenize_request
-from sphere_easyedit.evaluation.arms import Arm
-from sphere_easyedit.evaluation.checkpoints import put_weights, saved_weights
-from sphere_easyedit.evaluation.run_records import RunRecords
-from sphere_easyedit.evaluation.spaces import principal_share
-from sphere_easyedit.evaluation.tables import Cell, Column, Table
 from sphere_easyedit.hparams import SPHEREHyperParams
-from sphere_easyedit.models import EditableModel, frozen, max_positions
-from sphere_easyedit.projection import PrincipalSpace
+from sphere_easyedit.methods.covariance import moment_on_file
+from sphere_easyedit.models.architecture import EditableModel, frozen, max_positions
+from sphere_easyedit.runs.records import RunRecords
 
 from .comparisons import WHO, who
 from .geometry import QUANTILES, neuron_geometry

@@ -8,7 +8,7 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
-from ..signals import Interrupted, ProcessLost, raise_on_interrupts
+from ..utils.signals import Interrupted, ProcessLost, raise_on_interrupts
 from .apply import apply
 from .doctor import doctor
 from .edit import edit
@@ -46,7 +46,7 @@ def main() -> None:
     except (ValueError, ImportError, OSError) as error:  # OSError: a file that is absent, a disk that is full
         _end(f"error: {error}", 2)
     except (RuntimeError, MemoryError) as error:
-        from ..evaluation.faults import out_of_memory
+        from ..runs.faults import out_of_memory
 
         if not out_of_memory(error):
             raise

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from ..evaluation.measuring import Progress
+    from ..callbacks.progress import LiveLine
     from ..hparams import SPHEREHyperParams
-    from ..progress import LiveLine
     from ..report.live import LiveReport
+    from ..runs.measuring import Progress
 
 
 class Consoles(NamedTuple):
@@ -77,7 +77,7 @@ def _unwritten(record: logging.LogRecord) -> bool:
 def load(model_name: str, device: int | str | None, dtype: str | torch.dtype | None = None
          ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, as ``loading.load_model`` does, without progress bars of transformers."""
-    from ..loading import load_model
+    from ..models.loading import load_model
 
     hide_bars_of_transformers()
     return load_model(model_name, device, dtype)
@@ -109,7 +109,7 @@ def load_replicas(hparams: SPHEREHyperParams, dtype: str | None
     Raises:
         ValueError: there are several processes, but the hyperparameters allow only one.
     """
-    from ..replicas import ProcessInfo, Replicas
+    from ..models.distributed import ProcessInfo, Replicas
 
     process = ProcessInfo.join(hparams.device)
     if process.world_size == 1:
@@ -131,7 +131,7 @@ def load_replicas(hparams: SPHEREHyperParams, dtype: str | None
 @contextmanager
 def live_line(consoles: Consoles, quiet: bool, num_edits: int | None = None) -> Iterator[list[LiveLine]]:
     """Show what a run is doing while it lasts, unless it is to be quiet; a list of one line or none."""
-    from ..progress import LiveLine
+    from ..callbacks.progress import LiveLine
 
     if quiet:
         yield []

@@ -14,7 +14,7 @@ from .common import set_up
 from .options import AsJson, option
 
 if TYPE_CHECKING:
-    from ..doctor import Report
+    from .diagnosis import Report
 
 _STATUS_STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
 
@@ -25,7 +25,7 @@ def doctor(
 ) -> None:
     """Check what is installed, name what is missing and its remedy; exit status 1 if something required is broken."""
     consoles = set_up()
-    from ..doctor import examine
+    from .diagnosis import examine
 
     report = examine(stats_dir)
     if as_json:

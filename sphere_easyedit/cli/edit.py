@@ -17,12 +17,12 @@ from .options import DataOptions, EvaluationOptions, MethodOptions, Quiet, Verbo
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..callbacks import EditCallback
-    from ..evaluation.datasets import EditRecord
-    from ..evaluation.measuring import MeasureSettings
-    from ..evaluation.sequential import RunResult, RunSettings
+    from ..datasets.loaders import EditRecord
+    from ..editing.callbacks import EditCallback
     from ..hparams import SPHEREHyperParams
     from ..report.live import LiveReport
+    from ..runs.measuring import MeasureSettings
+    from ..runs.sequential import RunResult, RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class RunData(DataOptions):
 
     def records(self, protocol: str) -> list[EditRecord]:
         """Load the facts, with the targets that a protocol of metrics edits."""
-        from ..evaluation.datasets import load_records, with_protocol_targets
+        from ..datasets.loaders import load_records, with_protocol_targets
 
         drawn = load_records(self.dataset, self.data, self.num_edits, self.seed, order_seed=self.order_seed,
                              skip=self.skip)
@@ -107,7 +107,7 @@ class GuardOptions:
         """The guard, if it is wanted; warns if the run has no batch for it to act on."""
         if self.guard is None:
             return []
-        from ..drift_guard import DriftGuard
+        from ..callbacks.drift_guard import DriftGuard
         from ..runs.schema import GUARD
 
         if num_batches <= self.guard_warmup:
@@ -145,8 +145,8 @@ def edit(method: MethodOptions, data: RunData, evaluation: RunEvaluation, checkp
          guard: GuardOptions, output: RunOutput) -> None:
     """Edit facts into a model, batch after batch, and measure before, on the way and after."""
     consoles = set_up(output.verbose, output.quiet)
-    from ..evaluation.sequential import run_sequential
-    from ..evaluation.trackers import RunTrackers
+    from ..callbacks.trackers import RunTrackers
+    from ..runs.sequential import run_sequential
 
     hparams = method.load()
     trackers, report = RunTrackers(output.tracker, output.quiet), output.live_report()
@@ -166,7 +166,7 @@ def edit(method: MethodOptions, data: RunData, evaluation: RunEvaluation, checkp
 
 def _run_settings(method: MethodOptions, data: RunData, evaluation: RunEvaluation, checkpoints: CheckpointOptions,
                   output: RunOutput) -> RunSettings:
-    from ..evaluation.sequential import RunSettings
+    from ..runs.sequential import RunSettings
 
     described = {"command": " ".join(["sphere-easyedit", *sys.argv[1:]]), "hparams_file": method.hparams,
                  "dataset": data.dataset, "data": None if data.data is None else str(data.data), "seed": data.seed,
@@ -179,8 +179,8 @@ def _run_settings(method: MethodOptions, data: RunData, evaluation: RunEvaluatio
 def _factor_keepers(wanted: bool, hparams: SPHEREHyperParams, output: Path) -> list[EditCallback]:
     if not wanted:
         return []
-    from ..evaluation.run_directory import RunDirectory
     from ..removal.factors import FACTORS, FactorKeeper
+    from ..runs.directory import RunDirectory
 
     return [FactorKeeper(RunDirectory(output).place(FACTORS), hparams)]
 

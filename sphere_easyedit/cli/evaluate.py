@@ -9,7 +9,7 @@ from .common import live_line, load_replicas, progress_of, set_up
 from .options import Dtype, EvaluationOptions, Quiet, RunFolder, Verbose, option, with_option_groups
 
 if TYPE_CHECKING:
-    from ..evaluation.revisiting import EditedRun
+    from ..runs.revisiting import EditedRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ def evaluate(run: RunFolder, evaluation: RevisitOptions, dtype: Dtype = None, ve
              quiet: Quiet = False) -> None:
     """Measure a run again from weights that it kept; results are added to its metrics.jsonl."""
     consoles = set_up(verbose, quiet)
-    from ..evaluation.revisiting import EditedRun
-    from ..progress import point_text
+    from ..callbacks.progress import point_text
+    from ..runs.revisiting import EditedRun
 
     edited = EditedRun(run)
     numbers = evaluation.at or _last_kept(edited)
@@ -53,7 +53,7 @@ def evaluate(run: RunFolder, evaluation: RevisitOptions, dtype: Dtype = None, ve
 
 def _last_kept(edited: EditedRun) -> list[int]:
     """The largest number of edits whose weights a run kept."""
-    from ..evaluation.checkpoints import saved_weights
+    from ..editing.checkpoints import saved_weights
 
     kept = saved_weights(edited.directory.checkpoints)
     if not kept:

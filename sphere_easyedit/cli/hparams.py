@@ -16,10 +16,10 @@ def hparams(
     output: Annotated[Path | None, option("File to write (standard output if not given).")] = None,
 ) -> None:
     """Write a starting YAML for a decoder that has none."""
-    from ..configs import planning_config
-    from ..files import atomic_write
     from ..hparams_files import starting_file
-    from ..loading import model_source
+    from ..models.loading import model_source
+    from ..models.shipped_configs import planning_config
+    from ..utils.files import atomic_write
 
     text = starting_file(planning_config(model, model_source(model)), model, base_alg)
     if output is None:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, g
 import typer
 
 if TYPE_CHECKING:
-    from ..evaluation.measuring import MeasureSettings
     from ..hparams import SPHEREHyperParams
+    from ..runs.measuring import MeasureSettings
 
 DataSet = Literal["counterfact", "multi_counterfact", "zsre", "facts", "demo"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -161,8 +161,8 @@ class EvaluationOptions:
             abilities_every: also measure abilities after every this many edits.
             when: further fields of ``MeasureSettings``, such as ``before`` and ``every``.
         """
-        from ..evaluation.measuring import AbilitySettings, MeasureSettings
         from ..evaluation.text_quality import Decoding
+        from ..runs.measuring import AbilitySettings, MeasureSettings
 
         protocols: Any = tuple(one.value for one in self.protocol)
         decoding = Decoding(self.fluency_tokens, seed=self.eval_seed, prompts=self.fluency_prompts)
@@ -185,7 +185,7 @@ def read_hparams(name: str, overrides: list[str]) -> SPHEREHyperParams:
         ValueError: an override has no ``=``, or a hyperparameter is unknown or out of range.
     """
     from ..hparams import SPHEREHyperParams
-    from ..safe_yaml import read_yaml
+    from ..utils.yaml import read_yaml
 
     loaded = SPHEREHyperParams.from_hparams(name)
     if not overrides:

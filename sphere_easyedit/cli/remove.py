@@ -37,9 +37,9 @@ def remove(run: RunFolder, case: Annotated[list[str], option("case_id of a fact 
 
 
 def _without(edited: EditedWeights, layers: list[int], run: Path, cases: list[str]) -> tuple[EditedWeights, Removal]:
-    from ..evaluation.run_directory import RunDirectory
     from ..removal.factors import FACTORS, read_batches, read_removals, still_valid
     from ..removal.removing import weights_without
+    from ..runs.directory import RunDirectory
 
     changes = dict(zip(layers, edited.changes, strict=True))
     originals, weights = ({layer: getattr(change, name).T if change.transposed else getattr(change, name)

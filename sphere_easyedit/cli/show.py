@@ -13,7 +13,7 @@ from .common import load_for, on_one_line, set_up
 from .options import AsJson, At, RunFolder, option
 
 if TYPE_CHECKING:
-    from ..evaluation.case_study import CaseStudy
+    from ..analysis.case_study import CaseStudy
 
 
 def show(
@@ -25,8 +25,8 @@ def show(
 ) -> None:
     """Let the unedited, the edited and the rolled-back model speak about one case, side by side."""
     consoles = set_up()
-    from ..evaluation.case_study import choose_case, dtype_of_run, study_case
-    from ..evaluation.revisiting import EditedRun
+    from ..analysis.case_study import choose_case, dtype_of_run, study_case
+    from ..runs.revisiting import EditedRun
 
     edited = EditedRun(run)
     place, num_edits = choose_case(edited, case, at)

@@ -10,7 +10,7 @@ from .options import MethodOptions, Verbose, with_option_groups
 def stats(method: MethodOptions, verbose: Verbose = False) -> None:
     """Collect the second moments of keys that MEMIT and AlphaEdit need, once for all runs."""
     consoles = set_up(verbose)
-    from ..editing.covariance import moment_path, second_moments
+    from ..methods.covariance import moment_path, second_moments
 
     hparams = method.load()
     model, tok, leading = load_replicas(hparams, method.dtype)

@@ -12,7 +12,7 @@ from .common import Consoles, set_up
 from .options import Quiet, option, with_option_groups
 
 if TYPE_CHECKING:
-    from ..evaluation.sweep import RunOutcome, Sweep
+    from ..runs.sweep import RunOutcome, Sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,8 @@ def sweep(
 ) -> None:
     """Run what one YAML file describes, and collect it into one table with paired differences."""
     consoles = set_up(quiet=options.quiet)
-    from ..evaluation.sweep import collect, load_sweep
+    from ..analysis.sweep_table import collect
+    from ..runs.sweep import load_sweep
 
     planned = load_sweep(file, _options_of_edit(context))
     failed = () if options.collect_only else _run(planned, options, consoles)
@@ -66,7 +67,7 @@ def sweep(
 
 def _run(planned: Sweep, options: SweepOptions, consoles: Consoles) -> tuple[RunOutcome, ...]:
     """Run the sweep, or submit it; the runs that failed."""
-    from ..evaluation.sweep import parse_slurm, run_sweep, submit_sweep, wait_for_jobs
+    from ..runs.sweep import parse_slurm, run_sweep, submit_sweep, wait_for_jobs
 
     def report(name: str, what: str, settled: int, count: int) -> None:
         if not options.quiet:

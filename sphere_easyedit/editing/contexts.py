@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..models import EditableModel
-from .sampling import generator_on, sample_tokens
+from ..models.architecture import EditableModel
+from ..models.sampling import generator_on, sample_tokens
 
 OPENINGS = ("The", "Therefore", "Because", "I", "You")  # MEMIT's and EasyEdit's
 NEW_TOKENS = 9

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..hparams import SPHEREHyperParams
-from ..models import EditableModel
-from .executors import (
+from ..models.architecture import EditableModel
+from .requests import EditRequest, TokenizedRequest
+from .session import EditSession
+from .solve import (
     BatchSolution,
     ShapeUpdate,
     check_finite,
@@ -24,8 +26,6 @@ from .executors import (
     solve_batch,
     tokenize_batch,
 )
-from .requests import EditRequest, TokenizedRequest
-from .session import EditSession
 
 # EasyEdit's protocol: (model, tok, requests, hparams, copy=, return_orig_weights=, ...) -> (model, original weights).
 Executor = Callable[..., tuple[nn.Module, Mapping[str, Tensor]]]
@@ -180,9 +180,9 @@ def _native_engine(*_: object) -> NativeEngine:
     return NativeEngine()
 
 
-# What makes the engine of each value of `executor`, by name: EasyEdit's is imported where it is wanted alone.
-_ENGINES = MappingProxyType({"native": f"{__name__}:_native_engine",
-                             "easyedit": f"{__package__.rpartition('.')[0]}.easyedit:easyedit_engine"})
+# The factory of the engine that each value of `executor` names; EasyEdit's is imported only where it is used.
+_ENGINES = MappingProxyType({"native": "sphere_easyedit.editing.engines:_native_engine",
+                             "easyedit": "sphere_easyedit.easyedit.plugin:easyedit_engine"})
 
 
 def engine_of(hparams: SPHEREHyperParams, session: EditSession, arguments: Mapping[str, Any] = MappingProxyType({})

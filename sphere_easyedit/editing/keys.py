@@ -14,10 +14,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ..batching import group_by_class, length_class, padded_batches
-from ..models import EditableModel
-from .output_path import OutputPath, Scaled
-from .replay import BlockReplay, as_rows, first_input, pad_rows
+from ..models.architecture import EditableModel
+from ..models.batching import group_by_class, length_class, padded_batches
+from ..models.output_path import OutputPath, Scaled
+from ..models.replay import BlockReplay, as_rows, first_input, pad_rows
 from .requests import TokenizedPrompt, TokenizedRequest
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..tokenization import continuation_ids, is_unicode
+from ..models.tokenization import continuation_ids, is_unicode
 
 _WANTED = "dicts (or dataclass instances) with prompt, subject and target_new"
 _ESSENCE_SUFFIX = " is a"  # the drift prompt "{subject} is a" of ROME, whose next-token distribution is kept

@@ -14,20 +14,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..evaluation.checkpoints import check_whole, damaged, put_weights, resumable, session_path
-from ..exclusive import exclusive
-from ..files import atomic_write
-from ..fingerprints import Fingerprint
+from ..core.projection import PrincipalSpace
 from ..hparams import SPHEREHyperParams
-from ..inputs import check_model, default_torch_settings
-from ..messages import kind_and_text
-from ..models import EditableModel, ModuleNames
-from ..projection import PrincipalSpace
-from .grams import GramMatrix
-from .origins import StatisticsFile
-from .output_path import OutputPath
-from .solvers import KeyHistory, KeyMetric
-from .tensor_store import TensorStore
+from ..methods.solvers import KeyHistory, KeyMetric
+from ..methods.statistics_origin import StatisticsFile
+from ..methods.tensor_store import TensorStore
+from ..models.architecture import EditableModel, ModuleNames
+from ..models.checks import check_model, default_torch_settings
+from ..models.fingerprint import Fingerprint
+from ..models.output_path import OutputPath
+from ..utils.files import atomic_write
+from ..utils.locks import exclusive
+from ..utils.messages import kind_and_text
+from .checkpoints import check_whole, damaged, put_weights, resumable, session_path
+from .gram_matrices import GramMatrix
 
 logger = logging.getLogger(__name__)
 

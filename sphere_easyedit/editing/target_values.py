@@ -26,14 +26,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..hparams import SPHEREHyperParams
-from ..logit_map import find_logit_map
-from ..models import EditableModel
+from ..models.architecture import EditableModel
+from ..models.logit_map import find_logit_map
+from ..models.output_path import Normalised, OutputPath
+from ..models.packing import attending_packed
+from ..models.replay import pad_rows
 from .keys import BatchStates
-from .output_path import Normalised, OutputPath
-from .packing import attending_packed
-from .replay import pad_rows
 from .requests import TokenizedPrompt, TokenizedRequest
-from .steering import Steering, layout_of, rows_of
+from .target_optimizer import Steering, layout_of, rows_of
 
 logger = logging.getLogger(__name__)
 

@@ -19,13 +19,13 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..batching import length_class
-from ..editing.packing import same_states
-from ..inputs import check_inputs
-from ..messages import kind_and_text
-from ..models import frozen, input_device, logits_at, max_positions
-from ..replicas import Replicas, split_balanced
-from ..tokenization import continuation_ids_batch
+from ..models.architecture import frozen, input_device, logits_at, max_positions
+from ..models.batching import length_class
+from ..models.checks import check_inputs
+from ..models.distributed import Replicas, split_balanced
+from ..models.packing import same_states
+from ..models.tokenization import continuation_ids_batch
+from ..utils.messages import kind_and_text
 from .teacher_forcing import Progress
 
 logger = logging.getLogger(__name__)

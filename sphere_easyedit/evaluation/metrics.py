@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..inputs import check_inputs
-from ..models import max_positions
+from ..datasets.loaders import EditRecord
+from ..models.architecture import max_positions
+from ..models.checks import check_inputs
 from ..runs.schema import FACT_METRICS, MetricName
 from .bootstrap import MetricSummary, summary_of
-from .datasets import EditRecord
 from .protocols import (
     PROTOCOLS,
     PromptScore,

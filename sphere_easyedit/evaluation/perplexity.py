@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from ..inputs import check_inputs
-from ..models import frozen, input_device, max_positions
-from ..replicas import Replicas, split_balanced
-from ..tokenization import leading_special_ids
-from .json_records import json_lines, shown
+from ..datasets.json_records import json_lines, shown
+from ..models.architecture import frozen, input_device, max_positions
+from ..models.checks import check_inputs
+from ..models.distributed import Replicas, split_balanced
+from ..models.tokenization import leading_special_ids
 from .teacher_forcing import TOKENS_PER_LOGITS, Progress, fast_token_budget
 
 _LOGITS_CHUNK = 64  # positions converted to float32 at once: a whole window would take 0.25 GB for Llama 3

@@ -71,9 +71,9 @@ from typing import Final, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from ..datasets.loaders import EditRecord
+from ..models.tokenization import continuation_ids_batch
 from ..runs.schema import MetricName
-from ..tokenization import continuation_ids_batch
-from .datasets import EditRecord
 from .teacher_forcing import Row, RowScore
 
 Protocol = Literal["paper", "rome", "easyedit"]

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from .datasets import EditRecord
-from .json_records import parse_json, read_list, read_text, shown
+from ..datasets.json_records import parse_json, read_list, read_text, shown
+from ..datasets.loaders import EditRecord
 from .perplexity import held_out_texts
 
 _SNIPPETS, _VOCABULARY, _WEIGHTS, _FACTS = "attribute_snippets.json", "tfidf_vocab.json", "idf.npy", "counterfact.json"

@@ -17,11 +17,11 @@ from itertools import pairwise, takewhile
 import torch
 from torch import Tensor, nn
 
-from ..batching import group_by_class, length_class, padded_batches
-from ..editing.packing import attending_packed, pack_behind, packs_exactly
-from ..editing.replay import pad_rows
-from ..models import frozen, input_device, logits_at
-from ..replicas import Replicas, merge_parts, split_contiguous
+from ..models.architecture import frozen, input_device, logits_at
+from ..models.batching import group_by_class, length_class, padded_batches
+from ..models.distributed import Replicas, merge_parts, split_contiguous
+from ..models.packing import attending_packed, pack_behind, packs_exactly
+from ..models.replay import pad_rows
 
 Progress = Callable[[int, int], None]
 

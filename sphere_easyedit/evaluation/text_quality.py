@@ -25,8 +25,8 @@ from typing import Any, Final
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..datasets.loaders import EditRecord
 from .bootstrap import MetricSummary, summary_of
-from .datasets import EditRecord
 from .generation import generate_continuations
 from .references import References
 from .teacher_forcing import Progress

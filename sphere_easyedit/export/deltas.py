@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..offload import writable_parameter
+from ..models.offload import writable_parameter
 from .card import LayerError
 from .edited import EditedWeights, Provenance, WeightChange
 from .factors import Spectrum

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..editing.executors import restored_after
+from ..editing.checkpoints import choose_kept, put_weights, resumable, session_path
 from ..editing.session import EditSession
-from ..evaluation.checkpoints import choose_kept, put_weights, resumable, session_path
-from ..evaluation.run_config import package_versions
-from ..evaluation.run_directory import RunDirectory
+from ..editing.solve import restored_after
 from ..hparams import SPHEREHyperParams
-from ..offload import writable_parameter
+from ..models.offload import writable_parameter
+from ..runs.config import package_versions
+from ..runs.directory import RunDirectory
 from ..runs.schema import SUMMARY, Summary, read_record
 from .fingerprint import base_fingerprint
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..offload import distinct_names, parameter_values
+from ..models.offload import distinct_names, parameter_values
 
 
 def base_fingerprint(model: nn.Module) -> str:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from ..editing.covariance import filed_null_space, load_null_space
-from ..editing.origins import StatisticsFile
-from ..editing.solvers import KeyHistory, KeyMetric, NullSpace, NullSpaceMetric, plain_alphaedit_keys
-from ..editing.tensor_store import TensorStore
-from ..models import EditableModel
+from ..models.architecture import EditableModel
 from .base import Method
+from .covariance import filed_null_space, load_null_space
+from .solvers import KeyHistory, KeyMetric, NullSpace, NullSpaceMetric, plain_alphaedit_keys
+from .statistics_origin import StatisticsFile
+from .tensor_store import TensorStore
 
 if TYPE_CHECKING:
     from ..hparams import SPHEREHyperParams

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from ..core.updates import Update
-from ..editing.origins import StatisticsFile
-from ..editing.solvers import KeyHistory, KeyMetric
-from ..editing.tensor_store import TensorStore
-from ..models import EditableModel
+from ..models.architecture import EditableModel
+from .solvers import KeyHistory, KeyMetric
+from .statistics_origin import StatisticsFile
+from .tensor_store import TensorStore
 
 if TYPE_CHECKING:
     from ..hparams import SPHEREHyperParams

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..editing.covariance import filed_factor
-from ..editing.origins import StatisticsFile
-from ..editing.solvers import CovarianceMetric, KeyHistory, KeyMetric, plain_memit_keys
-from ..editing.tensor_store import TensorStore
-from ..models import EditableModel
+from ..models.architecture import EditableModel
 from .base import Method
+from .covariance import filed_factor
+from .solvers import CovarianceMetric, KeyHistory, KeyMetric, plain_memit_keys
+from .statistics_origin import StatisticsFile
+from .tensor_store import TensorStore
 
 if TYPE_CHECKING:
     from ..hparams import SPHEREHyperParams

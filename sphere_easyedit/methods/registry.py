@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from inspect import isabstract
 
-from ..messages import nearest
+from ..utils.messages import nearest
 from .alphaedit import AlphaEdit
 from .base import Method
 from .memit import MEMIT

@@ -12,10 +12,10 @@ import huggingface_hub
 import torch
 from transformers import PretrainedConfig
 
-from ..editing.corpus import GENERATED, GENERATED_LENGTH
-from ..editing.covariance import FACTOR_FILED_FROM, moment_path
 from ..hparams import SPHEREHyperParams
-from ..models import max_positions
+from ..methods.corpus import GENERATED, GENERATED_LENGTH
+from ..methods.covariance import FACTOR_FILED_FROM, moment_path
+from ..models.architecture import max_positions
 from .memory import DOUBLE, FLOAT, keeps_keys, state_bytes
 from .results import DiskItem, Download
 from .sizes import CHARACTERS_PER_TOKEN, ModelShape, Statistics

@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-from ..editing.covariance import TOKENS_AT_ONCE
-from ..editing.grams import carries_grams
-from ..editing.solvers import BLOCK
+from ..core.projection import FLOAT64_SIDE
+from ..editing.gram_matrices import carries_grams
 from ..editing.target_values import LOGITS_AT_ONCE
 from ..evaluation.teacher_forcing import TOKENS_PER_LOGITS, fast_token_budget
 from ..hparams import SPHEREHyperParams
-from ..projection import FLOAT64_SIDE
+from ..methods.covariance import TOKENS_AT_ONCE
+from ..methods.solvers import BLOCK
 from .results import MemoryItem, PlanSettings
 from .sizes import ModelShape, Statistics, Tokens
 

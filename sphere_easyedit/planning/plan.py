@@ -8,11 +8,11 @@ from typing import Final
 
 import torch
 
-from ..configs import planning_config
-from ..evaluation.datasets import load_records
-from ..evaluation.sequential import peak_memory_bytes
+from ..datasets.loaders import load_records
 from ..hparams import SPHEREHyperParams
-from ..loading import load_model, model_source, resolve_device
+from ..models.loading import load_model, model_source, resolve_device
+from ..models.shipped_configs import planning_config
+from ..runs.sequential import peak_memory_bytes
 from .files import bytes_to_download, disk_items, downloads, find_statistics
 from .memory import memory_items, peak_bytes
 from .results import Plan, PlanSettings, TimePart

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..evaluation.datasets import DatasetName
+from ..datasets.loaders import DatasetName
 
 
 @dataclass(frozen=True)

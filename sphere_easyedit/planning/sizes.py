@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..config_fields import hidden_size, num_blocks, text_config
+from ..datasets.loaders import EditRecord
 from ..editing.requests import parse_requests
-from ..evaluation.datasets import EditRecord
 from ..evaluation.protocols import prompts_by_metric
-from ..model_class import meta_model
-from ..module_discovery import ModuleNames
+from ..models.config_fields import hidden_size, num_blocks, text_config
+from ..models.model_class import meta_model
+from ..models.module_discovery import ModuleNames
 
 CHARACTERS_PER_TOKEN: Final = 4.0  # of English text
 _CONTEXTS: Final = ("", *["x" * 40] * 5)  # about the lengths of the plain prompt's front and the generated contexts

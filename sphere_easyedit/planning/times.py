@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..core.hyperspherical import hyperspherical_energy
+from ..core.projection import PrincipalSpace
+from ..datasets.loaders import EditRecord
 from ..editing.contexts import generate_contexts
-from ..editing.corpus import GENERATED, GENERATED_AT_ONCE
 from ..editing.keys import BatchStates
 from ..editing.requests import parse_requests, tokenize_request
-from ..editing.sampling import generator_on, sample_tokens
 from ..editing.target_values import optimise_target_values
-from ..evaluation.datasets import EditRecord
 from ..evaluation.generation import generate_continuations
 from ..evaluation.metrics import evaluate_records
 from ..hparams import SPHEREHyperParams
-from ..hyperspherical import hyperspherical_energy
-from ..models import EditableModel, frozen, max_positions
-from ..projection import PrincipalSpace
+from ..methods.corpus import GENERATED, GENERATED_AT_ONCE
+from ..models.architecture import EditableModel, frozen, max_positions
+from ..models.sampling import generator_on, sample_tokens
 from .memory import keeps_keys, null_space_columns
 from .results import PlanSettings
 from .sizes import ModelShape, Statistics, Tokens, count_tokens

@@ -19,12 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..callbacks import EditCallback, EditEvent
 from ..core.updates import LowRankUpdate
+from ..editing.callbacks import EditCallback, EditEvent
 from ..export.fingerprint import tensors_sha256
-from ..files import atomic_write, checksum_path, record_checksum, recorded_checksum, sha256_of
 from ..hparams import SPHEREHyperParams
-from ..messages import one_line
+from ..utils.files import atomic_write, checksum_path, record_checksum, recorded_checksum, sha256_of
+from ..utils.messages import one_line
 
 logger = logging.getLogger(__name__)
 Content = TypeVar("Content")

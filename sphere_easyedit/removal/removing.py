@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..core.updates import LowRankUpdate
 from ..editing.session import EditSession
-from ..editing.solvers import KeyHistory
-from ..exclusive import exclusive
 from ..hparams import SPHEREHyperParams, check_hparams
-from ..inputs import default_torch_settings
+from ..methods.solvers import KeyHistory
+from ..models.checks import default_torch_settings
+from ..utils.locks import exclusive
 from .factors import (
     Fact,
     PastRemoval,

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from ..evaluation.run_directory import RunDirectory
-from ..evaluation.run_records import RunRecords
-from ..files import atomic_write
+from ..runs.directory import RunDirectory
+from ..runs.records import RunRecords
+from ..utils.files import atomic_write
 from .abilities import abilities_figure
 from .cases import tables_of
 from .changes import changes_figure

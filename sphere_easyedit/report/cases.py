@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final
 
-from ..evaluation.run_directory import RunDirectory
+from ..runs.directory import RunDirectory
 from ..runs.schema import CASES, CaseId, CaseRecord
 from .runs import ReportRun
 

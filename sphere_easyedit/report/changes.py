@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..evaluation.analysis import FEWEST, LOG_PERPLEXITY, change_pairs, energy_points, regress
+from ..analysis.correlations import FEWEST, LOG_PERPLEXITY, change_pairs, energy_points, regress
 from ..runs.schema import METRIC_NAMES
 from .figure import SMALL, Choice, Figure, Panel, Row, Spec, by_run, chosen, params, quantitative, shown, tooltip
 from .runs import ReportRun

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from ..evaluation.analysis import LOG_PERPLEXITY, energy_correlations, energy_points, mean_change
+from ..analysis.correlations import LOG_PERPLEXITY, energy_correlations, energy_points, mean_change
 from ..runs.schema import FACT_METRICS, METRIC_NAMES, Measurement
 from .figure import (
     HEIGHT,

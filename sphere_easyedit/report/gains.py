@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Final
 
-from ..evaluation.run_records import SPHERE
+from ..runs.records import SPHERE
 from .figure import HEIGHT, Figure, Panel, Row, Spec, by_run, params, quantitative, shown, tooltip
 from .runs import ReportRun
 

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-from ..callbacks import EditCallback, MeasureEvent, RunState
-from ..evaluation.run_records import RunRecords
+from ..editing.callbacks import EditCallback, MeasureEvent, RunState
+from ..runs.records import RunRecords
 from .build import REFRESH, check_installed, write_report
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..evaluation.neurons import LayerNeurons
-from ..files import atomic_write
+from ..callbacks.neurons import LayerNeurons
+from ..utils.files import atomic_write
 from .figure import Choice, Figure, Panel, Row, Spec, chosen, quantitative, tooltip
 from .runs import ReportRun
 

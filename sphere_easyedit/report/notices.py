@@ -9,8 +9,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Final
 
-from ..evaluation.analysis import mean_magnitude
-from ..evaluation.collapse import collapse_of
+from ..analysis.collapse import collapse_of
+from ..analysis.correlations import mean_magnitude
 from .runs import ReportRun
 
 _EARLY: Final = 3  # batches that define a run's usual pace of drift

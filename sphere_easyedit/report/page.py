@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import yaml
 
-from ..evaluation.arms import title_of
+from ..analysis.arms import title_of
 from ..runs.schema import METRIC_NAMES, Estimate, Measurement
 from .cases import COLUMNS, STATES, CaseTable
 from .curves import PERCENT

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ..evaluation.arms import Arm, arms_of, title_of
-from ..evaluation.run_records import PAPER, RunRecords
+from ..analysis.arms import Arm, arms_of, title_of
+from ..runs.records import PAPER, RunRecords
 from ..runs.schema import CaseId, When
 
 

@@ -1,0 +1,40 @@
+"""Runs side by side: their order, and the names that tables and figures give them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from ..runs.records import SPHERE, RunRecords
+
+DATASET_TITLES: Final = MappingProxyType({"counterfact": "CounterFact", "zsre": "ZsRE"})
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A run with its name in tables: its method, and its directory's name too where several runs share the method."""
+
+    label: str
+    run: RunRecords
+
+
+def arms_of(runs: Iterable[RunRecords]) -> list[Arm]:
+    """Runs by model, data set, seed and base method: each base without SPHERE, with it, then its controls."""
+    ordered = sorted(runs, key=lambda run: (run.model, run.dataset, -1 if run.seed is None else run.seed,
+                                            -1 if run.order_seed is None else run.order_seed, run.base,
+                                            _rank(run.variant), run.variant or "", run.name))
+    counts = Counter((run.model, run.dataset, run.draw, run.method) for run in ordered)
+    return [Arm(run.method if counts[run.model, run.dataset, run.draw, run.method] == 1
+                else f"{run.method} ({run.name})", run) for run in ordered]
+
+
+def title_of(dataset: str) -> str:
+    """A data set's name as it is written in text."""
+    return DATASET_TITLES.get(dataset, dataset)
+
+
+def _rank(variant: str | None) -> int:
+    return 0 if variant is None else 1 if variant == SPHERE else 2

@@ -1,0 +1,157 @@
+"""Continuations of one case's prompts by the unedited, the edited and the rolled-back model (appendix E.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..datasets.records import EditRecord
+from ..editing.checkpoints import choose_kept, put_weights
+from ..evaluation.generation import generate_continuations
+from ..models.fingerprint import weights_checksum
+from ..runs.revisiting import EditedRun
+from ..runs.schema import CASES, CaseRecord
+from ..utils.messages import nearest
+
+Kind = Literal["edit", "paraphrase", "neighborhood", "generation"]
+
+_NAMED: Final = 3  # near cases that an error names
+_PARAPHRASES: Final = 2
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Each model's continuation of one prompt; ``rolled_back`` is the model with its original weights restored."""
+
+    kind: Kind
+    prompt: str
+    unedited: str
+    edited: str
+    rolled_back: str
+
+
+@dataclass(frozen=True)
+class CaseStudy:
+    """One case with its continuations and scores.
+
+    Attributes:
+        case_id, subject, target_new, target_true: of the record.
+        number: position of the case among the run's edits, from 1.
+        num_edits: edits in the weights of the edited model.
+        total: edits of the run.
+        continuations: by prompt.
+        scores: ``pre`` and ``post`` of ``cases.jsonl``, each by metric from 0 to 1 or null; None where the run has none
+            of this case.
+        restored: whether the rolled-back weights have the unedited ones' bits.
+    """
+
+    case_id: int | str
+    subject: str
+    target_new: str
+    target_true: str | None
+    number: int
+    num_edits: int
+    total: int
+    continuations: tuple[Continuations, ...]
+    scores: Mapping[str, Mapping[str, float | None] | None] | None
+    restored: bool
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether the edited model's weights include this edit."""
+        return self.number <= self.num_edits
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return dataclasses.asdict(self) | {"is_edited": self.is_edited}
+
+
+def choose_case(run: EditedRun, case_id: str, at: int | None = None) -> tuple[int, int]:
+    """Find a case and the kept weights to study it with; needs no model.
+
+    Args:
+        case_id: as text, even where it is a number in the data set.
+        at: number of edits in the weights; None for the last ones kept.
+
+    Returns:
+        The case's index in ``run.records``, and the number of edits.
+
+    Raises:
+        ValueError: the run has no such case, kept no weights, or none after ``at`` edits.
+    """
+    indices = {str(record.case_id): index for index, record in enumerate(run.records)}
+    if case_id not in indices:
+        raise ValueError(f"{run.directory.path} has no case {case_id}: {_near(case_id, list(indices))}")
+    return indices[case_id], choose_kept(run.directory.path, at, "there is no edited model to generate with")
+
+
+def study_case(run: EditedRun, model: nn.Module, tok: PreTrainedTokenizerBase, index: int, num_edits: int,
+               max_new_tokens: int = 50) -> CaseStudy:
+    """Generate with the unedited weights, those after ``num_edits`` edits, and the unedited ones restored.
+
+    Args:
+        model: the unedited model of the run; its weights are restored at the end, even after an error.
+        tok: its tokenizer.
+        index: of the case in ``run.records``.
+        num_edits: edits of weights that were kept.
+        max_new_tokens: of each greedy continuation, at most.
+
+    Raises:
+        ValueError: the weights can't be read or are of another model, or a prompt does not fit the model's context.
+    """
+    record, editable = run.records[index], run.hparams.editable(model)
+    prompts = list(_prompts(record))
+
+    def generate() -> list[str]:
+        return generate_continuations(model, tok, [prompt for _, prompt in prompts], max_new_tokens)
+
+    original = {layer: editable.parameter(layer).detach().clone() for layer in editable.layers}
+    checksum = weights_checksum(editable)
+    unedited = generate()
+    try:
+        put_weights(editable, run.directory.checkpoints, num_edits)
+        edited = generate()
+    finally:
+        with torch.no_grad():
+            for layer, weight in original.items():
+                editable.parameter(layer).copy_(weight)
+    restored = weights_checksum(editable) == checksum
+    rolled_back = generate()
+    continuations = tuple(Continuations(kind, prompt, *texts) for (kind, prompt), *texts
+                          in zip(prompts, unedited, edited, rolled_back, strict=True))
+    found = next((one for one in run.directory.records(CASES, CaseRecord) if one.case_id == record.case_id), None)
+    scores = None if found is None else {"pre": found.pre, "post": found.post}
+    return CaseStudy(record.case_id, record.subject, record.target_new, record.target_true, index + 1, num_edits,
+                     len(run.records), continuations, scores, restored)
+
+
+def dtype_of_run(run: EditedRun) -> str | None:
+    """The one dtype in which the run's model was loaded, for ``load_model``; None where there were several."""
+    named = (run.directory.read_config().get("model") or {}).get("dtypes") or []
+    return str(named[0]).removeprefix("torch.") if len(named) == 1 else None
+
+
+def _prompts(record: EditRecord) -> Iterator[tuple[Kind, str]]:
+    yield "edit", record.edit_prompt
+    for prompt in record.paraphrase_prompts[:_PARAPHRASES]:
+        yield "paraphrase", prompt
+    for neighbor in record.neighborhood_prompts[:1]:
+        yield "neighborhood", neighbor.text
+    for prompt in record.generation_prompts[:1]:
+        yield "generation", prompt
+
+
+def _near(case_id: str, known: list[str]) -> str:
+    """The closest case ids, for an error."""
+    numbers = sorted(int(one) for one in known if one.isdecimal())
+    if case_id.isdecimal() and numbers:
+        near = sorted(sorted(numbers, key=lambda one: abs(one - int(case_id)))[:_NAMED])
+        return f"nearest are {', '.join(map(str, near))}, of {len(known)} from {numbers[0]} to {numbers[-1]}"
+    near_texts = nearest(case_id, known, _NAMED) or known[:_NAMED]
+    return f"its {len(known)} cases are such as {', '.join(near_texts)}"

@@ -1,0 +1,152 @@
+"""A callback that records hyperspherical energy while a model is edited."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..editing.callbacks import EditCallback, EditEvent
+from ..utils.files import atomic_write
+from .energy_metrics import EnergyRecord, MetricCorrelation, correlate, join_energy
+
+_COLUMNS = ("num_edits", "layer", "energy", "relative_change")
+
+
+class HETracker(EditCallback):
+    """Records hyperspherical energy before the first batch and after each.
+
+    After a run of EasyEdit's, ``join`` puts the energies beside its metrics and ``correlation`` compares the two.
+
+    Args:
+        path: CSV file (num_edits, layer, energy, relative_change), rewritten whole after every record, so that an
+            interrupted run leaves what it measured. A run that goes on from earlier edits continues the file's records.
+        layers: layers to track, None for all that are edited.
+        every: record after every so many batches.
+
+    Attributes:
+        records: one ``EnergyRecord`` before the first batch and one for each recorded batch.
+
+    Raises:
+        TypeError: ``layers`` is no sequence of numbers, or ``every`` no number.
+        ValueError: ``every`` is below 1.
+    """
+
+    def __init__(self, path: str | Path | None = None, layers: Sequence[int] | None = None, every: int = 1) -> None:
+        if layers is not None and not (isinstance(layers, Iterable) and all(isinstance(one, int) for one in layers)):
+            raise TypeError(f"layers is {layers!r}: give a list of layer numbers, or None for all that are edited")
+        if not isinstance(every, int):
+            raise TypeError(f"every is {every!r}: give a whole number, 1 or more")
+        if every < 1:
+            raise ValueError(f"every is {every}; give 1 to record after each batch, or more")
+        self.path = None if path is None else Path(path)
+        self.layers = None if layers is None else list(layers)
+        self.every = every
+        self.records: list[EnergyRecord] = []
+
+    def on_batch_start(self, event: EditEvent) -> None:
+        if not self.records and event.num_edits > 0 and self.path is not None and self.path.exists():
+            self.records = read_energy_csv(self.path)
+            if self.records and set(self.records[0].energy) != set(self._tracked(event)):
+                raise ValueError(f"{self.path} tracks layers {sorted(self.records[0].energy)}, this run "
+                                 f"{self._tracked(event)}: give the tracker another path, or the same layers")
+        # Later records are of batches that were undone, or of another run; without edits every run begins anew.
+        self.records = [record for record in self.records if record.num_edits <= event.num_edits]
+        if event.num_edits == 0 or not self.records:
+            self.records = []
+            self._record(event)
+
+    def on_batch_end(self, event: EditEvent) -> None:
+        if event.num_batches % self.every == 0:
+            self._record(event)
+
+    def _tracked(self, event: EditEvent) -> list[int]:
+        layers = list(event.weights) if self.layers is None else self.layers
+        missing = [layer for layer in layers if layer not in event.weights]
+        if missing:
+            raise ValueError(f"HETracker is to track layers {missing}, edited are {list(event.weights)}: track those")
+        return layers
+
+    def _record(self, event: EditEvent) -> None:
+        layers = self._tracked(event)
+        energy = {layer: event.energy(layer) for layer in layers}
+        first = self.records[0].energy if self.records else energy
+        change = {layer: energy[layer] / first[layer] - 1.0 if first[layer] else 0.0 for layer in layers}
+        self.records.append(EnergyRecord(event.num_edits, energy, change))
+        if self.path is not None:
+            self.to_csv(self.path)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write all records, one line a record and layer."""
+        with atomic_write(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(_COLUMNS)
+            for record in self.records:
+                for layer, energy in record.energy.items():
+                    writer.writerow([record.num_edits, layer, repr(energy), repr(record.relative_change[layer])])
+
+    def join(self, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Put energy into EasyEdit's metrics, in place.
+
+        Each entry gets ``"hyperspherical_energy"``: ``{"num_edits": int, "energy": {layer: float}, "relative_change":
+        {layer: float}}`` of the first record made with its edit in the model. With ``every`` above 1 that may be some
+        batches later, and edits after the last record get None.
+
+        Args:
+            metrics: the first of the three that EasyEdit's ``edit`` and ``batch_edit`` return: one dict a case, in the
+                order of editing, of the whole run that was watched. ``case_id`` is not looked at.
+
+        Returns:
+            ``metrics`` itself.
+
+        Raises:
+            ValueError: nothing was recorded after a batch, ``metrics`` is no list of dicts, or it has more or fewer
+                entries than edits were recorded (more is right with ``every`` above 1). Nothing was changed.
+        """
+        return join_energy(self.records, self.every, metrics)
+
+    def correlation(self, metrics: list[dict[str, Any]]) -> dict[str, MetricCorrelation]:
+        """Spearman's rank correlation of hyperspherical energy with every metric of a run (Figures 2 and 3).
+
+        A point is a record after the first: its metric is the mean over the cases edited since the record before
+        it, as far as they have the metric; its energy is the mean over tracked layers of the relative change, since
+        energies of layers differ in size. ``change`` correlates the differences between consecutive points. Numbers
+        that differ by rounding alone are ties.
+
+        Args:
+            metrics: as for ``join``, joined or not; not changed. Metrics are the numbers under ``"post"`` and the means
+                of lists of numbers, save ``metric_meta`` and token ids (``*_output``). nan counts as missing.
+
+        Returns:
+            Correlations by dotted name, such as ``rewrite_acc``, ``locality.neighborhood_acc`` or
+            ``fluency.ngram_entropy``; nan where there are fewer than 3 points or one side is constant.
+
+        Raises:
+            ValueError: as ``join``, or no layer was tracked.
+        """
+        return correlate(self.records, self.every, metrics)
+
+
+def read_energy_csv(path: Path) -> list[EnergyRecord]:
+    """Read what ``HETracker`` wrote.
+
+    Raises:
+        ValueError: the file has other columns or a line that is no record.
+    """
+    records: list[EnergyRecord] = []
+    with path.open(newline="", encoding="utf-8") as stream:
+        reader = csv.DictReader(stream)
+        if tuple(reader.fieldnames or ()) != _COLUMNS:
+            raise ValueError(f"{path} has columns {reader.fieldnames}, an energy file has {list(_COLUMNS)}")
+        for row in reader:
+            try:
+                num_edits, layer = int(row["num_edits"]), int(row["layer"])
+                energy, change = float(row["energy"]), float(row["relative_change"])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+            if not records or records[-1].num_edits != num_edits:
+                records.append(EnergyRecord(num_edits, {}, {}))
+            records[-1].energy[layer] = energy
+            records[-1].relative_change[layer] = change
+    return records

@@ -1,0 +1,205 @@
+"""Share of each batch's weight change in the principal space of the weight before it: ``spaces.csv``."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ..core.projection import PrincipalSpace
+from ..editing.callbacks import EditCallback, EditEvent
+from ..editing.session import EditSession
+from ..runs.schema import SpaceRecord
+from ..utils.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+_BLOCK_ELEMENTS: Final = 8 * 2**20  # converted to float64 at once
+
+
+@dataclass(frozen=True)
+class SpaceShare:
+    """Share of a squared norm that lies in a space; nan for zero.
+
+    Attributes:
+        share: 0 to 1.
+        chance: expected share of random directions, the space's rank over d_in.
+    """
+
+    share: float
+    chance: float
+
+    @property
+    def ratio(self) -> float:
+        """Share over chance."""
+        return self.share / self.chance if self.chance else math.nan
+
+
+def principal_share(rows: Tensor, space: PrincipalSpace) -> SpaceShare:
+    """``||M U||_F^2 / ||M||_F^2`` of the rows of M, against ``r / d_in``.
+
+    Args:
+        rows: M ``(n, d_in)``: an update dW, or the transpose of keys ``(d_in, n)``; any floating dtype.
+        space: of d_in inputs.
+
+    Raises:
+        ValueError: M is no finite floating ``(n, d_in)`` tensor.
+    """
+    check_rows(rows, "rows", space.d_in)
+    return share_in(rows, space.directions)
+
+
+def share_in(rows: Tensor, basis: Tensor) -> SpaceShare:
+    """As ``principal_share``, in the span of orthonormal columns ``(d_in, r)``."""
+    basis = basis.double()
+    inside = total = 0.0
+    for _, part in double_blocks(rows):
+        inside += float((part @ basis).square().sum())
+        total += float(part.square().sum())
+    return SpaceShare(inside / total if total else math.nan, basis.shape[1] / basis.shape[0])
+
+
+def double_blocks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of a matrix's rows, in float64."""
+    rows = max(1, _BLOCK_ELEMENTS // matrix.shape[1])
+    for start in range(0, matrix.shape[0], rows):
+        block = slice(start, start + rows)
+        yield block, matrix[block].detach().double()
+
+
+def check_rows(matrix: Tensor, name: str, width: int) -> None:
+    """Refuse what is not a finite floating ``(n, width)`` tensor."""
+    if matrix.dim() != 2 or matrix.shape[1] != width or not matrix.numel() or not matrix.is_floating_point():
+        raise ValueError(f"{name} must be a floating (n, {width}) tensor, got {matrix.dtype} of shape "
+                         f"{tuple(matrix.shape)}: transpose keys (d_in, n), and take the space of the same weight")
+    if not all(bool(part.isfinite().all()) for _, part in double_blocks(matrix)):
+        raise ValueError(f"{name} holds nan or infinity: the model is broken, or the file is")
+
+
+_COLUMNS = tuple(field.name for field in fields(SpaceRecord))
+
+
+class SpaceTracker(EditCallback):
+    """Records ``||dW U||_F^2 / ||dW||_F^2`` of every batch's change dW as applied (after suppression, that is).
+
+    U spans the principal space of the weight as it stood before the batch, or of the unedited weight. A layer costs a
+    copy of its weight for the length of a batch, the leading eigenvectors of a ``(d_out, d_out)`` Gram matrix, and two
+    products of the weight's size by the rank. A layer whose weight or change is not finite is left out with a warning.
+
+    Args:
+        path: CSV file (since, num_edits, layer, share, rank, d_in), rewritten whole after every batch. A run that goes
+            on from earlier edits continues the file's records.
+        gamma: share that the principal space passes (Eq. 11).
+        pretrained: of the unedited weights, which the model's session keeps, in place of those before the batch.
+
+    Attributes:
+        records: by batch and layer.
+    """
+
+    def __init__(self, path: Path, gamma: float, pretrained: bool = False) -> None:
+        self.path, self.gamma, self.pretrained = path, gamma, pretrained
+        self.records: list[SpaceRecord] = []
+        self._since = 0
+        self._before: dict[int, Tensor] = {}
+        self._spaces: dict[int, PrincipalSpace] = {}
+        self._unedited: dict[int, PrincipalSpace] = {}
+
+    def on_batch_start(self, event: EditEvent) -> None:
+        """Compute the principal spaces and copy the weights."""
+        if not self.records and event.num_edits > 0 and self.path.exists():
+            self.records = read_spaces_csv(self.path)
+        # Later records are of batches that were undone, or of another run; without edits every run begins anew.
+        self.records = [record for record in self.records if record.num_edits <= event.num_edits]
+        self._since = event.num_edits
+        self._before = {layer: weight.clone() for layer, weight in event.weights.items()}
+        self._spaces = {}
+        for layer in event.weights:
+            try:
+                self._spaces[layer] = self._space(event, layer)
+            except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+                logger.warning("layer %d has no principal space after %d edits: %s", layer, event.num_edits, error)
+
+    def on_batch_end(self, event: EditEvent) -> None:
+        """Record the batch."""
+        for layer, space in self._spaces.items():
+            before = self._before.pop(layer)
+            precise = torch.promote_types(before.dtype, torch.float32)
+            try:
+                share = principal_share(event.weights[layer].to(precise) - before.to(precise), space).share
+            except ValueError as error:
+                logger.warning("layer %d: no share of the change from %d to %d edits in the principal space: %s", layer,
+                               self._since, event.num_edits, error)
+                continue
+            # Further digits depend on how the Gram matrix came about, carried or made from the weight.
+            self.records.append(SpaceRecord(self._since, event.num_edits, layer, float(f"{share:.4g}"), space.rank,
+                                            space.d_in))
+        self._before, self._spaces = {}, {}
+        write_spaces_csv(self.path, self.records)
+
+    def _space(self, event: EditEvent, layer: int) -> PrincipalSpace:
+        if self.pretrained:
+            if layer not in self._unedited:
+                weight = EditSession.of(event.model).original[layer].to(event.weights[layer].device)
+                self._unedited[layer] = _formed(PrincipalSpace.from_weight(weight, self.gamma))
+            return self._unedited[layer]
+        # Of the copy, which stays as it is: directions are formed one layer after the other, once the batch has ended.
+        gram, weight = event.grams.get(layer), self._before[layer]
+        if gram is None:
+            return PrincipalSpace.from_weight(weight, self.gamma)
+        # From the records, which a resumed run has too: where the solver looks first may show in the last digits.
+        likely = next((record.rank for record in reversed(self.records) if record.layer == layer), None)
+        return PrincipalSpace.from_gram(weight, gram, self.gamma, likely)
+
+
+def _formed(space: PrincipalSpace) -> PrincipalSpace:
+    space.directions  # noqa: B018 - formed now, the space no longer refers to the weight
+    return space
+
+
+def write_spaces_csv(path: Path, records: list[SpaceRecord]) -> None:
+    """Write all records, replacing the file as a whole."""
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(_COLUMNS)
+        writer.writerows(astuple(record) for record in records)
+
+
+def read_spaces_csv(path: Path) -> list[SpaceRecord]:
+    """Read what ``SpaceTracker`` wrote.
+
+    Raises:
+        ValueError: the file has other columns, or a line that is no record.
+    """
+    with path.open(newline="", encoding="utf-8") as stream:
+        reader = csv.DictReader(stream)
+        if tuple(reader.fieldnames or ()) != _COLUMNS:
+            raise ValueError(f"{path} has columns {reader.fieldnames}, a file of spaces has {list(_COLUMNS)}")
+        records = []
+        for row in reader:
+            try:
+                records.append(_record(row))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    return records
+
+
+def _record(row: Mapping[str, str]) -> SpaceRecord:
+    record = SpaceRecord(int(row["since"]), int(row["num_edits"]), int(row["layer"]), float(row["share"]),
+                         int(row["rank"]), int(row["d_in"]))
+    if not 0 <= record.since < record.num_edits or not 0 <= record.rank <= record.d_in or record.d_in < 1:
+        raise ValueError(f"{record} is no change of a weight")
+    return record
+
+
+def covers(records: list[SpaceRecord], num_edits: int) -> bool:
+    """Whether the records cover every change up to ``num_edits``."""
+    spans = sorted({(record.since, record.num_edits) for record in records})
+    ends = [0, *(end for _, end in spans)]
+    return all(since == end for (since, _), end in zip(spans, ends[:-1], strict=True)) and ends[-1] >= num_edits

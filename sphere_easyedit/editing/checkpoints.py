@@ -1,0 +1,201 @@
+"""Checkpoints of a sequential run: the edited weights and the session, not the whole model.
+
+Beside each file stands its SHA-256 (``weights-200.safetensors.sha256``), written after it and removed before it is
+written anew, so that a checksum never outlives the content it was taken of. A file that does not meet its checksum is
+refused before anything of it reaches a model. It tells of damage, not of malice: who can change the file can change
+its checksum too.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..models.architecture import EditableModel
+from ..utils.files import atomic_write, checksum_path, record_checksum, recorded_checksum, sha256_of
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"  # folder of a run directory
+_WEIGHTS = re.compile(r"weights-(\d+)\.safetensors")
+
+
+def weights_path(folder: Path, num_edits: int) -> Path:
+    """File of the edited weights after so many edits, by parameter name."""
+    return folder / f"weights-{num_edits}.safetensors"
+
+
+def session_path(folder: Path, num_edits: int) -> Path:
+    """File of the session after so many edits."""
+    return folder / f"session-{num_edits}.safetensors"
+
+
+def save_weights(editable: EditableModel, folder: Path, num_edits: int) -> None:
+    """Write the edited weights as they stand.
+
+    Raises:
+        OSError: they can't be written, for instance for want of room.
+    """
+    weights = {editable.parameter_name(layer): editable.parameter(layer).detach().cpu().contiguous()
+               for layer in editable.layers}
+    path = weights_path(folder, num_edits)
+    with _with_checksum(path), atomic_write(path) as temporary, _disk_errors():
+        save_file(weights, temporary)
+
+
+class Saved(Protocol):
+    """What a checkpoint holds beside the weights: ``EditSession``, which is above this module."""
+
+    num_edits: int
+
+    def save(self, path: Path) -> None:
+        """Write it to one file."""
+
+
+def save_checkpoint(editable: EditableModel, session: Saved, folder: Path) -> None:
+    """Write the weights, then the session, whose file makes the checkpoint one to resume from.
+
+    Raises:
+        OSError: they can't be written, for instance for want of room; earlier checkpoints are whole.
+    """
+    save_weights(editable, folder, session.num_edits)
+    path = session_path(folder, session.num_edits)
+    with _with_checksum(path), _disk_errors():
+        session.save(path)
+
+
+@contextmanager
+def _with_checksum(path: Path) -> Iterator[None]:
+    """Keep a file's checksum beside it once the context has written it."""
+    checksum_path(path).unlink(missing_ok=True)
+    yield
+    record_checksum(path, sha256_of(path))
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """What safetensors says of the disk, as the OSError that it was."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number) if found else str(error)) from error
+
+
+def check_whole(folder: Path, num_edits: int, *, session: bool = False) -> None:
+    """Refuse a checkpoint whose files do not meet their checksums.
+
+    Files from before there were checksums have none: a warning is logged, and they are taken as they are.
+
+    Args:
+        session: check the session's file, too; else the weights alone.
+
+    Raises:
+        ValueError: a file is damaged; the message says what to remove and where the run then goes on from.
+    """
+    for path in (weights_path(folder, num_edits), *([session_path(folder, num_edits)] if session else [])):
+        recorded = recorded_checksum(path)
+        if recorded is None:
+            logger.warning("%s has no checksum beside it, so damage to it would go unnoticed", path)
+            continue
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            raise damaged(folder, num_edits, path, str(error)) from error
+        if found != recorded:
+            raise damaged(folder, num_edits, path, f"its sha256 is {found}, but was {recorded} when it was written")
+
+
+def damaged(folder: Path, num_edits: int, path: Path, found: str) -> ValueError:
+    """The error that a file of a checkpoint is damaged: what was found, and where the run can go on from."""
+    earlier = [number for number in resumable(folder) if number < num_edits]
+    before = f"the checkpoint before, after {earlier[-1]} edits" if earlier else "the start: no earlier one was kept"
+    return ValueError(f"{path} is damaged ({found}): remove it, and resume from {before}")
+
+
+def saved_weights(folder: Path) -> list[int]:
+    """Numbers of edits whose weights are kept, ascending."""
+    found = (_WEIGHTS.fullmatch(path.name) for path in folder.glob("weights-*.safetensors"))
+    return sorted(int(match.group(1)) for match in found if match is not None)
+
+
+def choose_kept(run: Path, at: int | None, consequence: str) -> int:
+    """A number of edits whose weights a run kept: ``at``, or the largest.
+
+    Args:
+        run: the run directory.
+        consequence: what can't be done where none were kept, for the error.
+
+    Raises:
+        ValueError: none were kept, or none after ``at`` edits.
+    """
+    kept = saved_weights(run / CHECKPOINTS)
+    if not kept:
+        raise ValueError(f"{run} kept no weights, so {consequence}: run `edit` again with the same settings into "
+                         "a new directory, and leave its folder checkpoints there")
+    if at is not None and at not in kept:
+        raise ValueError(f"{run} kept no weights after {at} edits: kept are {', '.join(map(str, kept))}; "
+                         "`edit --keep-weights-every` keeps more")
+    return kept[-1] if at is None else at
+
+
+def resumable(folder: Path) -> list[int]:
+    """Numbers of edits that editing can go on from, ascending."""
+    return [number for number in saved_weights(folder) if session_path(folder, number).exists()]
+
+
+def put_weights(editable: EditableModel, folder: Path, num_edits: int, *, checked: bool = False) -> None:
+    """Put a checkpoint's weights into the model.
+
+    Args:
+        checked: their checksum was compared just now (``check_whole``).
+
+    Raises:
+        ValueError: the file is absent or damaged, or is of other layers or another model.
+    """
+    path = weights_path(folder, num_edits)
+    if not path.exists():
+        kept = ", ".join(map(str, saved_weights(folder))) or "none"
+        raise ValueError(f"no weights after {num_edits} edits in {folder}: kept are {kept}")
+    if not checked:
+        check_whole(folder, num_edits)
+    try:
+        weights = load_file(path)
+    except Exception as error:  # a header can be damaged in more ways than safetensors has errors for
+        raise damaged(folder, num_edits, path, f"{type(error).__name__}: {error}") from error
+    names = {layer: editable.parameter_name(layer) for layer in editable.layers}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    expected = {name: tuple(editable.parameter(layer).shape) for layer, name in names.items()}
+    if shapes != expected:
+        raise ValueError(f"{path} holds {shapes}, the model's edited weights are {expected}: it is of another model "
+                         "or of other layers")
+    if odd := {name: weight.dtype for name, weight in weights.items() if not weight.is_floating_point()}:
+        raise damaged(folder, num_edits, path, f"weights are numbers of type {odd}")
+    with torch.no_grad():
+        for layer, name in names.items():
+            editable.parameter(layer).copy_(weights[name])
+
+
+def thin_out(folder: Path, keep: int, for_good: set[int]) -> None:
+    """Remove old checkpoints: the ``keep`` newest stay (0: all), and the weights of those meant ``for_good``."""
+    numbers = resumable(folder)
+    for number in numbers[:-keep] if keep else []:
+        _remove(session_path(folder, number))
+        if number not in for_good:
+            _remove(weights_path(folder, number))
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    checksum_path(path).unlink(missing_ok=True)

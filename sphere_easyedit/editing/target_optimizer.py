@@ -1,0 +1,323 @@
+"""What every gradient step of target values runs, and how: the blocks above the edited one, with delta added to its
+output at the subject's last token.
+
+Tokens in front of that one are run once: attention is causal, so their keys and values stay. The tokens from it on are
+packed end to end where the model takes an attention function of ours (see ``packing``), else padded.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..models.architecture import EditableModel
+from ..models.batching import group_by_class, length_class
+from ..models.packing import PackedRows, pack_behind, packs_exactly, same_states, select_packed
+from ..models.replay import BlockReplay, KeyValues, common_beginnings, pad_rows, prefix_key_values
+from ..utils.messages import kind_and_text
+from .requests import TokenizedPrompt, TokenizedRequest
+
+logger = logging.getLogger(__name__)
+
+
+# Rows end to end; padded behind keys and values of the tokens in front; padded, with all tokens in every step.
+Layout = Literal["packed", "padded", "whole"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One token row.
+
+    Attributes:
+        edit: index of its edit among those optimised together.
+        context: rows of one context template have one number; the plain prompt's is 0, the drift prompt's -1.
+        ids: all tokens that are read.
+        lookup: which of them is the subject's last.
+        first: from which of them onward ``targets`` are predicted.
+        targets: tokens to be predicted; none for the drift prompt, of which the lookup's prediction counts.
+        weight: of each of these predictions in the edit's mean.
+    """
+
+    edit: int
+    context: int
+    ids: tuple[int, ...]
+    lookup: int
+    first: int = 0
+    targets: tuple[int, ...] = ()
+    weight: float = 1.0
+
+
+def rows_of(edit: int, request: TokenizedRequest) -> list[Row]:
+    """An edit's rows: the plain prompt, the prompt in each context, the drift prompt."""
+    prompts = [request.plain, *request.contexts]
+    weight = 1.0 / (len(request.target_ids) * len(prompts))
+    rewriting = [Row(edit, context, prompt.ids + request.target_ids[:-1], prompt.lookup, len(prompt.ids) - 1,
+                     request.target_ids, weight) for context, prompt in enumerate(prompts)]
+    return [*rewriting, Row(edit, -1, request.drift.ids, request.drift.lookup)]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Where targets are predicted, each ``(n,)``: row, tokens behind that row's lookup, token, edit, and weight in the
+    edit's mean."""
+
+    rows: Tensor
+    behind: Tensor
+    tokens: Tensor
+    edits: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Predictions:
+        """Of rows among which there may be drift prompts."""
+        found = [(i, row.first - row.lookup + j, token, row.edit)
+                 for i, row in enumerate(rows) for j, token in enumerate(row.targets)]
+        weights = [row.weight for row in rows for _ in row.targets]
+        row, behind, token, edit = _integers(found).view(-1, 4).unbind(dim=1)
+        return cls(row, behind, token, edit, torch.tensor(weights, dtype=torch.float32))
+
+
+def _integers(values: Sequence[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.long)
+
+
+class _Recorded(ABC):
+    """Rows that are run together, recorded in the blocks above the edited one."""
+
+    def __init__(self, rows: list[Row], replay: BlockReplay) -> None:
+        self.rows, self.replay = rows, replay
+        self.predictions = Predictions.of(rows)
+        self.owners = _integers([row.edit for row in rows])
+        self.plain, self.drift = (_integers([i for i, row in enumerate(rows) if row.context == context])
+                                  for context in (0, -1))
+
+    @abstractmethod
+    def at(self, hidden: Tensor, rows: Tensor, behind: Tensor | int = 0) -> Tensor:
+        """States ``(n, hidden_size)`` of rows at their lookups, or so many tokens behind."""
+
+    @abstractmethod
+    def steered(self, delta: Tensor) -> Tensor:
+        """The edited block's output with each edit's ``delta`` at its rows' lookups."""
+
+    @abstractmethod
+    def keep(self, edits: set[int]) -> _Recorded:
+        """The rows of some edits only."""
+
+    def run(self, delta: Tensor, loss_block: int) -> tuple[Tensor, Tensor]:
+        """As ``Steering.run``, of these rows; drift prompts in their order."""
+        seen = self.replay.run(self.steered(delta), stop=loss_block + 1)
+        final = seen
+        if len(self.drift) and loss_block + 1 < self.replay.stop:
+            final = self.replay.run(seen, start=loss_block + 1)
+        return self.at(seen, self.predictions.rows, self.predictions.behind), self.at(final, self.drift)
+
+
+class _Packed(_Recorded):
+    """Tokens from the lookup on, end to end; needs ``attending_packed`` to be recorded and to be run."""
+
+    def __init__(self, rows: list[Row], layout: PackedRows, replay: BlockReplay) -> None:
+        super().__init__(rows, replay)
+        self._layout = layout
+        self._starts = layout.starts  # the lookups
+
+    @classmethod
+    def record(cls, editable: EditableModel, rows: list[Row], block: int) -> _Packed:
+        """Run everything once, what rows of one context begin with in common only once for all of them."""
+        fronts = common_beginnings([row.ids[: row.lookup] for row in rows], [row.context for row in rows])
+        packed = pack_behind([row.ids for row in rows], fronts, editable.input_device, recording=True)
+        replay = BlockReplay.record(editable, packed.tokens, block + 1, editable.num_blocks, packed_rows=packed.layout)
+        # Steps need the keys and values in front of lookups, in the blocks above the edited one.
+        table = {layer: packed.layout.recorded[layer] for layer in range(block + 1, editable.num_blocks)}
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids) - rows[i].lookup)
+        rows = [rows[i] for i in order]
+        lookups = [packed.starts[i] + row.lookup - len(fronts[i]) for i, row in zip(order, rows, strict=True)]
+        in_front = [[*packed.fronts[i], *range(packed.starts[i], lookup)]
+                    for i, lookup in zip(order, lookups, strict=True)]
+        widths = [len(row.ids) - row.lookup for row in rows]
+        kept = PackedRows(widths, in_front, table)
+        tokens = [lookup + i for lookup, width in zip(lookups, widths, strict=True) for i in range(width)]
+        return cls(rows, kept, select_packed(replay, kept, torch.tensor(tokens)))
+
+    def at(self, hidden: Tensor, rows: Tensor, behind: Tensor | int = 0) -> Tensor:
+        return hidden[0].index_select(0, (self._starts[rows] + behind).to(hidden.device))
+
+    def steered(self, delta: Tensor) -> Tensor:
+        hidden = self.replay.hidden
+        steps = delta[self.owners.to(delta.device)].to(hidden)
+        return hidden[0].index_add(0, self._starts.to(hidden.device), steps).unsqueeze(0)
+
+    def keep(self, edits: set[int]) -> _Packed:
+        index = _integers([i for i, row in enumerate(self.rows) if row.edit in edits])
+        layout, tokens = self._layout.select(index)
+        return _Packed([self.rows[i] for i in index.tolist()], layout, select_packed(self.replay, layout, tokens))
+
+
+class _Padded(_Recorded):
+    """Rows padded to one length."""
+
+    def __init__(self, rows: list[Row], cuts: list[int], replay: BlockReplay) -> None:
+        super().__init__(rows, replay)
+        self._cuts = cuts
+        self._lookups = _integers([row.lookup - cut for row, cut in zip(rows, cuts, strict=True)])
+
+    @classmethod
+    def record(cls, editable: EditableModel, rows: list[Row], block: int, use_prefix: bool) -> _Padded:
+        """Run everything once; without ``use_prefix`` every step runs all tokens."""
+        stop = editable.num_blocks
+        cuts = [row.lookup if use_prefix else 0 for row in rows]
+        width = max(cuts)
+        prefix: KeyValues | None = None
+        if width:
+            prefix = prefix_key_values(editable, [row.ids[:cut] for row, cut in zip(rows, cuts, strict=True)], stop,
+                                       [row.context for row in rows])
+        padded = pad_rows([row.ids[cut:] for row, cut in zip(rows, cuts, strict=True)], editable.input_device, cuts,
+                          width)
+        return cls(rows, cuts, BlockReplay.record(editable, padded, block + 1, stop, prefix))
+
+    def at(self, hidden: Tensor, rows: Tensor, behind: Tensor | int = 0) -> Tensor:
+        columns = self._lookups[rows] + behind
+        return hidden[rows.to(hidden.device), columns.to(hidden.device)]
+
+    def steered(self, delta: Tensor) -> Tensor:
+        hidden = self.replay.hidden
+        index = torch.arange(len(self.rows), device=hidden.device), self._lookups.to(hidden.device)
+        steps = delta[self.owners.to(delta.device)].to(hidden)
+        return hidden.index_put(index, steps, accumulate=True)
+
+    def keep(self, edits: set[int]) -> _Padded:
+        index = [i for i, row in enumerate(self.rows) if row.edit in edits]
+        return _Padded([self.rows[i] for i in index], [self._cuts[i] for i in index],
+                       self.replay.select(torch.tensor(index)))
+
+
+class Steering:
+    """Rows of some edits, ready to be run again with other deltas.
+
+    Attributes:
+        edits: those it still has rows of, ascending, as ``run`` gives their drift prompts.
+        predictions: where ``run``'s other states are; of rows that are run together, rows are numbered from 0.
+        initial: ``(edits, hidden_size)``, the edited block's output at the lookup of the plain prompt.
+        drift_final: ``(edits, hidden_size)``, the last block's at the lookup of the drift prompt, without a delta.
+    """
+
+    def __init__(self, parts: Sequence[_Recorded]) -> None:
+        self._parts = parts
+        found = [part.predictions for part in parts]
+        self.predictions = Predictions(*(torch.cat([getattr(one, column.name) for one in found])
+                                         for column in fields(Predictions)))
+        edits = torch.cat([part.owners[part.drift] for part in parts])
+        self.edits, self._order = edits.sort()
+        plain = torch.cat([part.owners[part.plain] for part in parts]).argsort()
+        self.initial = _joined([part.at(part.replay.hidden, part.plain) for part in parts], plain).float()
+        self.drift_final = _joined([part.at(part.replay.final, part.drift) for part in parts], self._order)
+
+    @classmethod
+    @torch.no_grad()
+    def record(cls, editable: EditableModel, rows: Sequence[Row], block: int, layout: Layout) -> Steering:
+        """Run everything once. Prompts with targets and drift prompts are padded apart, and rows of different kinds
+        (see ``batching.length_class``) are run apart.
+
+        Args:
+            rows: of the edits in order.
+            block: the edited one.
+        """
+        kind = length_class(editable.config)
+        parts: list[_Recorded] = []
+        for index in group_by_class([len(row.ids) for row in rows], kind):
+            alike = [rows[i] for i in index]
+            if layout == "packed":
+                parts.append(_Packed.record(editable, alike, block))
+                continue
+            # A prefix runs by itself, as a row of the smallest kind, so only rows of that kind can have one.
+            use_prefix = layout == "padded" and kind(len(alike[0].ids)) == kind(1)
+            for rewrites in (True, False):
+                some = [row for row in alike if bool(row.targets) == rewrites]
+                if some:
+                    parts.append(_Padded.record(editable, some, block, use_prefix))
+        return cls(parts)
+
+    def run(self, delta: Tensor, loss_block: int) -> tuple[Tensor, Tensor]:
+        """Outputs of ``loss_block`` at the predictions, and of the last block at the drift prompts' lookups.
+
+        Args:
+            delta: ``(all edits, hidden_size)``.
+            loss_block: number of a block from the edited one on.
+        """
+        seen, final = zip(*(part.run(delta, loss_block) for part in self._parts), strict=True)
+        return torch.cat(seen), _joined(final, self._order)
+
+    def keep(self, edits: set[int]) -> Steering:
+        """The rows of some edits only."""
+        return Steering([part.keep(edits) for part in self._parts if not edits.isdisjoint(part.owners.tolist())])
+
+
+def _joined(parts: Sequence[Tensor], order: Tensor) -> Tensor:
+    # Parts without drift prompts end at the loss's block, which may be on another device than the last.
+    joined = torch.cat([part.to(parts[-1].device) for part in parts])
+    return joined.index_select(0, order.to(joined.device))
+
+
+# --- which of them a model allows ---------------------------------------------------------------------------
+
+def layout_of(editable: EditableModel, requests: Sequence[TokenizedRequest]) -> Layout:
+    """How these edits' rows can be laid out on this model, which must be frozen: the cheapest way that is exact."""
+    prompts = [prompt for request in requests for prompt in (request.plain, *request.contexts)]
+    kind = length_class(editable.config)
+    alike = group_by_class([len(prompt.ids) for prompt in prompts], kind)
+
+    def chosen(choose: Callable[..., int], among: list[int]) -> TokenizedPrompt:
+        return prompts[choose(among, key=lambda i: prompts[i].lookup)]
+
+    most = max(alike, key=len)
+    longest = max((prompts[i] for i in most), key=lambda prompt: len(prompt.ids))
+    if packing_is_exact(editable, list(dict.fromkeys([chosen(max, most), chosen(min, most), longest]))):
+        return "packed"
+    least = [index for index in alike if kind(len(prompts[index[0]].ids)) == kind(1)]
+    return "padded" if least and prefix_is_exact(editable, chosen(max, least[0])) else "whole"
+
+
+@torch.no_grad()
+def packing_is_exact(editable: EditableModel, prompts: Sequence[TokenizedPrompt]) -> bool:
+    """Whether prompts packed behind keys and values of their beginnings give the states of prompts by themselves."""
+    stop = editable.num_blocks
+    rows = [Row(i, 0, prompt.ids, prompt.lookup, len(prompt.ids) - 1, (0,)) for i, prompt in enumerate(prompts)]
+    rows += [Row(i, -1, prompt.ids[: prompt.lookup + 1], prompt.lookup) for i, prompt in enumerate(prompts)]
+    whole = [BlockReplay.record(editable, pad_rows([prompt.ids], editable.input_device), stop - 1, stop).final[0]
+             for prompt in prompts]
+    expected = torch.stack([states[at] for states, prompt in zip(whole, prompts, strict=True)
+                            for at in (len(prompt.ids) - 1, prompt.lookup)])
+
+    def run() -> Tensor:
+        # All blocks that steps run: each may attend in a way of its own.
+        steering = Steering([_Packed.record(editable, rows, min(editable.layers[-1], stop - 2))])
+        last, lookup = steering.run(torch.zeros_like(steering.initial), stop - 1)
+        return torch.stack([last[steering.predictions.edits.argsort()], lookup], dim=1).flatten(0, 1)
+
+    return packs_exactly(editable.model, expected, run)
+
+
+@torch.no_grad()
+def prefix_is_exact(editable: EditableModel, prompt: TokenizedPrompt) -> bool:
+    """Whether running the tokens in front through a cache gives what running all of them gives, on this model."""
+    ids, cut, stop = prompt.ids, prompt.lookup, editable.num_blocks
+    if cut == 0:
+        return True
+    device = editable.input_device
+    whole = BlockReplay.record(editable, pad_rows([ids], device), stop - 1, stop).final[:, cut:]
+    try:
+        cached = prefix_key_values(editable, [ids[:cut]], stop)
+        rows = pad_rows([ids[cut:]], device, starts=[cut], prefix_width=cut)
+        # What steps run: blocks that are called again, behind a cache that no longer is the model's.
+        replay = BlockReplay.record(editable, rows, min(editable.layers[-1] + 1, stop - 1), stop, prefix=cached)
+        split = replay.run(replay.hidden)
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
+        logger.warning("%s does not take a prefix cache (%s): every step runs all tokens",
+                       type(editable.model).__name__, kind_and_text(error))
+        return False
+    return same_states(editable.model, "a prefix cache", split, whole)

@@ -1,0 +1,138 @@
+"""Configs of models: from a folder, the hub's cache or the hub, and the numbers that the package ships for planning."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import constants, get_session
+from transformers import AutoConfig, PretrainedConfig
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from ..utils.messages import one_line
+
+logger = logging.getLogger(__name__)
+
+_SHIPPED = "data/configs.json"
+_PATIENCE = 5.0  # seconds for the hub to answer at all
+
+
+def hub_options(source: str) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that keep it to the cache where the hub can't be reached.
+
+    huggingface_hub tries each file six times within half a minute before it gives up, cached or not.
+
+    Raises:
+        ValueError: the hub can't be reached and nothing of the model is cached.
+    """
+    if Path(source).is_dir():
+        return {}
+    cached = is_here(source)
+    why = _unreachable()
+    if why is None:
+        return {}
+    if not cached:
+        raise ValueError(f"there is no such folder, nothing of it is in {constants.HF_HUB_CACHE}, and the hub can't be "
+                         f"reached ({why})")
+    logger.info("the hub can't be reached (%s): %s is taken from its cache", why, source)
+    return {"local_files_only": True}
+
+
+def is_here(source: str) -> bool:
+    """Whether a model is a folder, or its config in the hub's cache.
+
+    Raises:
+        ValueError: it is no folder, and no name that the hub could have.
+    """
+    try:
+        return Path(source).is_dir() or any(isinstance(huggingface_hub.try_to_load_from_cache(source, name), str)
+                                            for name in ("config.json", "adapter_config.json"))
+    except ValueError as error:
+        raise ValueError("there is no such folder") from error
+
+
+def _unreachable() -> str | None:
+    """Why the hub can't be reached, by one short request; None where it answers, whatever the answer."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+    except Exception as error:  # of requests or httpx, by huggingface_hub's version
+        return one_line(error)
+    return None
+
+
+def model_config(source: str, options: Mapping[str, Any] | None = None) -> PretrainedConfig:
+    """A model's config from a folder, the hub's cache or the hub; an adapter's (PEFT) is that of its base model.
+
+    Args:
+        options: what ``hub_options`` gave for this source, where it was called already.
+
+    Raises:
+        ValueError: there is none, or it can't be read.
+    """
+    options = hub_options(source) if options is None else options
+    try:
+        adapter = find_adapter_config_file(source, **options)
+        if adapter is not None:
+            source = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+            options = hub_options(source)
+        # Without model_type, transformers before 5 takes one that occurs in the folder's name, with its defaults.
+        if "model_type" not in PretrainedConfig.get_config_dict(source, **options)[0]:
+            raise ValueError("there is no config.json with a model_type")
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    except ImportError:
+        raise
+    except Exception as error:  # damaged JSON, unknown kinds, values out of range: as many kinds of errors
+        raise ValueError(one_line(error).rstrip(".")) from error
+    return config
+
+
+def planning_config(model_name: str, source: str) -> PretrainedConfig:
+    """A config that costs can be counted from: a model's own where it is here, else the shipped one, else the hub's.
+
+    Args:
+        model_name: as the hyperparameters have it.
+        source: what transformers loads it from (see ``loading.model_source``).
+
+    Raises:
+        ValueError: there is none, or it can't be read.
+    """
+    try:
+        shipped = None if is_here(source) else shipped_config(source)
+        if shipped is not None:
+            logger.info("%s is not on this machine: its sizes are those that the package ships", model_name)
+            return shipped
+        return model_config(source)
+    except ValueError as error:
+        raise ValueError(f"the config of {model_name!r} can't be read: {error}: give a folder with config.json, or "
+                         "a hub name that is cached or reachable") from error
+
+
+def shipped_models() -> dict[str, dict[str, Any]]:
+    """By hub name, what sizes follow from in ``config.json``, for models with a shipped hyperparameter file."""
+    text = (resources.files("sphere_easyedit") / _SHIPPED).read_text(encoding="utf-8")
+    return {name: entry["config"] for entry in json.loads(text) for name in entry["models"]}
+
+
+def shipped_config(name: str) -> PretrainedConfig | None:
+    """The shipped config of a hub name; None where there is none. What sizes don't depend on is transformers' default.
+
+    Raises:
+        ValueError: the installed transformers does not know the architecture.
+    """
+    numbers = shipped_models().get(name)
+    if numbers is None:
+        return None
+    try:
+        config: PretrainedConfig = AutoConfig.for_model(**numbers)
+    except ValueError as error:
+        kind = numbers["model_type"]
+        raise ValueError(f"the installed transformers does not know the architecture {kind!r}: upgrade it") from error
+    config.name_or_path = name
+    return config

@@ -1,0 +1,103 @@
+"""What a run is: the content of ``config.yaml``, and whether a run that is to be resumed is the same one."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from ..editing.session import EditSession
+from ..hparams import SPHEREHyperParams
+from ..models.distributed import Replicas
+from .directory import RunDirectory
+from .schema import CONFIG
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("sphere-easyedit", "torch", "transformers", "numpy", "scipy", "safetensors", "tokenizers")
+# Entries of config.yaml's "run" that must be the same where a run is resumed: they decide about bits, or about which
+# numbers stand side by side.
+_FIXED: Final = ("records", "batch_size", "checkpoint_every")
+# Hyperparameters that say where things lie, and change no bits.
+_ELSEWHERE: Final = ("device", "stats_dir", "state_memory", "state_folder")
+_FIXED_MEASURES: Final = ("protocols", "before", "cases", "sample", "seed", "text", "text_tokens", "decoding",
+                          "references")
+_FIXED_ABILITIES: Final = ("num_fewshot", "limit", "max_new_tokens")
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Version of each package; None if it is not installed."""
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def run_config(model: nn.Module, hparams: SPHEREHyperParams, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of ``config.yaml``: everything resolved, versions, machine.
+
+    Args:
+        run: what the run edits and measures.
+    """
+    replicas = Replicas.of(model)
+    return {
+        "run": dict(run),
+        "hparams": hparams.to_dict(),
+        "versions": {"python": platform.python_version()} | package_versions(_PACKAGES),
+        "model": {"devices": sorted({str(parameter.device) for parameter in model.parameters()}),
+                  "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
+                  "context_templates": EditSession.of(model).contexts},
+        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(),
+                    "processes": 1 if replicas is None else replicas.world_size,
+                    "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
+    }
+
+
+def check_same_run(run: RunDirectory, config: Mapping[str, Any]) -> bool:
+    """Refuse to go on with other settings than the run began with.
+
+    Returns:
+        Whether versions, threads, processes and kind of machine are all the same as then.
+
+    Raises:
+        ValueError: a setting that decides about bits, or about which numbers stand side by side, is another one.
+    """
+    was = run.read_config()
+    try:
+        hparams_then = SPHEREHyperParams.from_dict(was["hparams"]).to_dict()
+        pairs = {f"hyperparameter {name}": (hparams_then.get(name), value)
+                 for name, value in config["hparams"].items() if name not in _ELSEWHERE}
+        pairs |= {name: (was["run"].get(name), config["run"][name]) for name in _FIXED}
+        pairs["follows"] = (was["run"].get("follows"), None)  # removed: PRUNE took another run's weights
+        pairs |= {f"measure.{name}": (was["run"]["measure"].get(name), config["run"]["measure"][name])
+                  for name in _FIXED_MEASURES}
+        if "callbacks" in was["run"]:  # older runs did not write them down
+            pairs["callbacks"] = (was["run"]["callbacks"], config["run"]["callbacks"])
+        asked, asks = was["run"]["measure"].get("abilities") or {}, config["run"]["measure"]["abilities"]
+        if asked.get("tasks") and asks["tasks"]:
+            pairs |= {f"measure.abilities.{name}": (asked.get(name), asks[name]) for name in _FIXED_ABILITIES}
+        versions = was["versions"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{run.path / CONFIG} is no configuration of a run that can be resumed ({error})") from error
+    differing = [f"{name} was {then!r} and is {now!r}" for name, (then, now) in pairs.items() if then != now]
+    if differing:
+        raise ValueError(f"{run.path} can't be resumed with other settings: {'; '.join(differing)}. Give the same "
+                         "ones, or another directory")
+    changed = [f"{name} {versions.get(name)} -> {now}" for name, now in config["versions"].items()
+               if versions.get(name) != now]
+    machine = {"processes": 1, **(was.get("machine") or {})}
+    # Sums are split among threads, and go to other kernels on another kind of processor.
+    changed += [f"{name} {machine.get(name)} -> {now}" for name, now in config["machine"].items()
+                if machine.get(name) != now]
+    if changed:
+        logger.warning("resumed with other versions or on another machine (%s): bits may differ from here on",
+                       ", ".join(changed))
+    return not changed

@@ -1,0 +1,227 @@
+"""The files of a run directory, written so that a killed process leaves nothing that can't be gone on from."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..editing.checkpoints import CHECKPOINTS
+from ..utils.files import atomic_write, path_within, remove_partial_files
+from ..utils.yaml import read_yaml
+from .schema import CONFIG, FILES, METRICS, Count, Measurement, read_record
+
+_R = TypeVar("_R")
+_OF_CHECKPOINTS = ("weights-", "session-")  # names in the folder of checkpoints begin so
+_CHUNK = 1 << 16  # bytes
+
+
+class RunDirectory:
+    """One run's files, by their names in DESIGN.md, section 4.
+
+    A run directory may come from somebody else, so none of its names leads out of it: a symbolic link that does is
+    refused. (The folder of checkpoints may be one, to a larger disk: of that only files of its own names are touched.)
+
+    Args:
+        path: the directory; made when first written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / CHECKPOINTS
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        return (self.path / name).is_file()
+
+    def place(self, name: str) -> Path:
+        """The path of a file in the directory.
+
+        Raises:
+            ValueError: it leads out of the directory, by its name or by a symbolic link.
+        """
+        return path_within(self.path, name, "the run directory")
+
+    def check_places(self) -> None:
+        """Refuse a directory one of whose names leads out of it; to be called before anything is done there.
+
+        Raises:
+            ValueError: names the first that does.
+        """
+        for name in FILES:
+            self.place(name)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process, until the context or the process ends, and clear away what a killed
+        one left half written.
+
+        Raises:
+            ValueError: another process runs in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another process is at work in {self.path}: wait for it, or give another directory"
+                                 ) from error
+            self._remove_leftovers()
+            yield
+        finally:
+            os.close(handle)  # and the lock with it
+
+    def _remove_leftovers(self) -> None:
+        linked = self.checkpoints.is_symlink()
+        for folder in (self.path, *(path for path in self.path.iterdir() if path.is_dir() and not path.is_symlink())):
+            remove_partial_files(folder)
+        for beginning in _OF_CHECKPOINTS if linked else ():  # other programs may keep theirs on that disk
+            remove_partial_files(self.checkpoints, beginning)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a whole file, or leave the one before it."""
+        with atomic_write(self.place(name)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a whole JSON file."""
+        self.write_text(name, json.dumps(content, indent=1))
+
+    def write_lines(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write a whole JSONL file."""
+        self.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file.
+
+        Raises:
+            ValueError: it is none.
+        """
+        target = self.place(name)
+        try:
+            return json.loads(target.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+            raise ValueError(f"{target} is no JSON ({error}): it was changed by hand or damaged") from error
+
+    def read_config(self) -> dict[str, Any]:
+        """``config.yaml``'s content.
+
+        Raises:
+            ValueError: it is no YAML mapping.
+        """
+        target = self.place(CONFIG)
+        try:
+            text = target.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ValueError(f"{target} does not exist: give the directory of a run") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{target} is no YAML: {error}") from error
+        config = read_yaml(text, str(target))
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.path / CONFIG} holds {type(config).__name__}, not a mapping")
+        return config
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Add a line to a JSONL file; it is on the disk when this returns."""
+        self.append_text(name, json.dumps(line) + "\n")
+
+    def append_text(self, name: str, text: str) -> None:
+        """Add whole lines to a file; they are on the disk when this returns.
+
+        A last line that a killed process tore is dropped first. Where there is no room for all of them, none is added.
+        """
+        target = self.place(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("ab+", buffering=0) as stream:
+            size = _whole_lines(stream)
+            stream.truncate(size)
+            try:
+                rest = memoryview(text.encode("utf-8"))
+                while rest:
+                    rest = rest[stream.write(rest):]
+                os.fsync(stream.fileno())
+            except BaseException:
+                stream.truncate(size)
+                raise
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """All whole lines of a JSONL file; none where it is absent. A last line that was torn is left out.
+
+        Raises:
+            ValueError: a line before the last is no JSON object.
+        """
+        target = self.place(name)
+        if not target.exists():
+            return []
+        raw = target.read_bytes().split(b"\n")[:-1]  # what stands behind the last line break is torn, or nothing
+        return [_parsed(target, number, text) for number, text in enumerate(raw, start=1)]
+
+    def records(self, name: str, kind: type[_R]) -> list[_R]:
+        """All whole lines of a JSONL file as records of ``runs.schema``; none where it is absent.
+
+        Raises:
+            ValueError: a line is no such record.
+        """
+        return [read_record(kind, line, f"{self.path / name}, line {number}")
+                for number, line in enumerate(self.lines(name), start=1)]
+
+    def measurements(self) -> list[Measurement]:
+        """All whole lines of ``metrics.jsonl``.
+
+        Raises:
+            ValueError: a line is no measurement.
+        """
+        return [Measurement.from_dict(line, f"{self.path / METRICS}, line {number}")
+                for number, line in enumerate(self.lines(METRICS), start=1)]
+
+    def keep_whole_lines(self, name: str) -> None:
+        """Drop a JSONL file's last line if it was torn."""
+        if self.has(name) and not self.place(name).read_bytes().endswith(b"\n"):
+            self.write_lines(name, self.lines(name))
+
+    def keep_until(self, name: str, num_edits: int) -> None:
+        """Drop a JSONL file's lines of more edits than these; a file that is absent stays so."""
+        if not self.has(name):
+            return
+        edits = [read_record(Count, line.get("num_edits"), f"{self.path / name}, line {number}: num_edits")
+                 for number, line in enumerate(self.lines(name), start=1)]
+        self.write_lines(name, [line for line, found in zip(self.lines(name), edits, strict=True)
+                                if found <= num_edits])
+
+
+def _whole_lines(stream: FileIO) -> int:
+    """Bytes of a file up to its last line break."""
+    size = stream.seek(0, os.SEEK_END)
+    while size:
+        start = max(0, size - _CHUNK)
+        stream.seek(start)
+        found = bytes(stream.read(size - start)).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        size = start
+    return 0
+
+
+def _parsed(path: Path, number: int, text: bytes) -> dict[str, Any]:
+    """A line of a JSONL file.
+
+    Raises:
+        ValueError: it is no JSON object; the message names file and line.
+    """
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line {number} is no JSON ({error}): it was damaged") from error
+    if not isinstance(line, dict):
+        raise ValueError(f"{path}, line {number} holds {type(line).__name__}, not an object")
+    return line

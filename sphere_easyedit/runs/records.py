@@ -1,0 +1,283 @@
+"""What a run directory says: its records, and what is derived from them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from ..callbacks.energy_metrics import EnergyRecord
+from ..callbacks.he_tracker import read_energy_csv
+from ..callbacks.neurons import NeuronRecord
+from ..callbacks.spaces import read_spaces_csv
+from ..editing.callbacks import RunState
+from ..hparams import REMOVED, SPHERE_ONLY
+from ..methods.registry import METHODS
+from . import schema
+from .directory import RunDirectory
+from .schema import (
+    BatchRecord,
+    CaseId,
+    Estimate,
+    Measurement,
+    RunDescription,
+    SpaceRecord,
+    Summary,
+    When,
+    read_record,
+)
+
+PAPER: Final = "paper"
+SPHERE: Final = "SPHERE"  # the variant that projects onto the principal space's complement
+# Hyperparameters that two arms of one experiment may differ in: SPHERE's, and where things lie.
+_NOT_COMPARED: Final = frozenset({*SPHERE_ONLY, *REMOVED, "device", "stats_dir", "target_values_dir"})
+_E = TypeVar("_E", bound=Estimate)
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """A run directory's records. A file that a run writes late or not at all leaves its part empty, or None.
+
+    Attributes:
+        directory: where they were read.
+        config: ``config.yaml`` as it stands, with the mappings ``run`` and ``hparams``.
+        points, abilities: lines of ``metrics.jsonl``, in order, with the metrics that some case has.
+        energy: records of ``energy.csv``, one before the first batch and one a batch.
+        batches: lines of ``edits.jsonl``.
+        summary: ``summary.json``; None while the run has not ended.
+        spaces: lines of ``spaces.csv``.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    points: tuple[Measurement, ...]
+    abilities: tuple[Measurement, ...]
+    energy: tuple[EnergyRecord, ...]
+    batches: tuple[BatchRecord, ...]
+    summary: Summary | None
+    spaces: tuple[SpaceRecord, ...] = ()
+
+    @classmethod
+    def read(cls, directory: str | Path) -> RunRecords:
+        """Read a run directory, of a run that ended or of one under way.
+
+        A last line that was torn while it was being written is left out.
+
+        Raises:
+            ValueError: there is no ``config.yaml`` or ``metrics.jsonl``, or a file does not have its form; the message
+                names file and line.
+        """
+        files = RunDirectory(Path(directory))
+        for name in (schema.CONFIG, schema.METRICS):
+            if not files.has(name):
+                raise ValueError(f"{directory} has no {name}: give the directory of a run, as `edit --output` makes it")
+        state = read_state(files)
+        _check_unique(files.path / schema.METRICS, [
+            # Tasks may be measured one after the other, by one protocol.
+            (point.num_edits, point.when, point.protocol, task) for point in state.measurements
+            for task in point.abilities or ("",)])
+        _check_unique(files.path / schema.EDITS, [batch.num_edits for batch in state.batches])
+        _check_unique(files.path / schema.SPACES, [(space.num_edits, space.layer) for space in state.spaces])
+        return cls.of(state)
+
+    @classmethod
+    def of(cls, run: RunState) -> RunRecords:
+        """The records of a run of this process."""
+        points = [replace(point, metrics=_measured(point.metrics), abilities=_measured(point.abilities))
+                  if point.metrics or point.abilities else point for point in run.measurements]
+        return cls(run.directory, run.config,
+                   tuple(point for point, given in zip(points, run.measurements, strict=True) if not given.abilities),
+                   tuple(point for point, given in zip(points, run.measurements, strict=True) if given.abilities),
+                   tuple(run.energy), tuple(run.batches), run.summary, tuple(run.spaces))
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return self.directory.resolve().name
+
+    @property
+    def algorithm(self) -> str:
+        """``base_alg`` of the hyperparameters."""
+        return str(self.config["hparams"].get("base_alg") or self.config["hparams"].get("alg_name"))
+
+    @property
+    def base(self) -> str:
+        """The base method: the algorithm, and whether it has earlier keys in its bracket where that is a choice."""
+        method = METHODS.find(self.algorithm)
+        is_choice = method is None or not method.always_keeps_keys
+        earlier = self.config["hparams"].get("keep_previous_keys") and is_choice
+        return f"{self.algorithm}, earlier keys" if earlier else self.algorithm
+
+    @cached_property
+    def variant(self) -> str | None:
+        """What was done to the base method's updates: None, ``SPHERE``, or a control such as ``random``.
+
+        It is what stands after ``+`` behind the base method in the directory's name (``AlphaEdit+random-seed1`` gives
+        random). Where nothing does, it follows from ``alpha`` and ``suppression`` of the hyperparameters.
+        """
+        found = re.search(re.escape(self.algorithm) + r"\+([a-z]+(?:\+[a-z]+)*)", self.name, re.IGNORECASE)
+        if found is not None:
+            return SPHERE if found[1].upper() == SPHERE else found[1]
+        hparams = self.config["hparams"]
+        suppression = hparams.get("suppression", "principal")
+        return None if not hparams.get("alpha") else SPHERE if suppression == "principal" else str(suppression)
+
+    @property
+    def method(self) -> str:
+        """Base method and variant, as in ``AlphaEdit+SPHERE``, and the principal space if it is not the current one."""
+        if self.variant is None:
+            return self.base
+        pretrained = self.variant == SPHERE and self.config["hparams"].get("principal_space") == "pretrained"
+        return f"{self.base}+{self.variant}{', pretrained space' if pretrained else ''}"
+
+    def shares_settings(self, other: RunRecords) -> bool:
+        """Whether two runs differ by nothing but SPHERE and its controls, as far as both configurations tell."""
+        ours, theirs = self.config["hparams"], other.config["hparams"]
+        return all(ours[name] == theirs[name] for name in ours.keys() & theirs.keys() - _NOT_COMPARED)
+
+    @property
+    def model(self) -> str:
+        """Last component of the model's name."""
+        return str(self.config["hparams"].get("model_name")).rstrip("/").rsplit("/", maxsplit=1)[-1]
+
+    @property
+    def dataset(self) -> str:
+        """The data set's name as the run was told it."""
+        return str(self.config["run"].get("dataset") or "unnamed")
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the draw and order of the facts."""
+        seed = self.config["run"].get("seed")
+        return None if seed is None else int(seed)
+
+    @property
+    def order_seed(self) -> int | None:
+        """Seed of another order of the same facts, where there is one."""
+        seed = self.config["run"].get("order_seed")
+        return None if seed is None else int(seed)
+
+    @property
+    def draw(self) -> int | str | None:
+        """Which facts came in which order: the seed, and that of another order where there is one."""
+        return self.seed if self.order_seed is None else f"{self.seed}, order {self.order_seed}"
+
+    def before(self, protocol: str = PAPER) -> Measurement | None:
+        """The unedited model's point."""
+        return next((p for p in self.points if p.when == "before" and p.protocol == protocol), None)
+
+    def after(self, protocol: str = PAPER) -> Measurement | None:
+        """The point at the end, on all edits; None while the run has not ended."""
+        return next((p for p in reversed(self.points) if p.when == "after" and p.protocol == protocol), None)
+
+    def trajectory(self, protocol: str = PAPER) -> list[Measurement]:
+        """Points measured on all facts so far, or a sample of them, by rising edits: ``during`` and ``after``.
+
+        Where both were measured at the same number of edits, it is ``after``, completed with what was watched
+        ``during``.
+        """
+        by_edits: dict[int, Measurement] = {}
+        for when in ("during", "after"):
+            for point in self.points:
+                if point.when == when and point.protocol == protocol:
+                    earlier = by_edits.get(point.num_edits)
+                    if earlier is not None:
+                        point = replace(
+                            point,
+                            perplexity=earlier.perplexity if point.perplexity is None else point.perplexity,
+                            update_norms=point.update_norms or earlier.update_norms)
+                    by_edits[point.num_edits] = point
+        return [by_edits[num_edits] for num_edits in sorted(by_edits)]
+
+    @cached_property
+    def energy_changes(self) -> Mapping[int, Mapping[int, float]]:
+        """Relative change of hyperspherical energy since the unedited model, by number of edits and layer."""
+        return {record.num_edits: record.relative_change for record in self.energy}
+
+    @cached_property
+    def neurons(self) -> NeuronRecord | None:
+        """How the neurons lie before editing and at the latest measurement, read when asked for; None where not kept.
+
+        Raises:
+            ValueError: ``neurons.safetensors`` is damaged, or leads out of the directory.
+        """
+        path = RunDirectory(self.directory).place(schema.NEURONS)
+        return NeuronRecord.read(path) if path.is_file() else None
+
+    def scores(self, when: When, num_edits: int, protocol: str = PAPER) -> dict[CaseId, dict[str, float]]:
+        """Scores of one evaluation by case and metric, 0 to 1; a metric that a case lacks is left out.
+
+        Raises:
+            ValueError: there is no such file, it is not of its form, or has none of this protocol.
+        """
+        files, name = RunDirectory(self.directory), f"scores/{when}-{num_edits}.jsonl"
+        if not files.has(name):
+            raise ValueError(f"{self.directory / name} is not there: the run kept no scores of this point")
+        cases: dict[CaseId, dict[str, float]] = {}
+        for number, line in enumerate(files.lines(name), start=1):
+            if line.get("protocol") != protocol:
+                continue
+            where, case_id = f"{files.path / name}, line {number}", line.get("case_id")
+            if isinstance(case_id, bool) or not isinstance(case_id, CaseId):
+                raise ValueError(f"{where}: case_id is {case_id!r}, not a number or a text")
+            if case_id in cases:
+                raise ValueError(f"{where}: case {case_id} comes a second time by the protocol {protocol}")
+            cases[case_id] = {name: float(value) for name, value in line.items()
+                              if name != "case_id" and isinstance(value, (int, float)) and not isinstance(value, bool)}
+        if not cases:
+            raise ValueError(f"{self.directory / name} has no scores by the protocol {protocol}: choose another")
+        return cases
+
+
+def find_runs(folder: str | Path) -> list[RunRecords]:
+    """All runs in or under a folder, by path: directories with a ``config.yaml`` and a ``metrics.jsonl``.
+
+    Raises:
+        ValueError: there are none, or one can't be read.
+    """
+    found = [path.parent for path in sorted(Path(folder).rglob(schema.METRICS))
+             if (path.parent / schema.CONFIG).is_file()]
+    if not found:
+        raise ValueError(f"{folder} holds no run (a directory with {schema.CONFIG} and {schema.METRICS}): give a "
+                         "folder of runs")
+    return [RunRecords.read(path) for path in found]
+
+
+def read_state(files: RunDirectory) -> RunState:
+    """A run as far as its directory says; parts that it has not written are empty.
+
+    Raises:
+        ValueError: a file does not have its form; the message names file and line.
+    """
+    return RunState(
+        files.path, _config(files), files.records(schema.EDITS, BatchRecord), files.measurements(),
+        read_energy_csv(files.place(schema.ENERGY)) if files.has(schema.ENERGY) else (),
+        read_spaces_csv(files.place(schema.SPACES)) if files.has(schema.SPACES) else (),
+        read_record(Summary, files.read_json(schema.SUMMARY), str(files.path / schema.SUMMARY))
+        if files.has(schema.SUMMARY) else None)
+
+
+def _measured(estimates: Mapping[str, _E]) -> dict[str, _E]:
+    """Without metrics that no case has."""
+    return {name: found for name, found in estimates.items() if found.n or not math.isnan(found.mean)}
+
+
+def _config(files: RunDirectory) -> Mapping[str, Any]:
+    config = files.read_config()
+    for part in ("run", "hparams"):
+        if not isinstance(config.get(part), dict):
+            raise ValueError(f"{files.path / schema.CONFIG} has no mapping `{part}`: give a run whose config is whole")
+    read_record(RunDescription, config["run"], f"{files.path / schema.CONFIG}, run")
+    return config
+
+
+def _check_unique(path: Path, keys: Sequence[object]) -> None:
+    seen: set[object] = set()
+    for key in keys:
+        if key in seen:
+            raise ValueError(f"{path} has two lines of {key}: keep the one that belongs to the run")
+        seen.add(key)

@@ -1,0 +1,107 @@
+"""Checks of what stands in a sweep's file; each raises ValueError with the place, the value and the remedy."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...utils import yaml as safe_yaml
+from ...utils.messages import suggestion
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file that names no key twice, at any depth, and holds nothing that YAML misreads."""
+    text = path.read_text(encoding="utf-8")
+    content = safe_yaml.read_yaml(text, str(path))
+    _refuse_traps(path, yaml.compose(text, Loader=yaml.SafeLoader))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a sweep is a YAML mapping with `methods` or `runs`, found {content!r:.60}")
+    return {key: _expanded(value, path) for key, value in content.items()}
+
+
+def _expanded(value: Any, path: Path) -> Any:
+    """Texts with environment variables in the form ``${NAME}`` replaced by what they stand for."""
+    if isinstance(value, dict):
+        return {key: _expanded(item, path) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expanded(item, path) for item in value]
+    if not isinstance(value, str):
+        return value
+    missing = [name for name in _VARIABLE.findall(value) if name not in os.environ]
+    if missing:
+        raise ValueError(f"{path}: {value!r} names the environment variable {missing[0]}, which is not set: set it, or "
+                         "write the path itself")
+    return _VARIABLE.sub(lambda match: os.environ[match.group(1)], value)
+
+
+def _refuse_traps(path: Path, node: yaml.Node | None) -> None:
+    """YAML would silently keep the last of two keys, and read 4:00:00 as a number to base 60."""
+    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int" and ":" in node.value:
+        raise ValueError(f"{path}, line {node.start_mark.line + 1}: YAML reads {node.value} as a number to base 60: "
+                         f'write "{node.value}"')
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ValueError(f"{path}, line {key.start_mark.line + 1}: {key.value} is given twice: remove one")
+                seen.add(key.value)
+            _refuse_traps(path, value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_traps(path, value)
+
+
+def check_keys(mapping: Mapping[Any, Any], known: Collection[str], where: str) -> None:
+    """Refuse a key that is not known."""
+    for key in mapping:
+        if key not in known:
+            raise ValueError(f"{where} knows no {key!r}{suggestion(str(key), known)}")
+
+
+def refuse_both(one: Iterable[str], other: Collection[str], where: str, there: str) -> None:
+    """Refuse a name that stands in two places."""
+    if both := [name for name in one if name in other]:
+        raise ValueError(f"{both[0]} is given under both {where} and {there}: remove one")
+
+
+def as_mapping(value: Any, where: str) -> Mapping[Any, Any]:
+    """A mapping; empty for None."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be a mapping of names to values, not {value!r:.60}")
+    return value
+
+
+def as_text(value: Any, where: str) -> str:
+    """A text that is not blank."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where} must be given as a text, not {value!r:.60}")
+    return value
+
+
+def as_whole(value: Any, where: str, least: int) -> int:
+    """A whole number from ``least`` on."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{where} is {value!r:.60}: give a whole number of at least {least}")
+    return value
+
+
+def as_flag(value: Any, where: str) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{where} is {value!r:.60}: give true or false")
+    return value
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list as it is, anything else as a list of one."""
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,235 @@
+"""A sweep's YAML file.
+
+.. code-block:: yaml
+
+    model: smollm2-135m            # hyperparameters are hparams: "{method}/{model}", unless that says another file
+    dataset: counterfact           # dataset, data, num_edits, batch_size: as `sphere-easyedit edit` takes them
+    data: ../shared/data/counterfact.json
+    num_edits: 2000
+    batch_size: 100
+    edit: {eval-every: 500, protocol: [paper, rome], eval-before: false}    # further options; a list repeats one
+    set: {v_num_grad_steps: 10, context_templates: []}      # hyperparameters of all runs
+    seeds: [0, 1]
+    seeds_outermost: true          # all runs of one seed before the next seed's; false: all seeds of a run together
+    methods: [MEMIT, AlphaEdit]    # or with hyperparameters of their own: {MEMIT: {}, AlphaEdit: {L2: 1}}
+    sphere: [false, true]          # false: alpha 0, and gamma and the like play no part
+    gamma: [0.5]                   # not given: the hyperparameter file's own
+    alpha: {AlphaEdit: [0.5], default: [0.8]}               # any axis may differ by method
+    axes: {principal_space: [current, pretrained]}          # further hyperparameters to vary
+    exclude: [{method: MEMIT, principal_space: pretrained}]
+    runs:                          # alone or after the grid; what one does not say it takes from above
+      - {name: AlphaEdit-random, method: AlphaEdit, sphere: true, set: {suppression: random}, seeds: [0]}
+    slurm: {partition: gpu, time: "8:00:00", gpus_per_node: 1}      # of each run, for `sweep --launcher`; else unused
+
+An entry of ``runs`` may say all that stands above but methods, exclude, seeds_outermost and slurm. Its ``set`` and
+``edit`` are added to those above; axes above are the grid's alone. A lone value stands for a list of one. Paths are
+relative to the working directory, as everywhere; ``${NAME}`` is an environment variable's value:
+``${SPHERE_DATA}/zsre.json``.
+
+A run is named METHOD-plain-seedS or METHOD-sphere-gammaG-alphaA-seedS. What differs from the hyperparameter file and
+``set`` stands in front of the seed, so a new axis leaves the names of runs that keep to the file as they are. With a
+``name`` that stands for all but the seed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, get_args
+
+from ...datasets.loaders import DatasetName
+from ...hparams import SPHEREHyperParams
+from ...utils.messages import suggestion
+from .checks import as_flag, as_list, as_mapping, as_text, as_whole, check_keys, read_yaml, refuse_both
+from .grid import LONGEST, Group, arms_of, is_name, resolve, runs_of, without
+from .record import Run, Sweep
+from .slurm import check_slurm
+
+_RUN_KEYS = ("model", "hparams", "dataset", "data", "num_edits", "batch_size")
+_LISTS = ("seeds", "sphere", "gamma", "alpha")
+_GRID_KEYS = (*_RUN_KEYS, "edit", "set", *_LISTS, "seeds_outermost", "methods", "axes", "exclude", "runs",
+              "slurm")
+_ENTRY_KEYS = ("name", "method", *_RUN_KEYS, "edit", "set", *_LISTS, "axes")
+# Options of `edit` and hyperparameters that have a key of their own here, so that there is one place to look for them.
+_OWN_OPTIONS = MappingProxyType({"hparams": "hparams", "set": "set", "dataset": "dataset", "data": "data",
+                                 "num-edits": "num_edits", "batch-size": "batch_size", "seed": "seeds"})
+_OWN_HYPERPARAMETERS = MappingProxyType({"gamma": "gamma", "alpha": "alpha", "cumulative_ratio": "gamma",
+                                         "suppression_strength": "alpha"})
+_GIVEN_ANYWAY: Final = ("output", "resume")
+
+
+def load_sweep(path: str | Path, edit_options: Collection[str] | None = None) -> Sweep:
+    """Read a sweep's YAML file (see the module's text) and expand it to its runs, everything checked.
+
+    Args:
+        path: the file.
+        edit_options: names of the options that ``edit`` has, without dashes in front, ``no-`` and all; None lets any
+            pass.
+
+    Raises:
+        FileNotFoundError: this file, or a hyperparameter file, is not there.
+        ValueError: the file is no YAML; a key, an option or a hyperparameter is unknown (the nearest is named) or
+            wrong; two runs are the same or have the same name; nothing is left to run.
+    """
+    path = Path(path)
+    content = read_yaml(path)
+    try:
+        return Sweep(tuple(_Reader(content, edit_options).runs()), check_slurm(content.get("slurm"), "slurm"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+class _Reader:
+    """What the file says, part by part."""
+
+    def __init__(self, content: Mapping[str, Any], edit_options: Collection[str] | None) -> None:
+        check_keys(content, _GRID_KEYS, "the sweep")
+        self._top, self._edit_options = content, edit_options
+        self._files: dict[str, dict[str, Any]] = {}  # hyperparameter files that were read
+        self._methods = _methods(content.get("methods"))
+        self._entries = _entries(content.get("runs"))
+        if not self._methods and not self._entries:
+            raise ValueError("there is nothing to run: give `methods`, a list, or `runs`")
+        self._set = _hyperparameters(content.get("set"), "set")
+        self._axes = _hyperparameters(content.get("axes"), "axes")
+        refuse_both(self._set, self._axes, "set", "axes")
+        self._known_methods = list(dict.fromkeys(
+            [*self._methods, *(entry["method"] for entry in self._entries.values())]))
+        for method, own in self._methods.items():
+            refuse_both(own, self._axes, f"methods.{method}", "axes")
+
+    def runs(self) -> list[Run]:
+        groups = [self._group(f"method {method}", method, {}, self._axes) for method in self._methods]
+        arms = [arm for group in groups for arm in arms_of(group)]
+        if self._top.get("exclude") is not None:
+            arms = without(arms, self._top["exclude"], self._axes)
+        for where, entry in self._entries.items():
+            axes = _hyperparameters(entry.get("axes"), f"{where}.axes")
+            found = list(arms_of(self._group(where, entry["method"], entry, axes)))
+            if "name" in entry and len(found) > 1:
+                raise ValueError(f"{where} has the name {entry['name']!r} but stands for {len(found)} runs of each "
+                                 "seed: give one value each for sphere, gamma, alpha and axes, or leave the name out")
+            arms += found
+        runs = runs_of(arms, as_flag(self._top.get("seeds_outermost", True), "seeds_outermost"))
+        if not runs:
+            raise ValueError("exclude leaves nothing to run: remove an entry of it")
+        return runs
+
+    def _group(self, where: str, method: str, entry: Mapping[str, Any], axes: Mapping[str, Any]) -> Group:
+        """``entry`` is empty for the grid's groups."""
+        common = {**self._set, **self._methods.get(method, {})}
+        own_set = _hyperparameters(entry.get("set"), f"{where}.set")
+        refuse_both(own_set, axes, f"{where}.set", f"{where}.axes")
+        changed = {name: value for name, value in common.items() if name not in axes} | own_set
+        edit_above = self._edit(self._top.get("edit"), "edit")
+        edit = edit_above | self._edit(entry.get("edit"), f"{where}.edit")
+        given = {name: entry.get(name, self._top.get(name)) for name in _RUN_KEYS}
+        settings = _settings(method, given, changed, edit, where)
+        told = {name: entry[name] for name in ("model", "dataset", "num_edits", "batch_size")
+                if name in entry and entry[name] != self._top.get(name)}
+        told |= {name: value for name, value in edit.items() if value != edit_above.get(name)}
+        lists = {name: self._choices(name, self._top.get(name) if entry.get(name) is None else entry[name], method)
+                 for name in _LISTS}
+        if settings.hparams not in self._files:
+            self._files[settings.hparams] = SPHEREHyperParams.from_hparams(settings.hparams).to_dict()
+        file = self._files[settings.hparams]
+        return Group(
+            where=where, name=_name(entry, where), settings=settings, told=told, file=file,
+            own=resolve(file, common, where),
+            seeds=tuple(as_whole(seed, f"{where}: a seed", 0) for seed in lists["seeds"] or (0,)),
+            sphere=tuple(as_flag(sphere, f"{where}: sphere") for sphere in lists["sphere"] or (False, True)),
+            gamma=lists["gamma"] or (None,), alpha=lists["alpha"] or (None,),
+            axes={name: values for name, value in axes.items() if (values := self._choices(name, value, method))},
+        )
+
+    def _choices(self, name: str, value: Any, method: str) -> tuple[Any, ...]:
+        """The values of an axis for this method; none where it keeps to its file."""
+        if isinstance(value, Mapping):
+            check_keys(value, (*self._known_methods, "default"), f"{name}, given by method,")
+            value = value.get(method, value.get("default"))
+        if value == []:
+            raise ValueError(f"{name} is an empty list: give a value, or leave it out")
+        return () if value is None else tuple(as_list(value))
+
+    def _edit(self, value: Any, where: str) -> dict[str, Any]:
+        """Options of ``edit``; None for those that are not given."""
+        found: dict[str, Any] = {}
+        for key, item in as_mapping(value, where).items():
+            name = as_text(key, where).replace("_", "-")
+            if name in _OWN_OPTIONS:
+                raise ValueError(f"{where} holds {key}: give it as `{_OWN_OPTIONS[name]}` beside {where}")
+            if name in _GIVEN_ANYWAY:
+                raise ValueError(f"{where} holds {key}, which each run is given anyway: remove it")
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+                raise ValueError(f"{where} holds {key!r}: give an option's long name without dashes in front")
+            if self._edit_options is not None and name not in self._edit_options:
+                raise ValueError(f"{where}: {key} is no option of `sphere-easyedit edit`"
+                                 f"{suggestion(name, self._edit_options)}")
+            if name in found:
+                raise ValueError(f"{where} holds {name} in two spellings: remove one")
+            if not all(isinstance(part, (str, int, float)) for part in as_list("" if item is None else item)):
+                raise ValueError(f"{where}.{key} is {item!r:.60}: give a text, a number, true or false, or a list")
+            if item is False and self._edit_options is not None and f"no-{name}" not in self._edit_options:
+                raise ValueError(f"{where}: {key} is false, but there is no --no-{name}: leave it out, or give null to "
+                                 "undo what stands above")
+            found[name] = item
+        return found
+
+
+def _methods(value: Any) -> dict[str, dict[str, Any]]:
+    """Hyperparameters of its own for each method."""
+    if isinstance(value, Mapping):
+        return {as_text(name, "methods"): _hyperparameters(own, f"methods.{name}") for name, own in value.items()}
+    names = [] if value is None else [as_text(name, "methods") for name in as_list(value)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"methods has {twice[0]} twice: remove one")
+    return {name: {} for name in names}
+
+
+def _entries(value: Any) -> dict[str, Mapping[str, Any]]:
+    """Entries of ``runs`` by where they stand."""
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"runs must be a list of mappings such as {{method: MEMIT}}, not {value!r:.60}")
+    entries = {f"runs[{index}]": as_mapping(entry, f"runs[{index}]") for index, entry in enumerate(value or [])}
+    for where, entry in entries.items():
+        check_keys(entry, _ENTRY_KEYS, where)
+        as_text(entry.get("method"), f"{where}.method")
+    return entries
+
+
+def _hyperparameters(value: Any, where: str) -> dict[str, Any]:
+    found = {as_text(name, where): item for name, item in as_mapping(value, where).items()}
+    for name in found:
+        if name in _OWN_HYPERPARAMETERS:
+            raise ValueError(f"{where} holds {name}: give it as `{_OWN_HYPERPARAMETERS[name]}` beside {where}")
+    return found
+
+
+def _settings(method: str, given: Mapping[str, Any], changed: Mapping[str, Any], edit: Mapping[str, Any], where: str
+              ) -> Run:
+    """A run without a name, seed 0, its hyperparameters still to be resolved."""
+    hparams = "{method}/{model}" if given["hparams"] is None else as_text(given["hparams"], f"{where}: hparams")
+    if "{model}" in hparams:
+        hparams = hparams.replace("{model}", as_text(given["model"], f"{where}: model (or hparams, a file)"))
+    dataset = "demo" if given["dataset"] is None else as_text(given["dataset"], f"{where}: dataset")
+    if dataset not in get_args(DatasetName):
+        raise ValueError(f"{where}: dataset {dataset!r} is not known{suggestion(dataset, get_args(DatasetName))}")
+    return Run(
+        name="", arm="", method=method, sphere=False, seed=0, hparams=hparams.replace("{method}", method), set=changed,
+        dataset=dataset, data=None if given["data"] is None else as_text(given["data"], f"{where}: data"),
+        num_edits=None if given["num_edits"] is None else as_whole(given["num_edits"], f"{where}: num_edits", 1),
+        batch_size=as_whole(100 if given["batch_size"] is None else given["batch_size"], f"{where}: batch_size", 1),
+        edit={name: value for name, value in edit.items() if value is not None}, hyperparameters={},
+    )
+
+
+def _name(entry: Mapping[str, Any], where: str) -> str | None:
+    if "name" not in entry:
+        return None
+    name = as_text(entry["name"], f"{where}.name")
+    if not is_name(name):
+        raise ValueError(f"{where}.name is {name!r}, which is to be a directory's name: use at most {LONGEST} letters "
+                         "and digits of ASCII, after the first also . _ = + -")
+    return name
