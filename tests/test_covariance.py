@@ -25,8 +25,6 @@ from sphere_easyedit.editing.solve import prepare_session
 from sphere_easyedit.methods import covariance
 from sphere_easyedit.methods.corpus import corpus_name, token_sequences
 from sphere_easyedit.methods.covariance import (
-    filed_factor,
-    filed_null_space,
     load_moment,
     load_null_space,
     moment_path,
@@ -34,9 +32,11 @@ from sphere_easyedit.methods.covariance import (
     null_space_basis,
     save_moment,
     second_moments,
+    stored_factor,
+    stored_null_space,
 )
 from sphere_easyedit.methods.solvers import CholeskyFactor, KeyHistory, NullSpace
-from sphere_easyedit.methods.statistics_origin import origin_path
+from sphere_easyedit.methods.statistics_fingerprint import fingerprint_path
 from sphere_easyedit.models.architecture import EditableModel, ModuleNames
 
 TEXTS = ["The capital of France is Paris.", "Rome",
@@ -119,7 +119,7 @@ def test_written_file_has_easyedits_layout(family: str, tok: PreTrainedTokenizer
         mean = torch.from_numpy(ours["mom2.mom2"]) / int(ours["mom2.count"])
     assert relative_error(mean, found[1]) < 1e-6
     paths = [moment_path(editable, hparams, layer) for layer in hparams.layers]
-    assert sorted(path.parent.iterdir()) == sorted([*paths, *map(origin_path, paths)])  # and no temporary file
+    assert sorted(path.parent.iterdir()) == sorted([*paths, *map(fingerprint_path, paths)])  # and no temporary file
 
 
 def test_files_are_read_and_not_collected_again(tok: PreTrainedTokenizerBase, tmp_path: Path,
@@ -818,7 +818,7 @@ def _statistics(folder: Path, width: int = 40, seed: int = 0) -> Path:
 
 
 def _fail(*_: Any) -> Any:
-    raise AssertionError("made anew")
+    raise AssertionError("derived again")
 
 
 def _made_once(make: Callable[[Path], list[Tensor]], maker: tuple[Any, str], folder: Path,
@@ -843,7 +843,7 @@ def _made_once(make: Callable[[Path], list[Tensor]], maker: tuple[Any, str], fol
         caplog.clear()
         assert all(torch.equal(*pair) for pair in zip(make(statistics), made, strict=True))
         assert f"{filed}" in caplog.text
-        assert "made anew" in caplog.text
+        assert "derived again" in caplog.text
         caplog.clear()
         make(statistics)
         assert not caplog.records  # the file was mended
@@ -863,7 +863,7 @@ def _made_once(make: Callable[[Path], list[Tensor]], maker: tuple[Any, str], fol
 def test_null_space_is_filed(rule: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                              caplog: pytest.LogCaptureFixture) -> None:
     def make(statistics: Path) -> list[Tensor]:
-        return [projection(filed_null_space(statistics, 40, rule.get("threshold"), rule.get("share"), CPU))]
+        return [projection(stored_null_space(statistics, 40, rule.get("threshold"), rule.get("share"), CPU))]
 
     if rule == {"share": 1.0}:  # nothing in the file to be damaged, and no other statistics give anything else
         assert torch.equal(make(_statistics(tmp_path))[0], make(_statistics(tmp_path))[0])
@@ -874,7 +874,7 @@ def test_null_space_is_filed(rule: dict[str, float], tmp_path: Path, monkeypatch
 
 def test_rules_are_filed_apart(tmp_path: Path) -> None:
     statistics = _statistics(tmp_path)
-    dimensions = [filed_null_space(statistics, 40, threshold, share, CPU).dimensions
+    dimensions = [stored_null_space(statistics, 40, threshold, share, CPU).dimensions
                   for threshold, share in ((0.2, None), (0.5, None), (None, 0.9), (0.2, 0.5)) for _ in range(2)]
     assert dimensions[::2] == dimensions[1::2]
     assert dimensions[4::2] == [36, 20]
@@ -885,29 +885,29 @@ def test_rules_are_filed_apart(tmp_path: Path) -> None:
 def test_wide_factor_is_filed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                               caplog: pytest.LogCaptureFixture) -> None:
     def make(statistics: Path) -> list[Tensor]:
-        return list(filed_factor(statistics, 40, CPU).rows)
+        return list(stored_factor(statistics, 40, CPU).rows)
 
     make(_statistics(tmp_path))
     assert list(tmp_path.glob("*.safetensors")) == []  # a narrow one is not
-    monkeypatch.setattr(covariance, "FACTOR_FILED_FROM", 40)
+    monkeypatch.setattr(covariance, "MIN_STORED_FACTOR_SIZE", 40)
     _made_once(make, (CholeskyFactor, "of"), tmp_path, monkeypatch, caplog)
 
 
 def test_factor_of_a_singular_moment_is_not_filed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(covariance, "FACTOR_FILED_FROM", 1)
+    monkeypatch.setattr(covariance, "MIN_STORED_FACTOR_SIZE", 1)
     path = tmp_path / "C.npz"
     save_moment(path, torch.zeros(5, 5), 3, 7)
     with pytest.raises(torch.linalg.LinAlgError):
-        filed_factor(path, 5, CPU)
+        stored_factor(path, 5, CPU)
     assert [file.name for file in tmp_path.iterdir()] == ["C.npz"]
 
 
 def test_damaged_statistics_are_refused_whatever_lies_beside_them(tmp_path: Path) -> None:
     statistics = _statistics(tmp_path)
-    filed_null_space(statistics, 40, None, 0.9, CPU)
+    stored_null_space(statistics, 40, None, 0.9, CPU)
     statistics.write_bytes(statistics.read_bytes()[:-200])
     with pytest.raises(ValueError, match="no statistics file"):
-        filed_null_space(statistics, 40, None, 0.9, CPU)
+        stored_null_space(statistics, 40, None, 0.9, CPU)
 
 
 def test_folder_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -917,7 +917,7 @@ def test_folder_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
     statistics = _statistics(tmp_path)
     monkeypatch.setattr(covariance, "atomic_write", refuse)
-    assert filed_null_space(statistics, 40, None, 0.9, CPU).dimensions == 36
+    assert stored_null_space(statistics, 40, None, 0.9, CPU).dimensions == 36
     assert "can't be written" in caplog.text
     assert "made again in the next session" in caplog.text
 
@@ -925,7 +925,7 @@ def test_folder_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("base_alg", ["AlphaEdit", "MEMIT"])
 def test_second_run_reads_what_the_first_derived(base_alg: str, tok: PreTrainedTokenizerBase, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(covariance, "FACTOR_FILED_FROM", 1)
+    monkeypatch.setattr(covariance, "MIN_STORED_FACTOR_SIZE", 1)
     hparams = tiny_hparams(tmp_path, base_alg=base_alg, v_num_grad_steps=2)
     first, second = tiny_model("llama"), tiny_model("llama")
     sphere.apply_sphere_to_model(first, tok, REQUESTS, hparams)

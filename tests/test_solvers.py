@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
 from sphere_easyedit.core.updates import LowRankUpdate
-from sphere_easyedit.editing import solve as executors
+from sphere_easyedit.editing import solve
 from sphere_easyedit.methods import solvers
 from sphere_easyedit.methods.covariance import load_moment, moment_path, save_moment
 from sphere_easyedit.methods.solvers import (
@@ -642,7 +642,7 @@ def test_dense_solve_takes_over(settings_: dict[str, object], tok: PreTrainedTok
     """A batch whose factored solve fails is edited as if it had not."""
     hparams = tiny_hparams(tmp_path, alpha=0.0, v_num_grad_steps=4, **settings_)
     expected = _updates(tok, hparams)
-    monkeypatch.setattr(executors, "adjusted_keys", lambda *_: None)
+    monkeypatch.setattr(solve, "adjusted_keys", lambda *_: None)
     with caplog.at_level(logging.WARNING):
         found = _updates(tok, hparams)
     assert "layer 1: solving densely in the space of 80 inputs" in caplog.text
@@ -691,8 +691,8 @@ def test_dense_solve_that_fails_names_the_remedy(tok: PreTrainedTokenizerBase, t
         raise torch.linalg.LinAlgError("exactly singular")
 
     hparams = tiny_hparams(tmp_path, base_alg="AlphaEdit", alpha=0.0, v_num_grad_steps=2)
-    monkeypatch.setattr(executors, "adjusted_keys", lambda *_: None)
-    monkeypatch.setattr(executors, "plain_alphaedit_keys", fail)
+    monkeypatch.setattr(solve, "adjusted_keys", lambda *_: None)
+    monkeypatch.setattr(solve, "plain_alphaedit_keys", fail)
     model = tiny_model("llama")
     before = edited_weights(model, hparams)
     with pytest.raises(ValueError, match=r"layer 1: .*singular \(exactly singular\).*mom2_n_samples.*raise L2"):

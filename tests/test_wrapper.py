@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing import projecting as shaping
-from sphere_easyedit.editing import solve as executors
+from sphere_easyedit.editing import solve, update_writer
 from sphere_easyedit.editing.requests import parse_requests
 from sphere_easyedit.editing.solve import prepare_session, solve_batch, tokenize_batch
 from sphere_easyedit.methods.prune import prune
@@ -486,12 +485,12 @@ class _FailingCallback(sphere.EditCallback):
 
 # Where it happens: object, attribute, which call.
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "target values": (executors, "target_values", 1),
-    "solve of the second layer": (executors, "adjusted_keys", 2),
-    "earlier keys": (executors.KeyHistory, "extended", 1),
+    "target values": (solve, "target_values", 1),
+    "solve of the second layer": (solve, "adjusted_keys", 2),
+    "earlier keys": (solve.KeyHistory, "extended", 1),
     "projection of the second layer": (sphere.PrincipalSpace, "suppress_keys", 2),
     "projection of the second whole change": (sphere.PrincipalSpace, "suppress", 2),
-    "writing the second layer": (shaping, "add_update", 2),
+    "writing the second layer": (update_writer, "add_update", 2),
     "committing": (sphere.EditSession, "commit", 1),
 }
 CASES = [("AlphaEdit", place) for place in PLACES if "whole change" not in place]
@@ -562,7 +561,7 @@ def test_failing_callback_undoes_the_batch(base_alg: str, failure: BaseException
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_target_values_that_are_not_finite(value: float, tok: PreTrainedTokenizerBase, make: MakeHparams,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    real = executors.target_values
+    real = solve.target_values
 
     def spoiled(*args: Any, **kwargs: Any) -> Any:
         found = real(*args, **kwargs)
@@ -571,7 +570,7 @@ def test_target_values_that_are_not_finite(value: float, tok: PreTrainedTokenize
 
     model = tiny_model("llama")
     before = state_of(model)
-    monkeypatch.setattr(executors, "target_values", spoiled)
+    monkeypatch.setattr(solve, "target_values", spoiled)
     with pytest.raises(ValueError, match=r"target values of case_id \[1\] are not finite"):
         edit(model, tok, make())
     assert equal(state_of(model), before)
@@ -647,13 +646,13 @@ def test_events(family: str, base_alg: str, tok: PreTrainedTokenizerBase, make: 
 
 def test_losses_are_those_of_the_target_values(tok: PreTrainedTokenizerBase, make: MakeHparams,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    real, found = executors.target_values, []
+    real, found = solve.target_values, []
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         found.append(real(*args, **kwargs))
         return found[-1]
 
-    monkeypatch.setattr(executors, "target_values", noted)
+    monkeypatch.setattr(solve, "target_values", noted)
     notes = _Notes([])
     edit(tiny_model("llama"), tok, make(), callbacks=[notes])
     assert list(notes.events[1][0].losses) == found[0].losses

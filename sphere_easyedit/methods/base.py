@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.updates import Update
 from ..models.architecture import EditableModel
 from .solvers import KeyHistory, KeyMetric
-from .statistics_origin import StatisticsFile
+from .statistics_fingerprint import StatisticsFile
 from .tensor_store import TensorStore
 
 if TYPE_CHECKING:
