@@ -280,7 +280,7 @@ def test_keys_that_can_not_be_told_by_token(how: str, message: str, tok: PreTrai
     with pytest.raises(ValueError, match=rf"^model\.layers\.2\.mlp\.down_proj {message}") as error:
         second_moments(editable_of(model, hparams), tok, hparams)
     assert "\n" not in str(error.value)
-    assert "kept" not in caplog.text and not list((tmp_path / "stats").rglob("*.npz"))
+    assert "stored" not in caplog.text and not list((tmp_path / "stats").rglob("*.npz"))
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -291,7 +291,7 @@ def test_the_log_says_where_statistics_are_kept(tok: PreTrainedTokenizerBase, tm
     caplog.set_level(logging.INFO, "sphere_easyedit")
     second_moments(editable, tok, hparams)
     folder = moment_path(editable, hparams, 1).parent
-    assert f"second moments of layers [1, 2] are kept in {folder}" in caplog.messages
+    assert f"second moments of layers [1, 2] are stored in {folder}" in caplog.messages
     assert "operations" not in caplog.text
 
 

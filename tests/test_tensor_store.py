@@ -62,18 +62,18 @@ def solved(method: str, width: int, sizes: list[int], seed: int, store: TensorSt
 
 @pytest.mark.parametrize("method", ["MEMIT", "null space", "complement"])
 @given(width=st.integers(2, 24), sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 99),
-       room=st.sampled_from([0, 500, 4000, 10**6]))
+       limit=st.sampled_from([0, 500, 4000, 10**6]))
 @settings(max_examples=25, deadline=None)
 def test_where_state_lies_does_not_decide_about_bits(tmp_path_factory: pytest.TempPathFactory, method: str, width: int,
-                                                     sizes: list[int], seed: int, room: int) -> None:
+                                                     sizes: list[int], seed: int, limit: int) -> None:
     folder = tmp_path_factory.getbasetemp() / "state"
     plain = solved(method, width, sizes, seed, None)
-    elsewhere = solved(method, width, sizes, seed, TensorStore(room, folder))
+    elsewhere = solved(method, width, sizes, seed, TensorStore(limit, folder))
     assert all(torch.equal(one, other) for one, other in zip(plain, elsewhere, strict=True))
     assert list(folder.iterdir()) == []  # mappings without a name
 
 
-def test_a_shelf_takes_no_more_than_its_room_and_gets_it_back(tmp_path: Path) -> None:
+def test_a_store_respects_its_limit_and_reuses_freed_memory(tmp_path: Path) -> None:
     store = TensorStore(1000, tmp_path)
     first = store.put(torch.zeros(200))
     second = store.put(torch.arange(100.0))
@@ -111,7 +111,7 @@ def test_a_full_folder_leaves_the_model_as_it_was(tmp_path: Path, tok: PreTraine
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tensor_store, "mapped_copy", full)
-    with pytest.raises(ValueError, match="state_folder .* No space left .*: make room"):
+    with pytest.raises(ValueError, match="state_folder .* No space left .*: free disk space"):
         apply_sphere_to_model(model, tok, REQUESTS[1:], hparams)
     assert all(torch.equal(before[layer], weight) for layer, weight in edited_weights(model, hparams).items())
     assert session.num_edits == 1

@@ -1,4 +1,4 @@
-"""AlphaEdit (arXiv 2410.02355): keys projected on the null space of old knowledge."""
+"""AlphaEdit (arXiv 2410.02355): projects keys on the null space of preserved knowledge."""
 
 from __future__ import annotations
 

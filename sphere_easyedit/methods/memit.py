@@ -1,4 +1,4 @@
-"""MEMIT (arXiv 2210.07229): keys weighed by their covariance."""
+"""MEMIT (arXiv 2210.07229): weighs keys by the inverse of their covariance."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class MEMIT(Method):
                 metrics[layer] = CovarianceMetric(factor, hparams.mom2_update_weight)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 logger.warning("layer %d: the second moment of keys is not positive definite; each batch solves "
-                               "densely. More text (mom2_n_samples) would mend it", layer)
+                               "densely. Collect statistics from more text (mom2_n_samples)", layer)
                 metrics[layer] = None
         return metrics
 
