@@ -258,7 +258,7 @@ def test_thin_rows_and_keys_join_the_last_block(monkeypatch: pytest.MonkeyPatch)
         start = end
         assert history.factor is not None
         assert [len(row) for row in factor.rows] == [len(row) for row in history.factor.rows] == sizes
-        assert [part.shape[1] for part in history._waiting] == sizes
+        assert [part.shape[1] for part in history._pending] == sizes
         right = gaussian(2, end, 2)
         torch.testing.assert_close(matrix[:end, :end] @ factor.solve(right), right)
     assert torch.equal(history.keys, keys)
@@ -548,7 +548,7 @@ def test_what_is_derived_is_kept_on_the_shelf(monkeypatch: pytest.MonkeyPatch) -
         for i in range(9):
             history = history.extended(some_keys(i, 3, False))
             assert history.factor is not None
-            assert store.holds([*history.factor.rows, *history._waiting])
+            assert store.holds([*history.factor.rows, *history._pending])
         assert history.metric is not metric
         absorbed = history.metric._absorbed if isinstance(metric, NullSpaceMetric) else history.metric._factor
         assert store.holds([*absorbed.rows, *history._absorbed])
@@ -557,7 +557,7 @@ def test_what_is_derived_is_kept_on_the_shelf(monkeypatch: pytest.MonkeyPatch) -
 def test_history_lets_go_of_the_tensor_that_it_was_made_of() -> None:
     """Where that is cut into blocks: an empty view of it would keep it whole."""
     history = KeyHistory(torch.zeros(WIDTH, solvers.BLOCK + 1), None)
-    assert sum(part.untyped_storage().nbytes() for part in (history._none, *history._waiting)) == history.nbytes
+    assert sum(part.untyped_storage().nbytes() for part in (history._none, *history._pending)) == history.nbytes
 
 
 def test_bare_history_keeps_its_keys_alone() -> None:
@@ -607,7 +607,7 @@ def test_state_on_the_host_comes_to_where_it_is_computed(kind: str, room: int | 
         assert history.device == device
         assert history.keys.device == home
         assert history.factor is not None
-        for part in (*history.factor.rows, *history._absorbed, *history._waiting):
+        for part in (*history.factor.rows, *history._absorbed, *history._pending):
             assert part.device == home
         assert factorised == {device}
         keys = torch.zeros(WIDTH, 2, device=device)

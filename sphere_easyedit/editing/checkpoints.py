@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from ..models.architecture import EditableModel
 from ..utils.files import atomic_write, checksum_path, record_checksum, recorded_checksum, sha256_of
+
+if TYPE_CHECKING:
+    from .session import EditSession
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +55,7 @@ def save_weights(editable: EditableModel, folder: Path, num_edits: int) -> None:
         save_file(weights, temporary)
 
 
-class Saved(Protocol):
-    """Interface of ``EditSession``, which imports this module."""
-
-    num_edits: int
-
-    def save(self, path: Path) -> None:
-        """Write the session to one file."""
-
-
-def save_checkpoint(editable: EditableModel, session: Saved, folder: Path) -> None:
+def save_checkpoint(editable: EditableModel, session: EditSession, folder: Path) -> None:
     """Write the weights, then the session; with both, a run can be resumed.
 
     Raises:

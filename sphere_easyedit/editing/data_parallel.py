@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,16 +23,6 @@ from .requests import TokenizedRequest
 from .target_values import TargetValues, optimise_target_values
 
 _STATES = "states of the batch"
-
-
-class States(Protocol):
-    """Interface of ``keys.BatchStates`` that ``solve_batch`` uses."""
-
-    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]: ...
-
-    def advance(self, layer: int, to: int) -> None: ...
-
-    def read_all(self) -> dict[int, Tensor]: ...
 
 
 def target_values(editable: EditableModel, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams,
@@ -52,7 +42,7 @@ def target_values(editable: EditableModel, requests: Sequence[TokenizedRequest],
 
 @contextmanager
 def batch_states(editable: EditableModel, requests: Sequence[TokenizedRequest], token_budget: int,
-                 paths: Mapping[int, OutputPath]) -> Iterator[States]:
+                 paths: Mapping[int, OutputPath]) -> Iterator[BatchStates | _DistributedStates]:
     """``BatchStates`` of a batch, split over all processes within the context."""
     replicas = Replicas.of(editable.model)
     if replicas is None:

@@ -8,11 +8,12 @@ starting from states cached below the layer being written.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.architecture import EditableModel
 from ..models.batching import group_by_class, length_class, padded_batches
@@ -94,9 +95,9 @@ class BatchStates:
             def run(chunk: _Chunk = chunk) -> Tensor:
                 return chunk.replay.run(chunk.hidden, start=layer, stop=layer + 1)
 
-            with self._tap(layer) as seen:
+            with self._recording_inputs(layer) as inputs:
                 output, states = path.observe(self._editable, layer, run) if chunk.is_plain else (run(), None)
-            keys.add(chunk, chunk.at_lookup(seen.inputs(chunk.hidden)))
+            keys.add(chunk, self._keys(layer, chunk, chunk.hidden, inputs))
             if states is not None:
                 final = chunk.replay.run(output, start=layer + 1, stop=last + 1)
                 plain.append((chunk.at_lookup(states).float(), chunk.at_lookup(final).float()))
@@ -104,8 +105,21 @@ class BatchStates:
         states_read, now = (_in_order(owner, parts) for parts in zip(*plain, strict=True))
         return keys.result(), states_read, now
 
-    def _tap(self, layer: int) -> _InputTap:
-        return _InputTap(self._editable.down_projection(layer), self._editable.names.rewrite_module_tmp.format(layer))
+    @contextmanager
+    def _recording_inputs(self, layer: int) -> Iterator[list[Tensor]]:
+        """Inputs of the layer's down-projection in forward passes within the context."""
+        inputs: list[Tensor] = []
+        handle = self._editable.down_projection(layer).register_forward_pre_hook(
+            lambda _module, args, kwargs: inputs.append(first_input(args, kwargs)), with_kwargs=True)
+        try:
+            yield inputs
+        finally:
+            handle.remove()
+
+    def _keys(self, layer: int, chunk: _Chunk, entering: Tensor, inputs: list[Tensor]) -> Tensor:
+        """Keys ``(rows, d_in)``, where the block got ``entering (rows, tokens, ...)``."""
+        name = self._editable.names.rewrite_module_tmp.format(layer)
+        return chunk.at_lookup(as_rows(inputs[0], entering.shape[0], entering.shape[1], name))
 
     @torch.no_grad()
     def advance(self, layer: int, to: int) -> None:
@@ -122,9 +136,9 @@ class BatchStates:
             hidden = chunk.replay.hidden
             for layer, following in zip(layers, [*layers[1:], layers[-1] + 1], strict=True):
                 entering = hidden
-                with self._tap(layer) as seen:
+                with self._recording_inputs(layer) as inputs:
                     hidden = chunk.replay.run(hidden, start=layer, stop=following)
-                keys[layer].add(chunk, chunk.at_lookup(seen.inputs(entering)))
+                keys[layer].add(chunk, self._keys(layer, chunk, entering, inputs))
         return {layer: mean.result() for layer, mean in keys.items()}
 
 
@@ -145,26 +159,6 @@ class _KeyMean:
     def result(self) -> Tensor:
         assert self._total is not None  # every batch has plain prompts
         return self._total
-
-
-class _InputTap:
-    """Records a module's input within the context."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self._module, self._name = module, name
-        self._seen: list[Tensor] = []
-
-    def __enter__(self) -> _InputTap:
-        self._handle = self._module.register_forward_pre_hook(
-            lambda _module, args, kwargs: self._seen.append(first_input(args, kwargs)), with_kwargs=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-
-    def inputs(self, hidden: Tensor) -> Tensor:
-        """The module's first input as ``(rows, tokens, d_in)``, where the block got ``hidden (rows, tokens, ...)``."""
-        return as_rows(self._seen[0], hidden.shape[0], hidden.shape[1], self._name)
 
 
 def _in_order(owner: list[int], parts: Sequence[Tensor]) -> Tensor:

@@ -38,7 +38,11 @@ class MethodRegistry:
         return tuple(name for name, method in self._methods.items() if method.offered_to_easyedit)
 
     def add(self, method: type[Method]) -> type[Method]:
-        """Register a method class and return it, so that this can be used as a decorator.
+        """Register a method class, which ``base_alg`` then selects by its ``name``; also usable as a class decorator.
+
+        Args:
+            method: a subclass of ``sphere_easyedit.methods.base.Method``, usually of MEMIT or AlphaEdit; that module's
+                docstring shows how to write one.
 
         Raises:
             TypeError: it is no subclass of ``Method``, or lacks a method.
@@ -89,35 +93,5 @@ class MethodRegistry:
 
 
 METHODS = MethodRegistry([AlphaEdit, MEMIT, RECT, PRUNE])
-
-
-def register_method(method: type[Method]) -> type[Method]:
-    """Register a base method, which ``base_alg`` then selects by its ``name``; also usable as a class decorator.
-
-    Args:
-        method: a subclass of ``sphere_easyedit.methods.base.Method``, usually of MEMIT or AlphaEdit; that module's
-            docstring shows how to write one.
-
-    Raises:
-        TypeError: it is no subclass of ``Method``, or lacks a method.
-        ValueError: it has no name, or the name is taken.
-    """
-    return METHODS.add(method)
-
-
-def unregister_method(name: str) -> None:
-    """Remove a method that ``register_method`` added.
-
-    Raises:
-        ValueError: it is unknown or built in.
-    """
-    METHODS.remove(name)
-
-
-def get_method(name: str) -> Method:
-    """The registered base method of a name.
-
-    Raises:
-        ValueError: it is unknown; the message lists all names and the nearest.
-    """
-    return METHODS.get(name)
+register_method = METHODS.add
+unregister_method = METHODS.remove

@@ -1,7 +1,7 @@
 """Solves the closed forms of MEMIT and AlphaEdit in the space of the keys; works on tensors only.
 
-Both methods weigh keys by a symmetric matrix M and solve with a ridge c: with A all keys (m earlier ones and the batch's
-own, K),
+Both methods weigh keys by a symmetric matrix M and solve with a ridge c. With A all keys (m earlier ones and the
+batch's own, K),
 
     adjusted keys = (M A A^T + c I)^-1 M K = M A S^-1 E,    S = A^T M A + c I,    dW = R (adjusted keys)^T,
 
@@ -468,7 +468,7 @@ def adjusted_keys(history: KeyHistory, keys: Tensor) -> Tensor | None:
 
 
 def _probes(count: int, device: torch.device) -> Tensor:
-    """``(count, few)`` that preserves the Frobenius norm of a matrix with ``count`` columns, in expectation or exactly."""
+    """``(count, few)`` that preserves a matrix's Frobenius norm, in expectation or exactly."""
     if count <= _PROBES:
         return torch.eye(count, dtype=torch.float64, device=device)
     coins = torch.randint(0, 2, (count, _PROBES), generator=torch.Generator().manual_seed(0))
@@ -477,7 +477,7 @@ def _probes(count: int, device: torch.device) -> Tensor:
 
 
 def plain_memit_keys(moment: Tensor, weight: float, keys: Tensor, history: KeyHistory | None = None) -> Tensor:
-    """``(lambda C + A A^T)^-1 K`` by one dense solve in the space of d_in, where the factored way fails.
+    """``(lambda C + A A^T)^-1 K`` by one dense solve in d_in dimensions; the fallback of ``adjusted_keys``.
 
     Raises:
         torch.linalg.LinAlgError: the matrix is singular to the precision that C is known to.
