@@ -1,4 +1,4 @@
-"""Statistics and what they were collected from: two models, texts or tokenizers that share a path share no numbers."""
+"""Fingerprints of statistics: models, texts or tokenizers that share a path do not share statistics."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
 from sphere_easyedit.editing import solve
-from sphere_easyedit.methods import covariance
-from sphere_easyedit.methods import statistics_fingerprint as origins
+from sphere_easyedit.methods import covariance, statistics_fingerprint
 from sphere_easyedit.methods.covariance import (
     load_moment,
     moment_on_file,
@@ -121,13 +120,13 @@ def test_a_session_computes_the_fingerprint_once(tok: PreTrainedTokenizerBase, t
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     hparams = tiny_hparams(tmp_path, v_num_grad_steps=1, mom2_dataset=write(tmp_path / "texts.txt"))
     names: list[str] = []
-    compute = origins.tensor_digests
+    compute = statistics_fingerprint.tensor_digests
 
     def counted(editable: Any, wanted: Any) -> Any:
         names.extend(wanted)
         return compute(editable, wanted)
 
-    monkeypatch.setattr(origins, "tensor_digests", counted)
+    monkeypatch.setattr(statistics_fingerprint, "tensor_digests", counted)
     model = tiny_model("llama")
     for request in REQUESTS:
         sphere.apply_sphere_to_model(model, tok, [request], hparams)
@@ -366,7 +365,7 @@ def test_a_fingerprint_that_can_not_be_read(first: tuple[nn.Module, sphere.SPHER
         caplog.clear()
         assert same(moments(model, tok, hparams), before)
         assert "layers [2] in" in caplog.text and "a fingerprint that can't be read" in caplog.text
-    path.write_text(json.dumps({"format": origins._FORMAT, "contents": "x"}), encoding="utf-8")
+    path.write_text(json.dumps({"format": statistics_fingerprint._FORMAT, "contents": "x"}), encoding="utf-8")
     assert same(moments(model, tok, hparams), before)
 
 
