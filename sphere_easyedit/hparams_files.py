@@ -221,8 +221,8 @@ def starting_file(config: PretrainedConfig, model_name: str, base_alg: str = "Al
     mapping, note = _starting(config, model_name, base_alg)
     return render_hparams(mapping, (
         f"SPHERE on {base_alg}, {model_name.rstrip('/').rpartition('/')[2]}. Sources of the values:\n"
-        "gamma, alpha: arXiv 2510.01172. The rest: a start, by `sphere-easyedit hparams`, with what is published for\n"
-        "Qwen2.5-7B and layers at the same share of the depth. Not tuned."
+        "gamma, alpha: arXiv 2510.01172. The rest: written by `sphere-easyedit hparams` from the values published\n"
+        "for Qwen2.5-7B, with the layers at the same relative depth. Not tuned."
         + "".join(f"\n{line}" for line in textwrap.wrap(note, 110))))
 
 

@@ -390,7 +390,7 @@ def test_unusable_file_is_refused_with_path_and_remedy(damage: str, tmp_path: Pa
 def test_pickle_in_a_statistics_file_is_not_executed(tmp_path: Path) -> None:
     path, trace = tmp_path / "layer.npz", tmp_path / "trace"
     _npz(path, **{"mom2.mom2": np.array([_Bomb(trace)], dtype=object)})
-    with pytest.raises(ValueError, match="remove it to have it collected anew") as caught:
+    with pytest.raises(ValueError, match="remove it to have it collected again") as caught:
         load_moment(path, 80)
     assert str(path) in str(caught.value)
     assert not trace.exists()

@@ -81,9 +81,9 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        number = int(found[1]) if found else errno.EIO
-        raise OSError(number, os.strerror(number) if found else str(error)) from error
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number) if code else str(error)) from error
 
 
 def verify_checksums(folder: Path, num_edits: int, *, session: bool = False) -> None:
@@ -101,24 +101,24 @@ def verify_checksums(folder: Path, num_edits: int, *, session: bool = False) -> 
             logger.warning("%s has no checksum beside it, so damage to it would go unnoticed", path)
             continue
         try:
-            found = sha256_of(path)
+            digest = sha256_of(path)
         except OSError as error:
             raise damaged(folder, num_edits, path, str(error)) from error
-        if found != recorded:
-            raise damaged(folder, num_edits, path, f"its sha256 is {found}, but was {recorded} when it was written")
+        if digest != recorded:
+            raise damaged(folder, num_edits, path, f"its sha256 is {digest}, but was {recorded} when it was written")
 
 
-def damaged(folder: Path, num_edits: int, path: Path, found: str) -> ValueError:
+def damaged(folder: Path, num_edits: int, path: Path, reason: str) -> ValueError:
     """Error for a damaged checkpoint file, which says where the run can be resumed."""
     earlier = [number for number in resumable(folder) if number < num_edits]
     before = f"the checkpoint before, after {earlier[-1]} edits" if earlier else "the start: no earlier one was kept"
-    return ValueError(f"{path} is damaged ({found}): remove it, and resume from {before}")
+    return ValueError(f"{path} is damaged ({reason}): remove it, and resume from {before}")
 
 
 def saved_weights(folder: Path) -> list[int]:
     """Numbers of edits of the checkpoints with weights, ascending."""
-    found = (_WEIGHTS.fullmatch(path.name) for path in folder.glob("weights-*.safetensors"))
-    return sorted(int(match.group(1)) for match in found if match is not None)
+    matches = (_WEIGHTS.fullmatch(path.name) for path in folder.glob("weights-*.safetensors"))
+    return sorted(int(match.group(1)) for match in matches if match is not None)
 
 
 def choose_checkpoint(run: Path, at: int | None, consequence: str) -> int:

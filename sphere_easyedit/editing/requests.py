@@ -166,7 +166,7 @@ def _split_at_subject(prompt: str, subject: str, where: str) -> tuple[str, str]:
     starts = [i for i in range(len(prompt)) if prompt.startswith(subject, i)]
     if not starts:
         raise ValueError(f"{where}: subject {subject!r} is not in prompt {prompt!r}; write it there literally, "
-                         "or put {} in its place")
+                         "or put {} there instead")
     # "Rome" in "Jerome" counts only if there is no whole word.
     whole = [i for i in starts if _is_whole_word(prompt, i, i + len(subject))]
     start = (whole or starts)[0]
@@ -220,7 +220,8 @@ def tokenize_request(
     where = f"case_id {request.case_id!r}"
     _, target_ids = continuation_ids(tok, request.prompt, request.target)
     if not target_ids or not str(tok.decode(target_ids)).strip():
-        raise ValueError(f"{where}: target {request.target!r} has no tokens of its own behind {request.prompt!r}")
+        raise ValueError(f"{where}: target {request.target!r} has no tokens after {request.prompt!r}: give another "
+                         "target")
     plain = tokenize_prompt(tok, request.before, request.subject, request.after)
     filled = []
     for template in contexts:

@@ -229,7 +229,7 @@ class EditSession:
             editable.set_weight(layer, weight)
         if not self.is_original(editable):
             raise ValueError("the original weights can't be put back bit for bit: the model's dtype was changed since. "
-                             "Load the model anew")
+                             "Load the model again")
         if to == 0 or checkpoints is None:
             session = EditSession()
             session._key, session.original, session.contexts = self._key, self.original, self.contexts

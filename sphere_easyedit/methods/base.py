@@ -20,7 +20,7 @@ One batch uses a method in this order:
    batches' keys count if ``keeps_keys``.
 3. ``restrain`` changes each layer's update, then SPHERE projects it.
 4. ``restrain_whole_change`` changes the weights that are evaluated and saved, then SPHERE projects them; only if
-   ``restrains_whole_change``, and in place of step 3.
+   ``restrains_whole_change``, and instead of step 3.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ class Method(ABC):
         is_low_rank: every change is ``R K^T``, so Gram matrices are kept from batch to batch. Set it to False if
             ``restrain`` or ``restrain_whole_change`` returns dense changes.
         restrains_whole_change: ``restrain_whole_change`` is called.
-        edits_as: name of the method with the same unrestrained weights, if only the evaluated weights differ.
         offered_to_easyedit: EasyEdit lacks the method, so ``register`` adds it there, without SPHERE.
         reads_target_values: EasyEdit's function of this name can read our target values from its cache files.
         starting_values: its hyperparameters in a starting file (``sphere-easyedit hparams``).
@@ -69,7 +68,6 @@ class Method(ABC):
     uses_null_space: ClassVar[bool] = False
     is_low_rank: ClassVar[bool] = True
     restrains_whole_change: ClassVar[bool] = False
-    edits_as: ClassVar[str | None] = None
     offered_to_easyedit: ClassVar[bool] = False
     reads_target_values: ClassVar[bool] = False
     starting_values: ClassVar[Mapping[str, Any]] = MappingProxyType({})

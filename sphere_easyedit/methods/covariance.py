@@ -2,7 +2,7 @@
 
 ``C`` is the uncentered second moment ``E[k k^T]`` of the down-projection's input over the tokens of a text sample.
 Files have EasyEdit's layout, ``{stats_dir}/{model}/{dataset}_stats/{module}_{dtype}_mom2_{samples}.npz``, and are
-exchangeable with EasyEdit's; beside those that we write lies a fingerprint (see ``statistics_fingerprint``).
+exchangeable with EasyEdit's; those that we write have a fingerprint beside them (see ``statistics_fingerprint``).
 
 Results that are slow to derive from C are stored beside its file: the null space
 (``..._null_space_{rule}.safetensors``) and, for wide layers, the Cholesky factor (``..._cholesky.safetensors``). Each
@@ -88,12 +88,12 @@ def load_moment(path: Path, d_in: int) -> Tensor:
             total, count = np.asarray(stored["mom2.mom2"], dtype=np.float64), int(stored["mom2.count"].item())
     except Exception as error:  # zipfile, zlib and NumPy's headers fail in more ways than can be listed
         raise ValueError(f"{path} is no statistics file of EasyEdit's layout ({kind_and_text(error)}); remove "
-                         "it to have it collected anew") from error
+                         "it to have it collected again") from error
     if total.shape != (d_in, d_in):
         raise ValueError(f"{path} holds a second moment of shape {total.shape}, the layer's keys need "
                          f"{(d_in, d_in)}: it belongs to another model; set stats_dir or remove the file")
     if count <= 0 or not np.isfinite(total).all():
-        raise ValueError(f"{path} holds non-finite entries or no samples; remove it to have it collected anew")
+        raise ValueError(f"{path} holds non-finite entries or no samples; remove it to have it collected again")
     return (torch.from_numpy(total) / count).float()
 
 
@@ -113,7 +113,7 @@ def save_moment(path: Path, total: Tensor, count: int, samples: int, fingerprint
                 "sample_size": np.array(samples),
             })
         if fingerprint is not None:
-            path.unlink(missing_ok=True)  # so that the old file never lies beside the new one's fingerprint
+            path.unlink(missing_ok=True)  # so that the old file is never beside the new one's fingerprint
             write_fingerprint(path, array_checksums(temporary), fingerprint)
 
 

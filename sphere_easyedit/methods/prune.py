@@ -22,7 +22,6 @@ class PRUNE(MEMIT):
     name = "PRUNE"
     is_low_rank = False
     restrains_whole_change = True
-    edits_as = MEMIT.name
     offered_to_easyedit = True
     starting_values: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {**MEMIT.starting_values, "principal_space": "pretrained", "prune_log_base": None})

@@ -200,11 +200,11 @@ class StatisticsFingerprints:
     def _names_of_all(self) -> list[str]:
         """All parameters and buffers; tied ones once, even if a tied head is registered as another parameter."""
         model = self._editable.model
-        found: dict[Any, str] = {}
+        distinct: dict[Any, str] = {}
         for name in distinct_names(model):
             parameter = model.get_parameter(name)
-            found.setdefault(name if parameter.is_meta else (parameter.data_ptr(), parameter.shape), name)
-        return [*found.values(), *persistent_buffers(model)]
+            distinct.setdefault(name if parameter.is_meta else (parameter.data_ptr(), parameter.shape), name)
+        return [*distinct.values(), *persistent_buffers(model)]
 
     def _digest(self, names: list[str]) -> str:
         missing = [name for name in names if name not in self._digests]
@@ -261,10 +261,10 @@ def _differing_fields(stored: Any, expected: Any) -> list[str]:
     """Fields with different values in both configs; fields of only one are ignored, as versions add and remove some."""
     if not isinstance(stored, Mapping):
         return ["unknown"]
-    found = []
+    differing = []
     for name in sorted(stored.keys() & expected.keys()):
         if isinstance(stored[name], Mapping) and isinstance(expected[name], Mapping):
-            found += [f"{name}.{inner}" for inner in _differing_fields(stored[name], expected[name])]
+            differing += [f"{name}.{inner}" for inner in _differing_fields(stored[name], expected[name])]
         elif stored[name] != expected[name]:
-            found.append(name)
-    return found
+            differing.append(name)
+    return differing
