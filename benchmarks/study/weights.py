@@ -15,7 +15,7 @@ from sphere_easyedit.analysis.arms import Arm
 from sphere_easyedit.analysis.tables import Cell, Column, Table
 from sphere_easyedit.callbacks.spaces import principal_share
 from sphere_easyedit.core.projection import PrincipalSpace
-from sphere_easyedit.editing.checkpoints import put_weights, saved_weights
+from sphere_easyedit.editing.checkpoints import load_weights, saved_weights
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import parse_requests, tokenize_request
 from sphere_easyedit.hparams import SPHEREHyperParams
@@ -50,7 +50,7 @@ def stages(run: RunRecords, editable: EditableModel) -> Iterator[tuple[int, dict
     try:
         yield 0, unedited
         for num_edits in saved_weights(folder):
-            put_weights(editable, folder, num_edits)
+            load_weights(editable, folder, num_edits)
             yield num_edits, {layer: editable.weight(layer).clone() for layer in editable.layers}
     finally:
         for layer, weight in unedited.items():

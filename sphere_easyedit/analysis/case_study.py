@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..datasets.records import EditRecord
-from ..editing.checkpoints import choose_kept, put_weights
+from ..editing.checkpoints import choose_checkpoint, load_weights
 from ..evaluation.generation import generate_continuations
 from ..models.fingerprint import weights_checksum
 from ..runs.revisiting import EditedRun
@@ -88,7 +88,7 @@ def choose_case(run: EditedRun, case_id: str, at: int | None = None) -> tuple[in
     indices = {str(record.case_id): index for index, record in enumerate(run.records)}
     if case_id not in indices:
         raise ValueError(f"{run.directory.path} has no case {case_id}: {_near(case_id, list(indices))}")
-    return indices[case_id], choose_kept(run.directory.path, at, "there is no edited model to generate with")
+    return indices[case_id], choose_checkpoint(run.directory.path, at, "there is no edited model to generate with")
 
 
 def study_case(run: EditedRun, model: nn.Module, tok: PreTrainedTokenizerBase, index: int, num_edits: int,
@@ -115,7 +115,7 @@ def study_case(run: EditedRun, model: nn.Module, tok: PreTrainedTokenizerBase, i
     checksum = weights_checksum(editable)
     unedited = generate()
     try:
-        put_weights(editable, run.directory.checkpoints, num_edits)
+        load_weights(editable, run.directory.checkpoints, num_edits)
         edited = generate()
     finally:
         with torch.no_grad():

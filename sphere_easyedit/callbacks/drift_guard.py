@@ -109,7 +109,7 @@ class DriftGuard(EditCallback):
         self._before: dict[int, float] = {}
         self._seen: GuardRecord | None = None
 
-    def deciding(self) -> Mapping[str, Any] | None:
+    def resume_settings(self) -> Mapping[str, Any] | None:
         if self.action == "warn":
             return None
         return {"guard": self.action, "energy": self.energy, "norm": self.norm, "early": self.early,

@@ -27,11 +27,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ..datasets.loaders import EditRecord
-from ..editing.callbacks import EditCallback, EditEvent
+from ..editing.callbacks import EditCallback, EditEvent, change_norms, review_batch
 from ..editing.pipeline import apply_sphere_to_model
 from ..editing.requests import parse_requests
-from ..editing.reviewing import change_norms, partway, reviewed
 from ..editing.session import EditSession
+from ..editing.update_writer import interpolated
 from ..hparams import SPHERE, SPHEREHyperParams
 from ..hparams_files import find_hparams, read_mapping
 from ..methods.registry import METHODS
@@ -406,10 +406,10 @@ def _apply_tracked(original: Callable[..., Any], callbacks: Sequence[_Numbered],
     @torch.no_grad()
     def scale_back(share: float) -> None:
         for layer, weight in weights.items():
-            weight.copy_(partway(before[layer], weight, share))
+            weight.copy_(interpolated(before[layer], weight, share))
 
     try:
-        event = reviewed(event, callbacks, before, lambda: weights, scale_back)
+        event = review_batch(event, callbacks, before, lambda: weights, scale_back)
         for callback in callbacks:
             callback.on_batch_end(event)
     except BaseException:

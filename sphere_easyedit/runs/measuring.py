@@ -29,7 +29,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..datasets.loaders import EditRecord, records_fingerprint
-from ..editing.reviewing import change_norms
+from ..editing.callbacks import change_norms
 from ..editing.session import EditSession
 from ..evaluation.metrics import CaseScores, Protocol, evaluate_protocols, summarise
 from ..evaluation.perplexity import held_out_texts, perplexity

@@ -16,7 +16,7 @@ from ..callbacks.neurons import NeuronRecord, NeuronWatch
 from ..callbacks.spaces import SpaceTracker, covers, read_spaces_csv
 from ..datasets.loaders import EditRecord, load_records, records_fingerprint, with_protocol_targets
 from ..editing.callbacks import EditCallback, EditEvent, MeasureEvent, RunState
-from ..editing.checkpoints import put_weights, saved_weights
+from ..editing.checkpoints import load_weights, saved_weights
 from ..editing.session import EditSession
 from ..hparams import SPHEREHyperParams
 from . import schema
@@ -110,7 +110,7 @@ class EditedRun:
         with self.directory.locked():
             for num_edits in numbers:
                 if num_edits:
-                    put_weights(editable, self.directory.checkpoints, num_edits)
+                    load_weights(editable, self.directory.checkpoints, num_edits)
                 if settings.before or settings.after:
                     point = self._point(num_edits, settings)
                     self._warn_of_facts(point, settings, measurer.measurements)
@@ -193,7 +193,7 @@ class EditedRun:
 
         def put(num_edits: int) -> None:
             if num_edits:
-                put_weights(editable, folder, num_edits)
+                load_weights(editable, folder, num_edits)
             else:
                 for layer, weight in session.original.items():
                     editable.set_weight(layer, weight)

@@ -1,8 +1,8 @@
-"""The sequential run: batch after batch into one model, measured on the way, in a directory that can be resumed.
+"""Runs sequential editing: batch after batch, with measurements, into a run directory that can be resumed.
 
-A killed run goes on from its last checkpoint and ends with the bits of an undisturbed one. For that an undisturbed run,
-too, forgets at each checkpoint what a checkpoint does not hold (``EditSession.settle``), and nothing that decides about
-bits depends on when the process was started.
+A killed run resumes from its last checkpoint and gives the same results, to the bit, as an uninterrupted one. To that
+end each checkpoint also drops, in the running process, what is not saved (``EditSession.drop_derived``), and no result
+depends on when the process was started.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from ..editing.callbacks import (
     RunState,
     StopEditing,
 )
-from ..editing.checkpoints import resumable, save_checkpoint, save_weights, thin_out
-from ..editing.pipeline import apply_sphere_to_model, prepare_method, read_requests
+from ..editing.checkpoints import remove_old_checkpoints, resumable, save_checkpoint, save_weights
+from ..editing.engines import engine_of
+from ..editing.pipeline import apply_sphere_to_model, read_requests
 from ..editing.requests import EditRequest
 from ..editing.session import EditSession, resume_from
-from ..editing.solve import tokenize_batch
 from ..evaluation.generation import generate_continuations
 from ..evaluation.metrics import CaseScores, edit_efficacy
 from ..hparams import SPHEREHyperParams, check_hparams
@@ -179,7 +179,7 @@ def run_sequential(
                  "protocol": settings.measure.protocols[0], "records": records_fingerprint(records),
                  "checkpoint_every": settings.checkpoint_every,
                  "on_error": settings.on_error,
-                 "callbacks": [dict(found) for one in callbacks if (found := one.deciding()) is not None],
+                 "callbacks": [dict(found) for one in callbacks if (found := one.resume_settings()) is not None],
                  "measure": settings.measure.described()}
     config = run_config(model, hparams, described)
     if goes_on:
@@ -262,9 +262,9 @@ class _Run:
             return read_requests(editable, tok, [record.request() for record in some], session)
 
         self._refuse(read)  # before statistics are collected, which takes long
-        prepare_method(editable, tok, self._hparams, session, self._settings.batch_size)
-        if self._hparams.executor == "native":
-            self._refuse(lambda some: tokenize_batch(editable, tok, read(some), session))
+        engine = engine_of(self._hparams, session)
+        engine.prepare_run(editable, tok, self._hparams, session, self._settings.batch_size)
+        self._refuse(lambda some: engine.check_requests(editable, tok, read(some), session))
         self._refused = {one.index for one in self._skips.in_order()}
 
     def _refuse(self, check: Callable[[Sequence[EditRecord]], object]) -> None:
@@ -433,10 +433,10 @@ class _Run:
         """Write what is to be kept of the model as it stands."""
         folder = self._run.checkpoints
         if tried in self._checkpoints:
-            session.settle()
+            session.drop_derived()
             save_checkpoint(self._editable, session, folder)
-            thin_out(folder, self._settings.keep_checkpoints,
-                     {self._skips.edited(end) for end in self._kept_for_good if end <= tried})
+            remove_old_checkpoints(folder, self._settings.keep_checkpoints,
+                                   {self._skips.edited(end) for end in self._kept_for_good if end <= tried})
         elif tried in self._kept_for_good:
             save_weights(self._editable, folder, session.num_edits)
 
