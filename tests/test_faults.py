@@ -42,7 +42,7 @@ from sphere_easyedit.methods.covariance import second_moments, statistics_files
 from sphere_easyedit.methods.statistics_origin import origin_path
 from sphere_easyedit.models.loading import smollm2_folder
 from sphere_easyedit.runs.directory import RunDirectory
-from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 from sphere_easyedit.utils.files import atomic_write, checksum_path, locked, remove_partial_files
 

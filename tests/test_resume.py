@@ -24,7 +24,8 @@ from sphere_easyedit.callbacks.neurons import NeuronRecord
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.checkpoints import resumable, saved_weights
 from sphere_easyedit.runs import sequential
-from sphere_easyedit.runs.measuring import Measurer, MeasureSettings, points_after
+from sphere_easyedit.runs.measuring import Measurer
+from sphere_easyedit.runs.schedule import MeasureSettings, due_measurements
 from sphere_easyedit.runs.sequential import RunResult, RunSettings, run_sequential
 from sphere_easyedit.utils.signals import Interrupted, raise_on_interrupts
 
@@ -272,15 +273,15 @@ def test_runs_share_what_they_measured_before(tmp_path: Path, llama_stats: Path,
 
 def test_points_of_a_run() -> None:
     settings = MeasureSettings(every=5, sample=4, last_batch=True)
-    assert [point.when for point in points_after(0, 0, 12, settings)] == ["before"]
-    assert [point.when for point in points_after(3, 3, 12, settings)] == ["last_batch"]
-    last, during = points_after(6, 3, 12, settings)
+    assert [point.when for point in due_measurements(0, 0, 12, settings)] == ["before"]
+    assert [point.when for point in due_measurements(3, 3, 12, settings)] == ["last_batch"]
+    last, during = due_measurements(6, 3, 12, settings)
     assert last.cases == (3, 4, 5)
     assert len(set(during.cases)) == 4
     assert set(during.cases) <= set(range(6))
-    assert during == points_after(6, 3, 12, settings)[1]  # the same sample in every run
-    assert [point.when for point in points_after(12, 3, 12, settings)] == ["last_batch", "after"]
-    assert points_after(0, 0, 12, MeasureSettings(before=False)) == []
+    assert during == due_measurements(6, 3, 12, settings)[1]  # the same sample in every run
+    assert [point.when for point in due_measurements(12, 3, 12, settings)] == ["last_batch", "after"]
+    assert due_measurements(0, 0, 12, MeasureSettings(before=False)) == []
 
 
 @pytest.mark.parametrize("settings", [{"every": 0}, {"sample": 0}, {"protocols": ()}, {"protocols": ("paper", "paper")},

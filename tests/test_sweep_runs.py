@@ -205,7 +205,7 @@ def test_a_finished_run_of_the_same_settings_is_taken_over(tmp_path: Path, progr
 def test_what_is_refused_before_anything_starts(tmp_path: Path, program: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match="jobs is 0"):
         run_sweep(sweep_of(run_named("a")), tmp_path / "out", 0, None, program)
-    with pytest.raises(ValueError, match="no-such-file.json is no file"):
+    with pytest.raises(ValueError, match="no-such-file.json does not exist"):
         run_sweep(sweep_of(run_named("a", data="no-such-file.json")), tmp_path / "out", 1, None, program)
     assert not (tmp_path / "out").exists()
     (tmp_path / RECORD).write_text("runs: [{name: a}]")

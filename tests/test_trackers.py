@@ -20,7 +20,7 @@ from sphere_easyedit.callbacks.trackers import RunTrackers, batch_numbers, flat_
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.callbacks import MeasureEvent, RunState
 from sphere_easyedit.runs.directory import RunDirectory
-from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.schema import EDITS, METRICS, AbilityEstimate, BatchRecord, Estimate, Measurement
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 

@@ -15,7 +15,7 @@ from ..datasets.records import EditRecord
 from ..editing.checkpoints import choose_kept, put_weights
 from ..evaluation.generation import generate_continuations
 from ..models.fingerprint import weights_checksum
-from ..runs.revisiting import EditedRun
+from ..runs.reevaluation import EditedRun
 from ..runs.schema import CASES, CaseRecord
 from ..utils.messages import nearest
 

@@ -149,7 +149,7 @@ class _Before:
     all_rows: _Distribution
 
 
-class NeuronWatch:
+class NeuronTracker:
     """Records how neurons changed since editing began.
 
     A layer costs one product of the weight with itself and the eigenvalues of that ``(d_out, d_out)``, before editing

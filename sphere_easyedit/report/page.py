@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import yaml
 
-from ..analysis.arms import title_of
+from ..analysis.labels import dataset_title
 from ..runs.schema import METRIC_NAMES, Estimate, Measurement
 from .cases import COLUMNS, STATES, CaseTable
 from .curves import PERCENT
@@ -130,7 +130,7 @@ def _subjects(runs: Sequence[ReportRun]) -> str:
 
 
 def _subject(run: ReportRun) -> str:
-    return f"{run.run.model}, {title_of(run.run.dataset)}"
+    return f"{run.run.model}, {dataset_title(run.run.dataset)}"
 
 
 def _unedited(runs: Sequence[ReportRun]) -> list[Row]:

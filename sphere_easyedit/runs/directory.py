@@ -43,7 +43,7 @@ class RunDirectory:
         """Whether a file is there."""
         return (self.path / name).is_file()
 
-    def place(self, name: str) -> Path:
+    def path_of(self, name: str) -> Path:
         """The path of a file in the directory.
 
         Raises:
@@ -51,14 +51,14 @@ class RunDirectory:
         """
         return path_within(self.path, name, "the run directory")
 
-    def check_places(self) -> None:
+    def check_paths(self) -> None:
         """Refuse a directory one of whose names leads out of it; to be called before anything is done there.
 
         Raises:
             ValueError: names the first that does.
         """
         for name in FILES:
-            self.place(name)
+            self.path_of(name)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -90,7 +90,7 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a whole file, or leave the one before it."""
-        with atomic_write(self.place(name)) as temporary:
+        with atomic_write(self.path_of(name)) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -107,7 +107,7 @@ class RunDirectory:
         Raises:
             ValueError: it is none.
         """
-        target = self.place(name)
+        target = self.path_of(name)
         try:
             return json.loads(target.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
@@ -119,7 +119,7 @@ class RunDirectory:
         Raises:
             ValueError: it is no YAML mapping.
         """
-        target = self.place(CONFIG)
+        target = self.path_of(CONFIG)
         try:
             text = target.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -140,7 +140,7 @@ class RunDirectory:
 
         A last line that a killed process tore is dropped first. Where there is no room for all of them, none is added.
         """
-        target = self.place(name)
+        target = self.path_of(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("ab+", buffering=0) as stream:
             size = _whole_lines(stream)
@@ -160,7 +160,7 @@ class RunDirectory:
         Raises:
             ValueError: a line before the last is no JSON object.
         """
-        target = self.place(name)
+        target = self.path_of(name)
         if not target.exists():
             return []
         raw = target.read_bytes().split(b"\n")[:-1]  # what stands behind the last line break is torn, or nothing
@@ -186,7 +186,7 @@ class RunDirectory:
 
     def keep_whole_lines(self, name: str) -> None:
         """Drop a JSONL file's last line if it was torn."""
-        if self.has(name) and not self.place(name).read_bytes().endswith(b"\n"):
+        if self.has(name) and not self.path_of(name).read_bytes().endswith(b"\n"):
             self.write_lines(name, self.lines(name))
 
     def keep_until(self, name: str, num_edits: int) -> None:

@@ -205,7 +205,7 @@ class RunRecords:
         Raises:
             ValueError: ``neurons.safetensors`` is damaged, or leads out of the directory.
         """
-        path = RunDirectory(self.directory).place(schema.NEURONS)
+        path = RunDirectory(self.directory).path_of(schema.NEURONS)
         return NeuronRecord.read(path) if path.is_file() else None
 
     def scores(self, when: When, num_edits: int, protocol: str = PAPER) -> dict[CaseId, dict[str, float]]:
@@ -255,8 +255,8 @@ def read_state(files: RunDirectory) -> RunState:
     """
     return RunState(
         files.path, _config(files), files.records(schema.EDITS, BatchRecord), files.measurements(),
-        read_energy_csv(files.place(schema.ENERGY)) if files.has(schema.ENERGY) else (),
-        read_spaces_csv(files.place(schema.SPACES)) if files.has(schema.SPACES) else (),
+        read_energy_csv(files.path_of(schema.ENERGY)) if files.has(schema.ENERGY) else (),
+        read_spaces_csv(files.path_of(schema.SPACES)) if files.has(schema.SPACES) else (),
         read_record(Summary, files.read_json(schema.SUMMARY), str(files.path / schema.SUMMARY))
         if files.has(schema.SUMMARY) else None)
 

@@ -14,24 +14,24 @@ DATASET_TITLES: Final = MappingProxyType({"counterfact": "CounterFact", "zsre": 
 
 
 @dataclass(frozen=True)
-class Arm:
+class LabelledRun:
     """A run with its name in tables: its method, and its directory's name too where several runs share the method."""
 
     label: str
     run: RunRecords
 
 
-def arms_of(runs: Iterable[RunRecords]) -> list[Arm]:
+def labelled_runs(runs: Iterable[RunRecords]) -> list[LabelledRun]:
     """Runs by model, data set, seed and base method: each base without SPHERE, with it, then its controls."""
     ordered = sorted(runs, key=lambda run: (run.model, run.dataset, -1 if run.seed is None else run.seed,
                                             -1 if run.order_seed is None else run.order_seed, run.base,
                                             _rank(run.variant), run.variant or "", run.name))
     counts = Counter((run.model, run.dataset, run.draw, run.method) for run in ordered)
-    return [Arm(run.method if counts[run.model, run.dataset, run.draw, run.method] == 1
+    return [LabelledRun(run.method if counts[run.model, run.dataset, run.draw, run.method] == 1
                 else f"{run.method} ({run.name})", run) for run in ordered]
 
 
-def title_of(dataset: str) -> str:
+def dataset_title(dataset: str) -> str:
     """A data set's name as it is written in text."""
     return DATASET_TITLES.get(dataset, dataset)
 
