@@ -284,7 +284,8 @@ def _read_jobs(output: Path) -> dict[str, _SubmittedJob]:
         error: Exception | None = None
     except (ValueError, TypeError, AttributeError) as caught:
         error = caught
-    """submitit's jobs by run name. Make all before querying one: the first query fetches all states."""
+    raise ValueError(f"{path} is not a list of submitted jobs: remove it, once squeue shows none of this sweep"
+                     ) from error
 
 
 def _submitit() -> Any:
