@@ -172,7 +172,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         find_runs(tmp_path)
     folder = write_run(tmp_path / "deep" / "run")
     assert [run.directory for run in find_runs(tmp_path)] == [folder]
-    with pytest.raises(ValueError, match=r"after-300.jsonl is not there"):
+    with pytest.raises(ValueError, match=r"after-300.jsonl does not exist"):
         find_runs(tmp_path)[0].scores("after", 300)
     (folder / "config.yaml").write_text("run: {}\n")
     with pytest.raises(ValueError, match="no mapping `hparams`"):
@@ -183,8 +183,8 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("lines", "complaint"), [
-    ([{"case_id": 1, "protocol": "rome"}], "no scores by the protocol paper"),
-    ([{"case_id": 1, "protocol": "paper"}] * 2, "case 1 comes a second time"),
+    ([{"case_id": 1, "protocol": "rome"}], "no scores of protocol paper"),
+    ([{"case_id": 1, "protocol": "paper"}] * 2, "case 1 has two lines"),
     ([{"case_id": None, "protocol": "paper"}], "case_id is None")])
 def test_scores_are_checked(tmp_path: Path, lines: list[dict[str, Any]], complaint: str) -> None:
     folder = write_run(tmp_path / "run", scores={1: {}})

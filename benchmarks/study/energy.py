@@ -9,7 +9,7 @@ import numpy as np
 
 from sphere_easyedit.analysis.collapse import collapse_of
 from sphere_easyedit.analysis.correlations import (
-    FEWEST,
+    MIN_POINTS,
     EnergyPoint,
     Regression,
     change_pairs,
@@ -91,7 +91,7 @@ def correlation_table(arms: Sequence[LabelledRun], protocol: str = PAPER, share:
         found = collapse_of(arm.run, protocol, share, perplexity_factor)
         early = {} if found is None else energy_correlations(energy_points(arm.run, protocol, found.num_edits))
         for metric, over in whole.items():
-            if over.signed.energy.n < FEWEST:
+            if over.signed.energy.n < MIN_POINTS:
                 continue
             before = early.get(metric)
             rows.append((*who(arm), metric, *_spearman(over.signed.energy),
@@ -124,7 +124,7 @@ def regression_table(arms: Sequence[LabelledRun], protocol: str = PAPER) -> Tabl
             for magnitude in (False, True):
                 for described, series in groups:
                     fit = regress_changes(series, metric, magnitude)
-                    if fit.n >= FEWEST:
+                    if fit.n >= MIN_POINTS:
                         rows.append((*described, metric, "|HE step|" if magnitude else "HE step", *_fitted(fit)))
     return Table("regressions", "Change of each metric on change of energy, from point to point", columns, tuple(rows),
                  f"Protocol `{protocol}`. Least squares with 95% intervals; HE in relative change, log_perplexity in "

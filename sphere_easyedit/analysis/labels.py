@@ -1,4 +1,4 @@
-"""Runs side by side: their order, and the names that tables and figures give them."""
+"""Order and labels of runs in tables and figures."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ DATASET_TITLES: Final = MappingProxyType({"counterfact": "CounterFact", "zsre": 
 
 @dataclass(frozen=True)
 class LabelledRun:
-    """A run with its name in tables: its method, and its directory's name too where several runs share the method."""
+    """A run and its label: the method, with the directory's name added if several runs share the method."""
 
     label: str
     run: RunRecords
 
 
 def labelled_runs(runs: Iterable[RunRecords]) -> list[LabelledRun]:
-    """Runs by model, data set, seed and base method: each base without SPHERE, with it, then its controls."""
+    """Label runs, ordered by model, data set, seed, base method and variant (plain, SPHERE, controls)."""
     ordered = sorted(runs, key=lambda run: (run.model, run.dataset, -1 if run.seed is None else run.seed,
                                             -1 if run.order_seed is None else run.order_seed, run.base,
                                             _rank(run.variant), run.variant or "", run.name))
@@ -32,7 +32,7 @@ def labelled_runs(runs: Iterable[RunRecords]) -> list[LabelledRun]:
 
 
 def dataset_title(dataset: str) -> str:
-    """A data set's name as it is written in text."""
+    """A data set's name for display."""
     return DATASET_TITLES.get(dataset, dataset)
 
 
