@@ -211,8 +211,8 @@ def test_settings_of_the_file_and_of_the_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"partion": "gpu"}, "slurm knows no 'partion': did you mean 'partition'"), ({"nodes": 2}, "a run is one process"),
-    ({"dependency": "x"}, "knows no .dependency."),
+    ({"partion": "gpu"}, "slurm has no setting 'partion': did you mean 'partition'"),
+    ({"nodes": 2}, "a run is one process"), ({"dependency": "x"}, "has no setting .dependency."),
     ({"time": "soon"}, "time is 'soon'"), ({"time": 0}, "at least 1"),
     ({"time": "0:00:00"}, "at least 1"), ({"gpus_per_node": "two"}, "gpus_per_node is 'two'"),
     ({"partition": ["a"]}, "partition is"), ({"comment": "x\n#SBATCH --uid=0"}, "on one line"),
