@@ -74,7 +74,8 @@ def arms_of(group: Group) -> Iterator[Arm]:
         for sphere in group.sphere:
             for of_sphere in product(*special.values()) if sphere else [()]:
                 changes = {**common, **(dict(zip(special, of_sphere, strict=True)) if sphere else {"alpha": 0})}
-                inherited = {name: getattr(group.defaults, name) for name in ("gamma", "alpha") if changes.get(name, 0) is None}
+                inherited = {name: getattr(group.defaults, name) for name in ("gamma", "alpha")
+                             if changes.get(name, 0) is None}
                 point = {"method": group.settings.method, "sphere": sphere, **changes, **inherited}
                 changes = {name: value for name, value in changes.items() if name not in inherited}
                 yield Arm(group, sphere, changes, point, group.seeds)
