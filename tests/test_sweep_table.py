@@ -150,15 +150,6 @@ def test_sphere_is_paired_with_the_same_arm_without_it(tmp_path: Path) -> None:
     assert "With SPHERE, but no counterpart without it: Q-seed0" in table.to_markdown()
 
 
-def test_two_seeds_give_no_interval_over_seeds(tmp_path: Path) -> None:
-    runs = [run_of(arm, seed, alpha=alpha) for arm, alpha in (("P", 0.0), ("S", 0.8)) for seed in (0, 1)]
-    write_record(Sweep(tuple(runs)), tmp_path)
-    for run in runs:
-        write_run(tmp_path, run, [metrics(4, "after", "paper", efficacy=10.0 * run.seed)])
-    [found] = collect(tmp_path).differences
-    assert (found["t95_low"], found["pairs"], found["difference"]) == (None, 2, 0.0)
-
-
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_one_seed_has_an_interval_over_cases(tmp_path: Path, scale: float) -> None:
     """Scores may be shares or in the units of the mean that was reported."""
