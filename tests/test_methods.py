@@ -58,7 +58,7 @@ def test_a_users_method_edits_with_sphere_on_top(llama_stats: Path, tok: PreTrai
     (type("Itself", (MEMIT,), {"name": "SPHERE"}), ValueError, "other than SPHERE"),
     (type("Half", (Method,), {"name": "Half"}), TypeError, "Half lacks key_metrics, solve_densely"),
     (TopRows(), TypeError, "give a subclass"), (dict, TypeError, "give a subclass"),
-], ids=str)
+], ids=["taken", "built in", "no name", "reserved", "abstract", "instance", "another class"])
 def test_what_can_not_be_registered(method: type[Method], error: type[Exception], message: str) -> None:
     names = METHODS.names
     with pytest.raises(error, match=message):
