@@ -27,7 +27,7 @@ from .sweep_results import (
 )
 from .tables import Cell, Column, Table
 
-Row = Mapping[str, Any]
+TableRow = Mapping[str, Any]
 
 ROWS: Final = "table.csv"
 DIFFERENCES: Final = "differences.csv"
@@ -57,8 +57,8 @@ class SweepTable:
     """
 
     settings: tuple[str, ...]
-    rows: tuple[Row, ...]
-    differences: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
+    differences: tuple[TableRow, ...]
     unfinished: tuple[str, ...]
     alone: tuple[str, ...]
 
@@ -163,13 +163,13 @@ def _difference_row(found: Difference) -> dict[str, Any]:
             "seeds": several(found.seeds), "cases95_low": cases95[0], "cases95_high": cases95[1], "cases": found.cases}
 
 
-def _write_csv(path: Path, names: Sequence[str], rows: Iterable[Row]) -> None:
+def _write_csv(path: Path, names: Sequence[str], rows: Iterable[TableRow]) -> None:
     cells = [tuple(as_text(row[name]) if isinstance(row[name], (list, dict)) else row[name] for name in names)
              for row in rows]
     Table(path.stem, "", tuple(map(Column, names)), tuple(cells)).write_csv(path)
 
 
-def wide_tables(rows: Sequence[Row], settings: Sequence[str]) -> list[Table]:
+def wide_tables(rows: Sequence[TableRow], settings: Sequence[str]) -> list[Table]:
     """A table per protocol with a row per arm and a column per metric, of finished runs after the last edit.
 
     Args:
@@ -190,7 +190,7 @@ def wide_tables(rows: Sequence[Row], settings: Sequence[str]) -> list[Table]:
     return tables
 
 
-def changes_table(rows: Sequence[Row], settings: Sequence[str]) -> Table:
+def changes_table(rows: Sequence[TableRow], settings: Sequence[str]) -> Table:
     """A row for each difference.
 
     Args:
@@ -226,7 +226,8 @@ def several(values: Iterable[Any]) -> str:
     return " ".join(str(value) for value in dict.fromkeys(values))
 
 
-def _wide(title: str, final: Sequence[Row], before: Sequence[Row], settings: Sequence[str], spec: str) -> Table:
+def _wide(title: str, final: Sequence[TableRow], before: Sequence[TableRow], settings: Sequence[str], spec: str
+          ) -> Table:
     metrics = list(dict.fromkeys(row["metric"] for row in final))
     lines: list[tuple[Cell, ...]] = []
     first: dict[Any, str] = {}  # runs of one seed share the unedited model, so the first one's numbers are enough
@@ -240,23 +241,23 @@ def _wide(title: str, final: Sequence[Row], before: Sequence[Row], settings: Seq
     return Table("wide", title, tuple(columns), tuple(lines))
 
 
-def _facts(row: Row) -> tuple[Any, ...]:
+def _facts(row: TableRow) -> tuple[Any, ...]:
     return tuple(as_text(row.get(name)) for name in _OF_UNEDITED)
 
 
-def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[list[Row]]:
-    groups: dict[Any, list[Row]] = defaultdict(list)
+def _grouped(rows: Iterable[TableRow], key: Callable[[TableRow], Any]) -> list[list[TableRow]]:
+    groups: dict[Any, list[TableRow]] = defaultdict(list)
     for row in rows:
         groups[key(row)].append(row)
     return list(groups.values())
 
 
-def _cells(rows: Sequence[Row], metrics: Sequence[str]) -> list[Cell]:
+def _cells(rows: Sequence[TableRow], metrics: Sequence[str]) -> list[Cell]:
     return [several(row["seed"] for row in rows), several(row["num_edits"] for row in rows),
             *(_cell([row for row in rows if row["metric"] == metric]) for metric in metrics)]
 
 
-def _cell(rows: Sequence[Row]) -> Estimate | None:
+def _cell(rows: Sequence[TableRow]) -> Estimate | None:
     """One metric of an arm: mean and range over several seeds, or the mean and interval of a single one."""
     if not rows:
         return None
@@ -267,7 +268,7 @@ def _cell(rows: Sequence[Row]) -> Estimate | None:
     return Estimate(means[0], None if low is None else (low, high), rows[0]["n"] or 0)
 
 
-def _without_rounding(row: Row) -> float:
+def _without_rounding(row: TableRow) -> float:
     """The difference; 0 if it is only rounding of the means."""
     rounding = 1e-12 * max(abs(row["arm_mean"]), abs(row["reference_mean"]))
     return 0.0 if abs(row["difference"]) <= rounding < math.inf else row["difference"]

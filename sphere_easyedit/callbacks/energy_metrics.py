@@ -17,8 +17,6 @@ from typing import Any, Final
 
 import numpy as np
 
-JOINED: Final = "hyperspherical_energy"
-
 # Means and differences closer than this, relative to their operands, are ties: accuracies have many ties, which
 # rounding in float64 would break (0.2 - 0.1 and 0.3 - 0.2).
 _ROUNDING: Final = 1e-13
@@ -56,22 +54,6 @@ class MetricCorrelation:
 
     energy: Spearman
     change: Spearman
-
-
-def join_energy(records: Sequence[EnergyRecord], every: int, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """``HETracker.join`` for these records.
-
-    Raises:
-        ValueError: as ``owners``; nothing was changed.
-    """
-    for entry, owner in zip(metrics, owners(records, every, metrics), strict=True):
-        if owner is None:
-            entry[JOINED] = None
-        else:
-            record = records[owner]
-            entry[JOINED] = {"num_edits": record.num_edits, "energy": dict(record.energy),
-                             "relative_change": dict(record.relative_change)}
-    return metrics
 
 
 def correlate(records: Sequence[EnergyRecord], every: int, metrics: list[dict[str, Any]]

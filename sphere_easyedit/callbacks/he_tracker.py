@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..editing.callbacks import EditCallback, EditEvent
 from ..utils.files import atomic_write
-from .energy_metrics import EnergyRecord, MetricCorrelation, correlate, join_energy
+from .energy_metrics import EnergyRecord, MetricCorrelation, correlate, owners
 
 _COLUMNS = ("num_edits", "layer", "energy", "relative_change")
 
@@ -104,7 +105,9 @@ class HETracker(EditCallback):
             ValueError: nothing was recorded after a batch, ``metrics`` is not a list of dicts, or the number of entries
                 does not match the recorded edits. Nothing was changed.
         """
-        return join_energy(self.records, self.every, metrics)
+        for entry, owner in zip(metrics, owners(self.records, self.every, metrics), strict=True):
+            entry["hyperspherical_energy"] = None if owner is None else asdict(self.records[owner])
+        return metrics
 
     def correlation(self, metrics: list[dict[str, Any]]) -> dict[str, MetricCorrelation]:
         """Spearman's rank correlation of hyperspherical energy with every metric of a run (Figures 2 and 3).

@@ -31,14 +31,14 @@ def filled(columns: Sequence[str], rows: Sequence[Row]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Table:
+class HtmlTable:
     """Columns and rows of a table on the page."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
 
     @classmethod
-    def of(cls, columns: Sequence[str], rows: Sequence[Row]) -> Table:
+    def of(cls, columns: Sequence[str], rows: Sequence[Row]) -> HtmlTable:
         """A table without the columns that no row has a value in."""
         kept = filled(columns, rows)
         return cls(tuple(columns[index] for index in kept),
@@ -77,8 +77,8 @@ class Page:
             page=self, data=_json(data), colours=SERIES, dashes=dashes(len(self.runs)), states=STATES,
             subjects=_subjects(self.runs), unedited=bool(unedited),
             case_columns=[COLUMNS[index] for index in columns],
-            results=Table.of(_RESULTS, [*unedited, *(_summary(run) for run in self.runs)]),
-            tables={figure.name: Table.of(figure.columns, figure.rows) for figure in self.figures},
+            results=HtmlTable.of(_RESULTS, [*unedited, *(_summary(run) for run in self.runs)]),
+            tables={figure.name: HtmlTable.of(figure.columns, figure.rows) for figure in self.figures},
             details=[_details(run) for run in self.runs], css=_asset("report.css"), js=_asset("report.js"),
             library=_library()))
 
