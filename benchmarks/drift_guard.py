@@ -29,7 +29,7 @@ from sphere_easyedit.editing.checkpoints import load_weights, saved_weights
 from sphere_easyedit.editing.requests import parse_requests
 from sphere_easyedit.models.loading import load_model
 from sphere_easyedit.runs.records import RunRecords
-from sphere_easyedit.runs.revisiting import EditedRun
+from sphere_easyedit.runs.reevaluation import EditedRun
 from sphere_easyedit.runs.schema import GUARD
 from sphere_easyedit.utils.files import atomic_write
 

@@ -15,8 +15,8 @@ from sphere_easyedit.analysis.case_study import choose_case, dtype_of_run, study
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.checkpoints import load_weights
 from sphere_easyedit.evaluation.generation import generate_continuations
-from sphere_easyedit.runs.measuring import MeasureSettings
-from sphere_easyedit.runs.revisiting import EditedRun
+from sphere_easyedit.runs.reevaluation import EditedRun
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 

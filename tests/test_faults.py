@@ -42,7 +42,7 @@ from sphere_easyedit.methods.covariance import second_moments, statistics_files
 from sphere_easyedit.methods.statistics_fingerprint import fingerprint_path
 from sphere_easyedit.models.loading import smollm2_folder
 from sphere_easyedit.runs.directory import RunDirectory
-from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 from sphere_easyedit.utils.files import atomic_write, checksum_path, locked, remove_partial_files
 
@@ -491,7 +491,7 @@ def test_nothing_reads_the_wall_clock_but_for_people() -> None:
                 if (owner, node.attr) == ("time", "time") or node.attr in ("st_mtime", "st_mtime_ns", "st_ctime",
                                                                            "getmtime", "utcnow"):
                     wanting.append(f"{path.name}:{node.lineno}")
-                if node.attr in ("now", "today") and path.name != "run_process.py":  # a date on top of a log
+                if node.attr in ("now", "today") and path.name != "process.py":  # a date on top of a log
                     wanting.append(f"{path.name}:{node.lineno}")
     assert wanting == []
 

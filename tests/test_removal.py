@@ -37,7 +37,7 @@ from sphere_easyedit.removal.factors import (
     write_removals,
 )
 from sphere_easyedit.removal.removing import Edits, disturbances, remove_from
-from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 from sphere_easyedit.utils.files import checksum_path
 

@@ -196,7 +196,7 @@ def test_names_do_not_lead_out_of_a_run_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="leads out"):
         run.read_config()
     with pytest.raises(ValueError, match="loop"):
-        run.place("loop")
+        run.path_of("loop")
     assert [path.name for path in outside.iterdir()] == ["precious.jsonl"]
     assert (outside / "precious.jsonl").read_text() == '{"num_edits": 1}\n'
 

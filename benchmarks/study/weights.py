@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sphere_easyedit.analysis.arms import Arm
+from sphere_easyedit.analysis.labels import LabelledRun
 from sphere_easyedit.analysis.tables import Cell, Column, Table
 from sphere_easyedit.callbacks.spaces import principal_share
 from sphere_easyedit.core.projection import PrincipalSpace
@@ -75,7 +75,7 @@ def keys_of_edits(editable: EditableModel, tok: PreTrainedTokenizerBase, request
         return BatchStates(editable, tokenized, token_budget).read_all()
 
 
-def weight_tables(arms: Sequence[Arm], load: Callable[[RunRecords], tuple[EditableModel, SPHEREHyperParams]],
+def weight_tables(arms: Sequence[LabelledRun], load: Callable[[RunRecords], tuple[EditableModel, SPHEREHyperParams]],
                   keys: Callable[[RunRecords], Mapping[int, Tensor]] | None = None) -> list[Table]:
     """Pairwise cosines and spectra of weights at every checkpoint, and where the change between checkpoints lies.
 

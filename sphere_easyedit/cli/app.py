@@ -46,9 +46,9 @@ def main() -> None:
     except (ValueError, ImportError, OSError) as error:  # OSError: a file that is absent, a disk that is full
         _end(f"error: {error}", 2)
     except (RuntimeError, MemoryError) as error:
-        from ..runs.faults import out_of_memory
+        from ..runs.skipping import is_out_of_memory
 
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _end(f"error: out of memory ({' '.join(str(error).split())}); a batch under way was undone. `edit --resume "
              "--on-error skip` goes on with a run and edits in halves what is too large; token_budget and --batch-size "
