@@ -98,7 +98,7 @@ def optimise_target_values(
             steering = Steering.record(editable, rows, block, layout)
             reach = None
             if isinstance(path, Normalised) and norm_inputs is not None:
-                reach = partial(path.reachable, norm_inputs[batch])
+                reach = partial(path.nearest_output_change, norm_inputs[batch])
             result = _MicroBatch(editable, group, hparams, steering, reach).optimise()
             values[batch] = result.values
             for i, loss, count in zip(batch, result.losses, result.steps, strict=True):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..utils.messages import kind_and_text
 from .replay import BlockReplay, KeyValues, Replaced, Rows, pad_rows
+from .tolerances import relative_difference, tolerance
 
 logger = logging.getLogger(__name__)
 
@@ -238,12 +239,11 @@ def packs_exactly(model: nn.Module, expected: Tensor, run: Callable[[], Tensor])
 
 
 def same_states(model: nn.Module, means: str, found: Tensor, expected: Tensor) -> bool:
-    """Whether a shortcut gives what it should to rounding; where it does not, that is logged."""
-    tolerance = 1e-3 if expected.element_size() >= 4 else 5e-2
-    difference = float((expected - found.to(expected.device)).float().norm() / expected.float().norm())
-    if not difference < tolerance:
-        logger.warning("%s gives other states with %s (%.1e apart): it goes without", type(model).__name__, means,
-                       difference)
+    """Whether a shortcut gives the expected states up to rounding; logs a warning if not."""
+    difference = relative_difference(found, expected)
+    if not difference < tolerance(expected):
+        logger.warning("%s gives other states with %s (relative difference %.1e): it runs without", type(model).__name__,
+                       means, difference)
         return False
     return True
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from .architecture import EditableModel
+from .tolerances import relative_difference, tolerance
 
 KeyValues = dict[int, tuple[Tensor, Tensor]]
 
@@ -232,21 +233,15 @@ def check_replay(editable: EditableModel, ids: Sequence[int]) -> None:
     if not bool(torch.isfinite(expected).all()):
         return  # a broken model, told of later by its losses
     changed = replay.run(replay.hidden, stop=first + 1)
-    tolerance = 1e-3 if changed.element_size() >= 4 else 5e-2
-
-    def apart(found: Tensor, expected: Tensor) -> float:
-        expected = expected.double()
-        return float((found.to(expected.device).double() - expected).norm() / expected.norm())
-
-    difference = apart(changed, output)
-    if not difference < tolerance:
-        raise ValueError(f"{name} of {model} puts out something else where position_ids count from 0 than without them "
-                         f"({difference:.1%} apart): positions of this architecture are not supported")
-    difference = apart(replay.run(changed + step.to(changed.device), start=first + 1), expected)
-    if not difference < tolerance:
-        raise ValueError(f"blocks above {name} of {model}, run one after another, give another output than its forward "
-                         f"pass ({difference:.1%} apart): it does more between its blocks than to hand hidden states "
-                         "on, which is not supported")
+    difference = relative_difference(changed, output)
+    if not difference < tolerance(changed):
+        raise ValueError(f"the output of {name} of {model} differs by {difference:.1%} between position_ids that count "
+                         "from 0 and none: positions of this architecture are not supported")
+    difference = relative_difference(replay.run(changed + step.to(changed.device), start=first + 1), expected)
+    if not difference < tolerance(changed):
+        raise ValueError(f"blocks above {name} of {model}, run one after another, differ from its forward pass by "
+                         f"{difference:.1%}: it does more between its blocks than pass hidden states on, which is not "
+                         "supported")
 
 
 def _with_step(editable: EditableModel, rows: Rows, step: Tensor) -> tuple[Tensor, Tensor]:
