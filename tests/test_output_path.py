@@ -21,8 +21,9 @@ import sphere_easyedit as sphere
 from sphere_easyedit.editing.requests import parse_requests, tokenize_request
 from sphere_easyedit.editing.session import EditSession
 from sphere_easyedit.editing.target_values import optimise_target_values
-from sphere_easyedit.models.architecture import EditableModel, frozen, module_names
+from sphere_easyedit.models.architecture import EditableModel, frozen
 from sphere_easyedit.models.logit_map import find_logit_map
+from sphere_easyedit.models.module_discovery import module_names
 from sphere_easyedit.models.output_path import Gated, Normalised, OutputPath, Scaled
 from sphere_easyedit.models.output_path_discovery import find_output_paths
 from sphere_easyedit.models.replay import check_replay
@@ -279,7 +280,7 @@ def test_positions_that_count_otherwise_are_refused() -> None:
             2, 2 + kwargs["input_ids"].shape[1])[None] * 3}
 
     model.register_forward_pre_hook(later, with_kwargs=True)
-    with frozen(model), pytest.raises(ValueError, match=r"position_ids count from 0"):
+    with frozen(model), pytest.raises(ValueError, match=r"position_ids that count from 0"):
         check_replay(_editable(model, [1, 2]), PROMPTS[1])
 
 
