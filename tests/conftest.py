@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import sphere_easyedit as sphere
-from sphere_easyedit.easyedit.plugin import load_easyedit
+from sphere_easyedit.easyedit.discovery import load_easyedit
 
 # Tiny models gain nothing from threads, and lose much where test processes share the cores.
 torch.set_num_threads(1)

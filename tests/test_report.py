@@ -123,7 +123,7 @@ def test_a_run_under_way_can_be_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("given", "complaint"), [
-    ([], "0 runs are given"), (["a", "a"], "say where the report"), (["absent"], "no config.yaml")])
+    ([], "0 runs are given"), (["a", "a"], "give output"), (["absent"], "no config.yaml")])
 def test_what_is_no_run_is_refused(tmp_path: Path, given: list[str], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         write_report([tmp_path / name for name in given])
@@ -472,7 +472,7 @@ def test_columns_without_a_value_in_any_run_are_left_out(tmp_path: Path) -> None
         assert row.count("<td>") == len(columns) - 1
     assert heads(page, 'id="cases"') == ["case", "prompt", "wanted", "state", "at the end"]
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    assert data["told"] == [0, 1, 2, 4, 6]
+    assert data["columns"] == [0, 1, 2, 4, 6]
     full = write_run(tmp_path / "full", alpha=0.8, perplexity=(20.0, 21.0, 22.0))
     both = write_report([bare, full], tmp_path / "both", files=False).html.read_text(encoding="utf-8")
     assert "perplexity" in heads(both, 'id="results"')  # of one run, and the other's cell is empty

@@ -184,7 +184,7 @@ def device_items() -> list[Item]:
 
 def easyedit_item() -> Item:
     """EasyEdit, imported to see what it offers."""
-    from ..easyedit.plugin import load_easyedit
+    from ..easyedit.discovery import load_easyedit
 
     logger.info("importing EasyEdit, which can take a while")
     try:
@@ -199,7 +199,7 @@ def easyedit_item() -> Item:
 
 
 def _imported(package: ModuleType) -> Item:
-    from ..easyedit.plugin import has_sequential_edit, wrappable
+    from ..easyedit.discovery import has_sequential_edit, wrappable
 
     root, home = Path(str(package.__file__)).resolve().parent.parent, os.environ.get(_HOME)
     algorithms, ours, sequential = sorted(package.ALG_DICT), wrappable(package), has_sequential_edit(package)

@@ -182,7 +182,7 @@ def _native_engine(*_: object) -> NativeEngine:
 
 # The factory of the engine that each value of `executor` names; EasyEdit's is imported only where it is used.
 _ENGINES = MappingProxyType({"native": "sphere_easyedit.editing.engines:_native_engine",
-                             "easyedit": "sphere_easyedit.easyedit.plugin:easyedit_engine"})
+                             "easyedit": "sphere_easyedit.easyedit.engine:easyedit_engine"})
 
 
 def engine_of(hparams: SPHEREHyperParams, session: EditSession, arguments: Mapping[str, Any] = MappingProxyType({})
