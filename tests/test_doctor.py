@@ -108,9 +108,9 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("source", "named", "remedy"), [
-    ("raise RuntimeError('no\\noperator')", "RuntimeError: no operator", "mend what the error names, then run"),
-    ("import no_such_dependency", "no_such_dependency", "install what provides the module 'no_such_dependency', or"),
-    ("raise SystemExit(3)", "SystemExit: 3", "mend what the error names, then run"),
+    ("raise RuntimeError('no\\noperator')", "RuntimeError: no operator", "fix the cause that the error names"),
+    ("import no_such_dependency", "no_such_dependency", "install the package of module 'no_such_dependency', or"),
+    ("raise SystemExit(3)", "SystemExit: 3", "fix the cause that the error names, then run"),
     ("import easyeditor.absent", "easyeditor.absent", 'git -C "$EASYEDIT_HOME" pull'),
     ("", "BaseEditor", "git clone"),
 ])
@@ -152,8 +152,8 @@ def fake_distribution(folder: Path, name: str, version: str, module: str) -> Non
     ("import shrinking.gone", "pip install 'shrinking-things<2.1'"),
     ("from shrinking import gone", "pip install 'shrinking-things<2.1'"),
     ("import shrinking; shrinking.gone", "pip install 'shrinking-things<2.1'"),
-    ("import no_such_module.part", "install what provides the module 'no_such_module', or"),
-    ("raise RuntimeError('operator torchvision::nms does not exist')", "mend what the error names, then run"),
+    ("import no_such_module.part", "install the package of module 'no_such_module', or"),
+    ("raise RuntimeError('operator torchvision::nms does not exist')", "fix the cause that the error names, then run"),
 ])
 def test_a_method_of_easyedit_that_does_not_import(line: str, remedy: str, stand_in: Path, tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:

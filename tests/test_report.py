@@ -322,7 +322,7 @@ def test_warnings_name_what_went_wrong(tmp_path: Path) -> None:
     assert any("collapsed by 300 edits: efficacy" in text and "perplexity" in text for text in texts)
     assert any("3 target values" in text for text in texts)  # a nan in each batch's losses
     assert any("perplexity is not finite at 300" in text for text in texts)
-    assert any("in 1 of the 1 after them, first in the one that ended at 400" in text for text in texts)
+    assert any("in 1 of the 1 later ones, first in the one that ended at 400" in text for text in texts)
     assert any("has not ended" in text for text in texts)
     assert [notice.level for notice in found] == sorted((notice.level for notice in found),
                                                        key=["bad", "warning", "note"].index)

@@ -1,4 +1,4 @@
-"""``remove``: take single facts out of a run's edited weights."""
+"""``remove``: remove single facts from a run's edited weights."""
 
 from __future__ import annotations
 
