@@ -362,7 +362,7 @@ def test_smollm2_by_its_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folder = tmp_path / "llama-smollm2-135m"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    assert doctor.smollm2_item().remedy == f"rm -r {folder}, and it is converted anew"
+    assert doctor.smollm2_item().remedy == f"rm -r {folder}, and it is converted again"
     (folder / "model.safetensors").write_bytes(b"1234")
     assert doctor.smollm2_item().detail == f"converted: {folder}"
 
