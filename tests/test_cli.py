@@ -161,7 +161,7 @@ def test_show_puts_three_models_side_by_side(workplace: Path) -> None:
     done = call_cli("show", "shown", "--case", str(case["case_id"]), "--max-new-tokens", "4", cwd=workplace)
     assert done.returncode == 0, done.stderr
     for words in ("unedited", "edited", "rolled back", "paraphrase", "neighborhood", "generation",
-                  "Edit 2 of 2; the edited model holds the first 2", f"Wanted answer: {case['target_new']}",
+                  "Edit 2 of 2; the edited model holds the first 2", f"New target: {case['target_new']}",
                   "Scores after the run (%): efficacy", "The original weights are back, bit for bit."):
         assert words in done.stdout
     done = call_cli("show", "shown", "--case", str(case["case_id"]), "--at", "1", "--max-new-tokens", "4", "--json",

@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import without_easyedit
 from packaging.specifiers import SpecifierSet
 from processes import ENVIRONMENT, REPOSITORY, run_forked
 
@@ -101,10 +102,10 @@ def test_an_easyedit_that_does_not_import(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No EasyEdit imported yet; whatever was, or is from here on, is put back."""
-    monkeypatch.setitem(sys.modules, "easyeditor", ModuleType("easyeditor"))
-    monkeypatch.delitem(sys.modules, "easyeditor")
+def forgotten() -> Iterator[None]:
+    """No EasyEdit imported yet."""
+    with without_easyedit():
+        yield
 
 
 @pytest.mark.parametrize(("source", "named", "remedy"), [
@@ -126,15 +127,12 @@ def test_whatever_an_import_raises_is_reported(tmp_path: Path, monkeypatch: pyte
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the stand-in for EasyEdit, and its folder of methods; whatever EasyEdit was imported is put back."""
+    """The folder of methods in a copy of the stand-in for EasyEdit."""
     shutil.copytree(REPOSITORY / "tests" / "stand_in", tmp_path / "checkout",
                     ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path / "checkout"))
-    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "easyeditor"}
-    yield tmp_path / "checkout" / "easyeditor" / "models"
-    for name in [name for name in sys.modules if name.partition(".")[0] == "easyeditor"]:
-        del sys.modules[name]
-    sys.modules.update(kept)
+    with without_easyedit():
+        yield tmp_path / "checkout" / "easyeditor" / "models"
 
 
 def fake_distribution(folder: Path, name: str, version: str, module: str) -> None:

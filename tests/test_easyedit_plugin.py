@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, REQUESTS, edited_weights, relative_error, tiny_hparams, tiny_model
+from conftest import GOLDEN, REQUESTS, edited_weights, relative_error, tiny_hparams, tiny_model, without_easyedit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -147,26 +147,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 @contextmanager
-def nothing_imported() -> Iterator[None]:
-    """No host imported yet; afterwards the modules imported under its name before are back."""
-
-    def imported() -> list[str]:
-        return [name for name in sys.modules if name.partition(".")[0] == "easyeditor"]
-
-    kept = {name: sys.modules.pop(name) for name in imported()}
-    try:
-        yield
-    finally:
-        sphere.unregister()
-        for name in imported():
-            del sys.modules[name]
-        sys.modules.update(kept)
-
-
-@contextmanager
 def fresh_host() -> Iterator[ModuleType]:
     """The stand-in as at its first import."""
-    with nothing_imported():
+    with without_easyedit():
         yield load_easyedit()
 
 
@@ -290,7 +273,7 @@ def test_unregister_keeps_entries_of_others(registered: Any) -> None:
 
 def test_unregister_without_a_host_imports_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EASYEDIT_HOME", str(STAND_IN))
-    with nothing_imported():
+    with without_easyedit():
         sphere.unregister()
         assert "easyeditor" not in sys.modules
 
@@ -369,7 +352,7 @@ def partly_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[P
                        + "\nALG_DICT |= {'UNKE': apply_unke_to_model, 'UNKE-2': UnkeExecutor().apply_to_model}\n")
     monkeypatch.setenv("EASYEDIT_HOME", str(folder))
     monkeypatch.chdir(tmp_path)
-    with nothing_imported():
+    with without_easyedit():
         yield folder
 
 

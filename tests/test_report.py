@@ -451,7 +451,7 @@ def test_columns_without_a_value_in_any_run_are_left_out(tmp_path: Path) -> None
     assert not {"fluency", "consistency", "perplexity"} & set(columns)
     for row in page.split('id="results"')[1].split("</table>")[0].split("<tr>")[2:]:
         assert row.count("<td>") == len(columns) - 1
-    assert heads(page, 'id="cases"') == ["case", "prompt", "wanted", "state", "at the end"]
+    assert heads(page, 'id="cases"') == ["case", "prompt", "new target", "state", "at the end"]
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert data["columns"] == [0, 1, 2, 4, 6]
     full = write_run(tmp_path / "full", alpha=0.8, perplexity=(20.0, 21.0, 22.0))

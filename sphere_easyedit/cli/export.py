@@ -60,7 +60,7 @@ class ExportOptions:
                              "rank an error that the card states")
 
     def write(self, model: nn.Module, tok: PreTrainedTokenizerBase, edited: EditedWeights) -> Sequence[LayerError]:
-        """Write what is asked for, and return how exact each layer's change is, except for whole models."""
+        """Write the export, and return the error of each layer's change, except for whole models."""
         import torch
 
         from ..export.deltas import TOLERANCE
@@ -89,7 +89,7 @@ def export(run: RunFolder, options: ExportOptions, at: At = None, verbose: Verbo
     check_free(options.output)
     check_shard_size(options.max_shard_size)
     edited_run = ExportableRun(run, at)
-    # On the CPU, whatever device the run used: the weights have the same bits.
+    # On the CPU, since the device does not change the weights' bits.
     model, tok = load(edited_run.hparams.model_name, "cpu", edited_run.dtype)
     if layers := options.write(model, tok, edited_run.read(model)):
         consoles.out.print(_layer_table(layers))

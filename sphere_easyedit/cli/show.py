@@ -45,8 +45,8 @@ def show(
 
 def _case_lines(study: CaseStudy) -> list[str]:
     """The case, its position among the edits, and its scores."""
-    true = "" if study.target_true is None else f", true answer: {study.target_true}"
-    lines = [f"Case {study.case_id}, {study.subject}. Wanted answer: {study.target_new}{true}",
+    true = "" if study.target_true is None else f", true target: {study.target_true}"
+    lines = [f"Case {study.case_id}, {study.subject}. New target: {study.target_new}{true}",
              f"Edit {study.number} of {study.total}; the edited model holds the first {study.num_edits}"
              + ("" if study.is_edited else ": the fact is not in these weights yet")]
     for when, title in (("pre", "before"), ("post", "after")):

@@ -14,8 +14,8 @@ from .runs import ReportRun
 
 LOST, MISSED, HELD, KNOWN, UNSEEN = "lost since", "not learned", "held", "known before", "not measured"
 STATES: Final = (LOST, MISSED, HELD, KNOWN, UNSEEN)
-COLUMNS: Final = ("case", "prompt", "wanted", "true", "state", "before", "at the end", "last seen right at",
-                  "says before", "says at the end")  # of a case table
+COLUMNS: Final = ("case", "prompt", "new target", "true target", "state", "before", "at the end",
+                  "last correct at", "text before", "text at the end")  # of a case table
 _METRIC: Final = "efficacy"
 MAX_CHARACTERS: Final = 1_200_000  # of the facts of all runs on a page
 
