@@ -28,7 +28,8 @@ import torch
 from common import machine, peak_memory, spread
 
 from sphere_easyedit.datasets.loaders import EditRecord, load_records
-from sphere_easyedit.easyedit.plugin import HOME, edit_arguments, load_easyedit
+from sphere_easyedit.easyedit.discovery import HOME, load_easyedit
+from sphere_easyedit.easyedit.editor import edit_arguments
 from sphere_easyedit.evaluation.metrics import evaluate_records, prompts_by_metric
 from sphere_easyedit.models.architecture import input_device
 from sphere_easyedit.models.loading import load_model, model_source

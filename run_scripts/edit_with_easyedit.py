@@ -18,7 +18,7 @@ import yaml
 
 import sphere_easyedit as sphere
 from sphere_easyedit.datasets.loaders import load_records
-from sphere_easyedit.easyedit.plugin import edit_arguments, make_editor, read_hparams
+from sphere_easyedit.easyedit.editor import edit_arguments, make_editor, read_hparams
 
 METHODS = ("AlphaEdit", "MEMIT", "RECT", "PRUNE", "FT", "ROME")
 

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from .callbacks.he_tracker import HETracker
     from .core.hyperspherical import hyperspherical_energy
     from .core.projection import PrincipalSpace
-    from .easyedit.plugin import register, track, unregister
+    from .easyedit.editor import track
+    from .easyedit.plugin import register, unregister
     from .editing.callbacks import EditCallback, EditEvent, StopEditing
     from .editing.pipeline import apply_sphere_to_model
     from .editing.session import EditSession
@@ -47,7 +48,7 @@ _HOMES = MappingProxyType({
     "apply_sphere_to_model": ".editing.pipeline", "hyperspherical_energy": ".core.hyperspherical",
     "load_model": ".models.loading",
     "register_method": ".methods.registry", "unregister_method": ".methods.registry",
-    "register": ".easyedit.plugin", "track": ".easyedit.plugin", "unregister": ".easyedit.plugin",
+    "register": ".easyedit.plugin", "track": ".easyedit.editor", "unregister": ".easyedit.plugin",
 })
 
 

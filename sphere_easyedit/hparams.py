@@ -22,10 +22,10 @@ from .hparams_files import find_hparams, read_mapping
 from .methods.alphaedit import AlphaEdit
 from .methods.base import Method, WrappedMethod
 from .methods.registry import METHODS
-from .models.architecture import EditableModel, ModuleNames
+from .models.architecture import EditableModel
 from .models.checks import check_model
 from .models.loading import resolve_device
-from .models.module_discovery import model_module_names, module_names
+from .models.module_discovery import ModuleNames, model_module_names, module_names
 from .utils.messages import nearest
 
 SPHERE = "SPHERE"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from transformers import (
 )
 
 import sphere_easyedit as sphere
-from sphere_easyedit.easyedit.plugin import load_easyedit
+from sphere_easyedit.easyedit.discovery import load_easyedit
 
 # Tiny models gain nothing from threads, and lose much where test processes share the cores.
 torch.set_num_threads(1)
@@ -195,3 +197,20 @@ def package() -> Any:
         return load_easyedit()
     except ImportError as error:
         pytest.skip(str(error))
+
+
+@contextmanager
+def without_easyedit() -> Iterator[None]:
+    """EasyEdit is not imported yet; afterwards its modules imported before are restored."""
+
+    def imported() -> list[str]:
+        return [name for name in sys.modules if name.partition(".")[0] == "easyeditor"]
+
+    kept = {name: sys.modules.pop(name) for name in imported()}
+    try:
+        yield
+    finally:
+        sphere.unregister()
+        for name in imported():
+            del sys.modules[name]
+        sys.modules.update(kept)

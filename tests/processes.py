@@ -1,4 +1,4 @@
-"""The command line in processes of their own, forked from one that has imported torch and the package.
+"""The command line in processes forked from one that has imported torch and the package, or called in this one.
 
 Each fresh interpreter spends five seconds of processor time on imports. What a test shows of a process (its exit
 status, its streams, how it takes signals) holds for a forked one as well; that imports themselves go well and say
@@ -7,6 +7,8 @@ nothing is for the tests that start ``python -m sphere_easyedit``.
 
 from __future__ import annotations
 
+import io
+import logging
 import multiprocessing
 import os
 import signal
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -91,3 +94,25 @@ def _work(arguments: tuple[str, ...], cwd: Path, environment: dict[str, str], st
     from sphere_easyedit.cli import main
 
     main()
+
+
+def call_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line in this process; log messages are not in its standard error."""
+    from sphere_easyedit.cli import main
+
+    said, complained = io.StringIO(), io.StringIO()
+    ours, level, before = logging.getLogger("sphere_easyedit"), logging.getLogger("sphere_easyedit").level, Path.cwd()
+    status: object = 0
+    with mock.patch.dict(os.environ, COLUMNS="120", TQDM_DISABLE="1"), mock.patch(
+            "huggingface_hub.constants.HF_HUB_OFFLINE", True), mock.patch.object(
+            sys, "argv", ["sphere-easyedit", *arguments]), redirect_stdout(said), redirect_stderr(complained):
+        os.chdir(cwd)
+        try:
+            main()
+        except SystemExit as ended:
+            status = ended.code or 0
+        finally:
+            os.chdir(before)
+            ours.setLevel(level)
+    assert isinstance(status, int)
+    return subprocess.CompletedProcess(arguments, status, said.getvalue(), complained.getvalue())

@@ -393,7 +393,7 @@ def test_what_can_not_be_measured_is_refused(
     ("rte", '{"sentence1": "a", "sentence2": "b", "label": "0"}', "line 13, field 'label'.*entailment"),
     ("gsm8k", '{"question": "q", "answer": "12"}', "line 13, field 'answer'.*####"),
     ("natural_questions", '{"question": "q", "answer": []}', "line 13, field 'answer'.*at least one"),
-    ("rte", '{"sentence1": ', "line 13 is no valid JSON"), ("rte", "[]", "line 13: found list"),
+    ("rte", '{"sentence1": ', "line 13 is not valid JSON"), ("rte", "[]", "line 13: found list"),
 ])
 def test_a_bad_line_is_named(name: str, line: str, message: str, tok: PreTrainedTokenizerBase, data: Path) -> None:
     with (data / f"{name}.jsonl").open("a") as file:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
-import logging
 import os
 import pty
 import re
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
@@ -21,7 +18,7 @@ import typer
 import yaml
 from architectures import architecture_config
 from conftest import GOLDEN, tiny_config, tiny_hparams, tiny_model
-from processes import ENVIRONMENT, REPOSITORY, run_forked
+from processes import ENVIRONMENT, REPOSITORY, call_cli, run_forked
 from typer.testing import CliRunner
 
 from sphere_easyedit.cli import app as app_module
@@ -36,26 +33,6 @@ CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], cwd=cwd, env={**os.environ, **ENVIRONMENT}, text=True,
                           capture_output=True, timeout=300, check=False)
-
-
-def call_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """As `run_cli`, in this process; log messages are not in its standard error."""
-    said, complained = io.StringIO(), io.StringIO()
-    ours, level, before = logging.getLogger("sphere_easyedit"), logging.getLogger("sphere_easyedit").level, Path.cwd()
-    status: object = 0
-    with mock.patch.dict(os.environ, COLUMNS="120", TQDM_DISABLE="1"), mock.patch(
-            "huggingface_hub.constants.HF_HUB_OFFLINE", True), mock.patch.object(
-            sys, "argv", ["sphere-easyedit", *arguments]), redirect_stdout(said), redirect_stderr(complained):
-        os.chdir(cwd)
-        try:
-            main()
-        except SystemExit as ended:
-            status = ended.code or 0
-        finally:
-            os.chdir(before)
-            ours.setLevel(level)
-    assert isinstance(status, int)
-    return subprocess.CompletedProcess(arguments, status, said.getvalue(), complained.getvalue())
 
 
 def edit(workplace: Path, output: str, *more: str) -> subprocess.CompletedProcess[str]:
@@ -184,7 +161,7 @@ def test_show_puts_three_models_side_by_side(workplace: Path) -> None:
     done = call_cli("show", "shown", "--case", str(case["case_id"]), "--max-new-tokens", "4", cwd=workplace)
     assert done.returncode == 0, done.stderr
     for words in ("unedited", "edited", "rolled back", "paraphrase", "neighborhood", "generation",
-                  "Edit 2 of 2; the edited model holds the first 2", f"Wanted answer: {case['target_new']}",
+                  "Edit 2 of 2; the edited model holds the first 2", f"New target: {case['target_new']}",
                   "Scores after the run (%): efficacy", "The original weights are back, bit for bit."):
         assert words in done.stdout
     done = call_cli("show", "shown", "--case", str(case["case_id"]), "--at", "1", "--max-new-tokens", "4", "--json",

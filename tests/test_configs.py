@@ -82,7 +82,7 @@ def test_every_shipped_file_is_planned_without_network(
     assert not no_network
     told = [record.getMessage() for record in caplog.records if record.name == "sphere_easyedit.models.shipped_configs"]
     assert told == [
-        f"{hparams.model_name} is not on this machine: its sizes are those that the package ships"]
+        f"{hparams.model_name} is not on this machine: using the sizes that the package ships"]
     [weights] = [item for item in plan.downloads if item.name == hparams.model_name]
     assert weights.bytes == pytest.approx(PUBLISHED[hparams.model_name] * plan_itemsize(hparams.model_name))
 

@@ -37,7 +37,8 @@ from sphere_easyedit.methods.covariance import (
 )
 from sphere_easyedit.methods.solvers import CholeskyFactor, KeyHistory, NullSpace
 from sphere_easyedit.methods.statistics_fingerprint import fingerprint_path
-from sphere_easyedit.models.architecture import EditableModel, ModuleNames
+from sphere_easyedit.models.architecture import EditableModel
+from sphere_easyedit.models.module_discovery import ModuleNames
 
 TEXTS = ["The capital of France is Paris.", "Rome",
          " ".join(["John Smith plays for the team of the United States of America."] * 3),

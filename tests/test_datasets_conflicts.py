@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,6 @@ from hypothesis import strategies as st
 from sphere_easyedit.datasets.conflicts import Conflict, ConflictReport, find_conflicts
 from sphere_easyedit.datasets.loaders import EditRecord, load_records
 from sphere_easyedit.editing.contradictions import normalised
-
-DATA = Path(os.environ.get("SPHERE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 def record(case_id: int, subject: str, target: str, prompt: str = "The harbour of {} lies on the") -> EditRecord:
@@ -106,11 +103,8 @@ def test_groups_are_those_of_a_slow_search(facts: list[tuple[str, str, str]]) ->
 
 
 @pytest.mark.parametrize(("name", "dataset"), [("counterfact.json", "counterfact"), ("zsre_mend_eval.json", "zsre")])
-def test_real_samples_are_free_of_conflicts_until_one_is_put_in(name: str, dataset: Any) -> None:
-    path = DATA / name
-    if not path.is_file():
-        pytest.skip(f"real data not here: {path} (set SPHERE_DATA to its folder)")
-    records = load_records(dataset, path)
+def test_real_samples_are_free_of_conflicts_until_one_is_put_in(name: str, dataset: Any, data_dir: Path) -> None:
+    records = load_records(dataset, data_dir / name)
     assert not find_conflicts(records)
     last = records[-1]
     against = replace(last, case_id=10**6, subject=last.subject.upper(), target_new="something else entirely")

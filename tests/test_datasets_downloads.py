@@ -168,7 +168,7 @@ def test_cache_is_checked_on_every_load(server: tuple[str, list[str]], tmp_path:
     publish(monkeypatch, f"{server[0]}/good", tmp_path)
     path = dataset_path("zsre")
     path.write_bytes(CONTENT[:-1])
-    with pytest.raises(ValueError, match="its git blob id is .*give its path if the other content is meant"):
+    with pytest.raises(ValueError, match="its git blob id is .*give its path to use the other content"):
         dataset_path("zsre")
     path.unlink()
     assert dataset_path("zsre").read_bytes() == CONTENT
@@ -180,7 +180,7 @@ def test_load_records_downloads(server: tuple[str, list[str]], tmp_path: Path, m
     (record,) = load_records("zsre")
     assert record.subject == "Bari" and server[1] == ["/good"]
     assert (tmp_path / "data" / NAME).is_file()
-    with pytest.raises(ValueError, match=r"num_edits is 2, but zsre \(published\) holds 1 records"):
+    with pytest.raises(ValueError, match=r"num_edits is 2, but zsre \(published\) has 1 records"):
         load_records("zsre", None, 2)
 
 

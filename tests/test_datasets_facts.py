@@ -77,12 +77,13 @@ def test_jsonl_needs_three_fields_and_numbers_its_records(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (BARE[:40], r"line 3 is no valid JSON: .* at column \d+; the file ends within the line"),
-        (BARE[:40] + "\n" + BARE, r"line 3 is no valid JSON: .*; repair the line"),
-        (f"{BARE} {BARE}", "line 3 is no valid JSON: Extra data"),
+        (BARE[:40], r"line 3 is not valid JSON: .* at column \d+; the file ends within the line"),
+        (BARE[:40] + "\n" + BARE, r"line 3 is not valid JSON: .*; repair the line"),
+        (f"{BARE} {BARE}", "line 3 is not valid JSON: Extra data"),
         ("5", "line 3: found int 5, expected an object"),
         ('{"prompt": "a", "subject": "a"}', "line 3, field 'target_new': found nothing .*prompt, subject"),
-        ('{"prompt": "a", "subject": "b", "target_new": "c"}', "line 3, field 'prompt': found str 'a', .* 'b' letter"),
+        ('{"prompt": "a", "subject": "b", "target_new": "c"}',
+         "line 3, field 'prompt': found str 'a', .* 'b' verbatim"),
         ('{"prompt": "{} {}", "subject": "b", "target_new": "c"}', "line 3, field 'prompt': found 2 times '{}'"),
         ('{"prompt": "a", "subject": "a", "target_new": 1984}', "line 3, field 'target_new': found int 1984"),
         ('{"prompt": "a", "subject": "a", "target_new": "c", "target_true": " "}', "line 3, field 'target_true'"),
@@ -135,8 +136,8 @@ def test_csv_needs_three_columns_in_any_order(tmp_path: Path) -> None:
     [
         ("a,a,b\n\nThe sea, in a,a,b\n", r'line 4: found 4 cells, expected 3 as in the header; .*quotes'),
         ('"two\nlines {}",a,b\na,a\n', "line 4: found 2 cells, expected 3"),
-        ('a,a,b\n"a,a,b\n', "the record that begins in line 3 is no valid CSV: unexpected end of data"),
-        ("a,a,b\na,c,b\n", "line 3, field 'prompt': found str 'a', expected text that holds the subject 'c'"),
+        ('a,a,b\n"a,a,b\n', "the record that begins in line 3 is not valid CSV: unexpected end of data"),
+        ("a,a,b\na,c,b\n", "line 3, field 'prompt': found str 'a', expected text that contains the subject 'c'"),
         ("a,a,b\na,,b\n", r"line 3, field 'subject': found nothing \(the fields there are: prompt, target_new\)"),
         ("", "there is a header and nothing else"),
     ],

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sphere_easyedit.datasets.loaders import EditRecord, EvaluationPrompt, load_records
-
-DATA = Path(os.environ.get("SPHERE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 def flat_raw(case_id: int = 4) -> dict[str, Any]:
@@ -54,13 +51,6 @@ def written(folder: Path, records: list[Any]) -> Path:
     path = folder / "flat.json"
     path.write_text(json.dumps(records), encoding="utf-8")
     return path
-
-
-def real(name: str) -> tuple[Path, list[dict[str, Any]]]:
-    path = DATA / name
-    if not path.is_file():
-        pytest.skip(f"real data not here: {path} (set SPHERE_DATA to its folder)")
-    return path, json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_counterfact_record_field_by_field(tmp_path: Path) -> None:
@@ -160,14 +150,14 @@ def test_all_records_are_of_the_first_ones_schema(tmp_path: Path) -> None:
         load_records("counterfact", written(tmp_path, [flat_raw(), flat_raw()]))
 
 
-def test_real_counterfact_flattened_is_the_published_one(tmp_path: Path) -> None:
-    path, raw = real("counterfact.json")
+def test_real_counterfact_flattened_is_the_published_one(tmp_path: Path, data_dir: Path) -> None:
+    path = data_dir / "counterfact.json"
     flat = [
         {"case_id": item["case_id"], "prompt": rewrite["prompt"].format(rewrite["subject"]),
          "target_new": rewrite["target_new"]["str"], "subject": rewrite["subject"],
          "ground_truth": rewrite["target_true"]["str"], "rephrase_prompt": item["paraphrase_prompts"][0],
          "locality_prompt": item["neighborhood_prompts"][0], "locality_ground_truth": rewrite["target_true"]["str"]}
-        for item in raw for rewrite in [item["requested_rewrite"]]
+        for item in json.loads(path.read_text()) for rewrite in [item["requested_rewrite"]]
     ]
     published = load_records("counterfact", path)
     for record, expected in zip(load_records("counterfact", written(tmp_path, flat)), published, strict=True):
@@ -178,14 +168,14 @@ def test_real_counterfact_flattened_is_the_published_one(tmp_path: Path) -> None
         assert record.edit_prompt == expected.edit_prompt
 
 
-def test_real_zsre_flattened_is_the_published_one(tmp_path: Path) -> None:
-    path, raw = real("zsre_mend_eval.json")
+def test_real_zsre_flattened_is_the_published_one(tmp_path: Path, data_dir: Path) -> None:
+    path = data_dir / "zsre_mend_eval.json"
     # As EasyEdit's ZsreDataset does it, and with the subject and portability, which it leaves out.
     flat = [
         {"case_id": number, "prompt": item["src"], "subject": item["subject"], "target_new": item["alt"],
          "ground_truth": item["answers"][0], "rephrase_prompt": item["rephrase"], "locality_prompt": item["loc"],
          "locality_ground_truth": item["loc_ans"], "portability": item.get("portability")}
-        for number, item in enumerate(raw) if item["alt"]
+        for number, item in enumerate(json.loads(path.read_text())) if item["alt"]
     ]
     published = [record for record in load_records("zsre", path) if record.target_alt]
     assert load_records("zsre", written(tmp_path, flat)) == published

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -134,12 +133,9 @@ def test_prefixes_span_relations_and_objects(records: list[EditRecord]) -> None:
 
 
 @pytest.mark.parametrize(("name", "field"), [("counterfact.json", "requested_rewrite"), ("zsre_mend_eval.json", "src")])
-def test_no_prompt_occurs_in_the_shared_benchmarks(records: list[EditRecord], table: Table, name: str, field: str
-                                                   ) -> None:
-    path = Path(os.environ.get("SPHERE_DATA") or REPO.parent / "shared" / "data") / name
-    if not path.is_file():
-        pytest.skip(f"{path} is absent; set SPHERE_DATA to the folder that holds it")
-    shared = json.loads(path.read_text(encoding="utf-8"))
+def test_no_prompt_occurs_in_the_shared_benchmarks(records: list[EditRecord], table: Table, name: str, field: str,
+                                                   data_dir: Path) -> None:
+    shared = json.loads((data_dir / name).read_text(encoding="utf-8"))
     asked = [entry[field] if isinstance(entry[field], str) else entry[field]["prompt"].format(entry[field]["subject"])
              for entry in shared]
     haystack = "\n".join([*strings_in(shared), *asked]).casefold()

@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import without_easyedit
 from packaging.specifiers import SpecifierSet
 from processes import ENVIRONMENT, REPOSITORY, run_forked
 
@@ -101,16 +102,16 @@ def test_an_easyedit_that_does_not_import(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No EasyEdit imported yet; whatever was, or is from here on, is put back."""
-    monkeypatch.setitem(sys.modules, "easyeditor", ModuleType("easyeditor"))
-    monkeypatch.delitem(sys.modules, "easyeditor")
+def forgotten() -> Iterator[None]:
+    """No EasyEdit imported yet."""
+    with without_easyedit():
+        yield
 
 
 @pytest.mark.parametrize(("source", "named", "remedy"), [
-    ("raise RuntimeError('no\\noperator')", "RuntimeError: no operator", "mend what the error names, then run"),
-    ("import no_such_dependency", "no_such_dependency", "install what provides the module 'no_such_dependency', or"),
-    ("raise SystemExit(3)", "SystemExit: 3", "mend what the error names, then run"),
+    ("raise RuntimeError('no\\noperator')", "RuntimeError: no operator", "fix the cause that the error names"),
+    ("import no_such_dependency", "no_such_dependency", "install the package of module 'no_such_dependency', or"),
+    ("raise SystemExit(3)", "SystemExit: 3", "fix the cause that the error names, then run"),
     ("import easyeditor.absent", "easyeditor.absent", 'git -C "$EASYEDIT_HOME" pull'),
     ("", "BaseEditor", "git clone"),
 ])
@@ -126,15 +127,12 @@ def test_whatever_an_import_raises_is_reported(tmp_path: Path, monkeypatch: pyte
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the stand-in for EasyEdit, and its folder of methods; whatever EasyEdit was imported is put back."""
+    """The folder of methods in a copy of the stand-in for EasyEdit."""
     shutil.copytree(REPOSITORY / "tests" / "stand_in", tmp_path / "checkout",
                     ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path / "checkout"))
-    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "easyeditor"}
-    yield tmp_path / "checkout" / "easyeditor" / "models"
-    for name in [name for name in sys.modules if name.partition(".")[0] == "easyeditor"]:
-        del sys.modules[name]
-    sys.modules.update(kept)
+    with without_easyedit():
+        yield tmp_path / "checkout" / "easyeditor" / "models"
 
 
 def fake_distribution(folder: Path, name: str, version: str, module: str) -> None:
@@ -152,8 +150,8 @@ def fake_distribution(folder: Path, name: str, version: str, module: str) -> Non
     ("import shrinking.gone", "pip install 'shrinking-things<2.1'"),
     ("from shrinking import gone", "pip install 'shrinking-things<2.1'"),
     ("import shrinking; shrinking.gone", "pip install 'shrinking-things<2.1'"),
-    ("import no_such_module.part", "install what provides the module 'no_such_module', or"),
-    ("raise RuntimeError('operator torchvision::nms does not exist')", "mend what the error names, then run"),
+    ("import no_such_module.part", "install the package of module 'no_such_module', or"),
+    ("raise RuntimeError('operator torchvision::nms does not exist')", "fix the cause that the error names, then run"),
 ])
 def test_a_method_of_easyedit_that_does_not_import(line: str, remedy: str, stand_in: Path, tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +360,7 @@ def test_smollm2_by_its_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folder = tmp_path / "llama-smollm2-135m"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    assert doctor.smollm2_item().remedy == f"rm -r {folder}, and it is converted anew"
+    assert doctor.smollm2_item().remedy == f"rm -r {folder}, and it is converted again"
     (folder / "model.safetensors").write_bytes(b"1234")
     assert doctor.smollm2_item().detail == f"converted: {folder}"
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import sphere_easyedit as sphere
-from sphere_easyedit.easyedit.plugin import make_editor, wrappable
+from sphere_easyedit.easyedit.discovery import wrappable
+from sphere_easyedit.easyedit.editor import make_editor
 from sphere_easyedit.models.loading import smollm2_folder
 
 pytestmark = pytest.mark.easyedit

@@ -1,4 +1,4 @@
-"""The plugin in its host: registered with it, edited through its editor, around its executors, and what it survives.
+"""The EasyEdit plugin: registration, editing through the editor, wrapped executors, and EasyEdit's defects.
 
 The host is the stand-in under ``tests/stand_in``, which follows EasyEdit's contract and has EasyEdit's defects.
 """
@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, REQUESTS, edited_weights, relative_error, tiny_hparams, tiny_model
+from conftest import GOLDEN, REQUESTS, edited_weights, relative_error, tiny_hparams, tiny_model, without_easyedit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.easyedit import plugin as easyedit
+from sphere_easyedit.easyedit.discovery import batch_editor, load_easyedit, wrappable
+from sphere_easyedit.easyedit.editor import make_editor
 from sphere_easyedit.methods.covariance import null_space_basis, second_moments
 
 STAND_IN = Path(__file__).parent / "stand_in"
@@ -147,19 +148,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 @contextmanager
 def fresh_host() -> Iterator[ModuleType]:
-    """The stand-in as at its first import; whatever was imported under its name is back afterwards."""
-
-    def imported() -> list[str]:
-        return [name for name in sys.modules if name.partition(".")[0] == "easyeditor"]
-
-    kept = {name: sys.modules.pop(name) for name in imported()}
-    try:
-        yield easyedit.load_easyedit()
-    finally:
-        sphere.unregister()
-        for name in imported():
-            del sys.modules[name]
-        sys.modules.update(kept)
+    """The stand-in as at its first import."""
+    with without_easyedit():
+        yield load_easyedit()
 
 
 @pytest.fixture
@@ -251,44 +242,29 @@ def arguments(facts: Sequence[Request]) -> dict[str, Any]:
 # --- registration -------------------------------------------------------------------------------------------
 
 
-def batchable(package: Any) -> Any:
-    return importlib.import_module(f"{package.__name__}.editors.batch_editor").BatchEditor
-
-
-def test_register_adds_three_names(host: Any) -> None:
-    before = dict(host.ALG_DICT)
-    assert not any(batchable(host).is_batchable_method(name) for name in ("SPHERE", "PRUNE", "RECT"))
-    sphere.register()
-    assert host.ALG_DICT.keys() == {*before, "PRUNE", "RECT"}
-    assert host.ALG_DICT["SPHERE"] is not before["SPHERE"]
-    assert all(host.ALG_DICT[name] is before[name] for name in before if name != "SPHERE")
-    for name, answer in {"SPHERE": True, "PRUNE": True, "RECT": True, "MEMIT": True, "ROME": False, "?": False}.items():
-        assert batchable(host).is_batchable_method(name) is answer
-
-
-def test_register_twice(host: Any, caplog: pytest.LogCaptureFixture) -> None:
-    sphere.register()
-    entries, method = dict(host.ALG_DICT), vars(batchable(host))["is_batchable_method"]
-    sphere.register()
-    assert equal(host.ALG_DICT, entries)
-    assert vars(batchable(host))["is_batchable_method"] is method
-    assert len([record for record in caplog.records if "replaced" in record.getMessage()]) == 1
-
-
 @pytest.mark.parametrize("times", [1, 2])
-def test_unregister_gives_everything_back(times: int, host: Any) -> None:
-    before, method = dict(host.ALG_DICT), vars(batchable(host))["is_batchable_method"]
-    for _ in range(2):  # a second round finds what the first did
+def test_register_and_unregister(times: int, host: Any, caplog: pytest.LogCaptureFixture) -> None:
+    editor = batch_editor(host)
+    before, method = dict(host.ALG_DICT), vars(editor)["is_batchable_method"]
+    assert not any(editor.is_batchable_method(name) for name in ("SPHERE", "PRUNE", "RECT"))
+    for _ in range(2):  # after unregister, register works again
+        caplog.clear()
         for _ in range(times):
             sphere.register()
+        assert len([record for record in caplog.records if "replaced" in record.getMessage()]) == 1
+        assert host.ALG_DICT.keys() == {*before, "PRUNE", "RECT"}
+        assert host.ALG_DICT["SPHERE"] is not before["SPHERE"]
+        assert all(host.ALG_DICT[name] is before[name] for name in before if name != "SPHERE")
+        assert {name: editor.is_batchable_method(name) for name in ("SPHERE", "PRUNE", "RECT", "MEMIT", "ROME", "?")
+                } == {"SPHERE": True, "PRUNE": True, "RECT": True, "MEMIT": True, "ROME": False, "?": False}
         for _ in range(times):
             sphere.unregister()
         assert list(host.ALG_DICT) == list(before)
         assert all(host.ALG_DICT[name] is entry for name, entry in before.items())
-        assert vars(batchable(host))["is_batchable_method"] is method
+        assert vars(editor)["is_batchable_method"] is method
 
 
-def test_unregister_leaves_what_others_put_there(registered: Any) -> None:
+def test_unregister_keeps_entries_of_others(registered: Any) -> None:
     theirs = registered.ALG_DICT["RECT"] = print
     sphere.unregister()
     assert registered.ALG_DICT["RECT"] is theirs
@@ -297,9 +273,7 @@ def test_unregister_leaves_what_others_put_there(registered: Any) -> None:
 
 def test_unregister_without_a_host_imports_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EASYEDIT_HOME", str(STAND_IN))
-    with fresh_host():
-        for name in [name for name in sys.modules if name.startswith("easyeditor")]:
-            del sys.modules[name]
+    with without_easyedit():
         sphere.unregister()
         assert "easyeditor" not in sys.modules
 
@@ -307,14 +281,14 @@ def test_unregister_without_a_host_imports_none(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("name", ["PRUNE", "RECT", "SPHERE"])
 def test_taken_name_registers_nothing(name: str, host: Any) -> None:
     def own(model: Any, tok: Any, requests: Any, hparams: Any) -> None:
-        """Someone's own method, of no module of the host's."""
+        """A user's own method."""
 
     host.ALG_DICT[name] = own
-    before, method = dict(host.ALG_DICT), vars(batchable(host))["is_batchable_method"]
+    before, method = dict(host.ALG_DICT), vars(batch_editor(host))["is_batchable_method"]
     with pytest.raises(ValueError, match=f"{name}.*{__name__}"):
         sphere.register()
     assert before == host.ALG_DICT
-    assert vars(batchable(host))["is_batchable_method"] is method
+    assert vars(batch_editor(host))["is_batchable_method"] is method
 
 
 def without_host(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
@@ -356,7 +330,7 @@ def test_old_release_is_refused(host: Any, tmp_path: Path, monkeypatch: pytest.M
 
 def test_imported_package_wins(host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path / "nowhere"))
-    assert easyedit.load_easyedit() is host
+    assert load_easyedit() is host
 
 
 # --- methods of the host's that can't be imported -------------------------------------------------------------
@@ -378,20 +352,16 @@ def partly_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[P
                        + "\nALG_DICT |= {'UNKE': apply_unke_to_model, 'UNKE-2': UnkeExecutor().apply_to_model}\n")
     monkeypatch.setenv("EASYEDIT_HOME", str(folder))
     monkeypatch.chdir(tmp_path)
-    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "easyeditor"}
-    yield folder
-    sphere.unregister()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "easyeditor"]:
-        del sys.modules[name]
-    sys.modules.update(kept)
+    with without_easyedit():
+        yield folder
 
 
 REASON = (r"easyeditor\.models\.unke\.unke_main can't be imported \(ModuleNotFoundError: No module named "
           r"'transformers\.modeling_that_is_gone'\)")
 
 
-def test_register_gets_past_a_method_that_can_not_be_imported(partly_broken: Path, home: Home,
-                                                              caplog: pytest.LogCaptureFixture) -> None:
+def test_register_despite_an_unimportable_method(partly_broken: Path, home: Home, caplog: pytest.LogCaptureFixture
+                                                 ) -> None:
     finders = list(sys.meta_path)
     sphere.register()
     sphere.register()
@@ -402,26 +372,26 @@ def test_register_gets_past_a_method_that_can_not_be_imported(partly_broken: Pat
     editor = sys.modules["easyeditor"].BaseEditor.from_hparams(home.wrapped("MEMIT", batch_size=2))
     edit_through(editor, 2, FACTS, sequential_edit=True)
     expected = edited_weights(editor.model, home.hparams())
-    with fresh_host():  # the same copy, registered by nobody
+    with fresh_host():  # the same copy, not registered
         assert equal(run(*home.load(), home.wrapped("MEMIT", batch_size=2), batches_for("MEMIT")), expected)
 
 
 @pytest.mark.parametrize("name", ["UNKE", "UNKE-2"])
-def test_method_that_can_not_be_imported_says_why_when_used(name: str, partly_broken: Path, home: Home) -> None:
-    package = easyedit.load_easyedit()
-    assert not {"UNKE", "UNKE-2"} & set(easyedit.wrappable(package))
+def test_use_of_an_unimportable_method_raises_the_reason(name: str, partly_broken: Path, home: Home) -> None:
+    package = load_easyedit()
+    assert not {"UNKE", "UNKE-2"} & set(wrappable(package))
     model, tok = home.load()
     before = state_of(model)
     for use in (lambda: package.ALG_DICT[name](model, tok, FACTS[:1], None), lambda: package.ALG_DICT[name].attribute,
                 lambda: run(model, tok, home.wrapped(name), [FACTS[:1]]),
-                lambda: easyedit.make_editor(SimpleNamespace(alg_name=name))):
+                lambda: make_editor(SimpleNamespace(alg_name=name))):
         with pytest.raises(ImportError, match=REASON) as caught:
             use()
         assert "\n" not in str(caught.value)
     assert equal(state_of(model), before)
 
 
-def test_hosts_own_sphere_that_can_not_be_imported(partly_broken: Path, home: Home) -> None:
+def test_unimportable_sphere_of_the_host(partly_broken: Path, home: Home) -> None:
     main = partly_broken / "easyeditor" / "models" / "SPHERE" / "SPHERE_main.py"
     main.write_text("import no_such_module\n" + main.read_text())
     sphere.register()
@@ -434,7 +404,7 @@ def test_hosts_own_sphere_that_can_not_be_imported(partly_broken: Path, home: Ho
         package.ALG_DICT["SPHERE"]()
 
 
-def test_what_every_edit_needs_must_be_imported(partly_broken: Path) -> None:
+def test_unimportable_core_of_the_host(partly_broken: Path) -> None:
     common = partly_broken / "easyeditor" / "util" / "common.py"
     source = common.read_text()
     common.write_text("import no_such_module\n" + source)
@@ -446,15 +416,24 @@ def test_what_every_edit_needs_must_be_imported(partly_broken: Path) -> None:
     assert not [name for name in sys.modules if name.partition(".")[0] == "easyeditor"]
     common.write_text(source)
     sphere.register()  # with what was missing
-    assert sorted(easyedit.wrappable(sys.modules["easyeditor"])) == sorted(METHODS)
+    assert sorted(wrappable(sys.modules["easyeditor"])) == sorted(METHODS)
 
 
 # --- native methods through the host's editor ---------------------------------------------------------------
 
-NATIVE = {"SPHERE on AlphaEdit": {"base_alg": "AlphaEdit", "alpha": 0.5}, "SPHERE on MEMIT": {"base_alg": "MEMIT"},
-          "SPHERE on RECT": {"base_alg": "RECT"}, "SPHERE on PRUNE": {"base_alg": "PRUNE"},
-          "RECT": {"base_alg": None, "alg_name": "RECT"}, "PRUNE": {"base_alg": None, "alg_name": "PRUNE"}}
-natives = pytest.mark.parametrize("changes", list(NATIVE.values()), ids=list(NATIVE))
+NATIVE: dict[str, dict[str, Any]] = {
+    "SPHERE on AlphaEdit": {"base_alg": "AlphaEdit", "alpha": 0.5}, "SPHERE on MEMIT": {"base_alg": "MEMIT"},
+    "SPHERE on RECT": {"base_alg": "RECT"}, "SPHERE on PRUNE": {"base_alg": "PRUNE"},
+    "RECT": {"base_alg": None, "alg_name": "RECT"}, "PRUNE": {"base_alg": None, "alg_name": "PRUNE"}}
+
+
+def hparams_of(home: Home, case: str, size: int, **changes: Any) -> sphere.SPHEREHyperParams:
+    """Hyperparameters of one of ``NATIVE``, or of a wrapped method of the host's."""
+    if case in NATIVE:
+        return home.hparams(**NATIVE[case], batch_size=size, **changes)
+    return home.wrapped(case.removeprefix("wrapped "), batch_size=size, **changes)
+
+
 sizes = pytest.mark.parametrize("size", [1, 2], ids=["edit", "batch_edit"])
 
 
@@ -470,10 +449,9 @@ def edit_through(editor: Any, size: int, facts: Sequence[Request], **kwargs: Any
 
 
 @sizes
-@natives
-def test_sequential_edits_are_ours_batch_by_batch(changes: dict[str, Any], size: int, home: Home, registered: Any
-                                                  ) -> None:
-    hparams = home.hparams(**changes, batch_size=size)
+@pytest.mark.parametrize("case", [*NATIVE, "wrapped MEMIT"])
+def test_sequential_edits_through_the_editor(case: str, size: int, home: Home, registered: Any) -> None:
+    hparams = hparams_of(home, case, size)
     editor = registered.BaseEditor.from_hparams(hparams)
     original = edited_weights(editor.model, hparams)
     metrics, edited, _ = edit_through(editor, size, FACTS[:3], sequential_edit=True)
@@ -482,7 +460,7 @@ def test_sequential_edits_are_ours_batch_by_batch(changes: dict[str, Any], size:
     assert equal(edited_weights(editor.model, hparams), direct)
     assert not equal(direct, original)
     assert len(metrics) == 3
-    json.dumps(metrics)  # the host files them
+    json.dumps(metrics)  # the host writes them to a file
 
 
 def record_weights(editor: Any, hparams: sphere.SPHEREHyperParams) -> list[dict[int, Tensor]]:
@@ -498,33 +476,19 @@ def record_weights(editor: Any, hparams: sphere.SPHEREHyperParams) -> list[dict[
     return found
 
 
-def check_edits_by_themselves(home: Home, package: Any, hparams: sphere.SPHEREHyperParams, size: int) -> None:
-    editor = package.BaseEditor.from_hparams(hparams)
+@pytest.mark.parametrize(("case", "size"), [
+    *((case, size) for case in NATIVE for size in (1, 2)),
+    *((f"wrapped {method}", 1 if method in ("ROME", "EMMET") else 2) for method in METHODS)])
+def test_edits_that_are_not_sequential_are_independent(case: str, size: int, home: Home, registered: Any) -> None:
+    # Context templates generated by a session must not be generated again by an edited model.
+    generated = case == "SPHERE on MEMIT" or case.startswith("wrapped")
+    hparams = hparams_of(home, case, size, context_templates=None if generated else CONTEXTS)
+    editor = registered.BaseEditor.from_hparams(hparams)
     original, found = state_of(editor.model), record_weights(editor, hparams)
     edit_through(editor, size, FACTS[:3], sequential_edit=False)
     assert equal(state_of(editor.model), original)
-    batches = chunks(size)
-    assert len(found) == len(batches)
-    for weights, batch in zip(found, batches, strict=True):
+    for weights, batch in zip(found, chunks(size), strict=True):
         assert equal(weights, run(*home.load(), hparams, [batch]))
-
-
-@sizes
-@natives
-def test_edits_that_are_not_sequential_know_nothing_of_each_other(changes: dict[str, Any], size: int, home: Home,
-                                                                  registered: Any) -> None:
-    # Templates that a session makes itself must not be made anew by an edited model.
-    contexts = None if changes == NATIVE["SPHERE on MEMIT"] else CONTEXTS
-    hparams = home.hparams(**changes, batch_size=size, context_templates=contexts)
-    check_edits_by_themselves(home, registered, hparams, size)
-
-
-@methods
-def test_wrapped_edits_that_are_not_sequential_know_nothing_of_each_other(method: str, home: Home, registered: Any
-                                                                          ) -> None:
-    size = 1 if method in ("ROME", "EMMET") else 2
-    hparams = home.wrapped(method, batch_size=size, context_templates=None)
-    check_edits_by_themselves(home, registered, hparams, size)
 
 
 def test_own_hyperparameters_of_the_hosts_sphere(home: Home, registered: Any) -> None:
@@ -542,7 +506,7 @@ def test_own_hyperparameters_of_the_hosts_sphere(home: Home, registered: Any) ->
 
 
 @pytest.mark.parametrize("hparams", ["some.yaml", None, sphere.SPHEREHyperParams])
-def test_what_is_no_hyperparameters(hparams: Any, home: Home, registered: Any) -> None:
+def test_hyperparameters_of_a_wrong_kind(hparams: Any, home: Home, registered: Any) -> None:
     with pytest.raises(TypeError, match="SPHEREHyperParams"):
         registered.ALG_DICT["SPHERE"](*home.load(), FACTS[:1], hparams)
 
@@ -554,13 +518,25 @@ def projections_for(method: str, home: Home, family: str) -> dict[str, Any]:
     return {"P_loc": str(home.projections(family))} if method == "AlphaEdit" else {}
 
 
-@pytest.mark.parametrize("family", list(FOLDERS))
+def use_host(package: Any, home: Home, method: str) -> None:
+    """Leave state in a module of the host's, as using it without SPHERE does."""
+    call_host(package, *home.load(), home.alone(package, method), FACTS[3:])
+
+
+@pytest.mark.parametrize(("family", "used"), [("llama", False), ("llama", True), ("gpt2", False)])
 @methods
-def test_alpha_zero_leaves_the_hosts_bits(method: str, family: str, home: Home, host: Any) -> None:
+def test_alpha_zero_gives_the_hosts_bits(method: str, family: str, used: bool, home: Home, host: Any) -> None:
+    """Only the edited weights change, and the host's module globals do not."""
+    if used:
+        use_host(host, home, method)
+    kept = globals_of()
+    assert all(value is None or not value for value in kept.values()) == (not used or method in LEFT)
     hparams = home.wrapped(method, family, alpha=0.0, context_templates=None, **projections_for(method, home, family))
     model, tok = home.load(family)
     original = state_of(model)
-    wrapped = run(model, tok, hparams, batches_for(method))
+    for batch in batches_for(method):
+        wrapped = run(model, tok, hparams, [batch])
+        assert equal(globals_of(), kept)
     assert equal(wrapped, run_alone(home, method, batches_for(method), family))
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, original[name])}
     assert changed == {f"{MODULES[family]['rewrite_module_tmp'].format(layer)}.weight" for layer in (1, 2)}
@@ -613,43 +589,53 @@ def test_copy_leaves_the_model_untouched(method: str, home: Home, host: Any) -> 
     assert equal(originals, {name: before[name] for name in originals}) and len(originals) == 2
 
 
-def test_unknown_hyperparameter_is_named(home: Home, host: Any) -> None:
-    hparams = home.wrapped("FT", num_stepz=4)
-    with pytest.raises(ValueError, match="'num_stepz' .*'num_steps'"):
-        run(*home.load(), hparams, [FACTS[:1]])
-
-
-@pytest.mark.parametrize(("method", "changes", "name"), [
-    ("FT", {"num_steps": 3}, "lr"), ("ROME", {}, "context_template_length_params"), ("MEMIT", {"v_lr": None}, "v_lr"),
-    ("MEMIT", {"mom2_update_weight": None}, "mom2_update_weight"), ("AlphaEdit", {"L2": None}, "L2"),
+@pytest.mark.parametrize(("method", "changes", "size", "message"), [
+    ("FT", {"num_stepz": 4}, 1, "'num_stepz' .*'num_steps'"),
+    ("FT", {"lr": None}, 1, "FT needs .*lr"),
+    ("ROME", {"context_template_length_params": None}, 1, "ROME needs .*context_template_length_params"),
+    ("MEMIT", {"v_lr": None}, 1, "MEMIT needs .*v_lr"),
+    ("MEMIT", {"mom2_update_weight": None}, 1, "MEMIT needs .*mom2_update_weight"),
+    ("AlphaEdit", {"L2": None}, 1, "AlphaEdit needs .*L2"),
+    ("ROME", {}, 2, "ROME edits one request per call and got 2.*batch_size"),
+    ("ULTRAEDIT", {"batch_size_once": 0}, 1, "batch_size_once is 0: give a whole number"),
+    ("ULTRAEDIT", {"editor_batch_size": "many"}, 1, "editor_batch_size is 'many': give a whole number"),
+    ("ULTRAEDIT", {"half": True}, 1, "half is true.*float16"),
+    ("ULTRAEDIT", {"inner_params": ["model.layers.1.mlp.up_proj"]}, 1,
+     "inner_params is .*up_proj.*leave inner_params"),
+    ("SimIE", {"base_method": None}, 1, "base_method is None: SimIE can be wrapped on ROME, MEMIT, FT"),
+    ("SimIE", {"base_method": "SimIE"}, 1, "base_method is 'SimIE'"),
+    ("SimIE", {"lamHyperr": 2.0}, 1, "'lamHyperr' .*'lamHyper'"),
+    ("SimIE", {"base_method": "ROME"}, 1, "ROME needs context_template_length_params"),
+    ("SimIE", {"mom2_update_weight": None}, 1, "MEMIT needs mom2_update_weight"),
+    ("EMMET", {"batched_target_values": True}, 2, "batched_target_values is true.*EMMET"),
+    ("IKE", {}, 1, "IKE.*can't be wrapped"),
+    ("MEMTI", {}, 1, "'MEMTI'.*did you mean 'MEMIT'"),
+    ("AlphaEdti", {}, 1, "'AlphaEdti'.*did you mean 'AlphaEdit'"),
 ])
-def test_missing_hyperparameter_is_named(method: str, changes: dict[str, Any], name: str, home: Home, host: Any
-                                         ) -> None:
-    settings = home.hparams().to_dict() | {"base_alg": method, "executor": "easyedit", "projection_stage": None}
-    hparams = sphere.SPHEREHyperParams.from_dict({key: value for key, value in (settings | changes).items()
-                                                  if value is not None})
-    model, tok = home.load()
-    before = state_of(model)
-    with pytest.raises(ValueError, match=f"{method} needs .*{name}"):
-        run(model, tok, hparams, [FACTS[:1]])
-    assert equal(state_of(model), before)
-
-
-def test_rome_takes_one_request_a_call(home: Home, host: Any) -> None:
+def test_refused_before_the_host_is_called(method: str, changes: dict[str, Any], size: int, message: str, home: Home,
+                                           host: Any) -> None:
+    """None removes a hyperparameter."""
     called: list[Any] = []
-    spy(host, "ROME", lambda *args, **kwargs: called.append(args))
+    for name in host.ALG_DICT:
+        spy(host, name, lambda *args, **kwargs: called.append(args))
+    values = home.wrapped(method).to_dict()
+    values |= values.pop("executor_hparams") | changes
+    hparams = sphere.SPHEREHyperParams.from_dict({key: value for key, value in values.items() if value is not None})
     model, tok = home.load()
     before = state_of(model)
-    with pytest.raises(ValueError, match="ROME edits one request a call and got 2.*batch_size"):
-        run(model, tok, home.wrapped("ROME"), [FACTS[:2]])
+    with pytest.raises(ValueError, match=message) as caught:
+        run(model, tok, hparams, [FACTS[:size]])
+    assert "\n" not in str(caught.value)
     assert not called
     assert equal(state_of(model), before)
-    run(model, tok, home.wrapped("ROME"), [FACTS[:1]])
-    assert len(called) == 1
 
 
-def test_batch_that_portions_do_not_fit(home: Home, host: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """The host drops what is left over: portions are made smaller, so that every fact is edited."""
+def test_wrappable_methods(host: Any) -> None:
+    assert wrappable(host) == sorted(METHODS)
+
+
+def test_batch_that_chunks_do_not_divide(home: Home, host: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The host drops the remainder, so smaller chunks are used and every fact is edited."""
     called: list[Any] = []
     spy(host, "ULTRAEDIT", lambda _model, _tok, requests, own, **kwargs: called.append(
         (len(requests), own.batch_size, own.batch_size_once)))
@@ -658,27 +644,6 @@ def test_batch_that_portions_do_not_fit(home: Home, host: Any, caplog: pytest.Lo
     assert called == [(3, 3, 1), (3, 3, 1)]
     assert equal(*weights)
     assert len([record for record in caplog.records if "batch_size_once is 2" in record.getMessage()]) == 1
-
-
-@pytest.mark.parametrize(("method", "changes", "message"), [
-    ("ULTRAEDIT", {"batch_size_once": 0}, "batch_size_once is 0: give a whole number"),
-    ("ULTRAEDIT", {"editor_batch_size": "many"}, "editor_batch_size is 'many': give a whole number"),
-    ("ULTRAEDIT", {"half": True}, "half is true.*float16"),
-    ("ULTRAEDIT", {"inner_params": ["model.layers.1.mlp.up_proj"]}, "inner_params is .*up_proj.*leave inner_params"),
-    ("SimIE", {"base_method": None}, "base_method is None: SimIE can be wrapped on ROME, MEMIT, FT"),
-    ("SimIE", {"base_method": "SimIE"}, "base_method is 'SimIE'"),
-    ("SimIE", {"lamHyperr": 2.0}, "'lamHyperr' .*'lamHyper'"),
-    ("SimIE", {"base_method": "ROME"}, "ROME needs context_template_length_params"),
-    ("SimIE", {"mom2_update_weight": None}, "MEMIT needs mom2_update_weight"),
-])
-def test_values_that_do_not_fit_are_named(method: str, changes: dict[str, Any], message: str, home: Home, host: Any
-                                          ) -> None:
-    model, tok = home.load()
-    before = state_of(model)
-    with pytest.raises(ValueError, match=message) as caught:
-        run(model, tok, home.wrapped(method, **changes), [FACTS[:1]])
-    assert "\n" not in str(caught.value)
-    assert equal(state_of(model), before)
 
 
 @pytest.mark.parametrize("base", ["ROME", "MEMIT", "FT"])
@@ -713,31 +678,12 @@ def test_nothing_keeps_the_edited_model(home: Home, host: Any) -> None:
     assert vars(kept) == before == {"is_init": False}
 
 
-def test_method_that_can_not_be_wrapped(home: Home, host: Any) -> None:
-    with pytest.raises(ValueError, match="IKE.*can't be wrapped"):
-        run(*home.load(), home.wrapped("IKE"), [FACTS[:1]])
-    assert easyedit.wrappable(host) == sorted(METHODS)
-
-
-@pytest.mark.parametrize(("typo", "meant"), [("MEMTI", "MEMIT"), ("AlphaEdti", "AlphaEdit")])
-def test_misspelt_method(typo: str, meant: str, home: Home, host: Any) -> None:
-    with pytest.raises(ValueError, match=f"'{typo}'.*did you mean '{meant}'"):
-        run(*home.load(), home.hparams(typo, executor="easyedit"), [FACTS[:1]])
-
-
 def test_original_weights_are_asked_for(home: Home, registered: Any) -> None:
     """The host's ``edit`` tells methods not to keep them; then a change beyond our layers would go unseen."""
     told: list[Any] = []
     spy(registered, "EMMET", lambda *args, **kwargs: told.append(kwargs))
     registered.BaseEditor.from_hparams(home.wrapped("EMMET")).edit(**arguments(FACTS[:1]), sequential_edit=True)
     assert [(kwargs["keep_original_weight"], kwargs["return_orig_weights"]) for kwargs in told] == [(True, True)]
-
-
-def test_wrapping_goes_on_after_registration(home: Home, registered: Any) -> None:
-    hparams = home.wrapped("MEMIT", batch_size=2)
-    editor = registered.BaseEditor.from_hparams(hparams)
-    edit_through(editor, 2, FACTS, sequential_edit=True)
-    assert equal(edited_weights(editor.model, hparams), run(*home.load(), hparams, batches_for("MEMIT")))
 
 
 # --- what the host keeps in its modules ---------------------------------------------------------------------
@@ -764,6 +710,7 @@ def test_two_models_in_one_process(method: str, home: Home, host: Any, tmp_path:
         for model, settings in zip(models, hparams, strict=True):
             run(model, tok, settings, [batch])
     ours = [edited_weights(model, hparams[0]) for model in models]
+    assert equal(run(home.load()[0], tok, hparams[0], batches), ours[0])  # a later run is like the first
 
     alone, together = [], [home.load()[0], other_model(home)]
     for number in range(2):
@@ -781,17 +728,6 @@ def test_two_models_in_one_process(method: str, home: Home, host: Any, tmp_path:
     assert equal(ours, alone)
     # The host by itself mixes them up, so there was something to keep apart.
     assert not equal(edited_weights(together[1], hparams[0]), alone[1])
-
-
-@STATEFUL
-def test_second_run_is_as_the_first(method: str, home: Home, host: Any, tmp_path: Path) -> None:
-    hparams = home.wrapped(method, alpha=0.0, context_templates=None, nullspace_share=None)
-    tok = home.load()[1]
-    first = run(home.load()[0], tok, hparams, batches_for(method))
-    run(other_model(home), tok, home.wrapped(method, context_templates=None, stats_dir=str(tmp_path / "other")),
-        batches_for(method))
-    assert equal(run(home.load()[0], tok, hparams, batches_for(method)), first)
-    assert equal(first, run_alone(home, method, batches_for(method), P_loc="nowhere"))
 
 
 @STATEFUL
@@ -829,27 +765,6 @@ def test_statistics_replaced_while_the_host_edits(method: str, home: Home, host:
         run(model, tok, hparams, batches_for(method))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert sphere.EditSession.of(model).num_edits == 0
-
-
-def use_host(package: Any, home: Home, method: str) -> None:
-    """Leave traces in a module of the host's, as someone who uses it by itself does."""
-    call_host(package, *home.load(), home.alone(package, method), FACTS[3:])
-
-
-@pytest.mark.parametrize("used", [False, True], ids=["pristine host", "used host"])
-@methods
-def test_globals_are_as_before(method: str, used: bool, home: Home, host: Any) -> None:
-    if used:
-        use_host(host, home, method)
-    before = globals_of()
-    hparams = home.wrapped(method, alpha=0.0, context_templates=None, **projections_for(method, home, "llama"))
-    model, tok = home.load()
-    for batch in batches_for(method):
-        run(model, tok, hparams, [batch])
-        assert equal(globals_of(), before)
-    assert equal(edited_weights(model, hparams), run_alone(home, method, batches_for(method)))
-    pristine = all(value is None or not value for value in before.values())
-    assert pristine == (not used or method in LEFT)  # which keep nothing
 
 
 @contextmanager
@@ -941,11 +856,6 @@ def test_who_optimises_target_values(method: str, home: Home, host: Any, monkeyp
                 run(model, tok, home.wrapped(method, **changes), batches_for(method))
 
 
-def test_batched_target_values_are_not_for_every_method(home: Home, host: Any) -> None:
-    with pytest.raises(ValueError, match="batched_target_values is true.*EMMET"):
-        run(*home.load(), home.wrapped("EMMET", batched_target_values=True), [FACTS[:2]])
-
-
 @batched
 def test_target_values_vanish_from_the_temporary_folder(method: str, home: Home, host: Any, tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
@@ -994,24 +904,20 @@ def test_callers_own_cache_of_target_values(method: str, home: Home, host: Any, 
     assert equal(first, run(*home.load(), own, batches_for(method), cache_template=template))
 
 
+@pytest.mark.parametrize("generated", [False, True])
 @STATEFUL
-def test_given_context_templates_reach_the_host(method: str, home: Home, host: Any) -> None:
-    module, found = sys.modules[host.ALG_DICT[method].__module__], []
-    spy(host, method, lambda *args, **kwargs: found.append(copy.deepcopy(module.CONTEXT_TEMPLATES_CACHE)))
-    run(*home.load(), home.wrapped(method, context_templates=CONTEXTS), batches_for(method))
-    assert found == [["{}", *CONTEXTS] if method == "ROME" else [["{}"], CONTEXTS]] * 2
-    assert module.CONTEXT_TEMPLATES_CACHE is None
-
-
-@STATEFUL
-def test_generated_context_templates_stay_with_the_session(method: str, home: Home, host: Any) -> None:
+def test_context_templates_reach_the_host(method: str, generated: bool, home: Home, host: Any) -> None:
+    """Generated ones stay in the session after the first batch."""
     module, found = sys.modules[host.ALG_DICT[method].__module__], []
     spy(host, method, lambda *args, **kwargs: found.append(copy.deepcopy(module.CONTEXT_TEMPLATES_CACHE)))
     model, tok = home.load()
-    run(model, tok, home.wrapped(method, context_templates=None, alpha=0.0), batches_for(method))
-    contexts = sphere.EditSession.of(model).contexts
+    run(model, tok, home.wrapped(method, context_templates=None if generated else CONTEXTS, alpha=0.0),
+        batches_for(method))
+    contexts = sphere.EditSession.of(model).contexts if generated else CONTEXTS
     assert contexts and all(context.count("{}") == 1 for context in contexts)
-    assert found == [None, ["{}", *contexts] if method == "ROME" else [["{}"], contexts]]
+    given = ["{}", *contexts] if method == "ROME" else [["{}"], contexts]
+    assert found == [None if generated else given, given]
+    assert module.CONTEXT_TEMPLATES_CACHE is None
 
 
 # --- what breaks the host -----------------------------------------------------------------------------------
@@ -1055,35 +961,25 @@ def test_tied_embeddings_natively(method: str, home: Home, registered: Any, tmp_
     assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)}
 
 
-@pytest.mark.parametrize(("method", "family"), [*((method, "llama") for method in METHODS), ("AlphaEdit", "gpt2")])
-def test_name_that_tells_no_family(method: str, family: str, home: Home, host: Any, tmp_path: Path) -> None:
-    """The host's AlphaEdit goes by names; under ours any name gives what the telling name gives."""
-    path = copy_model(home, tmp_path / "my-model", family)
+@pytest.mark.parametrize(("method", "family", "name", "error"), [
+    *((method, "llama", "my-model", NameError if method == "AlphaEdit" else None) for method in METHODS),
+    ("AlphaEdit", "gpt2", "my-model", NameError), ("AlphaEdit", "llama", "gpt2-xl-stuff/my-llama", None),
+    ("AlphaEdit", "gpt2", "llama-stuff/my-gpt", RuntimeError),
+    ("EMMET", "llama", "gpt2-xl-stuff/my-llama", RuntimeError),
+    ("EMMET", "gpt2", "llama-stuff/my-gpt", RuntimeError)])
+def test_path_without_or_with_another_familys_name(method: str, family: str, name: str, error: type[Exception] | None,
+                                                   home: Home, host: Any, tmp_path: Path) -> None:
+    """The host finds the family by substrings of the path, and fails for some; wrapped, the path makes no difference.
+    """
+    path, changes = copy_model(home, tmp_path / name, family), {"stats_dir": str(tmp_path / "stats")}
     model, tok = load(path)
-    hparams = home.wrapped(method, family, model_name=str(path), stats_dir=str(tmp_path / "stats"),
-                           nullspace_share=None, nullspace_threshold=home.threshold[family])
-    named = home.wrapped(method, family, nullspace_share=None)
-    assert equal(run(model, tok, hparams, batches_for(method)), run(*home.load(family), named, batches_for(method)))
+    hparams = home.wrapped(method, family, model_name=str(path), nullspace_share=None, **changes)
+    expected = run(*home.load(family), home.wrapped(method, family, nullspace_share=None), batches_for(method))
+    assert equal(run(model, tok, hparams, batches_for(method)), expected)
     assert model.config._name_or_path == str(path)
-    if method == "AlphaEdit":
-        own = home.alone(host, method, family, model_name=str(path))
-        with pytest.raises(NameError, match="knows no width"):
-            call_host(host, *load(path), own, FACTS[:1])
-
-
-@pytest.mark.parametrize("method", ["AlphaEdit", "EMMET"])
-@pytest.mark.parametrize(("family", "parent", "name"), [("llama", "gpt2-xl-stuff", "my-llama"),
-                                                        ("gpt2", "llama-stuff", "my-gpt")])
-def test_path_that_holds_another_familys_name(method: str, family: str, parent: str, name: str, home: Home, host: Any,
-                                              tmp_path: Path) -> None:
-    path = copy_model(home, tmp_path / parent / name, family)
-    hparams = home.wrapped(method, family, model_name=str(path), stats_dir=str(tmp_path / "stats"))
-    expected = run(*home.load(family), home.wrapped(method, family), batches_for(method))
-    assert equal(run(*load(path), hparams, batches_for(method)), expected)
-    if (method, family) != ("AlphaEdit", "llama"):  # it looks for llama first
-        with pytest.raises(RuntimeError):
-            call_host(host, *load(path), home.alone(host, method, family, model_name=str(path),
-                                                    stats_dir=str(tmp_path / "stats")), FACTS[:1])
+    if error is not None:
+        with pytest.raises(error):
+            call_host(host, *load(path), home.alone(host, method, family, model_name=str(path), **changes), FACTS[:1])
 
 
 @pytest.mark.parametrize("changes", [{}, {"P_loc": "null_space_project.pt"}, {"nullspace_share": None}],
@@ -1099,8 +995,7 @@ def test_null_space_without_a_file(changes: dict[str, Any], home: Home, host: An
         assert equal(weights, run_alone(home, "AlphaEdit", calls, P_loc="nowhere"))
 
 
-def test_null_space_by_share_alone(home: Home, host: Any) -> None:
-    """``nullspace_share`` overrides the threshold, so none need be given."""
+def test_null_space_by_share_needs_no_threshold(home: Home, host: Any) -> None:
     weights = [run(*home.load(), home.wrapped("AlphaEdit", alpha=0.0, nullspace_threshold=threshold), [FACTS[:2]])
                for threshold in (1e-3, None)]
     assert equal(*weights)
@@ -1136,32 +1031,13 @@ def test_number_of_a_gpu_that_is_not_there(home: Home, registered: Any, caplog: 
 
 
 @methods
-def test_padding(method: str, home: Home, host: Any) -> None:
-    side = "right" if method in LEFT else "left"  # the wrong one
-    hparams, (model, tok) = home.wrapped(method), home.load()
+def test_model_and_tokenizer_are_restored(method: str, home: Home, host: Any) -> None:
+    """The method gets its own padding side and a padding token; results do not depend on the tokenizer's."""
+    (model, tok), hparams = home.load(), home.wrapped(method, alpha=0.5)
     expected = run(*home.load(), hparams, batches_for(method))
     seen: list[tuple[str, Any]] = []
     spy(host, method, lambda _model, tok, *args, **kwargs: seen.append((tok.padding_side, tok.pad_token)))
-    tok.padding_side, tok.pad_token = side, None
-    assert equal(run(model, tok, hparams, batches_for(method)), expected)
-    assert seen == [("left" if method in LEFT else "right", tok.eos_token)] * 2
-    assert (tok.padding_side, tok.pad_token) == (side, None)
-
-
-def test_padding_side_matters_to_the_host(home: Home, host: Any) -> None:
-    """Else the test above could not fail."""
-    for method, wrong in (("FT", "right"), ("MEMIT", "left")):
-        model, tok = home.load()
-        tok.padding_side = wrong
-        host.ALG_DICT[method](model, tok, FACTS[:3], home.alone(host, method), return_orig_weights=True)
-        right = run_alone(home, method, [FACTS[:3]])
-        assert not equal(edited_weights(model, home.hparams()), right)
-
-
-@methods
-def test_model_and_tokenizer_are_as_before(method: str, home: Home, host: Any) -> None:
-    model, tok = home.load()
-    tok.padding_side = "left"
+    tok.padding_side, tok.pad_token = "right" if method in LEFT else "left", None  # the wrong side
     parameters = dict(model.named_parameters())
     for i, parameter in enumerate(parameters.values()):
         parameter.requires_grad_(i % 3 != 0)
@@ -1170,7 +1046,8 @@ def test_model_and_tokenizer_are_as_before(method: str, home: Home, host: Any) -
     grads = {name: parameter.grad for name, parameter in parameters.items()}
     values = {name: None if grad is None else grad.clone() for name, grad in grads.items()}
     config, tokenizer = model.config.to_dict(), {name: repr(value) for name, value in vars(tok).items()}
-    run(model, tok, home.wrapped(method, alpha=0.5), batches_for(method))
+    assert equal(run(model, tok, hparams, batches_for(method)), expected)
+    assert seen == [("left" if method in LEFT else "right", tok.eos_token)] * 2
     after = dict(model.named_parameters())
     assert all(after[name] is parameter for name, parameter in parameters.items())
     assert {name: parameter.requires_grad for name, parameter in after.items()} == flags
@@ -1180,6 +1057,16 @@ def test_model_and_tokenizer_are_as_before(method: str, home: Home, host: Any) -
     assert {name: repr(value) for name, value in vars(tok).items()} == tokenizer
     assert not model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_padding_side_matters_to_the_host(home: Home, host: Any) -> None:
+    """Otherwise the test above could not fail."""
+    for method, wrong in (("FT", "right"), ("MEMIT", "left")):
+        model, tok = home.load()
+        tok.padding_side = wrong
+        host.ALG_DICT[method](model, tok, FACTS[:3], home.alone(host, method), return_orig_weights=True)
+        right = run_alone(home, method, [FACTS[:3]])
+        assert not equal(edited_weights(model, home.hparams()), right)
 
 
 # Prompts that end with the subject: in a random model little that happens there is felt later.
@@ -1197,7 +1084,7 @@ def test_editor_for_any_name(changes: dict[str, Any], size: int, home: Home, reg
     with pytest.raises(NotImplementedError):
         registered.BaseEditor.from_hparams(hparams)
     given = copy.deepcopy(hparams)
-    editor = easyedit.make_editor(hparams)
+    editor = make_editor(hparams)
     assert hparams == given and editor.hparams is hparams and editor.model_name == str(path)
     metrics, edited, _ = edit_through(
         editor, size, EASY, rephrase_prompts=[f"Well, {fact['prompt']}" for fact in EASY],
@@ -1243,7 +1130,8 @@ TRACKED = ["SPHERE", "wrapped FT", "MEMIT", "FT", "EMMET"]
 
 @pytest.mark.parametrize(("size", "sequential"), [(1, False), (2, True)], ids=["restored", "sequential"])
 @pytest.mark.parametrize("method", TRACKED)
-def test_tracking(method: str, size: int, sequential: bool, home: Home, registered: Any, tmp_path: Path) -> None:
+def test_tracking(method: str, size: int, sequential: bool, home: Home, registered: Any, tmp_path: Path,
+                  caplog: pytest.LogCaptureFixture) -> None:
     plain = editor_for(registered, home, method, size)
     edit_through(plain, size, FACTS[:3], sequential_edit=sequential)
     for module in list(sys.modules.values()):  # what the plain run left in the host would colour the next
@@ -1251,8 +1139,10 @@ def test_tracking(method: str, size: int, sequential: bool, home: Home, register
             module.CONTEXT_TEMPLATES_CACHE = None
     editor = editor_for(registered, home, method, size)
     apply, tracker, noting = editor.apply_algo, sphere.HETracker(tmp_path / "energy.csv"), Noting()
+    caplog.clear()
     with sphere.track(editor, [tracker, noting]):
         edit_through(editor, size, FACTS[:3], sequential_edit=sequential)
+    assert method != "SPHERE" or not caplog.records  # weights that the host restores are no change from outside
     assert editor.apply_algo is apply
     assert equal(state_of(editor.model), state_of(plain.model))
     counts = [0, 1, 2, 3] if size == 1 else [0, 2, 3]
@@ -1280,34 +1170,18 @@ def test_tracking_a_method_without_weights(home: Home, registered: Any) -> None:
 
 @pytest.mark.parametrize("method", TRACKED)
 def test_callback_that_raises_undoes_the_batch(method: str, home: Home, registered: Any) -> None:
+    """Later batches are numbered as if it had never been."""
     editor = editor_for(registered, home, method)
     apply, noting, tracker = editor.apply_algo, Noting(fail_at=2), sphere.HETracker()
-    with pytest.raises(RuntimeError, match="seen enough"), sphere.track(editor, [noting, tracker]):
+    with sphere.track(editor, [noting, tracker]):
         editor.edit(**arguments(FACTS[:1]), sequential_edit=True)
         before = state_of(editor.model)
-        editor.edit(**arguments(FACTS[1:2]), sequential_edit=True)
-    assert editor.apply_algo is apply
-    assert equal(state_of(editor.model), before)
-    assert [record.num_edits for record in tracker.records] == [0, 1]
-
-
-@pytest.mark.parametrize("method", ["SPHERE", "MEMIT"])
-def test_numbering_after_an_undone_batch(method: str, home: Home, registered: Any) -> None:
-    editor, noting = editor_for(registered, home, method), Noting(fail_at=2)
-    with sphere.track(editor, [noting]):
-        editor.edit(**arguments(FACTS[:1]), sequential_edit=True)
         with pytest.raises(RuntimeError, match="seen enough"):
             editor.edit(**arguments(FACTS[1:2]), sequential_edit=True)
+        assert equal(state_of(editor.model), before)
+        assert [record.num_edits for record in tracker.records] == [0, 1]
         noting.fail_at = None
         editor.edit(**arguments(FACTS[1:3]), sequential_edit=True)
+    assert editor.apply_algo is apply
     assert noting.starts == [(0, 0), (1, 1), (1, 1), (2, 2)]
     assert [end[:2] for end in noting.ends] == [(1, 1), (2, 2), (3, 3)]
-
-
-def test_tracking_logs_nothing_alarming(home: Home, registered: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """What the host puts back after an edit is no change from outside."""
-    editor = editor_for(registered, home, "SPHERE")
-    caplog.clear()
-    with caplog.at_level(logging.WARNING), sphere.track(editor, [sphere.HETracker()]):
-        editor.edit(**arguments(FACTS[:3]), sequential_edit=False)
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -101,9 +101,9 @@ def test_low_rank_deltas(workplace: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("arguments", "match"), [
     (["--as", "lora"], "--as lora needs --rank"),
-    (["--as", "model", "--rank", "4"], "--rank means nothing with --as model"),
-    (["--exact"], "--exact means nothing with --as model"),
-    (["--as", "lora", "--rank", "4", "--exact"], "--exact means nothing with --as lora"),
+    (["--as", "model", "--rank", "4"], "--rank has no effect with --as model"),
+    (["--exact"], "--exact has no effect with --as model"),
+    (["--as", "lora", "--rank", "4", "--exact"], "--exact has no effect with --as lora"),
     (["--as", "deltas", "--rank", "4", "--exact"], "--rank and --exact exclude each other"),
     (["--as", "deltas", "--exact", "--dtype", "float16"], "leave rank and dtype out"),
     (["--as", "lora", "--rank", "999"], "rank is 999: give 1 to 48"),

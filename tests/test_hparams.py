@@ -20,7 +20,8 @@ from transformers import CONFIG_MAPPING, BertConfig, GPT2Config, LlamaConfig, Qw
 from sphere_easyedit import hparams_files
 from sphere_easyedit.hparams import SPHEREHyperParams
 from sphere_easyedit.hparams_files import available_hparams, render_hparams, starting_hparams
-from sphere_easyedit.models.architecture import module_names, num_blocks
+from sphere_easyedit.models.config_fields import num_blocks
+from sphere_easyedit.models.module_discovery import module_names
 
 GOLDEN = Path(__file__).parent / "golden"
 SHIPPED = Path(__file__).parent.parent / "hparams" / "SPHERE"

@@ -490,33 +490,23 @@ def test_a_weight_that_is_computed_is_refused(compute: str, tok: PreTrainedToken
     assert is_untouched(model, before)
 
 
-@pytest.mark.parametrize("missing", ["attention_mask", "use_cache", "position_ids"])
-def test_a_model_without_an_argument_of_decoders_is_refused(missing: str, tok: PreTrainedTokenizerBase, tmp_path: Path
-                                                            ) -> None:
+@pytest.mark.parametrize(("needed", "refused_name"), [
+    (None, "attention_mask"), (None, "use_cache"), (None, "position_ids"), ("pixel_values", None)])
+def test_a_model_with_other_arguments_than_decoders_is_refused(
+        needed: str | None, refused_name: str | None, tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """One that lacks an argument of decoders, or needs another one, such as pictures."""
     model = tiny_model("llama")
     forward = model.forward
 
-    def narrow(**kwargs: Any) -> Any:
-        if missing in kwargs:
-            raise TypeError(f"forward() got an unexpected keyword argument {missing!r}")
+    def other(**kwargs: Any) -> Any:
+        if refused_name in kwargs:
+            raise TypeError(f"forward() got an unexpected keyword argument {refused_name!r}")
+        if needed is not None and needed not in kwargs:
+            raise ValueError(f"You have to specify {needed}")
         return forward(**kwargs)
 
-    model.forward = narrow
+    model.forward = other
     before = state_of(model)
-    with refused(ValueError, f"LlamaForCausalLM does not run like a transformers decoder.*{missing}"):
+    with refused(ValueError, f"does not run like a transformers decoder.*{needed or refused_name}"):
         sphere.apply_sphere_to_model(model, tok, REQUESTS, tiny_hparams(tmp_path))
     assert is_untouched(model, before)
-
-
-def test_a_model_that_needs_pictures_is_refused(tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    forward = model.forward
-
-    def seeing(pixel_values: Tensor | None = None, **kwargs: Any) -> Any:
-        if pixel_values is None:
-            raise ValueError("You have to specify pixel_values")
-        return forward(**kwargs)
-
-    model.forward = seeing
-    with refused(ValueError, "does not run like a transformers decoder.*specify pixel_values"):
-        sphere.apply_sphere_to_model(model, tok, REQUESTS, tiny_hparams(tmp_path))

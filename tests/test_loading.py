@@ -361,7 +361,7 @@ def test_what_is_cached_is_loaded_without_network(unreachable: None, whole: Path
         options = hub_options("somebody/tiny")
     assert options == {"local_files_only": True}
     assert time.perf_counter() - started < 5
-    assert "is taken from its cache" in caplog.text
+    assert "using the cached" in caplog.text
 
 
 def test_a_folders_config_is_read_without_asking_the_hub(unreachable: None, whole: Path) -> None:

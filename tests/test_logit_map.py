@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.models.architecture import EditableModel, module_names
+from sphere_easyedit.models.architecture import EditableModel
 from sphere_easyedit.models.logit_map import LogitMap, find_logit_map
+from sphere_easyedit.models.module_discovery import module_names
 
 IDS = torch.tensor([[5, 17, 90, 200, 31]])
 

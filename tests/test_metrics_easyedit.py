@@ -18,7 +18,7 @@ from test_metrics import AROUND, mixed_records, tokenizer
 from test_metrics_protocols import built, edited
 
 from sphere_easyedit.datasets.loaders import EditRecord, load_records
-from sphere_easyedit.easyedit.plugin import edit_arguments
+from sphere_easyedit.easyedit.editor import edit_arguments
 from sphere_easyedit.evaluation.metrics import CaseScores, evaluate_protocols, evaluate_records
 from sphere_easyedit.models.loading import SMOLLM2, load_model
 

@@ -24,15 +24,10 @@ from transformers import (
 )
 
 import sphere_easyedit as sphere
-from sphere_easyedit.models.architecture import (
-    EditableModel,
-    frozen,
-    logits_at,
-    max_positions,
-    module_names,
-    num_blocks,
-)
+from sphere_easyedit.models.architecture import EditableModel, frozen, logits_at, max_positions
+from sphere_easyedit.models.config_fields import num_blocks
 from sphere_easyedit.models.logit_map import find_logit_map
+from sphere_easyedit.models.module_discovery import module_names
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gpt2", "gptj")
 SIZES: dict[str, Any] = {"vocab_size": 100, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,

@@ -23,9 +23,10 @@ import sphere_easyedit as sphere
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.checkpoints import save_checkpoint, save_weights
 from sphere_easyedit.editing.session import EditSession, resume_from
-from sphere_easyedit.models.architecture import EditableModel, frozen, input_device, module_names
+from sphere_easyedit.models.architecture import EditableModel, frozen, input_device
 from sphere_easyedit.models.fingerprint import model_fingerprint
 from sphere_easyedit.models.loading import load_model
+from sphere_easyedit.models.module_discovery import module_names
 from sphere_easyedit.models.offload import (
     offloaded_names,
     offloaded_weight,

@@ -21,9 +21,11 @@ import sphere_easyedit as sphere
 from sphere_easyedit.editing.requests import parse_requests, tokenize_request
 from sphere_easyedit.editing.session import EditSession
 from sphere_easyedit.editing.target_values import optimise_target_values
-from sphere_easyedit.models.architecture import EditableModel, frozen, module_names
+from sphere_easyedit.models.architecture import EditableModel, frozen
 from sphere_easyedit.models.logit_map import find_logit_map
-from sphere_easyedit.models.output_path import Gated, Normalised, OutputPath, Scaled, find_output_paths
+from sphere_easyedit.models.module_discovery import module_names
+from sphere_easyedit.models.output_path import Gated, Normalised, OutputPath, Scaled
+from sphere_easyedit.models.output_path_discovery import find_output_paths
 from sphere_easyedit.models.replay import check_replay
 
 WIDTH = 48
@@ -188,12 +190,12 @@ def test_no_change_through_a_norm_comes_nearer(seed: int, scale: float, centred:
     path = Normalised("norm", gains.double(), centred, 1e-6, torch.ones(1, dtype=torch.float64))
     u = scale * torch.randn(4, WIDTH, generator=generator)
     wanted = scale * torch.randn(4, WIDTH, generator=generator)
-    change = path.change(u, wanted)
-    left = (path.effect(u, change) - wanted).norm(dim=1)
+    change = path.input_change(u, wanted)
+    left = (path.output_change(u, change) - wanted).norm(dim=1)
     for size in (1e-3, 1e-2, 0.1, 1.0):
         drawn = torch.randn(4, WIDTH, generator=generator)
         other = change + size * (u + change).norm(dim=1, keepdim=True) * drawn / WIDTH**0.5
-        assert bool(((path.effect(u, other) - wanted).norm(dim=1) >= left * (1 - 1e-4)).all())
+        assert bool(((path.output_change(u, other) - wanted).norm(dim=1) >= left * (1 - 1e-4)).all())
 
 
 @given(st.integers(0, 10_000), st.floats(1.0, 100.0), st.booleans())
@@ -203,8 +205,8 @@ def test_what_a_norm_can_reach_is_reached(seed: int, scale: float, centred: bool
     gains = (torch.rand(WIDTH, generator=generator) * 20.0 + 0.5).double()
     path = Normalised("norm", gains, centred, 1e-6, torch.full((1,), 0.25, dtype=torch.float64))
     u, step = (scale * torch.randn(4, WIDTH, generator=generator) for _ in range(2))
-    reachable = path.effect(u, step)
-    assert relative_error(path.effect(u, path.change(u, reachable)), reachable) < 1e-4
+    reachable = path.output_change(u, step)
+    assert relative_error(path.output_change(u, path.input_change(u, reachable)), reachable) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "granite"])
@@ -278,7 +280,7 @@ def test_positions_that_count_otherwise_are_refused() -> None:
             2, 2 + kwargs["input_ids"].shape[1])[None] * 3}
 
     model.register_forward_pre_hook(later, with_kwargs=True)
-    with frozen(model), pytest.raises(ValueError, match=r"position_ids count from 0"):
+    with frozen(model), pytest.raises(ValueError, match=r"position_ids that count from 0"):
         check_replay(_editable(model, [1, 2]), PROMPTS[1])
 
 
@@ -315,9 +317,9 @@ def test_the_same_weights_as_another_architecture_get_the_same_edit(tok: PreTrai
 
 
 @pytest.mark.parametrize(("rewrite", "message"), [
-    ("model.layers.{}.self_attn.q_proj", "is not understood"),
-    ("model.layers.{}.self_attn.o_proj", "is not understood|at others"),
-    ("model.layers.{}.mlp.up_proj", "puts out 80 numbers a token, but the residual stream has 48"),
+    ("model.layers.{}.self_attn.q_proj", "is not supported"),
+    ("model.layers.{}.self_attn.o_proj", "is not supported|at others"),
+    ("model.layers.{}.mlp.up_proj", "returns 80 numbers per token, but the residual stream has 48"),
 ])
 def test_another_module_than_the_down_projection(
     rewrite: str, message: str, tok: PreTrainedTokenizerBase, tmp_path: Path

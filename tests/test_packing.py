@@ -20,7 +20,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sphere_easyedit.editing.delta_forward import packing_is_exact
 from sphere_easyedit.editing.requests import TokenizedPrompt
-from sphere_easyedit.models.architecture import EditableModel, module_names
+from sphere_easyedit.models.architecture import EditableModel
+from sphere_easyedit.models.module_discovery import module_names
 from sphere_easyedit.models.packing import (
     PackedRows,
     attending_packed,
@@ -190,7 +191,7 @@ def test_model_that_does_not(caplog: pytest.LogCaptureFixture) -> None:
     editable = editable_of("gptj")
     with caplog.at_level(logging.INFO, logger="sphere_easyedit"):
         assert not packing_is_exact(editable, [TokenizedPrompt(tuple(range(5, 40)), 25)])
-    assert "GPTJForCausalLM does not take packed rows" in caplog.text
+    assert "GPTJForCausalLM does not accept packed rows" in caplog.text
 
 
 @needs_interface

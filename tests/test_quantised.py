@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 import sphere_easyedit as sphere
-from sphere_easyedit.models.architecture import EditableModel, module_names
+from sphere_easyedit.models.architecture import EditableModel
+from sphere_easyedit.models.module_discovery import module_names
 from sphere_easyedit.models.quantization import dequantise
 
 BITS = {4: {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32, "bnb_4bit_quant_type": "nf4",

@@ -8,7 +8,8 @@ from conftest import relative_error, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sphere_easyedit.models.architecture import EditableModel, module_names
+from sphere_easyedit.models.architecture import EditableModel
+from sphere_easyedit.models.module_discovery import module_names
 from sphere_easyedit.models.replay import as_rows, prefix_key_values
 
 STEMS = {0: [5, 6, 7, 8, 9, 10], 1: [11, 12, 13, 14], 2: [15, 16]}

@@ -331,4 +331,4 @@ def test_under_accelerates_launcher_a_killed_process_ends_the_run(tmp_path: Path
     os.kill(follower, signal.SIGKILL)
     told, _ = launcher.communicate(timeout=60)
     assert launcher.returncode != 0
-    assert "a batch under way was undone" in told, told
+    assert "an unfinished batch was undone" in told, told

@@ -96,16 +96,12 @@ def test_every_figure_comes_from_the_run_directories_alone(runs: list[Path], tmp
     assert not re.search(r"""(src|href)\s*=\s*["'](https?:)?//""", page)
 
 
-def test_the_page_escapes_what_facts_hold(runs: list[Path], tmp_path: Path) -> None:
+def test_the_page_escapes_texts_of_facts(runs: list[Path], tmp_path: Path) -> None:
     page = write_report(runs[:1], tmp_path, files=False).html.read_text(encoding="utf-8")
     assert "<script>alert(1)" not in page
     data = page.split('<script type="application/json" id="data">')[1].split("</script>")[0]
     rows = [row for table in json.loads(data)["cases"] for row in table["rows"]]
     assert any("<script>alert(1)</script>" in row[1] and row[2] == "</script><b>French" for row in rows)
-
-
-def test_one_run_is_reported_in_its_own_directory(runs: list[Path]) -> None:
-    assert write_report(runs[:1], files=False).html == runs[0] / "report.html"
 
 
 def test_a_live_page_comes_anew_and_leaves_out_what_takes_long(runs: list[Path], tmp_path: Path) -> None:
@@ -118,21 +114,18 @@ def test_a_run_under_way_can_be_reported(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     for name in ("summary.json", "edits.jsonl", "energy.csv"):
         (run / name).unlink()
-    page = write_report([run], files=False).html.read_text(encoding="utf-8")
-    assert "has not ended" in page
+    written = write_report([run], files=False).html
+    assert written == run / "report.html"
+    assert "has not ended" in written.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("given", "complaint"), [
-    ([], "0 runs are given"), (["a", "a"], "say where the report"), (["absent"], "no config.yaml")])
-def test_what_is_no_run_is_refused(tmp_path: Path, given: list[str], complaint: str) -> None:
+@pytest.mark.parametrize(("given", "output", "complaint"), [
+    ([], None, "0 runs are given"), (["a", "a"], None, "give output"), (["absent"], None, "no config.yaml"),
+    (["run", "run"], "out", "more than once")])
+def test_wrong_runs_are_refused(tmp_path: Path, given: list[str], output: str | None, complaint: str) -> None:
+    write_run(tmp_path / "run")
     with pytest.raises(ValueError, match=complaint):
-        write_report([tmp_path / name for name in given])
-
-
-def test_a_run_named_twice_is_refused(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    with pytest.raises(ValueError, match="more than once"):
-        write_report([run, run], tmp_path / "out")
+        write_report([tmp_path / name for name in given], None if output is None else tmp_path / output)
 
 
 # --- specs ----------------------------------------------------------------------------------------------------
@@ -146,16 +139,16 @@ def test_specs_compile_on_the_page_and_as_files(drawn: dict[str, Any]) -> None:
         svg = vl_convert.vegalite_to_svg(as_file(figure))
         assert "var(--" not in svg
         assert svg.count("<path") > 5 or figure.name == "heatmaps"
-
-
-def test_every_figure_says_what_it_shows(drawn: dict[str, Any]) -> None:
-    for figure in drawn.values():
         assert len(figure.description) > 40
         assert figure.caption
         assert not re.search(r"\bnan\b", figure.description + figure.caption)
+        if figure.name in ("embedding", "cosines", "spectra"):  # a key of before and after
+            assert "role-legend" in svg
+        if figure.name == "heatmaps":
+            assert "cosine" in svg
 
 
-def test_colours_are_told_apart_by_contrast() -> None:
+def test_colours_have_enough_contrast() -> None:
     def luminance(colour: str) -> float:
         parts = [int(colour[place: place + 2], 16) / 255 for place in (1, 3, 5)]
         red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
@@ -172,9 +165,6 @@ def test_labels_do_not_cover_one_another(wanted: list[float]) -> None:
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
     gaps = [placed[later] - placed[earlier] for earlier, later in pairwise(order)]
     assert all(gap >= min(13, 230 / len(wanted)) - 1e-6 for gap in gaps)
-
-
-def test_labels_stay_where_there_is_room() -> None:
     assert spread([200.0, 10.0, 100.0]) == [200.0, 10.0, 100.0]
 
 
@@ -322,7 +312,7 @@ def test_warnings_name_what_went_wrong(tmp_path: Path) -> None:
     assert any("collapsed by 300 edits: efficacy" in text and "perplexity" in text for text in texts)
     assert any("3 target values" in text for text in texts)  # a nan in each batch's losses
     assert any("perplexity is not finite at 300" in text for text in texts)
-    assert any("in 1 of the 1 after them, first in the one that ended at 400" in text for text in texts)
+    assert any("in 1 of the 1 later ones, first in the one that ended at 400" in text for text in texts)
     assert any("has not ended" in text for text in texts)
     assert [notice.level for notice in found] == sorted((notice.level for notice in found),
                                                        key=["bad", "warning", "note"].index)
@@ -338,12 +328,6 @@ def test_warnings_name_what_was_left_out_and_why_a_run_was_stopped(tmp_path: Pat
     texts = [notice.text for notice in notices_of(named_runs([RunRecords.read(run)]))]
     assert texts[1:] == ["was stopped after 1,298 of 2,000 facts: early facts are going",
                          "left out 2 facts that can't be edited, the first case_id 7 (ValueError: <b>)."]
-
-
-def test_a_sound_run_has_no_warnings(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    (run / "edits.jsonl").unlink()
-    assert notices_of(named_runs([RunRecords.read(run)])) == []
 
 
 # --- names ----------------------------------------------------------------------------------------------------
@@ -383,7 +367,7 @@ def test_names_say_model_and_data_set_wherever_they_differ(tmp_path: Path) -> No
 # --- many runs, and unusual ones -----------------------------------------------------------------------------
 
 
-def test_runs_are_told_apart_beyond_the_colours_there_are() -> None:
+def test_more_runs_than_colours_differ_in_dashes_and_shapes() -> None:
     encodings = by_run([f"run {index}" for index in range(20)], ("color", "strokeDash", "shape"))
     colours, dashed, shapes = (encodings[name]["scale"]["range"] for name in ("color", "strokeDash", "shape"))
     assert len(set(zip(colours, map(tuple, dashed), strict=True))) == 20
@@ -405,12 +389,6 @@ def test_names_are_not_cut_in_legends_of_files(tmp_path: Path) -> None:
         assert f">MEMIT ({run.name})<" in svg
 
 
-def test_files_have_keys_of_before_and_after(drawn: dict[str, Any]) -> None:
-    for name in ("embedding", "cosines", "spectra"):
-        assert "role-legend" in vl_convert.vegalite_to_svg(as_file(drawn[name])), name
-    assert "cosine" in vl_convert.vegalite_to_svg(as_file(drawn["heatmaps"]))
-
-
 def test_bases_are_compared_on_the_same_facts(tmp_path: Path) -> None:
     plain = write_run(tmp_path / "a")
     assert "gains" not in figures([plain, write_run(tmp_path / "b", alpha=0.8, dataset="zsre")])
@@ -419,7 +397,7 @@ def test_bases_are_compared_on_the_same_facts(tmp_path: Path) -> None:
     assert [row["mean"] for row in data_of(found.panels[0].spec)] == [70.0, 70.0]
 
 
-def test_numbers_that_are_none_are_left_out(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a", perplexity=(20.0, math.nan, math.inf)),
             write_run(tmp_path / "b", alpha=0.8, efficacy=(90.0, math.nan, math.nan), perplexity=(math.nan,) * 3)]
     energy = (runs[1] / "energy.csv").read_text()
@@ -444,12 +422,15 @@ def test_a_run_without_before_energy_or_texts_is_shown(tmp_path: Path) -> None:
     assert [(row[0], row[4]) for row in table.rows] == [("a", "held"), ("b", "not measured")]
 
 
-def test_a_run_whose_energies_end_in_the_midst_of_a_record_is_shown(tmp_path: Path) -> None:
+def test_sound_runs_have_no_warnings(tmp_path: Path) -> None:
+    """Even if the last record of energies is incomplete."""
     run = write_run(tmp_path / "run")
+    (run / "edits.jsonl").unlink()
+    assert notices_of(named_runs([RunRecords.read(run)])) == []
     lines = (run / "energy.csv").read_text().splitlines(keepends=True)
     assert lines[-1].split(",")[1] == "5"
     (run / "energy.csv").write_text("".join(lines[:-1]))
-    assert notices_of(named_runs([RunRecords.read(run)])) is not None
+    assert notices_of(named_runs([RunRecords.read(run)])) == []
 
 
 def heads(page: str, after: str) -> list[str]:
@@ -470,9 +451,9 @@ def test_columns_without_a_value_in_any_run_are_left_out(tmp_path: Path) -> None
     assert not {"fluency", "consistency", "perplexity"} & set(columns)
     for row in page.split('id="results"')[1].split("</table>")[0].split("<tr>")[2:]:
         assert row.count("<td>") == len(columns) - 1
-    assert heads(page, 'id="cases"') == ["case", "prompt", "wanted", "state", "at the end"]
+    assert heads(page, 'id="cases"') == ["case", "prompt", "new target", "state", "at the end"]
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    assert data["told"] == [0, 1, 2, 4, 6]
+    assert data["columns"] == [0, 1, 2, 4, 6]
     full = write_run(tmp_path / "full", alpha=0.8, perplexity=(20.0, 21.0, 22.0))
     both = write_report([bare, full], tmp_path / "both", files=False).html.read_text(encoding="utf-8")
     assert "perplexity" in heads(both, 'id="results"')  # of one run, and the other's cell is empty
@@ -500,8 +481,8 @@ def test_runs_of_other_protocols_are_warned_of(tmp_path: Path) -> None:
     assert "gains" not in {figure.name for figure in figures_of(named)[0]}
 
 
-def test_a_shrunk_update_keeps_its_share_and_what_cannot_be_told_is_not(tmp_path: Path) -> None:
-    told = {}
+def test_shares_as_proposed_are_shown_if_known(tmp_path: Path) -> None:
+    shares = {}
     given: dict[str, dict[str, Any]] = {
         "plain": {}, "sphere": {"alpha": 0.5}, "shrink": {"alpha": 0.5, "suppression": "shrink"},
         "random": {"alpha": 0.5, "suppression": "random"}, "keys": {"alpha": 0.5, "space_source": "keys"},
@@ -510,14 +491,14 @@ def test_a_shrunk_update_keeps_its_share_and_what_cannot_be_told_is_not(tmp_path
         run = write_run(tmp_path / name, **hparams)
         (run / "spaces.csv").write_text("since,num_edits,layer,share,rank,d_in\n0,100,4,0.2,10,100\n")
         rows = data_of(figures([run])["shares"].panels[0].spec)
-        told[name] = {row["kind"]: row["share"] for row in rows if row["layer"] == "4"}
+        shares[name] = {row["kind"]: row["share"] for row in rows if row["layer"] == "4"}
     before = 100 * 0.8 / (0.8 + 0.8)  # 0.2 inside was 0.8 before it was halved
-    assert told == {"plain": {"proposed": 20.0, "applied": 20.0}, "sphere": {"proposed": before, "applied": 20.0},
+    assert shares == {"plain": {"proposed": 20.0, "applied": 20.0}, "sphere": {"proposed": before, "applied": 20.0},
                     "shrink": {"proposed": 20.0, "applied": 20.0}, "random": {"applied": 20.0},
                     "keys": {"applied": 20.0}, "prune": {"applied": 20.0}, "followed": {"applied": 20.0}}
 
 
-def test_abilities_by_two_protocols_are_no_one_curve(tmp_path: Path) -> None:
+def test_abilities_by_two_protocols_are_two_curves(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     assert [panel.title for panel in figures([run])["abilities"].panels] == ["gsm8k"]
     with (run / "metrics.jsonl").open("a") as stream:

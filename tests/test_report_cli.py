@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from processes import call_cli
 from test_analysis_runs import write_run
-from test_cli import call_cli, workplace  # noqa: F401 - a fixture
+from test_cli import workplace  # noqa: F401 - a fixture
 
 from sphere_easyedit.editing.callbacks import MeasureEvent, RunState
 from sphere_easyedit.report import live
@@ -21,11 +22,11 @@ pytest.importorskip("vl_convert", reason="vl-convert-python (the extra `report`)
 
 def test_edit_leaves_a_report_and_older_runs_get_one(workplace: Path) -> None:  # noqa: F811
     done = call_cli("edit", "--hparams", "tiny.yaml", "--num-edits", "4", "--batch-size", "2", "--seed", "1",
-                    "--output", "told", "--set", "v_num_grad_steps=3", "--keep-weights-every", "2", "--report",
+                    "--output", "reported", "--set", "v_num_grad_steps=3", "--keep-weights-every", "2", "--report",
                     cwd=workplace)
     assert done.returncode == 0, done.stderr
-    run = workplace / "told"
-    assert "Report: told/report.html" in done.stdout
+    run = workplace / "reported"
+    assert "Report: reported/report.html" in done.stdout
     page = (run / "report.html").read_text(encoding="utf-8")
     assert 'id="spectra"' in page
     assert 'id="refresh"' not in page
@@ -33,12 +34,12 @@ def test_edit_leaves_a_report_and_older_runs_get_one(workplace: Path) -> None:  
 
     for name in ("neurons.safetensors", "spaces.csv", "report.html"):
         (run / name).unlink()
-    done = call_cli("report", "told", "--no-figures", cwd=workplace)
+    done = call_cli("report", "reported", "--no-figures", cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert 'id="spectra"' not in (run / "report.html").read_text(encoding="utf-8")
-    done = call_cli("evaluate", "told", "--no-facts", "--neurons", cwd=workplace)
+    done = call_cli("evaluate", "reported", "--no-facts", "--neurons", cwd=workplace)
     assert done.returncode == 0, done.stderr
-    done = call_cli("report", "told", "--no-figures", "--output", "elsewhere", cwd=workplace)
+    done = call_cli("report", "reported", "--no-figures", "--output", "elsewhere", cwd=workplace)
     assert done.stdout.strip() == "elsewhere/report.html"
     assert 'id="spectra"' in (workplace / "elsewhere" / "report.html").read_text(encoding="utf-8")
 

@@ -24,8 +24,9 @@ from sphere_easyedit.evaluation.generation import generate_continuations
 from sphere_easyedit.evaluation.perplexity import perplexity
 from sphere_easyedit.evaluation.teacher_forcing import Row, score_rows
 from sphere_easyedit.methods import covariance
-from sphere_easyedit.models.architecture import EditableModel, frozen, module_names
+from sphere_easyedit.models.architecture import EditableModel, frozen
 from sphere_easyedit.models.batching import group_by_class, length_class
+from sphere_easyedit.models.module_discovery import module_names
 
 LIMIT = 16
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}

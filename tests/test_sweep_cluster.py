@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import GOLDEN, tiny_hparams, tiny_model
-from test_cli import call_cli
+from processes import call_cli
 from test_sweep_runs import PROGRAM, calls, is_alive, run_named, sweep_of, wait_for
 
 from sphere_easyedit.runs.sweep import load_sweep, parse_slurm, submit_sweep, wait_for_jobs

@@ -23,7 +23,8 @@ from sphere_easyedit.editing import delta_forward, target_values
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import TokenizedPrompt, TokenizedRequest, parse_requests, tokenize_request
 from sphere_easyedit.editing.target_values import TargetValues, optimise_target_values
-from sphere_easyedit.models.architecture import EditableModel, frozen, module_names
+from sphere_easyedit.models.architecture import EditableModel, frozen
+from sphere_easyedit.models.module_discovery import module_names
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gpt2", "gptj")
 CONTEXTS = ["He said that. {}", "The team of the United States is known for this, and so he said. {} (he said)"]

@@ -1,4 +1,4 @@
-"""``app``, which knows all commands, and ``main``, which runs it and turns errors into one line."""
+"""``app`` with all commands, and ``main``, which runs it and prints errors as one line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import typer
 from rich.console import Console
 
 from ..utils.signals import Interrupted, ProcessLost, raise_on_interrupts
-from .apply import apply
 from .doctor import doctor
 from .edit import edit
 from .evaluate import evaluate
-from .export import export
+from .export import apply, export
 from .hparams import hparams
 from .plan import plan
 from .remove import remove
@@ -30,7 +29,7 @@ app.command("withdraw", hidden=True, deprecated=True)(remove)  # its former name
 
 
 def main() -> None:
-    """Run the command line, and end with one line on standard error where it fails.
+    """Run the command line; a failure ends with one line on standard error.
 
     Exit status: 2 for bad input, 128+n for signal n, 1 for a lost process or too little memory.
     """
@@ -38,10 +37,10 @@ def main() -> None:
         with raise_on_interrupts():
             try:
                 app()
-            except ProcessLost as error:  # reported in here: a launcher sends SIGTERM to the processes that are left
-                _end(f"error: {error}; a batch under way was undone. `edit --resume` goes on with a run.", 1)
+            except ProcessLost as error:  # reported here, since a launcher then sends SIGTERM to the other processes
+                _end(f"error: {error}; an unfinished batch was undone. `edit --resume` continues a run.", 1)
     except Interrupted as interrupted:
-        _end(f"ended by {interrupted.name}; a batch under way was undone. `edit --resume` goes on with a run.",
+        _end(f"ended by {interrupted.name}; an unfinished batch was undone. `edit --resume` continues a run.",
              interrupted.exit_status, "yellow")
     except (ValueError, ImportError, OSError) as error:  # OSError: a file that is absent, a disk that is full
         _end(f"error: {error}", 2)
@@ -50,9 +49,9 @@ def main() -> None:
 
         if not is_out_of_memory(error):
             raise
-        _end(f"error: out of memory ({' '.join(str(error).split())}); a batch under way was undone. `edit --resume "
-             "--on-error skip` goes on with a run and edits in halves what is too large; token_budget and --batch-size "
-             "bound what is done at once", 1)
+        _end(f"error: out of memory ({' '.join(str(error).split())}); an unfinished batch was undone. `edit "
+             "--resume --on-error skip` continues a run and splits batches that are too large; lower token_budget or "
+             "--batch-size to use less memory", 1)
 
 
 def _end(message: str, status: int, style: str = "red") -> NoReturn:

@@ -1,4 +1,4 @@
-"""What several commands do: set up the terminal and the log, and load the model."""
+"""Shared by the commands: terminal and log setup, and loading the model."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Consoles(NamedTuple):
     """Standard output, for results, and standard error, for log messages and the live line."""
 
     out: Console
-    err: Console  # one for both, so that neither runs into the other
+    err: Console  # shared by log and live line, so that they do not overwrite each other
 
     def print_line(self, text: str, style: str = "") -> None:
-        """Print a text to standard output as it is: no markup, no highlighting, no wrapping."""
+        """Print a text to standard output without markup, highlighting or wrapping."""
         self.out.print(Text(text, style=style), soft_wrap=True)
 
 
@@ -49,7 +49,7 @@ def set_up(verbose: bool = False, quiet: bool = False) -> Consoles:
         ValueError: both are given.
     """
     if verbose and quiet:
-        raise ValueError("--verbose and --quiet can't both be meant: give one")
+        raise ValueError("--verbose and --quiet exclude each other: give one")
     consoles = Consoles(Console(), Console(stderr=True))
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, so this comes before that
@@ -63,7 +63,7 @@ def set_up(verbose: bool = False, quiet: bool = False) -> Consoles:
 
 
 def _unwritten(record: logging.LogRecord) -> bool:
-    """Whether no handler below the root's has written a record to the terminal, as huggingface_hub's own has."""
+    """Whether no handler below the root's writes a record to the terminal, as huggingface_hub's does."""
     logger: logging.Logger | None = logging.getLogger(record.name)
     while logger is not None and logger.parent is not None:
         if any(isinstance(handler, logging.StreamHandler) and handler.stream in (
@@ -76,7 +76,7 @@ def _unwritten(record: logging.LogRecord) -> bool:
 
 def load(model_name: str, device: int | str | None, dtype: str | torch.dtype | None = None
          ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer, as ``loading.load_model`` does, without progress bars of transformers."""
+    """``loading.load_model`` without progress bars of transformers."""
     from ..models.loading import load_model
 
     hide_bars_of_transformers()
@@ -92,19 +92,18 @@ def hide_bars_of_transformers() -> None:
 
 def load_for(hparams: SPHEREHyperParams, dtype: str | torch.dtype | None
              ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Load the model that hyperparameters name, on the device that they name."""
+    """Load the model of hyperparameters on their device."""
     return load(hparams.model_name, "auto" if hparams.model_parallel else hparams.device, dtype)
 
 
 def load_replicas(hparams: SPHEREHyperParams, dtype: str | None
                   ) -> tuple[nn.Module, PreTrainedTokenizerBase, AbstractContextManager[None]]:
-    """Load the model, and start to work in several processes where there are several.
+    """Load the model, in every process if ``accelerate launch`` or ``torchrun`` started several.
 
-    Where ``accelerate launch`` or ``torchrun`` started several processes, all but the first one work for it from here
-    on, and exit here.
+    All processes but the first work for it from here on, and exit here.
 
     Returns:
-        The model, its tokenizer, and the context within which the other processes work for this one.
+        The model, its tokenizer, and the context in which the other processes work for this one.
 
     Raises:
         ValueError: there are several processes, but the hyperparameters allow only one.
@@ -116,8 +115,8 @@ def load_replicas(hparams: SPHEREHyperParams, dtype: str | None
         return *load_for(hparams, dtype), nullcontext()
     for name, value in (("model_parallel", hparams.model_parallel), ("executor", hparams.executor == "easyedit")):
         if value:
-            raise ValueError(f"{name} is {getattr(hparams, name)!r}, which {process.world_size} processes can't share: "
-                             "start one process, or change it")
+            raise ValueError(f"{name} is {getattr(hparams, name)!r}, which is not supported with {process.world_size} "
+                             "processes: start one process, or change it")
     if process.rank:
         logging.getLogger("sphere_easyedit").setLevel(logging.WARNING)
     model, tok = load_for(replace(hparams, device=process.device), dtype)
@@ -130,7 +129,7 @@ def load_replicas(hparams: SPHEREHyperParams, dtype: str | None
 
 @contextmanager
 def live_line(consoles: Consoles, quiet: bool, num_edits: int | None = None) -> Iterator[list[LiveLine]]:
-    """Show what a run is doing while it lasts, unless it is to be quiet; a list of one line or none."""
+    """Show a run's progress on one line, unless ``quiet``; yields a list of that line or an empty one."""
     from ..callbacks.progress import LiveLine
 
     if quiet:
@@ -141,12 +140,12 @@ def live_line(consoles: Consoles, quiet: bool, num_edits: int | None = None) -> 
 
 
 def progress_of(watchers: Sequence[LiveLine | LiveReport]) -> PhaseProgress:
-    """A run's ``progress`` that tells all of these."""
-    def tell(phase: str, done: int, total: int) -> None:
+    """A run's ``progress`` that updates all watchers."""
+    def update(phase: str, done: int, total: int) -> None:
         for watcher in watchers:
             watcher.update(phase, done, total)
 
-    return tell
+    return update
 
 
 def on_one_line(text: str) -> str:

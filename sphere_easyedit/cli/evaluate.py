@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RevisitOptions(EvaluationOptions):
-    """How a run is measured again, and after how many edits."""
+    """Options of measuring a run again."""
 
     at: Annotated[list[int], option("Measure the weights after this many edits, if they were kept (0 = the unedited "
                                     "model); repeatable. The last ones if not given.", min=0)
@@ -43,8 +43,8 @@ def evaluate(run: RunFolder, evaluation: RevisitOptions, dtype: Dtype = None, ve
     model, tok, leading = load_replicas(edited.hparams, dtype)
     with leading, live_line(consoles, quiet) as line:
         progress = progress_of(line)
-        wanted = evaluation.facts or evaluation.abilities
-        lines = edited.measure(model, tok, numbers, settings, progress, line) if wanted else []
+        measures = evaluation.facts or evaluation.abilities
+        lines = edited.measure(model, tok, numbers, settings, progress, line) if measures else []
         if evaluation.neurons:
             edited.record_weight_changes(model, progress)
     for found in lines:
@@ -57,5 +57,5 @@ def _last_kept(edited: EditedRun) -> list[int]:
 
     kept = saved_weights(edited.directory.checkpoints)
     if not kept:
-        raise ValueError(f"{edited.directory.path} kept no weights: nothing can be measured")
+        raise ValueError(f"{edited.directory.path} kept no weights to measure: edit with --keep-weights-every")
     return kept[-1:]

@@ -1,11 +1,13 @@
-"""``export``: a run's edited weights in files of their own."""
+"""``export``: write a run's edited model or its changes; ``apply``: apply exported changes to the base model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
+import typer
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -46,19 +48,19 @@ class ExportOptions:
     max_shard_size: ShardSize = "5GB"
 
     def __post_init__(self) -> None:
-        asked = {"--rank": self.rank is not None, "--tolerance": self.tolerance is not None, "--exact": self.exact}
-        given = [name for name, is_given in asked.items() if is_given]
-        meant = {"model": (), "deltas": tuple(asked), "lora": ("--rank",)}[self.kind]
-        if out_of_place := [name for name in given if name not in meant]:
-            raise ValueError(f"{', '.join(out_of_place)} means nothing with --as {self.kind}: leave it out")
+        options = {"--rank": self.rank is not None, "--tolerance": self.tolerance is not None, "--exact": self.exact}
+        given = [name for name, is_given in options.items() if is_given]
+        allowed = {"model": (), "deltas": tuple(options), "lora": ("--rank",)}[self.kind]
+        if ignored := [name for name in given if name not in allowed]:
+            raise ValueError(f"{', '.join(ignored)} has no effect with --as {self.kind}: leave it out")
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other: give one")
         if self.kind == "lora" and self.rank is None:
-            raise ValueError("--as lora needs --rank: as many as the run has edits lose nothing, fewer lose what the "
-                             "card then says")
+            raise ValueError("--as lora needs --rank: the run's number of edits gives an exact adapter, a lower "
+                             "rank an error that the card states")
 
     def write(self, model: nn.Module, tok: PreTrainedTokenizerBase, edited: EditedWeights) -> Sequence[LayerError]:
-        """Write what is asked for, and return how exact each layer's change is, except for whole models."""
+        """Write the export, and return the error of each layer's change, except for whole models."""
         import torch
 
         from ..export.deltas import TOLERANCE
@@ -87,15 +89,39 @@ def export(run: RunFolder, options: ExportOptions, at: At = None, verbose: Verbo
     check_free(options.output)
     check_shard_size(options.max_shard_size)
     edited_run = ExportableRun(run, at)
-    # On the CPU, whatever device the run used: the weights have the same bits.
+    # On the CPU, since the device does not change the weights' bits.
     model, tok = load(edited_run.hparams.model_name, "cpu", edited_run.dtype)
     if layers := options.write(model, tok, edited_run.read(model)):
-        consoles.out.print(layer_table(layers))
+        consoles.out.print(_layer_table(layers))
     consoles.print_line(f"{edited_run.num_edits} edits exported to {options.output}")
 
 
-def layer_table(layers: Sequence[LayerError]) -> Table:
-    """How each parameter is stored, and how far its change is off."""
+def apply(
+    deltas: Annotated[Path, typer.Argument(help="Folder written by `export --as deltas`, or its .safetensors file.")],
+    model: Annotated[str, option("Hub name or folder of the base model; any but the one that was edited is "
+                                 "refused.")],
+    output: NewFolder,
+    max_shard_size: ShardSize = "5GB",
+    verbose: Verbose = False,
+) -> None:
+    """Apply deltas to a fresh copy of their base model, and write the edited model."""
+    consoles = set_up(verbose)
+    from ..export.deltas import read_deltas
+    from ..export.exports import export_applied
+    from ..export.folders import check_free
+    from ..export.whole import check_shard_size
+
+    check_free(output)
+    check_shard_size(max_shard_size)
+    changes = read_deltas(deltas)
+    base, tok = load(model, "cpu", changes.origin.base_dtype)
+    export_applied(output, base, tok, changes, max_shard_size)
+    consoles.out.print(_layer_table(changes.layers))
+    consoles.print_line(f"{changes.origin.num_edits} edits applied; the model is in {output}")
+
+
+def _layer_table(layers: Sequence[LayerError]) -> Table:
+    """How each parameter is stored, and the error of its change."""
     table = Table(Column("parameter", overflow="fold"), "stored", Column("rank", justify="right"),
                   Column("relative error", justify="right"), Column("norm of the change", justify="right"))
     for layer in layers:

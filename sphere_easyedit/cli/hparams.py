@@ -1,4 +1,4 @@
-"""``hparams``: a first hyperparameter file for a model."""
+"""``hparams``: write a first hyperparameter file for a model."""
 
 from __future__ import annotations
 

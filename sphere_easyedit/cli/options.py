@@ -1,8 +1,8 @@
-"""Options of the commands, each declared once, in groups that commands share.
+"""Options of the commands, declared once in groups that commands share.
 
-A group is a dataclass. Each of its fields is one option: the name gives the flag (``num_edits``: ``--num-edits``), the
-annotation its type and help, and the default its default. ``PANEL`` is the heading under which ``--help`` shows them. A
-command takes groups as parameters and is decorated with ``with_option_groups``, which gives typer the single options.
+A group is a dataclass whose fields are options: the name gives the flag (``num_edits``: ``--num-edits``), the
+annotation the type and help. ``PANEL`` is their heading in ``--help``. A command takes groups as parameters and is
+decorated with ``with_option_groups``, which passes the single options to typer.
 """
 
 from __future__ import annotations
@@ -39,20 +39,16 @@ def option(text: str, *names: str, panel: str | None = None, **more: Any) -> Any
     """Declare an option.
 
     Args:
-        text: what it does, in plain words.
-        names: its flags, where they are not made of the field's name.
-        panel: heading in ``--help``, if not its group's.
+        text: help text.
+        names: flags, if not derived from the field's name.
+        panel: heading in ``--help``, if not the group's.
         more: further arguments of ``typer.Option``, such as ``min``.
     """
     return typer.Option(*names, help=text, rich_help_panel=panel, **more)
 
 
 def with_option_groups(command: Command) -> Command:
-    """Make a command's parameters that are option groups into one option a field.
-
-    Args:
-        command: its other parameters are left as they are. All are passed by keyword.
-    """
+    """Replace a command's option groups by one option per field; its other parameters stay. All become keywords."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, type[Any]] = {name: hint for name, hint in hints.items()
                                     if isinstance(hint, type) and is_dataclass(hint)}
@@ -111,13 +107,13 @@ class MethodOptions:
     dtype: Dtype = None
 
     def load(self) -> SPHEREHyperParams:
-        """The hyperparameters, overridden as asked."""
+        """The hyperparameters with their overrides."""
         return read_hparams(self.hparams, self.override)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Which facts, and how many at once."""
+    """The facts, and the batch size."""
 
     PANEL: ClassVar = "Data"
 
@@ -131,7 +127,7 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """How a model is measured."""
+    """Measurements of a model."""
 
     PANEL: ClassVar = "Evaluation"
 
@@ -155,7 +151,7 @@ class EvaluationOptions:
     abilities_tokens: Annotated[int | None, option("Generate at most this many new tokens per answer.", min=1)] = None
 
     def settings(self, abilities_every: int | None = None, **when: Any) -> MeasureSettings:
-        """What to measure.
+        """The measurement settings.
 
         Args:
             abilities_every: also measure abilities after every this many edits.

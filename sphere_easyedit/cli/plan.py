@@ -1,4 +1,4 @@
-"""``plan``: what a run will need."""
+"""``plan``: estimate what a run needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanData(DataOptions):
-    """Which facts are planned for."""
+    """The facts to plan for."""
 
     num_edits: Annotated[int, option("Number of facts.")]
 
@@ -58,7 +58,7 @@ def _table(plan: Plan) -> Table:
         "Time": [*((part.name, _duration(part.seconds), "" if part.share is None else f"{part.share:.0%}")
                    for part in plan.time), ("all", _duration(plan.seconds))],
         "Memory": [*((part.name, decimal(part.bytes), part.place,
-                      "; ".join(word for word in ("" if part.lasting else "for a while", part.note) if word))
+                      "; ".join(word for word in ("" if part.lasting else "temporary", part.note) if word))
                      for part in plan.memory),
                    *(("at the peak", decimal(size), place) for place, size in plan.peak_bytes.items())],
         "Disk": [(files.name, decimal(files.bytes), "there" if files.present else "new", files.path)

@@ -1,4 +1,4 @@
-"""``remove``: take single facts out of a run's edited weights."""
+"""``remove``: remove single facts from a run's edited weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def remove(run: RunFolder, case: Annotated[list[str], option("case_id of a fact 
 
     check_free(output)
     edited_run = ExportableRun(run)
-    # On the CPU, whatever device the run used: the weights have the same bits.
+    # On the CPU, since the device does not change the weights' bits.
     model, _ = load(edited_run.hparams.model_name, "cpu", edited_run.dtype)
     edited, done = _without(edited_run.read(model), edited_run.hparams.layers, run, case)
     export_deltas(output, edited, exact=True)

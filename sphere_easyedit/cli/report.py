@@ -1,4 +1,4 @@
-"""``report``: runs as one HTML page."""
+"""``report``: write runs as one HTML page."""
 
 from __future__ import annotations
 

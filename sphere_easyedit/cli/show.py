@@ -1,4 +1,4 @@
-"""``show``: what the unedited, the edited and the rolled-back model say about one case."""
+"""``show``: compare continuations of the unedited, the edited and the rolled-back model for one case."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def show(
     max_new_tokens: Annotated[int, option("Maximum number of new tokens per continuation.", min=1)] = 50,
     as_json: AsJson = False,
 ) -> None:
-    """Let the unedited, the edited and the rolled-back model speak about one case, side by side."""
+    """Show continuations of the unedited, the edited and the rolled-back model for one case, side by side."""
     consoles = set_up()
     from ..analysis.case_study import choose_case, dtype_of_run, study_case
     from ..runs.reevaluation import EditedRun
@@ -44,9 +44,9 @@ def show(
 
 
 def _case_lines(study: CaseStudy) -> list[str]:
-    """What to know before reading what the models say."""
-    true = "" if study.target_true is None else f", true answer: {study.target_true}"
-    lines = [f"Case {study.case_id}, {study.subject}. Wanted answer: {study.target_new}{true}",
+    """The case, its position among the edits, and its scores."""
+    true = "" if study.target_true is None else f", true target: {study.target_true}"
+    lines = [f"Case {study.case_id}, {study.subject}. New target: {study.target_new}{true}",
              f"Edit {study.number} of {study.total}; the edited model holds the first {study.num_edits}"
              + ("" if study.is_edited else ": the fact is not in these weights yet")]
     for when, title in (("pre", "before"), ("post", "after")):

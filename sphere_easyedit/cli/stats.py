@@ -1,4 +1,4 @@
-"""``stats``: the second moments of keys."""
+"""``stats``: collect the second moments of keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``sweep``: many runs from one file."""
+"""``sweep``: run the experiments of one file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
-    """Where a sweep runs, and what it shows."""
+    """Launcher and output of a sweep."""
 
     PANEL: ClassVar = "Output"
 
@@ -37,11 +37,11 @@ class SweepOptions:
     def __post_init__(self) -> None:
         on_slurm = self.launcher == "slurm"
         if self.slurm and not on_slurm:
-            raise ValueError("--slurm says what jobs ask for: give --launcher slurm, too")
+            raise ValueError("--slurm sets resources of SLURM jobs: give --launcher slurm, too")
         if self.wait and not on_slurm:
-            raise ValueError("--wait belongs to --launcher slurm; all else waits anyway")
+            raise ValueError("--wait needs --launcher slurm; local runs are always waited for")
         if self.jobs is not None and on_slurm:
-            raise ValueError("--jobs is of this machine: for SLURM give --slurm array_parallelism=NUMBER")
+            raise ValueError("--jobs applies to --launcher local: for SLURM give --slurm array_parallelism=NUMBER")
 
 
 @with_option_groups
@@ -50,7 +50,7 @@ def sweep(
     file: Annotated[Path, typer.Argument(help="YAML file: methods, SPHERE or not, seeds, gamma, alpha and so on.")],
     options: SweepOptions,
 ) -> None:
-    """Run what one YAML file describes, and collect it into one table with paired differences."""
+    """Run the experiments of a YAML file, and collect them into one table with paired differences."""
     consoles = set_up(quiet=options.quiet)
     from ..analysis.sweep_table import collect
     from ..runs.sweep import load_sweep
@@ -66,7 +66,7 @@ def sweep(
 
 
 def _run(planned: Sweep, options: SweepOptions, consoles: Consoles) -> tuple[RunOutcome, ...]:
-    """Run the sweep, or submit it; the runs that failed."""
+    """Run or submit the sweep, and return the runs that failed."""
     from ..runs.sweep import parse_slurm, run_sweep, submit_sweep, wait_for_jobs
 
     def report(name: str, what: str, settled: int, count: int) -> None:

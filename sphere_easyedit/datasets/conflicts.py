@@ -1,7 +1,4 @@
-"""Find conflicting facts: edited twice, edited to two targets, or about one subject.
-
-They are reported, not removed.
-"""
+"""Finds facts that are edited twice, edited to two targets, or about the same subject; they are only reported."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ class Conflict:
     """Records that share a text.
 
     Attributes:
-        text: what they share, as the first of them spells it.
+        text: the shared text as the first of them spells it.
         positions: their indices in the list that was searched, ascending; so also the order of editing.
         case_ids: of the same records.
         targets: their ``target_new``.
@@ -32,15 +29,15 @@ class Conflict:
 
 @dataclass(frozen=True)
 class ConflictReport:
-    """What ``find_conflicts`` found; groups are in the order of their first record.
+    """The result of ``find_conflicts``; groups are in the order of their first record.
 
     Attributes:
-        records: how many were searched.
+        records: number of records searched.
         duplicates: the same prompt edited to the same target; ``text`` is the prompt with its subject.
-        contradictions: the same prompt edited to different targets, so that at most one can hold in the end; ``text``
-            is the prompt with its subject.
-        repeated_subjects: one subject edited more than once, in the same prompt or in others; ``text`` is the
-            subject. Keys at the subject's last token are alike then.
+        contradictions: the same prompt edited to different targets, of which at most one can remain; ``text`` is the
+            prompt with its subject.
+        repeated_subjects: one subject edited more than once, in any prompts; ``text`` is the subject. Keys at the
+            subject's last token are then similar.
     """
 
     records: int

@@ -1,8 +1,8 @@
-"""A small fact-editing set that ships with the package, for tutorials, tests and trials without CounterFact.
+"""A small set of facts that ships with the package, for tutorials and tests without CounterFact.
 
-The facts and prompt templates in ``data/demo.json`` were written for this package; numbers measured on them do not
-compare with numbers measured on CounterFact. For each relation the file holds one edit template, paraphrase templates
-whose continuation is the object too, generation templates, and the subjects grouped by their true object.
+The facts and prompt templates in ``data/demo.json`` were written for this package; results on them are not comparable
+with results on CounterFact. For each relation the file contains one edit template, paraphrase templates with the same
+continuation, generation templates, and the subjects grouped by their true object.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ _MAX_NEIGHBOURS: Final = 5
 def demo_records() -> list[EditRecord]:
     """All demonstration facts, ``case_id`` counting from 0.
 
-    Relations take turns, and within a relation its true objects, so that any prefix spans as many relations as it can.
-    ``target_new`` rotates through the other objects of the relation, so that each object is asked for about equally
-    often. Neighbourhood prompts put other subjects with the same true object into the edit and paraphrase templates.
+    Relations alternate, and within a relation its true objects, so that any prefix covers as many relations as
+    possible. ``target_new`` rotates through the other objects of the relation, so that all occur about equally often.
+    Neighbourhood prompts are the edit and paraphrase templates with other subjects of the same true object.
     """
     path = resources.files("sphere_easyedit") / "data" / "demo.json"
     table: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    records = _take_turns([_relation_records(relation) for relation in table])
+    records = _interleaved([_relation_records(relation) for relation in table])
     return [replace(record, case_id=case_id) for case_id, record in enumerate(records)]
 
 
 def _relation_records(relation: dict[str, Any]) -> list[EditRecord]:
-    """One relation's records, objects taking turns."""
+    """One relation's records, with alternating objects."""
     facts: dict[str, list[str]] = relation["facts"]
     objects = list(facts)
     groups = []
     for index, true_object in enumerate(objects):
         group = []
         for position, subject in enumerate(facts[true_object]):
-            # A step of 1 .. len(objects) - 1 never lands on the true object again.
+            # A step of 1 .. len(objects) - 1 never gives the true object.
             step = 1 + position % (len(objects) - 1)
             group.append(EditRecord(
                 case_id=0, prompt=relation["prompt"], subject=subject,
@@ -49,7 +49,7 @@ def _relation_records(relation: dict[str, Any]) -> list[EditRecord]:
                 generation_prompts=tuple(template.format(subject) for template in relation["generation"]),
                 dataset="demo"))
         groups.append(group)
-    return _take_turns(groups)
+    return _interleaved(groups)
 
 
 def _neighbours(relation: dict[str, Any], true_object: str, position: int) -> tuple[EvaluationPrompt, ...]:
@@ -61,6 +61,6 @@ def _neighbours(relation: dict[str, Any], true_object: str, position: int) -> tu
                  for turn, other in enumerate(others))
 
 
-def _take_turns(groups: list[list[EditRecord]]) -> list[EditRecord]:
-    """Merge the groups: the first record of each, then the second of each, and so on."""
+def _interleaved(groups: list[list[EditRecord]]) -> list[EditRecord]:
+    """The first record of each group, then the second of each, and so on."""
     return [record for turn in zip_longest(*groups) for record in turn if record is not None]

@@ -1,7 +1,7 @@
-"""Find the file of a published data set: a given path, the data folder, an earlier download, or a download now.
+"""Finds the file of a published data set: a given path, the data folder, the cache, or a download.
 
-A download is checked against the git blob id under which the SPHERE authors' repository keeps the file (SHA-1 over
-``blob <size>``, a null byte and the content), and so is an earlier download each time it is used.
+A download, and a cached file each time it is used, is checked against the git blob id of the file in the SPHERE
+authors' repository (SHA-1 over ``blob <size>``, a null byte and the content).
 """
 
 from __future__ import annotations
@@ -63,18 +63,18 @@ PUBLISHED: Final[Mapping[DatasetName, Published]] = MappingProxyType({
 
 
 def dataset_path(dataset: DatasetName, path: Path | str | None = None) -> Path:
-    """The file of a data set, downloaded if need be.
+    """The file of a data set, downloaded if necessary.
 
-    Taken is the first of: ``path``; the published file's name in the folder ``$SPHERE_DATA``; the same in ``data`` of
-    the package's cache folder (``$SPHERE_CACHE``, ``~/.cache/sphere-easyedit``); a download to there. With
-    ``HF_HUB_OFFLINE`` set nothing is downloaded.
+    The first of: ``path``; the published file's name in the folder ``$SPHERE_DATA``; the same in ``data`` of the
+    package's cache folder (``$SPHERE_CACHE``, ``~/.cache/sphere-easyedit``); a download to there, unless
+    ``HF_HUB_OFFLINE`` is set.
 
     Args:
         dataset: ``counterfact``, ``multi_counterfact`` or ``zsre``; any other needs ``path``.
         path: a local file.
 
     Raises:
-        MissingDatasetError: no such file, and none could be downloaded whole; the error says what to put where.
+        MissingDatasetError: no such file, and it could not be downloaded completely.
         ValueError: a downloaded file is not the published one, or the data set ships with the package.
     """
     if dataset == "demo":
@@ -96,20 +96,20 @@ def dataset_path(dataset: DatasetName, path: Path | str | None = None) -> Path:
 
 
 def download(published: Published, target: Path) -> None:
-    """Download a file to ``target``; a file that is incomplete or not the published one is not kept.
+    """Download a file to ``target``; an incomplete or different file is not kept.
 
     Raises:
-        MissingDatasetError: the network is off, or the address gives nothing, or less than it announced.
-        ValueError: the checksum does not agree.
+        MissingDatasetError: offline, not found, or incomplete.
+        ValueError: the checksum differs.
     """
     url = published.url
     remedy = (f"download {url} elsewhere and put it at {target.absolute()} or into the folder $SPHERE_DATA, or give "
-              "the path where it is")
+              "its path")
     if _offline():
         raise MissingDatasetError(f"data set file {target.name} is not here and HF_HUB_OFFLINE is set: {remedy}")
     logger.info("downloading %s to %s", url, target)
     try:
-        # The folder is made only once there is something to put into it.
+        # The folder is created only when there is content for it.
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, atomic_write(target) as temporary:
             announced = response.headers.get("Content-Length")
             with temporary.open("wb") as file:
@@ -134,11 +134,10 @@ def _check(file: Path, source: str, published: Published) -> None:
             digest.update(chunk)
     if digest.hexdigest() != published.git_blob:
         raise ValueError(f"{source}: its git blob id is {digest.hexdigest()}, but that of the published file is "
-                         f"{published.git_blob}: remove it and get it again, or give its path if the other content is "
-                         "meant")
+                         f"{published.git_blob}: remove it and get it again, or give its path to use the other content")
 
 
 def _offline() -> bool:
-    from huggingface_hub import constants  # only a download pays for it
+    from huggingface_hub import constants  # slow to import
 
     return bool(constants.HF_HUB_OFFLINE)

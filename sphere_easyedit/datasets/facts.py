@@ -1,9 +1,9 @@
-"""Users' own facts, from JSONL (a record a line) or CSV (with a header).
+"""Reads users' own facts from JSONL (one record per line) or CSV (with a header).
 
 ====================  ================================================================  ================================
 field                 JSONL                                                             CSV
 ====================  ================================================================  ================================
-prompt                with ``{}`` for the subject, or with the subject letter by letter the same
+prompt                with ``{}`` for the subject, or with the subject verbatim         the same
 subject               text                                                              the same
 target_new            the answer to edit in                                             the same
 target_true           optional: the true answer                                         the same
@@ -30,7 +30,7 @@ from typing import Any, Final
 from .json_records import RawRecord, build_records, json_lines, parse_json, read_text, shown
 from .records import EditRecord, EvaluationPrompt
 
-FACTS_FILE: Final = ("a .jsonl (a record a line) or .csv (with a header) file of facts with prompt, subject and "
+FACTS_FILE: Final = ("a .jsonl (one record per line) or .csv (with a header) file of facts with prompt, subject and "
                      "target_new")
 
 _NEEDED: Final = ("prompt", "subject", "target_new")
@@ -43,8 +43,7 @@ def load_facts(path: Path | str) -> list[EditRecord]:
 
     Raises:
         MissingDatasetError: no file there.
-        ValueError: another ending, a line that can't be read (named by its number, from 1), or a record that is not as
-            described.
+        ValueError: another file extension, an unreadable line (with its number, from 1), or a wrong record.
     """
     path = Path(path)
     ending = path.suffix.lower()
@@ -80,8 +79,8 @@ def _csv_rows(text: str, source: str) -> Iterator[tuple[str, Any]]:
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise ValueError(f"{source}: the record that begins in line {start} is no valid CSV: {error}; repair it, "
-                             "or finish it if the file was cut off there") from error
+            raise ValueError(f"{source}: the record that begins in line {start} is not valid CSV: {error}; repair it, "
+                             "or complete it if the file was truncated there") from error
         if row is None:
             return
         where, start = f"line {start}", reader.line_num + 1
@@ -111,7 +110,7 @@ def _check_header(header: Sequence[str], source: str) -> None:
 
 
 def _cell(name: str, cell: str, label: str) -> Any:
-    """A cell that is not empty, as JSONL would have it."""
+    """The value of a non-empty cell, as in JSONL."""
     if name == "case_id":
         return int(cell) if re.fullmatch(r"[+-]?[0-9]+", cell) else cell
     if name not in _LISTS:

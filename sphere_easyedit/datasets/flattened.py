@@ -1,7 +1,7 @@
-"""The same facts in EasyEdit's flattened files: a record is one prompt with its subject filled in, and strings.
+"""Reads EasyEdit's flattened files, in which a record is one prompt with its subject filled in, and strings.
 
-Three shapes of its data are read: its CounterFact (``counterfact-edit.json``, ``-train``, ``-val``), whatever its ZsRE
-class makes of MEND's schema, and KnowEdit, whose ``locality`` and ``portability`` are objects of named axes. Axes are
+Three forms are read: EasyEdit's CounterFact (``counterfact-edit.json``, ``-train``, ``-val``), MEND's schema as
+converted by its ZsRE class, and KnowEdit, whose ``locality`` and ``portability`` are objects of named axes, which are
 joined in the file's order.
 """
 
@@ -15,22 +15,22 @@ from .records import DatasetName, EditRecord, EvaluationPrompt
 
 
 def is_flattened(raw: Mapping[str, Any]) -> bool:
-    """Whether a record is of this schema rather than of a published one."""
+    """Whether a record has this schema rather than a published one."""
     return "prompt" in raw and "requested_rewrite" not in raw and "src" not in raw
 
 
 def flattened_record(given: RawRecord, dataset: DatasetName) -> EditRecord:
     """A record of a flattened file.
 
-    Needed: ``prompt`` (with the subject in it letter by letter, or one ``{}``), ``subject``, ``target_new``. Read where
-    they are there: ``case_id`` (else the record's index), ``ground_truth``, ``rephrase_prompt`` or ``rephrase``,
+    Required: ``prompt`` (with the subject verbatim, or one ``{}``), ``subject``, ``target_new``. Optional:
+    ``case_id`` (else the record's index), ``ground_truth``, ``rephrase_prompt`` or ``rephrase``,
     ``locality_prompt`` with ``locality_ground_truth``, ``portability_prompt`` with ``portability_ground_truth``,
-    ``locality`` and ``portability``. Prompts are a string or a list; of several answers the first counts. An axis may
-    hold prompts whose answer is blank, which are passed over: all this is as in EasyEdit.
+    ``locality`` and ``portability``. Prompts are a string or a list; of several answers the first is used. Prompts of
+    an axis with a blank answer are skipped. All this is as in EasyEdit.
 
-    Of a ZsRE record the file's ``target_new`` is ``alt`` and its ``ground_truth`` the first right answer, so the two go
-    where MEND's schema puts them: ``target_alt`` and ``target_new``; and ``locality_prompt`` gets the ``?`` that the
-    paper's protocol puts after ``loc``.
+    In ZsRE the file's ``target_new`` is ``alt`` and its ``ground_truth`` the first correct answer, so they become
+    ``target_alt`` and ``target_new`` as with MEND's schema, and ``locality_prompt`` gets the ``?`` that the paper's
+    protocol appends to ``loc``.
     """
     subject = given.text("subject")
     target = given.text("target_new").strip()
@@ -54,7 +54,7 @@ def flattened_record(given: RawRecord, dataset: DatasetName) -> EditRecord:
 
 
 def answered_prompts(given: RawRecord, field: str) -> tuple[EvaluationPrompt, ...]:
-    """Prompts with their answers from an object of axes; none where there is no such field.
+    """Prompts with their answers from an object of axes; none without such a field.
 
     An axis is ``{"prompt": ..., "ground_truth": ...}`` or a list of such; or the object is GPT-4's one hop for ZsRE and
     CounterFact, with ``New Question`` and ``New Answer``.
@@ -77,7 +77,7 @@ def _axis(axes: RawRecord, axis: str, group: Any) -> Iterator[EvaluationPrompt]:
 
 
 def _pairs(given: RawRecord, prefix: str) -> Iterator[EvaluationPrompt]:
-    """Prompts with their answers from two fields of the record itself; none where there is no such prompt."""
+    """Prompts with their answers from two fields of the record; none without such a prompt."""
     asked, answered = f"{prefix}prompt", f"{prefix}ground_truth"
     if given.has(asked):
         for text, answer in _answers(given, asked, answered):
@@ -87,18 +87,18 @@ def _pairs(given: RawRecord, prefix: str) -> Iterator[EvaluationPrompt]:
 
 
 def _answers(given: RawRecord, asked: str, answered: str) -> list[tuple[str, str | None]]:
-    """Each prompt with the first of its answers, None where that is blank."""
+    """Each prompt with the first of its answers, or None if that is blank."""
     prompts = _strings(given, asked)
     answers = given.value(answered, object, "an answer to the prompt")
     if not isinstance(given.raw[asked], list):
         answers = [answers]
     elif not isinstance(answers, list) or len(answers) != len(prompts):
-        given.refuse(answered, shown(answers), f"a list of as many answers as there are prompts, {len(prompts)}")
+        given.refuse(answered, shown(answers), f"a list of {len(prompts)} answers, one per prompt")
     return [(text, _first(given, answered, answer)) for text, answer in zip(prompts, answers, strict=True)]
 
 
 def _strings(given: RawRecord, field: str) -> tuple[str, ...]:
-    """A string that is there, or a list of them."""
+    """A required string, or a list of strings."""
     return given.texts(field) if isinstance(given.raw.get(field), list) else (given.text(field),)
 
 
@@ -107,7 +107,7 @@ def _rephrased(given: RawRecord) -> tuple[str, ...]:
 
 
 def _first(given: RawRecord, field: str, answer: Any) -> str | None:
-    """The first of answers and their other names, however deep the lists; None where it is blank."""
+    """The first string of nested lists of answers and aliases; None if it is blank."""
     while isinstance(answer, list):
         answer = answer[0] if answer else None
     if answer is not None and not isinstance(answer, str):

@@ -1,8 +1,7 @@
-"""Read files of records, with errors that name the position.
+"""Reads and checks files of records.
 
-Every record is checked before any of them is used, so that a bad file fails before hours of editing and not after
-them. Errors name the file, the record (its index from 0 or its line from 1, and its case_id where it has one), the
-field, what was found and what was expected.
+All records are checked before any is used. Errors name the file, the record (its index from 0 or its line from 1, and
+its case_id if it has one), the field, the value found and the value expected.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class RawRecord:
-    """An object from a file with what an error about it must say.
+    """An object from a file, with its position for errors.
 
     Attributes:
         raw: the object as parsed.
-        index: of its record in the file, from 0.
+        index: index of its record in the file, from 0.
         label: file, record and case_id.
-        inside: path of fields that leads to it from the record; empty for the record itself.
+        inside: path of fields from the record to the object; empty for the record itself.
     """
 
     raw: dict[str, Any]
@@ -50,31 +49,30 @@ class RawRecord:
         raise ValueError(f"{self.label}, field {path!r}: found {found}, expected {expected}")
 
     def part(self, name: str, value: Any, expected: str) -> RawRecord:
-        """An object further in, under the path ``name``."""
+        """A nested object at the path ``name``."""
         if not isinstance(value, dict):
             self.refuse(name, shown(value), expected)
         return replace(self, raw=value, inside=f"{self.inside}.{name}" if self.inside else name)
 
     def has(self, field: str) -> bool:
-        """Whether the object has a value there that is not null."""
+        """Whether the field has a value that is not null."""
         return self.raw.get(field) is not None
 
     def value(self, field: str, kind: type, expected: str) -> Any:
-        """The value at a dotted path, of the given JSON type."""
-        here: Any = self.raw
-        walked = ""
+        """The value at a dotted path; it must have the given type."""
+        value: Any = self.raw
+        path = ""
         for key in field.split("."):
-            if not isinstance(here, dict):
-                self.refuse(walked, shown(here), f"an object with a field {key!r}")
-            walked = f"{walked}.{key}" if walked else key
-            if key not in here:
-                present = ", ".join(map(str, here)) or "none"
-                self.refuse(walked, f"nothing (the fields there are: {present})", expected)
-            here = here[key]
-        # JSON's true is a Python int.
-        if not isinstance(here, kind) or isinstance(here, bool):
-            self.refuse(field, shown(here), expected)
-        return here
+            if not isinstance(value, dict):
+                self.refuse(path, shown(value), f"an object with a field {key!r}")
+            path = f"{path}.{key}" if path else key
+            if key not in value:
+                present = ", ".join(map(str, value)) or "none"
+                self.refuse(path, f"nothing (the fields there are: {present})", expected)
+            value = value[key]
+        if not isinstance(value, kind) or isinstance(value, bool):  # JSON's true is a Python int
+            self.refuse(field, shown(value), expected)
+        return value
 
     def text(self, field: str, expected: str = "a string that is not blank") -> str:
         found: str = self.value(field, str, expected)
@@ -85,7 +83,7 @@ class RawRecord:
         if not found.strip():
             self.refuse(field, shown(found), expected)
         if not is_unicode(found):
-            self.refuse(field, shown(found), "text with whole characters, not half a surrogate pair")
+            self.refuse(field, shown(found), "text without half a surrogate pair")
 
     def texts(self, field: str) -> tuple[str, ...]:
         found: list[Any] = self.value(field, list, "a list of strings that are not blank")
@@ -101,7 +99,7 @@ class RawRecord:
         return found
 
     def template(self, field: str) -> str:
-        """A prompt that marks the subject's place by one ``{}``."""
+        """A prompt with one ``{}`` for the subject."""
         found = self.text(field, "a string with one '{}'")
         if found.count(SLOT) != 1:
             self.refuse(field, f"{found.count(SLOT)} times '{{}}' in {shown(found)}",
@@ -109,28 +107,27 @@ class RawRecord:
         return found
 
     def template_around(self, field: str, subject: str) -> str:
-        """A prompt that holds its subject, with ``{}`` in the subject's place.
+        """A prompt that contains its subject, with ``{}`` in place of the subject.
 
-        Where the subject stands in it more than once, ``{}`` takes the first place where it stands as a word of its
-        own (the filled prompt is the same whichever is taken).
+        Of several occurrences, the first that is a whole word is replaced (the filled prompt is the same for all).
         """
         found = self.text(field)
         if subject not in found:
             other = re.search(re.escape(subject), found, re.IGNORECASE)
             spelled = "" if other is None else f" (it is spelled {other.group()!r} there)"
-            self.refuse(field, shown(found) + spelled, f"text that holds the subject {subject!r} letter by letter")
+            self.refuse(field, shown(found) + spelled, f"text that contains the subject {subject!r} verbatim")
         start = found.index(subject)
         if found.count(subject) > 1:
-            # "Ann" also stands in "Annual": a place with no letter around it is the subject's own.
+            # "Ann" also occurs in "Annual".
             own = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", found)
             start = start if own is None else own.start()
         template = found[:start] + SLOT + found[start + len(subject) :]
         if template.count(SLOT) != 1:
-            self.refuse(field, shown(found), "text without '{}', which marks the subject's place")
+            self.refuse(field, shown(found), "text without '{}', which stands for the subject")
         return template
 
     def template_or_around(self, field: str, subject: str) -> str:
-        """A prompt of either kind; a ``{}`` in it wins over a subject that may stand there too."""
+        """A prompt of either kind; ``{}`` has precedence over the subject."""
         return self.template(field) if SLOT in self.text(field) else self.template_around(field, subject)
 
 
@@ -138,12 +135,12 @@ def parse_json(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is none (``json.JSONDecodeError``), is nested too deep, or holds a number too long.
+        ValueError: it is not JSON (``json.JSONDecodeError``), nested too deeply, or contains too long a number.
     """
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise ValueError("its lists and objects are nested too deep") from error
+        raise ValueError("its lists and objects are nested too deeply") from error
 
 
 def json_lines(text: str, source: str) -> Iterator[tuple[int, Any]]:
@@ -159,17 +156,17 @@ def json_lines(text: str, source: str) -> Iterator[tuple[int, Any]]:
         try:
             yield number, parse_json(line)
         except json.JSONDecodeError as error:
-            torn = number == len(lines)  # nothing ends the line
-            remedy = ("the file ends within the line: finish the line or remove it" if torn else
-                      "repair the line; a record takes one line and no more")
-            raise ValueError(f"{source}: line {number} is no valid JSON: {error.msg} at column {error.colno}; {remedy}"
+            truncated = number == len(lines)  # no line end
+            remedy = ("the file ends within the line: complete the line or remove it" if truncated else
+                      "repair the line; a record takes exactly one line")
+            raise ValueError(f"{source}: line {number} is not valid JSON: {error.msg} at column {error.colno}; {remedy}"
                              ) from error
         except ValueError as error:
             raise ValueError(f"{source}: line {number} can't be read: {error}") from error
 
 
-def existing(path: Path, wanted: str) -> Path:
-    """Return the path if it is a file; ``wanted`` describes the file for errors.
+def existing(path: Path, expected: str) -> Path:
+    """Return the path if it is a file; ``expected`` describes the file for errors.
 
     Raises:
         MissingDatasetError: nothing there.
@@ -177,23 +174,23 @@ def existing(path: Path, wanted: str) -> Path:
     """
     if not path.exists():
         raise MissingDatasetError(
-            f"data set file {path} does not exist (looked for {path.absolute()}): put {wanted} "
-            "there, or give the path where it is"
+            f"data set file {path} does not exist (looked for {path.absolute()}): put {expected} "
+            "there, or give its path"
         )
     if not path.is_file():
-        raise ValueError(f"data set path {path} is no file: give the path of {wanted}")
+        raise ValueError(f"data set path {path} is not a file: give the path of {expected}")
     return path
 
 
-def read_text(path: Path, wanted: str) -> str:
-    """A whole file, line ends as they are.
+def read_text(path: Path, expected: str) -> str:
+    """A whole file as text, with its line ends.
 
     Raises:
         MissingDatasetError: no file there.
         ValueError: not a file, or not UTF-8.
     """
     try:
-        return existing(path, wanted).read_bytes().decode("utf-8-sig")
+        return existing(path, expected).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): unpack it if it is an "
@@ -201,14 +198,14 @@ def read_text(path: Path, wanted: str) -> str:
         ) from error
 
 
-def read_list(path: Path, wanted: str) -> list[Any]:
+def read_list(path: Path, expected: str) -> list[Any]:
     """Read a list from a JSON file; errors name the position.
 
     Raises:
         MissingDatasetError: no file there.
-        ValueError: no valid JSON, or no list with something in it.
+        ValueError: it is not valid JSON, or not a non-empty list.
     """
-    text = read_text(path, wanted)
+    text = read_text(path, expected)
     try:
         raw = parse_json(text)
     except json.JSONDecodeError as error:
@@ -216,12 +213,12 @@ def read_list(path: Path, wanted: str) -> list[Any]:
         if not text.strip():
             remedy = "the file is empty: get it again"
         elif error.msg == "Extra data":
-            remedy = "more follows the first value; if the file holds one record a line, make them one list"
+            remedy = "more follows the first value; if the file has one record per line, make them one list"
         elif text.lstrip()[0] == "[" and text.rstrip()[-1] != "]":
-            remedy = "the list has no end, so the file was truncated: get it again"
+            remedy = "the list does not end, so the file was truncated: get it again"
         else:
             remedy = "repair it there or get it again"
-        raise ValueError(f"{path} is no valid JSON: {error.msg} at {where}; {remedy}") from error
+        raise ValueError(f"{path} is not valid JSON: {error.msg} at {where}; {remedy}") from error
     except ValueError as error:
         raise ValueError(f"{path} can't be read: {error}") from error
     if not isinstance(raw, list):
@@ -234,10 +231,10 @@ def read_list(path: Path, wanted: str) -> list[Any]:
 def build_records(
     items: Iterable[tuple[str, Any]], source: str, build: Callable[[RawRecord], EditRecord]
 ) -> list[EditRecord]:
-    """Records from parsed objects, each with the words that say where it stands (``record 3``, ``line 4``).
+    """Build records from parsed objects, each with its position for errors (``record 3``, ``line 4``).
 
     Raises:
-        ValueError: one is no object, is not what ``build`` expects, or has another's case_id.
+        ValueError: one is not an object, is refused by ``build``, or has the case_id of another.
     """
     records: list[EditRecord] = []
     first_at: dict[int, str] = {}
@@ -249,7 +246,7 @@ def build_records(
         record = build(given)
         if record.case_id in first_at:
             given.refuse("case_id", f"{record.case_id}, which {first_at[record.case_id]} has too",
-                         "a number of its own: results are told apart by it")
+                         "a unique number, which identifies its results")
         first_at[record.case_id] = where
         records.append(record)
     logger.info("%s: %d records", source, len(records))

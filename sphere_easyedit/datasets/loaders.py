@@ -1,7 +1,7 @@
-"""Records to edit and to measure, by the name of a data set: what is read, and which records are drawn.
+"""Loads the records of a data set, and draws those to edit.
 
-CounterFact, MultiCounterFact and ZsRE are read from the files that they were published in and from EasyEdit's flattened
-ones; users' own facts from JSONL or CSV; the demo set ships with the package.
+CounterFact, MultiCounterFact and ZsRE are read from their published files and from EasyEdit's flattened ones; users'
+own facts from JSONL or CSV; the demo set ships with the package.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def load_records(
         num_edits, seed, order_seed, skip: see ``draw_records``.
 
     Raises:
-        MissingDatasetError: no file there, none named where one is needed, or none that could be downloaded.
-        ValueError: the data set's name is unknown, the file is not of its schema, it holds fewer records than are
-            asked for, or a number is out of range.
+        MissingDatasetError: the file does not exist, is not given, or could not be downloaded.
+        ValueError: the data set is unknown, the file has another schema or too few records, or a number is out of
+            range.
     """
     if dataset not in get_args(DatasetName):
         known = ", ".join(get_args(DatasetName))
@@ -85,47 +85,46 @@ def draw_records(
 ) -> list[EditRecord]:
     """Draw records to edit.
 
-    With N records, the drawn order is 0 ... N-1 where ``seed`` is None and ``numpy.random.default_rng(seed)
-    .permutation(N)`` where it is a number. Taken are the records at places ``skip`` ... ``skip + num_edits - 1`` of it.
-    So with one seed and one file, fewer edits are the beginning of more, and ``skip=2000`` gives records that no run of
-    2,000 edits with that seed sees (the same fact under another case_id aside: see ``conflicts.find_conflicts``).
+    With N records, the drawn order is 0 ... N-1 if ``seed`` is None, else ``numpy.random.default_rng(seed)
+    .permutation(N)``. The records at ``skip`` ... ``skip + num_edits - 1`` of it are returned. So with the same seed
+    and file, fewer edits are the beginning of more, and ``skip=2000`` gives records that no run of 2,000 edits with
+    that seed uses (except the same fact under another case_id, see ``conflicts.find_conflicts``).
 
     Args:
-        records: all there are, in the file's order.
-        num_edits: how many records; None for all from ``skip`` on.
-        seed: draws and orders.
-        order_seed: puts the same records in another order, ``default_rng(order_seed).permutation(num_edits)`` of the
-            drawn one. Fewer edits are then still among more, but no longer their beginning.
-        skip: how many records of the drawn order to leave out at its beginning.
-        source: what errors call the records.
+        records: all records, in the file's order.
+        num_edits: number of records; None for all from ``skip`` on.
+        seed: for drawing and ordering.
+        order_seed: reorders the drawn records by ``default_rng(order_seed).permutation(num_edits)``. Fewer edits are
+            then still a subset of more, but no longer their beginning.
+        skip: number of records to leave out at the beginning of the drawn order.
+        source: name of the records in errors.
 
     Raises:
-        ValueError: a number is out of range, or there are fewer records than are asked for.
+        ValueError: a number is out of range, or there are too few records.
     """
     _check_draw(num_edits, seed, order_seed, skip)
-    left = len(records) - skip
-    wanted = left if num_edits is None else num_edits
-    if wanted > left or left < 1:
-        asked = f"skip is {skip}" if num_edits is None else f"num_edits is {num_edits}"
-        asked += f" and skip {skip}" if skip and num_edits is not None else ""
-        remedy = f"ask for at most {left} or give a larger file" if left > 0 else f"skip at most {len(records) - 1}"
-        raise ValueError(f"{asked}, but {source} holds {len(records)} records: {remedy}")
-    places = np.arange(len(records)) if seed is None else np.random.default_rng(seed).permutation(len(records))
-    places = places[skip : skip + wanted]
+    available = len(records) - skip
+    count = available if num_edits is None else num_edits
+    if count > available or available < 1:
+        given = f"skip is {skip}" if num_edits is None else f"num_edits is {num_edits}"
+        given += f" and skip {skip}" if skip and num_edits is not None else ""
+        remedy = (f"give at most {available}, or a larger file" if available > 0 else
+                  f"skip at most {len(records) - 1}")
+        raise ValueError(f"{given}, but {source} has {len(records)} records: {remedy}")
+    order = np.arange(len(records)) if seed is None else np.random.default_rng(seed).permutation(len(records))
+    drawn = order[skip : skip + count]
     if order_seed is not None:
-        places = places[np.random.default_rng(order_seed).permutation(wanted)]
-    return [records[int(place)] for place in places]
+        drawn = drawn[np.random.default_rng(order_seed).permutation(count)]
+    return [records[int(index)] for index in drawn]
 
 
 def _check_draw(num_edits: int | None, seed: int | None, order_seed: int | None, skip: int) -> None:
-    if num_edits is not None and num_edits < 1:
-        raise ValueError(f"num_edits is {num_edits}: give 1 or more, or leave it out for all records")
-    if seed is not None and seed < 0:
-        raise ValueError(f"seed is {seed}: give 0 or more, or leave it out for the file's order")
-    if order_seed is not None and order_seed < 0:
-        raise ValueError(f"order_seed is {order_seed}: give 0 or more, or leave it out for the drawn order")
-    if skip < 0:
-        raise ValueError(f"skip is {skip}: give 0 or more")
+    for name, value, smallest, default in (("num_edits", num_edits, 1, "all records"),
+                                           ("seed", seed, 0, "the file's order"),
+                                           ("order_seed", order_seed, 0, "the drawn order"),
+                                           ("skip", skip, 0, "the first records")):
+        if value is not None and value < smallest:
+            raise ValueError(f"{name} is {value}: give {smallest} or more, or leave it out for {default}")
 
 
 def _load_all(dataset: DatasetName, path: Path | None) -> list[EditRecord]:
@@ -133,9 +132,8 @@ def _load_all(dataset: DatasetName, path: Path | None) -> list[EditRecord]:
         if path is not None:
             raise ValueError(
                 f"data set demo ships with the package, but the file {path} was given: leave the file out, "
-                "or name the data set that it holds (counterfact, multi_counterfact, zsre, facts)"
+                "or name its data set (counterfact, multi_counterfact, zsre, facts)"
             )
-        # Only demo runs need the table, so only they pay for reading it.
         from .demo import demo_records
 
         return demo_records()
@@ -146,8 +144,8 @@ def _load_all(dataset: DatasetName, path: Path | None) -> list[EditRecord]:
 def _load_json(path: Path, dataset: DatasetName) -> list[EditRecord]:
     """All records of a JSON file, in its order.
 
-    The first record decides whether the file is in the published schema (``published.rome_record``, ``mend_record``) or
-    flattened by EasyEdit (``flattened.flattened_record``); all others must be in the same.
+    The first record shows whether the file has the published schema (``published.rome_record``, ``mend_record``) or
+    EasyEdit's flattened one (``flattened.flattened_record``); all others must have the same.
     """
     raw = read_list(path, PUBLISHED[dataset].what)
     build: Callable[[RawRecord], EditRecord]

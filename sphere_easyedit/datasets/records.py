@@ -1,4 +1,4 @@
-"""One fact to edit with the prompts that measure it."""
+"""Edit records: a fact to edit, and the prompts that measure it."""
 
 from __future__ import annotations
 
@@ -13,24 +13,21 @@ DatasetName = Literal["counterfact", "multi_counterfact", "zsre", "facts", "demo
 
 SLOT: Final = "{}"
 _PROTOCOLS: Final = ("paper", "rome", "easyedit")
-_NAMED: Final = 5  # cases that an error names
+_NAMED: Final = 5  # maximum number of cases that an error names
 
 
 class MissingDatasetError(FileNotFoundError, ValueError):
-    """No data set file where one was named, none named where one is needed, or none that could be downloaded."""
+    """A data set's file does not exist, is not given, or could not be downloaded."""
 
 
 def fill(template: str, subject: str) -> str:
-    """Put the subject into a template's single ``{}``; every other brace stays as it is.
-
-    ``str.format`` would read other braces as fields of its own, and a subject may hold braces too.
-    """
+    """Replace a template's ``{}`` by the subject. Unlike ``str.format``, it keeps all other braces."""
     return template.replace(SLOT, subject, 1)
 
 
 @dataclass(frozen=True)
 class EvaluationPrompt:
-    """A prompt and its correct continuation, ``target`` without the space that goes between them."""
+    """A prompt and its correct continuation, without the space between them."""
 
     text: str
     target: str
@@ -41,18 +38,18 @@ class EditRecord:
     """One fact to edit and the prompts that measure it.
 
     Attributes:
-        case_id: number of the case; unique in a data set. Where a file gives none: the record's index in it.
+        case_id: number of the case, unique in a data set; the record's index if the file has none.
         prompt: template with exactly one ``{}`` for the subject.
-        subject: as it stands in the prompt.
+        subject: as in the prompt.
         target_new: the answer to edit in, without a leading space.
-        target_true: the true answer; None where the data set does not have it (ZsRE, some of users' own facts).
-        paraphrase_prompts: the edit prompt in other words, subject filled in; their target is ``target_new``.
-        neighborhood_prompts: prompts that the edit should leave alone, each with its true continuation.
-        generation_prompts: beginnings of free text about the subject; empty where the data set has none.
-        dataset: which protocol details apply when measured.
+        target_true: the true answer; None if the data set has none (ZsRE, some of users' own facts).
+        paraphrase_prompts: paraphrases of the edit prompt, subject filled in; their target is ``target_new``.
+        neighborhood_prompts: prompts that the edit should not change, each with its true continuation.
+        generation_prompts: beginnings of free text about the subject; may be empty.
+        dataset: name of the data set, on which details of the protocols depend.
         target_alt: ZsRE's ``alt``, a made-up answer that EasyEdit's protocol edits in; None elsewhere.
         portability_prompts: prompts whose answer follows from the edit, with that answer. Those of ZsRE follow
-            from ``target_alt``, so they belong to EasyEdit's protocol alone.
+            from ``target_alt``, so they are used in EasyEdit's protocol only.
 
     Raises:
         ValueError: the prompt has not exactly one ``{}``.
@@ -73,8 +70,8 @@ class EditRecord:
     def __post_init__(self) -> None:
         if self.prompt.count(SLOT) != 1:
             raise ValueError(
-                f"case {self.case_id}: prompt {self.prompt!r} holds {self.prompt.count(SLOT)} times '{{}}'; "
-                "put it exactly once, where the subject goes"
+                f"case {self.case_id}: prompt {self.prompt!r} contains '{{}}' {self.prompt.count(SLOT)} "
+                "times: it must occur exactly once, for the subject"
             )
 
     @property
@@ -93,14 +90,13 @@ class EditRecord:
 
 
 def with_protocol_targets(records: Sequence[EditRecord], protocol: str) -> list[EditRecord]:
-    """Records with the target that a protocol edits in.
+    """Records with the targets of a protocol.
 
-    ``paper`` and ``rome`` edit ``target_new`` as loaded, which for ZsRE is the first of the right answers. ``easyedit``
-    edits ZsRE's made-up ``target_alt`` instead; what was ``target_new`` becomes ``target_true``. Records of other
-    data sets, and any that edit ``target_alt`` already, stay as they are.
+    ``paper`` and ``rome`` use ``target_new`` as loaded, which for ZsRE is the first correct answer. ``easyedit`` uses
+    ZsRE's made-up ``target_alt`` instead, and ``target_new`` becomes ``target_true``. Other records stay the same.
 
     Raises:
-        ValueError: the protocol is unknown, or a ZsRE record that ``easyedit`` should edit has no ``target_alt``.
+        ValueError: the protocol is unknown, or ``easyedit`` is given a ZsRE record without ``target_alt``.
     """
     if protocol not in _PROTOCOLS:
         raise ValueError(f"protocol {protocol!r} is not known: choose one of {', '.join(_PROTOCOLS)}")
@@ -123,9 +119,9 @@ def _editing_alt(record: EditRecord) -> EditRecord:
 
 
 def records_fingerprint(records: Iterable[EditRecord]) -> str:
-    """SHA-256 in hex over every field of every record, in order: two runs with the same one edit and measure the same.
+    """SHA-256 in hex of every field of every record, in order; equal for runs on the same facts.
 
-    What is hashed is one line of JSON a record, keys sorted, nothing but ASCII, no spaces.
+    Each record is hashed as a line of JSON with sorted keys, in ASCII, without spaces.
     """
     digest = hashlib.sha256()
     for record in records:

@@ -1,8 +1,8 @@
-"""Import a package even if some of its modules fail to import.
+"""Imports a package even if some of its modules fail to import.
 
-Each module that fails is replaced by a stand-in, which has an attribute for every name. These attributes can be passed
-on, used as base classes and put into tables. Calling one, or reading an attribute of it, raises ImportError with the
-reason.
+Each module that fails is replaced by a stand-in that has an attribute for every name. These attributes can be passed
+on, used as base classes and put into tables. Calling one, or reading an attribute of it, raises an ImportError with
+the reason.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ..utils.messages import kind_and_text
 
 
 class UnimportableModule(ModuleType):
-    """Stands for a module that can't be imported.
+    """A stand-in for a module that can't be imported.
 
     Attributes:
-        error: what importing it raised.
+        error: the exception that its import raised.
     """
 
     error: Exception
@@ -31,7 +31,7 @@ class UnimportableModule(ModuleType):
     def __init__(self, failed: ModuleType, error: Exception, names: Sequence[str], importing: Callable[[], bool]
                  ) -> None:
         super().__init__(failed.__name__)
-        # A package keeps its path, so that those of its modules that can be imported still are.
+        # A package keeps its path, so that its other modules can be imported.
         vars(self).update({name: value for name, value in vars(failed).items()
                            if name in ("__spec__", "__loader__", "__package__", "__path__", "__file__")})
         vars(self).update({"__all__": list(names), "error": error, "importing": importing})
@@ -43,7 +43,7 @@ class UnimportableModule(ModuleType):
 
 
 class _Unimportable(type):
-    """Type of a stand-in's attributes: classes, which can be subclassed, and called until the import has ended."""
+    """Metaclass of a stand-in's attributes, which can be subclassed, and called until the import has ended."""
 
     _origin: UnimportableModule
 
@@ -51,13 +51,13 @@ class _Unimportable(type):
         return cls._used()
 
     def __getattr__(cls, name: str) -> Any:
-        if name.startswith("_"):  # what Python and its libraries look for in anything
+        if name.startswith("_"):  # looked up by Python and libraries on any object
             raise AttributeError(f"{cls.__name__!r} has no attribute {name!r}")
         return cls._used()
 
     def _used(cls) -> Any:
         origin = cls._origin
-        if origin.importing():  # a table of methods made at import must not fail for one of them
+        if origin.importing():  # a table of methods built during the import must not fail
             return cls
         raise ImportError(import_failure(origin.__name__, origin.error), name=origin.__name__) from origin.error
 
@@ -68,7 +68,7 @@ def import_failure(module: str, error: BaseException) -> str:
 
 
 def unimportable_modules(package: str) -> dict[str, Exception]:
-    """What importing raised for each module of a package, itself included, that a stand-in was put in place of."""
+    """The import errors of a package's modules (itself included) that were replaced by stand-ins."""
     return {name: module.error for name, module in list(sys.modules.items())
             if isinstance(module, UnimportableModule) and (name == package or name.startswith(f"{package}."))}
 
@@ -77,7 +77,7 @@ def unimportable_modules(package: str) -> dict[str, Exception]:
 def tolerant_imports(packages: Sequence[str]) -> Iterator[None]:
     """Inside the context, a module below one of these packages that raises when imported gets a stand-in.
 
-    Python's import system is as before when the context ends; stand-ins stay in ``sys.modules``.
+    Python's import system is restored when the context ends; stand-ins stay in ``sys.modules``.
     """
     finder = _Finder(tuple(f"{package}." for package in packages))
     sys.meta_path.insert(0, finder)
@@ -110,15 +110,15 @@ class _Loader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # Sources and resources are looked up through the loader on record, which must be the module's own.
+        # Sources and resources are looked up through this loader, which must be the module's own.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         try:
             self._loader.exec_module(module)
-        except Exception as error:  # libraries that do not fit raise many kinds
+        except Exception as error:  # unsuitable libraries raise many kinds
             names = _defined_names(self._loader, module.__name__)
-            # Import takes what it finds here for the module.
+            # The import system returns the module found here.
             sys.modules[module.__name__] = UnimportableModule(module, error, names, self._importing)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..models.architecture import EditableModel
 from ..models.batching import group_by_class, length_class
-from ..models.packing import PackedRows, pack_behind, packs_exactly, same_states, select_packed
-from ..models.replay import BlockReplay, KeyValues, common_beginnings, pad_rows, prefix_key_values
+from ..models.packing import PackedRows, pack_with_prefixes, packs_exactly, same_states, select_packed
+from ..models.replay import BlockReplay, KeyValues, pad_rows, prefix_key_values, shared_prefixes
 from ..utils.messages import kind_and_text
 from .requests import TokenizedPrompt, TokenizedRequest
 
@@ -128,15 +128,15 @@ class _Packed(_RowGroup):
     @classmethod
     def record(cls, editable: EditableModel, rows: list[Row], block: int) -> _Packed:
         """Run all rows once; beginnings that rows of one context share are run once for all of them."""
-        fronts = common_beginnings([row.ids[: row.lookup] for row in rows], [row.context for row in rows])
-        packed = pack_behind([row.ids for row in rows], fronts, editable.input_device, recording=True)
+        fronts = shared_prefixes([row.ids[: row.lookup] for row in rows], [row.context for row in rows])
+        packed = pack_with_prefixes([row.ids for row in rows], fronts, editable.input_device, recording=True)
         replay = BlockReplay.record(editable, packed.tokens, block + 1, editable.num_blocks, packed_rows=packed.layout)
         # Later passes need the keys and values before the lookups, in the blocks above the edited one.
         table = {layer: packed.layout.recorded[layer] for layer in range(block + 1, editable.num_blocks)}
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids) - rows[i].lookup)
         rows = [rows[i] for i in order]
         lookups = [packed.starts[i] + row.lookup - len(fronts[i]) for i, row in zip(order, rows, strict=True)]
-        in_front = [[*packed.fronts[i], *range(packed.starts[i], lookup)]
+        in_front = [[*packed.prefixes[i], *range(packed.starts[i], lookup)]
                     for i, lookup in zip(order, lookups, strict=True)]
         widths = [len(row.ids) - row.lookup for row in rows]
         kept = PackedRows(widths, in_front, table)

@@ -194,6 +194,6 @@ def engine_of(hparams: SPHEREHyperParams, session: EditSession, arguments: Mappi
     if hparams.executor == "native":
         return NativeEngine()
     # Resolved by name, since ``easyedit`` is above this package and is imported only where it is used.
-    easyedit_engine = pkgutil.resolve_name("sphere_easyedit.easyedit.plugin:easyedit_engine")
+    easyedit_engine = pkgutil.resolve_name("sphere_easyedit.easyedit.engine:easyedit_engine")
     engine: Engine = easyedit_engine(hparams, session, arguments)
     return engine

@@ -19,9 +19,10 @@ from ..hparams import SPHEREHyperParams
 from ..methods.solvers import KeyHistory, KeyMetric
 from ..methods.statistics_fingerprint import StatisticsFile
 from ..methods.tensor_store import TensorStore
-from ..models.architecture import EditableModel, ModuleNames
+from ..models.architecture import EditableModel
 from ..models.checks import check_model, default_torch_settings
 from ..models.fingerprint import Fingerprint
+from ..models.module_discovery import ModuleNames
 from ..models.output_path import OutputPath
 from ..utils.files import atomic_write
 from ..utils.locks import exclusive

@@ -22,7 +22,8 @@ from ..methods.tensor_store import TensorStore
 from ..models.architecture import EditableModel, frozen, max_positions
 from ..models.checks import check_causal, decoder_errors
 from ..models.logit_map import find_logit_map
-from ..models.output_path import OutputPath, Scaled, find_output_paths
+from ..models.output_path import OutputPath, Scaled
+from ..models.output_path_discovery import find_output_paths
 from ..models.replay import check_replay, pad_rows
 from .contexts import generate_contexts
 from .data_parallel import batch_states, target_values
@@ -212,7 +213,7 @@ def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], h
             for position, layer in enumerate(editable.layers):
                 keys, path_states, now = states.read(layer)  # (n, d_in), (n, k), (n, hidden)
                 share = (targets.values.to(now.device) - now) / (len(editable.layers) - position)
-                residuals = session.paths[layer].change(path_states.to(now.device), share)
+                residuals = session.paths[layer].input_change(path_states.to(now.device), share)
                 update: Update = _solve_layer(editable, layer, keys, residuals, hparams, session)
                 if transform is not None:
                     update = transform(layer, update)

@@ -98,7 +98,7 @@ def optimise_target_values(
             forward = DeltaForward.record(editable, rows, block, layout)
             project = None
             if isinstance(path, Normalised) and norm_inputs is not None:
-                project = partial(path.reachable, norm_inputs[batch])
+                project = partial(path.nearest_output_change, norm_inputs[batch])
             result = _MicroBatch(editable, group, hparams, forward, project).optimise()
             values[batch] = result.values
             for i, loss, count in zip(batch, result.losses, result.steps, strict=True):

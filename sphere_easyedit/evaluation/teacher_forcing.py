@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..models.architecture import frozen, input_device, logits_at
 from ..models.batching import group_by_class, length_class, padded_batches
 from ..models.distributed import Replicas, merge_parts, split_contiguous
-from ..models.packing import attending_packed, pack_behind, packs_exactly
+from ..models.packing import attending_packed, pack_with_prefixes, packs_exactly
 from ..models.replay import pad_rows
 from ..utils.progress import Progress
 
@@ -276,7 +276,7 @@ def _padded_logits(model: nn.Module, batch: _Batch) -> Tensor:
 
 def _packed_logits(model: nn.Module, batch: _Batch) -> Tensor:
     """The same for packed sequences; must be called within ``attending_packed``."""
-    packed = pack_behind([one.tokens for one in batch.sequences], batch.prefixes, input_device(model))
+    packed = pack_with_prefixes([one.tokens for one in batch.sequences], batch.prefixes, input_device(model))
     columns = torch.tensor([start + at - len(prefix) for one, prefix, start
                             in zip(batch.sequences, batch.prefixes, packed.starts, strict=True)
                             for at in one.positions])

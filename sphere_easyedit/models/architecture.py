@@ -19,15 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..utils.locks import exclusive
 from ..utils.messages import nearest
-
-# Re-exported for the other modules.
-from .config_fields import hidden_size as hidden_size
-from .config_fields import num_blocks as num_blocks
-from .config_fields import text_config as text_config
+from .config_fields import hidden_size, num_blocks, text_config
 from .logit_map import LogitMap
-from .module_discovery import ModuleNames as ModuleNames
-from .module_discovery import decoder_parts, input_embeddings
-from .module_discovery import module_names as module_names
+from .module_discovery import ModuleNames, decoder_parts, input_embeddings
 from .offload import execution_device, offloaded_weight, reload_for_backward
 from .quantization import check_editable, dequantise
 

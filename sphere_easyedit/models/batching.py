@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig
 
-from .architecture import max_positions, text_config
+from .architecture import max_positions
+from .config_fields import text_config
 
 # A batch has a fixed cost of about the token budget divided by this, besides its tokens.
 _OVERHEAD = 16

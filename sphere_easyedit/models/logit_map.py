@@ -10,9 +10,7 @@ Shape legend: n states; d the width of the residual stream; V the vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.messages import one_line
+from .tolerances import is_full_precision, tolerance
 
 if TYPE_CHECKING:
     from .architecture import EditableModel
@@ -28,11 +27,6 @@ if TYPE_CHECKING:
 # Multiples of the last state fed to the head: the state itself, one for the slope at 0, one that reaches a cap.
 _SCALES = (1.0, 1.0 / 64.0, 64.0)
 _FITTED = 4096  # number of logits that a cap is fitted to
-# By whether logits are float32 or wider (True) or half precision (False): the largest relative error accepted, the
-# error below which no cap is fitted, and the distance from 1 below which a factor counts as 1.
-_TOLERANCE: Mapping[bool, float] = MappingProxyType({True: 1e-3, False: 5e-2})
-_ROUNDING: Mapping[bool, float] = MappingProxyType({True: 1e-5, False: 2e-2})
-_NO_FACTOR: Mapping[bool, float] = MappingProxyType({True: 1e-5, False: 2e-3})
 
 
 @dataclass(frozen=True)
@@ -84,23 +78,24 @@ def find_logit_map(editable: EditableModel, input_ids: Tensor) -> LogitMap:
                          f"{names.ln_f_module!r}, which is not supported")
     if not bool(torch.isfinite(own).all() and torch.isfinite(raw).all()):
         return _not_finite(own, raw, model)
-    full = min(own.element_size(), raw.element_size()) >= 4
+    # The error below which no cap is fitted, and the distance from 1 below which a factor counts as 1.
+    rounding, no_factor = (1e-5, 1e-5) if is_full_precision(own, raw) else (2e-2, 2e-3)
     input_scale, off = _multiple(entering, _normed(editable, states)[0, -1])
-    if off > _TOLERANCE[full]:
+    if off > tolerance(own, raw):
         raise ValueError(f"the input of {names.lm_head_module!r} is not what {names.ln_f_module!r} returns for the "
                          f"last block's output of {model} (relative error {off:.1%}): correct these module names; if "
                          "they are right, this architecture is not supported")
     scale, off = _multiple(own, raw)
     cap = None
-    if not off < _ROUNDING[full]:
+    if not off < rounding:
         capped = _soft_cap(own, raw)
         if capped[-1] < off:
             scale, cap, off = capped
-        if not off < _TOLERANCE[full]:
+        if not off < tolerance(own, raw):
             raise ValueError(f"the logits of {model} are not what {names.lm_head_module!r} returns, nor a multiple of "
                              f"it, softly capped or not (relative error {off:.1%}): correct lm_head_module; if it is "
                              "right, this architecture's transform of its logits is not supported")
-    input_scale, scale = (1.0 if abs(factor - 1.0) < _NO_FACTOR[full] else factor for factor in (input_scale, scale))
+    input_scale, scale = (1.0 if abs(factor - 1.0) < no_factor else factor for factor in (input_scale, scale))
     return LogitMap(input_scale, scale, cap)
 
 

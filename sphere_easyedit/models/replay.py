@@ -1,9 +1,9 @@
-"""Running a stretch of decoder blocks again and again on the same tokens.
+"""Runs a range of decoder blocks repeatedly on the same tokens.
 
-transformers' models prepare masks and positions once and hand them to every block. Here one run of the model is
-recorded (what each block was called with besides its hidden states), and the blocks are then called directly. That
-leaves out whatever need not be repeated: earlier blocks, earlier tokens, the head. It asks nothing of an
-architecture but that a block takes hidden states first and returns them first.
+transformers' models prepare masks and positions once and pass them to every block. Here one run of the model is
+recorded (the arguments of each block besides its hidden states), and the blocks are then called directly. Earlier
+blocks, earlier tokens and the head are not run again. The only requirement on an architecture is that a block takes
+hidden states first and returns them first.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from .architecture import EditableModel
+from .tolerances import relative_difference, tolerance
 
 KeyValues = dict[int, tuple[Tensor, Tensor]]
 
-_LEAST_SHARED = 3  # tokens: below it a run of what rows share costs more than it saves
+_MIN_SHARED = 3  # tokens: running a shorter shared prefix separately costs more than it saves
 
 
 class _Stop(Exception):
-    """Ends a forward pass at the block after which nothing is wanted."""
+    """Ends a forward pass behind the last block that is needed."""
 
 
-class Replaced:
-    """Marks what blocks are given of ours, which changes with the rows that are run."""
+class PackedInput:
+    """Base of our own arguments of blocks that depend on the rows that are run."""
 
 
-class PrefixCache(DynamicCache, Replaced):
-    """Keys and values of the tokens in front, which every call sees and none extends.
+class PrefixCache(DynamicCache, PackedInput):
+    """Keys and values of prefix tokens, which calls read and never extend.
 
     ``key_values[block]`` is a pair ``(rows, heads, prefix tokens, head width)``.
     """
@@ -87,7 +88,7 @@ def first_output(output: Any) -> Tensor:
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A module's hidden states: its first argument, whether it was named or not; None where there is none."""
+    """A module's hidden states: its first argument, positional or named; None without arguments."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
@@ -103,22 +104,22 @@ def as_rows(states: Tensor, rows: int, tokens: int, what: str) -> Tensor:
         what: the module's name, for the error.
 
     Raises:
-        ValueError: the tensor does not have one vector for every token of the batch.
+        ValueError: the tensor does not have one vector per token of the batch.
     """
     if tuple(states.shape[:-1]) in ((rows, tokens), (rows * tokens,), (1, rows * tokens)):
         return states.reshape(rows, tokens, states.shape[-1])
     raise ValueError(f"{what} saw states of shape {tuple(states.shape)} in a batch of {rows} rows of {tokens} tokens, "
-                     "not one vector for each token (so do the routed experts of a mixture): edit a layer whose "
-                     "feed-forward network is dense, or its shared expert")
+                     "not one vector per token (as routed experts do): edit a layer whose feed-forward network is "
+                     "dense, or its shared expert")
 
 
 class BlockReplay:
-    """Blocks ``start .. stop - 1`` of a decoder, ready to be run on rows recorded from it.
+    """Blocks ``start .. stop - 1`` of a decoder with the arguments of one recorded run.
 
     Attributes:
-        start, stop: the blocks it can run; none where both are the same.
-        hidden: ``(rows, tokens, hidden_size)``, what block ``start`` got, or would get.
-        final: the same shape, what block ``stop - 1`` returned.
+        start, stop: the blocks; none if both are equal.
+        hidden: ``(rows, tokens, hidden_size)``, the input of block ``start``.
+        final: ``(rows, tokens, hidden_size)``, the output of block ``stop - 1``.
     """
 
     def __init__(self, blocks: list[nn.Module], start: int, calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
@@ -130,10 +131,12 @@ class BlockReplay:
     @classmethod
     @torch.no_grad()
     def record(cls, editable: EditableModel, rows: Rows, start: int, stop: int,
-               prefix: KeyValues | None = None, **given: Any) -> BlockReplay:
-        """Run the model on ``rows`` up to block ``stop - 1`` and remember how blocks ``start`` onward were called.
+               prefix: KeyValues | None = None, **arguments: Any) -> BlockReplay:
+        """Run the model on ``rows`` up to block ``stop - 1`` and record the calls of blocks from ``start`` on.
 
-        ``given`` goes to the model too.
+        Args:
+            prefix: keys and values that every row attends to.
+            arguments: further arguments of the model.
         """
         blocks = [editable.block(layer) for layer in range(start, stop)]
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -145,7 +148,7 @@ class BlockReplay:
             kwargs = dict(kwargs)
             states = args[0] if args else kwargs.pop("hidden_states")
             hidden.append(states)
-            del hidden[1:]  # only the first block's is wanted
+            del hidden[1:]  # only the first block's is needed
             replace = [frozen_cache if isinstance(value, Cache) else value for value in args[1:]]
             named = {name: frozen_cache if isinstance(value, Cache) else value for name, value in kwargs.items()}
             calls.append((tuple(replace), named))
@@ -157,7 +160,7 @@ class BlockReplay:
         handles = [block.register_forward_pre_hook(note_call, with_kwargs=True) for block in blocks]
         handles.append(editable.block(stop - 1).register_forward_hook(stop_here))
         try:
-            _run_until_stop(editable, rows, prefix, **given)
+            _run_until_stop(editable, rows, prefix, **arguments)
         finally:
             for handle in handles:
                 handle.remove()
@@ -172,28 +175,28 @@ class BlockReplay:
         return hidden
 
     def select(self, rows: Tensor) -> BlockReplay:
-        """The same for some of the rows, given by index."""
+        """The replay of some of the rows, given by index."""
         size = self.hidden.shape[0]
 
         def cut(value: Any) -> Any:
             if isinstance(value, PrefixCache):
                 return PrefixCache({layer: (keys[rows.to(keys.device)], values[rows.to(values.device)])
                                     for layer, (keys, values) in value.key_values.items()})
-            # Vectors are per token (cache positions), and so may matrices of floats be (rotary tables); tensors that
-            # all rows share have a first dimension of 1.
-            least = 3 if value.is_floating_point() else 2
-            return value[rows.to(value.device)] if value.dim() >= least and value.shape[0] == size else value
+            # Vectors (cache positions), and matrices of floats (rotary tables), may be per token; tensors that all
+            # rows share have a first dimension of 1.
+            min_dim = 3 if value.is_floating_point() else 2
+            return value[rows.to(value.device)] if value.dim() >= min_dim and value.shape[0] == size else value
 
         return self.mapped(cut)
 
     def mapped(self, change: Callable[[Any], Any]) -> BlockReplay:
-        """The same after a change of every tensor and every object of ours in it, wherever blocks are given it."""
+        """The replay with every tensor and ``PackedInput`` among the blocks' arguments changed by a function."""
         done: dict[int, Any] = {}  # blocks share masks and caches: change each once
 
         def mapped(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(mapped(item) for item in value)
-            if not isinstance(value, Tensor | Replaced):
+            if not isinstance(value, Tensor | PackedInput):
                 return value
             if id(value) not in done:
                 done[id(value)] = change(value)
@@ -206,18 +209,18 @@ class BlockReplay:
 
 @torch.no_grad()
 def check_replay(editable: EditableModel, ids: Sequence[int]) -> None:
-    """Refuse a model whose blocks, run again one after another, are not what they are in a plain forward pass.
+    """Refuse a model whose blocks, run one after another, do not reproduce a plain forward pass.
 
     Target values rely on it: they change the output of one block and run those above it. A model may scale or mix
-    states between its blocks, hand something on beside them, run a block several times, or count positions otherwise
-    than from 0.
+    states between its blocks, pass on more than hidden states, run a block several times, or count positions from
+    another number than 0.
 
     Args:
         editable: the model, frozen.
         ids: tokens of any text, three or more.
 
     Raises:
-        ValueError: the last block's output is another one, unchanged or where the first edited block's is changed.
+        ValueError: the last block's output differs, with the first edited block's output as it is or changed.
     """
     first, last = editable.layers[0], editable.num_blocks - 1
     name, model = editable.names.layer_module_tmp.format(first), type(editable.model).__name__
@@ -230,23 +233,17 @@ def check_replay(editable: EditableModel, ids: Sequence[int]) -> None:
     step[:, at] = replay.hidden[:, at].float().square().mean().sqrt().to(signs) * signs
     output, expected = _with_step(editable, rows, step)
     if not bool(torch.isfinite(expected).all()):
-        return  # a broken model, told of later by its losses
+        return  # a broken model shows in its losses later
     changed = replay.run(replay.hidden, stop=first + 1)
-    tolerance = 1e-3 if changed.element_size() >= 4 else 5e-2
-
-    def apart(found: Tensor, expected: Tensor) -> float:
-        expected = expected.double()
-        return float((found.to(expected.device).double() - expected).norm() / expected.norm())
-
-    difference = apart(changed, output)
-    if not difference < tolerance:
-        raise ValueError(f"{name} of {model} puts out something else where position_ids count from 0 than without them "
-                         f"({difference:.1%} apart): positions of this architecture are not supported")
-    difference = apart(replay.run(changed + step.to(changed.device), start=first + 1), expected)
-    if not difference < tolerance:
-        raise ValueError(f"blocks above {name} of {model}, run one after another, give another output than its forward "
-                         f"pass ({difference:.1%} apart): it does more between its blocks than to hand hidden states "
-                         "on, which is not supported")
+    difference = relative_difference(changed, output)
+    if not difference < tolerance(changed):
+        raise ValueError(f"the output of {name} of {model} differs by {difference:.1%} between position_ids that count "
+                         "from 0 and none: positions of this architecture are not supported")
+    difference = relative_difference(replay.run(changed + step.to(changed.device), start=first + 1), expected)
+    if not difference < tolerance(changed):
+        raise ValueError(f"blocks above {name} of {model}, run one after another, differ from its forward pass by "
+                         f"{difference:.1%}: it does more between its blocks than pass hidden states on, which is not "
+                         "supported")
 
 
 def _with_step(editable: EditableModel, rows: Rows, step: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,11 +278,11 @@ def _with_step(editable: EditableModel, rows: Rows, step: Tensor) -> tuple[Tenso
     return outputs[0][1], outputs[-1][1]
 
 
-def _run_until_stop(editable: EditableModel, rows: Rows, prefix: KeyValues | None, **given: Any) -> None:
+def _run_until_stop(editable: EditableModel, rows: Rows, prefix: KeyValues | None, **arguments: Any) -> None:
     cache = None if prefix is None else _filled_cache(prefix)
     try:
         editable.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, position_ids=rows.position_ids,
-                       past_key_values=cache, use_cache=cache is not None, **given)
+                       past_key_values=cache, use_cache=cache is not None, **arguments)
     except _Stop:
         return
     raise RuntimeError("the model's forward pass did not reach its decoder blocks: check layer_module_tmp "
@@ -298,18 +295,19 @@ def prefix_key_values(editable: EditableModel, prefixes: Sequence[Sequence[int]]
     """Keys and values of token prefixes in blocks ``0 .. stop - 1``, aligned at the prefixes' ends.
 
     The prefixes run padded on the right, where every row begins with a real token, and are shifted afterwards: rows
-    padded on the left would start with positions that may see nothing, which some attention kernels answer with NaN.
+    padded on the left would start with positions that attend to nothing, for which some attention kernels give NaN.
 
     Args:
         editable: the model.
         prefixes: token ids of each row.
         stop: the block in front of which to stop.
-        groups: rows of one number (of one context template, say) run what they have in common only once.
+        groups: a number per row; the common prefix of rows with the same number (of one context template, for
+            example) runs only once.
 
     Returns:
-        Per block a pair of ``(rows, heads, longest prefix, head width)``; zeros where a row's prefix is shorter.
+        Per block a pair of ``(rows, heads, longest prefix, head width)``; shorter prefixes are padded with zeros.
     """
-    stems = [()] * len(prefixes) if groups is None else common_beginnings(prefixes, groups)
+    stems = [()] * len(prefixes) if groups is None else shared_prefixes(prefixes, groups)
     distinct = sorted(set(stems))
     stem_states: KeyValues | None = None
     if any(distinct):
@@ -319,7 +317,7 @@ def prefix_key_values(editable: EditableModel, prefixes: Sequence[Sequence[int]]
     stem_lengths = torch.tensor([len(stem) for stem in stems])
     stem_width = int(stem_lengths.max())
     rest = [list(prefix[len(stem):]) for prefix, stem in zip(prefixes, stems, strict=True)]
-    # A row of which nothing is left still needs a token to run on; its states are not among those gathered below.
+    # A row with nothing left still needs a token to run on; its states are not gathered below.
     rows = pad_rows([ids or [0] for ids in rest], editable.input_device, stem_lengths.tolist(), stem_width)
     cache = _filled_cache(stem_states)
 
@@ -347,15 +345,15 @@ def prefix_key_values(editable: EditableModel, prefixes: Sequence[Sequence[int]]
     return {layer: (align(keys), align(values)) for layer, (keys, values) in enumerate(_cache_states(cache))}
 
 
-def common_beginnings(sequences: Sequence[Sequence[int]], groups: Sequence[int]) -> list[tuple[int, ...]]:
-    """For each sequence the beginning that all of its group share, where it is worth a run of its own."""
-    stems: dict[int, tuple[int, ...]] = {}
+def shared_prefixes(sequences: Sequence[Sequence[int]], groups: Sequence[int]) -> list[tuple[int, ...]]:
+    """For each sequence the prefix that all of its group share; () if running it separately would not pay."""
+    shared: dict[int, tuple[int, ...]] = {}
     for sequence, group in zip(sequences, groups, strict=True):
-        stem = stems.setdefault(group, tuple(sequence))
-        stems[group] = tuple(token for token, _ in takewhile(lambda pair: pair[0] == pair[1],
-                                                             zip(stem, sequence, strict=False)))
-    worth = {group for group, count in Counter(groups).items() if count > 1 and len(stems[group]) >= _LEAST_SHARED}
-    return [stems[group] if group in worth else () for group in groups]
+        prefix = shared.setdefault(group, tuple(sequence))
+        shared[group] = tuple(token for token, _ in takewhile(lambda pair: pair[0] == pair[1],
+                                                              zip(prefix, sequence, strict=False)))
+    pays = {group for group, count in Counter(groups).items() if count > 1 and len(shared[group]) >= _MIN_SHARED}
+    return [shared[group] if group in pays else () for group in groups]
 
 
 def _filled_cache(states: KeyValues | None) -> DynamicCache:

@@ -1,4 +1,4 @@
-"""Sampling tokens from a model, with a generator of its own."""
+"""Samples tokens from a model with a given random number generator."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-# What shapes the probabilities that generate() samples from, in its order: the setting, the value that changes nothing,
-# and transformers' class for it.
+# Settings that change the probabilities in generate(), in its order: the neutral value, and transformers' class.
 _WARPERS: Mapping[str, tuple[float | None, str]] = MappingProxyType({
     "temperature": (1.0, "TemperatureLogitsWarper"), "top_h": (None, "TopHLogitsWarper"),
     "top_k": (0, "TopKLogitsWarper"), "top_p": (1.0, "TopPLogitsWarper"), "min_p": (None, "MinPLogitsWarper"),
@@ -23,7 +22,7 @@ _WARPERS: Mapping[str, tuple[float | None, str]] = MappingProxyType({
 
 def sample_tokens(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, generator: torch.Generator,
                   **settings: Any) -> Tensor:
-    """Continue rows of tokens at random by ``model.generate``, drawing from a generator of their own.
+    """Continue rows of tokens at random by ``model.generate``, with a given generator.
 
     The tokens are those of ``generate(do_sample=True, **settings)`` after ``torch.manual_seed`` with the generator's
     seed. The global random state, which all threads share, is neither read nor changed.
@@ -31,7 +30,7 @@ def sample_tokens(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, g
     Args:
         input_ids, attention_mask: ``(rows, tokens)``, without padding.
         generator: on the device of ``input_ids``.
-        settings: of ``generate``; others are those of the model's own ``generation_config``.
+        settings: arguments of ``generate``; the defaults are those of the model's ``generation_config``.
 
     Returns:
         Token ids ``(rows, tokens)``, the given ones first.
@@ -39,15 +38,15 @@ def sample_tokens(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, g
     Raises:
         ValueError: the model's probabilities are not finite.
     """
-    # generate() samples from the global generator alone. So it is told to take the likeliest token, and a processor
-    # draws it before: behind the warpers, which generate() itself would put behind every processor it is given.
+    # generate() samples with the global generator only. So it decodes greedily, and a processor draws the token, after
+    # the warpers, which generate() would otherwise add after all given processors.
     own = getattr(model, "generation_config", None)
     processors: list[LogitsProcessor] = []
     for name, (neutral, warper) in _WARPERS.items():
         value = settings.pop(name, getattr(own, name, None))
         if value is not None and value != neutral:
             processors.append(getattr(transformers, warper)(value))
-    # Greedy decoding warns of settings for sampling, so those of the model are set to transformers' defaults.
+    # Greedy decoding warns about sampling settings, so the model's are set to transformers' defaults.
     defaults = {name: 50 if name == "top_k" else neutral for name, (neutral, _) in _WARPERS.items()}
     unused = {name: value for name, value in {**defaults, "penalty_alpha": None}.items() if hasattr(own, name)}
     found: Tensor = model.generate(  # type: ignore[operator]
@@ -58,7 +57,7 @@ def sample_tokens(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, g
 
 
 class _Drawing(LogitsProcessor):
-    """Draws each row's next token by its probabilities, and leaves no other possible."""
+    """Draws each row's next token by its probabilities, and excludes all others."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator

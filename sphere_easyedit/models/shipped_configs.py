@@ -1,4 +1,4 @@
-"""Configs of models: from a folder, the hub's cache or the hub, and the numbers that the package ships for planning."""
+"""Finds configs of models: in a folder, the hub's cache or the hub, or among those shipped for planning."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..utils.messages import one_line
 logger = logging.getLogger(__name__)
 
 _SHIPPED = "data/configs.json"
-_PATIENCE = 5.0  # seconds for the hub to answer at all
+_TIMEOUT = 5.0  # seconds for the hub to answer
 
 
 def hub_options(source: str) -> dict[str, Any]:
-    """Options of ``from_pretrained`` that keep it to the cache where the hub can't be reached.
+    """Options of ``from_pretrained`` that restrict it to the cache if the hub can't be reached.
 
     huggingface_hub tries each file six times within half a minute before it gives up, cached or not.
 
@@ -32,22 +32,22 @@ def hub_options(source: str) -> dict[str, Any]:
     """
     if Path(source).is_dir():
         return {}
-    cached = is_here(source)
+    cached = is_local(source)
     why = _unreachable()
     if why is None:
         return {}
     if not cached:
         raise ValueError(f"there is no such folder, nothing of it is in {constants.HF_HUB_CACHE}, and the hub can't be "
                          f"reached ({why})")
-    logger.info("the hub can't be reached (%s): %s is taken from its cache", why, source)
+    logger.info("the hub can't be reached (%s): using the cached %s", why, source)
     return {"local_files_only": True}
 
 
-def is_here(source: str) -> bool:
+def is_local(source: str) -> bool:
     """Whether a model is a folder, or its config in the hub's cache.
 
     Raises:
-        ValueError: it is no folder, and no name that the hub could have.
+        ValueError: it is neither a folder nor a valid name of the hub.
     """
     try:
         return Path(source).is_dir() or any(isinstance(huggingface_hub.try_to_load_from_cache(source, name), str)
@@ -57,11 +57,11 @@ def is_here(source: str) -> bool:
 
 
 def _unreachable() -> str | None:
-    """Why the hub can't be reached, by one short request; None where it answers, whatever the answer."""
+    """Why the hub can't be reached, by one short request; None if it answers at all."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
-        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+        get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)
     except Exception as error:  # of requests or httpx, by huggingface_hub's version
         return one_line(error)
     return None
@@ -71,7 +71,7 @@ def model_config(source: str, options: Mapping[str, Any] | None = None) -> Pretr
     """A model's config from a folder, the hub's cache or the hub; an adapter's (PEFT) is that of its base model.
 
     Args:
-        options: what ``hub_options`` gave for this source, where it was called already.
+        options: result of ``hub_options`` for this source, if already known.
 
     Raises:
         ValueError: there is none, or it can't be read.
@@ -82,31 +82,31 @@ def model_config(source: str, options: Mapping[str, Any] | None = None) -> Pretr
         if adapter is not None:
             source = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
             options = hub_options(source)
-        # Without model_type, transformers before 5 takes one that occurs in the folder's name, with its defaults.
+        # Without model_type, transformers before 5 uses one that occurs in the folder's name, with its defaults.
         if "model_type" not in PretrainedConfig.get_config_dict(source, **options)[0]:
             raise ValueError("there is no config.json with a model_type")
         config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     except ImportError:
         raise
-    except Exception as error:  # damaged JSON, unknown kinds, values out of range: as many kinds of errors
+    except Exception as error:  # many kinds: damaged JSON, unknown models, values out of range
         raise ValueError(one_line(error).rstrip(".")) from error
     return config
 
 
 def planning_config(model_name: str, source: str) -> PretrainedConfig:
-    """A config that costs can be counted from: a model's own where it is here, else the shipped one, else the hub's.
+    """A config for planning: the model's own if it is on this machine, else the shipped one, else the hub's.
 
     Args:
         model_name: as the hyperparameters have it.
-        source: what transformers loads it from (see ``loading.model_source``).
+        source: the source that transformers loads (see ``loading.model_source``).
 
     Raises:
         ValueError: there is none, or it can't be read.
     """
     try:
-        shipped = None if is_here(source) else shipped_config(source)
+        shipped = None if is_local(source) else shipped_config(source)
         if shipped is not None:
-            logger.info("%s is not on this machine: its sizes are those that the package ships", model_name)
+            logger.info("%s is not on this machine: using the sizes that the package ships", model_name)
             return shipped
         return model_config(source)
     except ValueError as error:
@@ -115,13 +115,13 @@ def planning_config(model_name: str, source: str) -> PretrainedConfig:
 
 
 def shipped_models() -> dict[str, dict[str, Any]]:
-    """By hub name, what sizes follow from in ``config.json``, for models with a shipped hyperparameter file."""
+    """The size-related part of ``config.json`` by hub name, for models with a shipped hyperparameter file."""
     text = (resources.files("sphere_easyedit") / _SHIPPED).read_text(encoding="utf-8")
     return {name: entry["config"] for entry in json.loads(text) for name in entry["models"]}
 
 
 def shipped_config(name: str) -> PretrainedConfig | None:
-    """The shipped config of a hub name; None where there is none. What sizes don't depend on is transformers' default.
+    """The shipped config of a hub name, or None; values that do not affect sizes are transformers' defaults.
 
     Raises:
         ValueError: the installed transformers does not know the architecture.

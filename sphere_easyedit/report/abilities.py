@@ -1,4 +1,4 @@
-"""General abilities against the number of edits (the paper's Figures 6 and 10 to 12)."""
+"""Figure of general abilities by number of edits (the paper's Figures 6 and 10 to 12)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .figure import Figure, Panel, Row, Spec, by_run, params, quantitative, shown, tooltip
-from .runs import ReportRun
+from .figure import Figure, Panel, Row, by_run, line_layers, params, quantitative, shown, tooltip
+from .runs import ReportRun, interval_of
 
 
 def abilities_figure(runs: Sequence[ReportRun]) -> Figure | None:
-    """A panel a task; None where no run measured abilities."""
+    """One panel per task; None if no run measured abilities."""
     labels = [run.label for run in runs]
-    by_task: dict[tuple[str, str], list[dict[str, Any]]] = {}  # task, protocol: numbers of two don't compare
+    by_task: dict[tuple[str, str], list[dict[str, Any]]] = {}  # by task and protocol, which are not comparable
     protocols: dict[str, None] = {}
     for run in runs:
         for point in sorted(run.run.abilities, key=lambda point: point.num_edits):
             protocols[point.protocol] = None
             for task, found in point.abilities.items():
-                low, high = found.ci95 if found.ci95 and all(map(math.isfinite, found.ci95)) else (found.mean,) * 2
                 if math.isfinite(found.mean):
+                    low, high = interval_of(found)
                     by_task.setdefault((task, point.protocol), []).append(
                         {"run": run.label, "edits": point.num_edits, "mean": found.mean, "low": low, "high": high,
                          "n": found.n})
@@ -30,16 +30,13 @@ def abilities_figure(runs: Sequence[ReportRun]) -> Figure | None:
     panels = []
     for key, data in sorted(by_task.items()):
         x, y = quantitative("edits", "edits"), quantitative("mean", "%")
-        # Runs measured after as many edits would cover one another's intervals.
-        aside = {"xOffset": {"field": "run", "type": "nominal", "scale": {"domain": labels, "range": [-6, 6]}}}
-        told = tooltip(("run", "run", None), ("edits", "edits", ",d"), ("mean", "%", ".1f"), ("low", "95% from", ".1f"),
+        # Offset, since intervals at the same number of edits would overlap.
+        offset = {"xOffset": {"field": "run", "type": "nominal", "scale": {"domain": labels, "range": [-6, 6]}}}
+        tips = tooltip(("run", "run", None), ("edits", "edits", ",d"), ("mean", "%", ".1f"), ("low", "95% from", ".1f"),
                        ("high", "to", ".1f"), ("n", "questions", ",d"))
-        layers: list[Spec] = [
-            {"mark": "line", "encoding": {"x": x, "y": y, **by_run(labels, ("color", "strokeDash")), **aside}},
-            {"mark": {"type": "rule", "opacity": 0.6}, "encoding": {
-                "x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, **by_run(labels), **aside}},
-            {"mark": "point", "encoding": {"x": x, "y": y, **by_run(labels, ("color", "shape")), **aside,
-                                           "tooltip": told}}]
+        layers = line_layers(labels, {"x": x, "y": y, **offset}, tips)
+        layers.insert(1, {"mark": {"type": "rule", "opacity": 0.6}, "encoding": {
+            "x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, **by_run(labels), **offset}})
         panels.append(Panel(titles[key], {"data": {"values": data}, "params": params(labels), "transform": [shown()],
                                    "layer": layers}))
     rows: list[Row] = [(row["run"], titles[key], row["edits"], f"{row['mean']:.1f}",

@@ -1,4 +1,4 @@
-"""From run directories to report.html, and the same figures as SVG and PNG."""
+"""Writes report.html for run directories, and its figures as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -19,20 +19,29 @@ from .curves import curves_figure
 from .figure import Figure, as_file
 from .forgetting import forgetting_figure
 from .gains import gains_figure
-from .neurons import Neurons
+from .neurons import NeuronFigures
 from .notices import notices_of
 from .page import Page
 from .runs import ReportRun, named_runs
 from .shares import shares_figure
 
-_SCALE: Final = 2.0  # of PNG files against their SVG
-REFRESH: Final = 30  # seconds from one state of a live page to the next, at least
-_DRAWING: Final = MappingProxyType({"vl-convert-python": "vl_convert", "Jinja2": "jinja2", "scikit-learn": "sklearn"})
+_SCALE: Final = 2.0  # pixels of PNG files per pixel of their SVG
+REFRESH: Final = 30  # minimum seconds between two versions of a live page
+_REQUIRED: Final = MappingProxyType({"vl-convert-python": "vl_convert", "Jinja2": "jinja2", "scikit-learn": "sklearn"})
+# By figure: the note if it is missing.
+_MISSING: Final = MappingProxyType({
+    "changes": "No regression of changes: it needs three pairs of evaluations (`edit --eval-every`).",
+    "gains": "No comparison of base methods: it needs finished runs with and without SPHERE on the same facts.",
+    "forgetting": "No forgetting: it needs the scores of evaluations, in a run's `scores/`.",
+    "abilities": "No general abilities: `edit --abilities` or `evaluate --abilities` measure them.",
+    "shares": "No shares in the principal space: `evaluate --neurons` computes them from kept weights.",
+    "heatmaps": "No figures of neurons: `evaluate --neurons` computes them from kept weights.",
+})
 
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """What was written: the page, and the figures' files."""
+    """The files of a report."""
 
     html: Path
     figures: tuple[Path, ...]
@@ -43,21 +52,21 @@ def write_report(runs: Sequence[str | Path | RunRecords], output: str | Path | N
     """Write ``report.html``, self-contained, and the figures beside it in ``figures/`` as SVG and PNG.
 
     Args:
-        runs: run directories, of runs that ended or are under way, or what was read of them.
-        output: folder to write to; the run's own directory where there is one run.
+        runs: directories of finished or unfinished runs, or their records.
+        output: folder to write to; by default the directory of the only run.
         files: also write SVG and PNG.
-        live: for a run in progress: the page reloads itself, and figures that take seconds are left for the end.
+        live: for a run in progress: the page reloads itself, and figures that take seconds to compute are left out.
 
     Raises:
-        ValueError: a directory holds no run or a damaged one, several runs are given without ``output``, what draws is
-            not installed, or the page or ``figures/`` leads out of the folder. Nothing is then written.
+        ValueError: a directory contains no run or a damaged one, several runs are given without ``output``, a library
+            that draws is not installed, or the page or ``figures/`` leads out of the folder. Nothing is then written.
     """
     if output is None and len(runs) != 1:
-        raise ValueError(f"{len(runs)} runs are given: say where the report of all of them goes (output)")
+        raise ValueError(f"{len(runs)} runs are given: give output, the folder of their report")
     check_installed()
     read = [run if isinstance(run, RunRecords) else RunRecords.read(run) for run in runs]
     folder = read[0].directory if output is None else Path(output)
-    place = RunDirectory(folder).path_of  # mostly a run's own, which may come from somebody else
+    place = RunDirectory(folder).path_of  # mostly a run's own folder, which may be untrusted
     html, drawn, coordinates = place("report.html"), place("figures"), place("figures/places.json")
     named = named_runs(read)
     figures, notes = figures_of(named, live, coordinates)
@@ -70,12 +79,8 @@ def write_report(runs: Sequence[str | Path | RunRecords], output: str | Path | N
 
 
 def check_installed() -> None:
-    """Refuse early where what draws is missing.
-
-    Raises:
-        ValueError: names it, and the command that mends it.
-    """
-    missing = [package for package, module in _DRAWING.items() if importlib.util.find_spec(module) is None]
+    """Refuse early (ValueError) if a library that draws is not installed."""
+    missing = [package for package, module in _REQUIRED.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise ValueError(f"a report needs {', '.join(missing)}: pip install 'sphere-easyedit[report]'")
 
@@ -85,31 +90,19 @@ def figures_of(runs: Sequence[ReportRun], live: bool = False, coordinates: Path 
     """All figures that the runs have data for, and notes why others are missing.
 
     Args:
-        runs: of the report.
         live: leave out the figures that take seconds to compute.
         coordinates: JSON file that caches t-SNE's coordinates; None for no cache.
     """
-    notes = []
-    neurons = Neurons(runs, coordinates)
-    found = [curves_figure(runs), changes_figure(runs), gains_figure(runs), forgetting_figure(runs),
+    neurons = NeuronFigures(runs, coordinates)
+    candidates = [curves_figure(runs), changes_figure(runs), gains_figure(runs), forgetting_figure(runs),
              abilities_figure(runs), shares_figure(runs), *neurons.figures(embedded=not live)]
-    figures = [figure for figure in found if figure is not None]
+    figures = [figure for figure in candidates if figure is not None]
     names = {figure.name for figure in figures}
-    for name, text in (
-            ("changes", "No regression of changes: it takes three pairs of evaluations (`edit --eval-every`)."),
-            ("gains", "No bars of gains: they take finished runs of a base method without SPHERE and with it, on the "
-                      "same facts."),
-            ("forgetting", "No forgetting: it takes evaluations' scores, in a run's `scores/`."),
-            ("abilities", "No general abilities: `edit --abilities` or `evaluate --abilities` measure them."),
-            ("shares", "No shares in the principal space: `evaluate --neurons` finds them from kept weights."),
-            ("heatmaps", "No pictures of neurons: `evaluate --neurons` makes them from kept weights.")):
-        if name not in names:
-            notes.append(text)
-    return figures, notes
+    return figures, [note for name, note in _MISSING.items() if name not in names]
 
 
 def write_figures(figures: Sequence[Figure], folder: Path, suffixes: Sequence[str] = ("svg", "png")) -> list[Path]:
-    """Each figure in files of these kinds, with its first choices."""
+    """Write each figure to a file of each kind, with the first options of its choices."""
     import vl_convert
 
     written = []

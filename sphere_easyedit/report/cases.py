@@ -14,21 +14,21 @@ from .runs import ReportRun
 
 LOST, MISSED, HELD, KNOWN, UNSEEN = "lost since", "not learned", "held", "known before", "not measured"
 STATES: Final = (LOST, MISSED, HELD, KNOWN, UNSEEN)
-COLUMNS: Final = ("case", "prompt", "wanted", "true", "state", "before", "at the end", "last seen right at",
-                  "says before", "says at the end")  # of a table's rows
+COLUMNS: Final = ("case", "prompt", "new target", "true target", "state", "before", "at the end",
+                  "last correct at", "text before", "text at the end")  # of a case table
 _METRIC: Final = "efficacy"
 MAX_CHARACTERS: Final = 1_200_000  # of the facts of all runs on a page
 
 
 @dataclass(frozen=True)
 class CaseTable:
-    """A run's facts, those lost since first.
+    """A run's facts, those lost since their edit first.
 
     Attributes:
         label: of the run.
-        rows: (case, prompt, wanted, true, state, before, after, last evaluation that saw it right or None, generation
-            before, generation after); before and after are true where the model gave the wanted answer, texts are None
-            where none were generated.
+        rows: (case, prompt, new target, true target, state, before, after, last evaluation with a correct answer or
+            None, generation before, generation after); before and after: whether the model gave the new target; texts
+            are None if none were generated.
         left_out: number of facts left out to limit the size.
     """
 
@@ -38,20 +38,19 @@ class CaseTable:
 
 
 def case_table(run: ReportRun, max_characters: int = MAX_CHARACTERS) -> CaseTable | None:
-    """A finished run's facts, from ``cases.jsonl`` and the scores of evaluations on the way; None before its end.
+    """A finished run's facts, from ``cases.jsonl`` and the scores of evaluations during the run; None before its end.
 
     Args:
-        run: whose facts.
-        max_characters: of the rows as JSON; rows beyond are left out.
+        max_characters: maximum size of the rows as JSON; further rows are left out.
     """
     files = RunDirectory(run.run.directory)
     if not files.has(CASES):
         return None
-    seen_right = _last_seen_right(run)
+    last_correct = _last_correct(run)
     rows = []
     for one in files.records(CASES, CaseRecord):
-        before, after = _right(one.pre), _right(one.post)
-        last = seen_right.get(one.case_id) if one.case_id is not None else None
+        before, after = _correct(one.pre), _correct(one.post)
+        last = last_correct.get(one.case_id) if one.case_id is not None else None
         generations = one.generations or {}
         rows.append((one.case_id, one.prompt, one.target_new, one.target_true, _state(before, after, last), before,
                      after, last, generations.get("before"), generations.get("after")))
@@ -61,8 +60,8 @@ def case_table(run: ReportRun, max_characters: int = MAX_CHARACTERS) -> CaseTabl
     return CaseTable(run.label, tuple(rows[:kept]), len(rows) - kept)
 
 
-def _last_seen_right(run: ReportRun) -> dict[CaseId, int]:
-    """The last evaluation on the way (number of edits) in which a case was right, by case."""
+def _last_correct(run: ReportRun) -> dict[CaseId, int]:
+    """The last evaluation during the run (number of edits) in which a case was correct, by case."""
     found: dict[CaseId, int] = {}
     for point in run.run.points:
         if point.when in ("during", "last_batch") and point.protocol == run.protocol:
@@ -72,7 +71,7 @@ def _last_seen_right(run: ReportRun) -> dict[CaseId, int]:
     return found
 
 
-def _right(scores: Mapping[str, float | None] | None) -> bool | None:
+def _correct(scores: Mapping[str, float | None] | None) -> bool | None:
     value = None if scores is None else scores.get(_METRIC)
     return None if value is None else value >= 1.0
 

@@ -1,4 +1,4 @@
-"""Change of each metric against change of hyperspherical energy, from point to point (the paper's Figure 3)."""
+"""Figure of each metric's change by change of hyperspherical energy (the paper's Figure 3)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def changes_figure(runs: Sequence[ReportRun]) -> Figure | None:
     points = {run.label: energy_points(run.run, run.protocol) for run in runs}
     panels: list[Panel] = []
     rows: list[Row] = []
-    told: list[str] = []
+    descriptions: list[str] = []
     for metric in _METRICS:
         pairs: list[dict[str, Any]] = []
         lines: list[dict[str, Any]] = []
@@ -32,28 +32,28 @@ def changes_figure(runs: Sequence[ReportRun]) -> Figure | None:
                      for pair in change_pairs(series, metric, magnitude=kind == "magnitude")]
             x, y = [pair[0] for _, pair in named], [pair[1] for _, pair in named]
             if len(named) < MIN_POINTS or len(set(x)) == 1 or len(set(y)) == 1:
-                continue  # nothing moved, or too little was seen
+                continue  # no change, or too few pairs
             line, row, text = _regression(x, y, metric, kind)
             pairs += [{"run": label, "kind": kind, "x": pair[0], "y": pair[1]} for label, pair in named]
             lines += line
             rows.append(row)
-            told.append(text)
+            descriptions.append(text)
         if pairs:
             panels.append(_panel(metric, pairs, lines, [run.label for run in runs], choice))
     if not panels:
         return None
     return Figure(
-        "changes", "When hyperspherical energy moves, what else does",
-        "A point: the change of a metric between two consecutive evaluations of a run against the change of HE "
-        "(relative to the unedited model) between them. Line: least squares over all runs shown here together, "
-        "whichever are ticked, with the 95% interval of its mean. Points of one run are no independent draws, so p "
-        "flatters.", " ".join(told), tuple(panels), (choice,),
+        "changes", "Change of metrics by change of hyperspherical energy",
+        "Each point is the change of a metric between two consecutive evaluations of a run, by the change of HE "
+        "(relative to the unedited model) between them. Line: least squares over all runs of the report, shown or "
+        "not, with the 95% interval of its mean. Points of one run are not independent, so p is too small.",
+        " ".join(descriptions), tuple(panels), (choice,),
         columns=("metric", "change of HE", "slope", "95% interval", "r", "p", "pairs"), rows=tuple(rows))
 
 
 def _regression(x: Sequence[float], y: Sequence[float], metric: str, kind: str
                 ) -> tuple[list[dict[str, Any]], Row, str]:
-    """The line with its band, its row of numbers, and it in words."""
+    """A regression: its line with the band, its row of the table, and its description."""
     fit = regress(x, y)
     slope = f"{fit.slope:.3g}"
     row = (metric, kind, slope, f"{fit.slope_ci95[0]:.3g} to {fit.slope_ci95[1]:.3g}", f"{fit.r:+.2f}", f"{fit.p:.2g}",
@@ -61,17 +61,17 @@ def _regression(x: Sequence[float], y: Sequence[float], metric: str, kind: str
     text = f"{metric} on {kind} change of HE: slope {slope}, r {fit.r:+.2f}, p {fit.p:.2g}, {fit.n} pairs."
     from scipy import stats  # takes a second to import
 
-    places = np.linspace(min(x), max(x), _STEPS)
-    values = fit.slope * places + fit.intercept
+    xs = np.linspace(min(x), max(x), _STEPS)
+    values = fit.slope * xs + fit.intercept
     residuals = np.asarray(y) - (fit.slope * np.asarray(x) + fit.intercept)
     centred = np.asarray(x) - np.mean(x)
     # The interval of the mean at x: t s sqrt(1/n + (x - mean)^2 / sum of squares).
     error = np.sqrt((residuals**2).sum() / (fit.n - 2)) * np.sqrt(
-        1 / fit.n + (places - np.mean(x)) ** 2 / (centred**2).sum())
+        1 / fit.n + (xs - np.mean(x)) ** 2 / (centred**2).sum())
     half = float(stats.t.ppf(0.975, fit.n - 2)) * error
-    line = [{"kind": kind, "x": float(place), "y": float(value), "low": float(value - width),
+    line = [{"kind": kind, "x": float(at), "y": float(value), "low": float(value - width),
              "high": float(value + width), "text": f"r {fit.r:+.2f}, p {fit.p:.1g}, n {fit.n}"}
-            for place, value, width in zip(places, values, half, strict=True)]
+            for at, value, width in zip(xs, values, half, strict=True)]
     return line, row, text
 
 
@@ -101,5 +101,5 @@ def _panel(metric: str, pairs: list[dict[str, Any]], lines: list[dict[str, Any]]
 
 
 def _of_kind(layer: Spec) -> Spec:
-    """Layers with data of their own choose from it themselves."""
+    """Filter a layer that has its own data by the chosen kind."""
     return layer if "data" not in layer else {**layer, "transform": [chosen("kind"), *layer.get("transform", [])]}

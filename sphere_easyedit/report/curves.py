@@ -1,4 +1,4 @@
-"""Hyperspherical energy and each metric against the number of edits, a line a run (the paper's Figure 2)."""
+"""Figure of hyperspherical energy and each metric by number of edits, one line per run (the paper's Figure 2)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .figure import (
     Spec,
     by_run,
     chosen,
+    line_layers,
     params,
     quantitative,
     shown,
@@ -31,11 +32,11 @@ RHO: Final = "\N{GREEK SMALL LETTER RHO}"
 PERPLEXITY: Final = "perplexity"
 PERCENT: Final = FACT_METRICS
 Rhos = Mapping[str, Mapping[str, float]]  # by run and metric
-_BANDS: Final = 3  # runs up to which intervals are drawn, which more would cover one another
+_BANDS: Final = 3  # maximum number of runs with intervals drawn, since those of more would overlap
 
 
 def curves_figure(runs: Sequence[ReportRun]) -> Figure | None:
-    """HE, the metrics, perplexity and the norm of the change along the runs; None where nothing was recorded."""
+    """HE, the metrics, perplexity and the norm of the change by number of edits; None if nothing was recorded."""
     labels = [run.label for run in runs]
     rhos = {run.label: _rhos(run) for run in runs}
     panels = [panel for panel in (_energy_panel(runs), *(_metric_panel(runs, name, rhos) for name in METRIC_NAMES),
@@ -47,13 +48,13 @@ def curves_figure(runs: Sequence[ReportRun]) -> Figure | None:
         (MEAN, "mean over layers"), *((str(layer), f"layer {layer}") for layer in layers)))
     protocols = ", ".join(dict.fromkeys(run.protocol for run in runs))
     return Figure(
-        "curves", "Hyperspherical energy and what is measured, edit by edit",
-        f"Metrics by protocol {protocols}, of facts edited so far (or a seeded sample of them), before the first edit "
-        "of all facts. HE: change relative to the unedited model. "
-        f"{RHO}, in the colour of a curve and right of all: Spearman's rank correlation of the metric with HE's mean "
+        "curves", "Hyperspherical energy and metrics by number of edits",
+        f"Metrics by protocol {protocols}, on facts edited so far (or a seeded sample of them), before the first edit "
+        "on all facts. HE: change relative to the unedited model. "
+        f"{RHO}, at the right in the colour of a curve: Spearman's rank correlation of the metric with HE's mean "
         "change over the points of the run."
         f"{' Bands: 95% intervals by bootstrap over cases.' if len(runs) <= _BANDS else ''}",
-        " ".join(_told(run) for run in runs), tuple(_with_params(panel, labels, choice) for panel in panels),
+        " ".join(_description(run) for run in runs), tuple(_with_params(panel, labels, choice) for panel in panels),
         (choice,), columns=("run", "edits", "metric", "value", "95% interval", "HE change"),
         rows=tuple(row for run in runs for row in _rows(run)))
 
@@ -99,23 +100,21 @@ def _metric_panel(runs: Sequence[ReportRun], name: str, rhos: Rhos) -> Panel | N
     _place_labels(ends, (low, high), logged)
     encoding: Spec = {
         "x": quantitative("edits", "edits", scale=_edits_scale(data)),
-        "y": quantitative("value", unit or name, scale={"domain": [low, high], "nice": False}),
-        **by_run([run.label for run in runs])}
-    layers: list[Spec] = [_line(encoding), {
-        "mark": "point", "encoding": {**encoding, **by_run([run.label for run in runs], ("shape",)), "tooltip": tooltip(
-            ("run", "run", None), ("edits", "edits", ",d"), ("value", name, ".4~g"), ("low", "95% from", ".4~g"),
-            ("high", "to", ".4~g"), ("n", "cases", ",d"))}}]
+        "y": quantitative("value", unit or name, scale={"domain": [low, high], "nice": False})}
+    tips = tooltip(("run", "run", None), ("edits", "edits", ",d"), ("value", name, ".4~g"), ("low", "95% from", ".4~g"),
+                   ("high", "to", ".4~g"), ("n", "cases", ",d"))
+    run_labels = [run.label for run in runs]
+    layers = line_layers(run_labels, encoding, tips)
     if len(runs) <= _BANDS and any("low" in row for row in data):
-        band = {key: part for key, part in encoding.items() if key != "y"}
         layers.insert(0, {"mark": {"type": "area", "opacity": 0.15}, "encoding": {
-            **band, "y": {**encoding["y"], "field": "low"}, "y2": {"field": "high"}}})
-    labels: Spec = {
-        "data": {"values": ends}, "mark": {"type": "text", "align": "left", "dx": 7, "baseline": "middle"},
-        "encoding": {"x": quantitative("edits"), "text": {"field": "text"},
-                     "y": {"field": "linear", "type": "quantitative", "scale": None},
-                     **by_run([run.label for run in runs])}}
+            "x": encoding["x"], "y": {**encoding["y"], "field": "low"}, "y2": {"field": "high"},
+            **by_run(run_labels)}})
     if ends:
-        layers.append({"transform": [shown()], **labels})
+        layers.append({
+            "transform": [shown()], "data": {"values": ends},
+            "mark": {"type": "text", "align": "left", "dx": 7, "baseline": "middle"},
+            "encoding": {"x": quantitative("edits"), "text": {"field": "text"},
+                         "y": {"field": "linear", "type": "quantitative", "scale": None}, **by_run(run_labels)}})
     spec: Spec = {"data": {"values": data}, "transform": [shown()], "layer": layers}
     log: dict[str, object] = {}
     if positive and name == PERPLEXITY:
@@ -129,13 +128,8 @@ def _metric_panel(runs: Sequence[ReportRun], name: str, rhos: Rhos) -> Panel | N
                  start_log=bool(log) and logged[1] / logged[0] > 10)
 
 
-def _line(encoding: Spec) -> Spec:
-    runs = encoding["color"]["scale"]["domain"]
-    return {"mark": "line", "encoding": {**encoding, **by_run(runs, ("strokeDash",))}}
-
-
 def _edits_scale(data: Sequence[dict[str, Any]]) -> Spec:
-    """Like that of the other panels of the same runs, with room to the right for the labels at the curves' ends."""
+    """The scale of edits, with space at the right for the labels at the ends of curves."""
     return {"domain": [0, max(row["edits"] for row in data) * 1.22 or 1], "nice": False}
 
 
@@ -143,37 +137,37 @@ def _domain(values: Sequence[float], log: bool = False) -> tuple[float, float]:
     low, high = min(values), max(values)
     if log:
         return low / 1.1, high * 1.1
-    room = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
-    return (0.0 if low >= 0 and low < 0.5 * high else low - room), high + room
+    margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+    return (0.0 if low >= 0 and low < 0.5 * high else low - margin), high + margin
 
 
 def _rhos(run: ReportRun) -> dict[str, float]:
-    """Spearman's rho of each metric with HE's mean change, where there is one."""
+    """Spearman's rho of each metric with HE's mean change, if defined."""
     found = energy_correlations(energy_points(run.run, run.protocol))
     return {metric: one.signed.energy.rho for metric, one in found.items() if math.isfinite(one.signed.energy.rho)}
 
 
 def _ends(rhos: Rhos, data: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """rho of each run that has one, with its last value."""
+    """Labels with the rho of each run, and the run's last value."""
     metric = LOG_PERPLEXITY if name == PERPLEXITY else name
     ends = []
     for label, by_metric in rhos.items():
         last = max((row for row in data if row["run"] == label), key=lambda row: int(row["edits"]), default=None)
         if last is not None and metric in by_metric:
             ends.append({**last, "text": f"{RHO} {by_metric[metric]:+.2f}"})
-    # In one column, right of all curves: beside the end of a shorter one there are the others.
+    # In one column to the right of all curves, since other curves continue beside the end of a shorter one.
     furthest = max((row["edits"] for row in data), default=0)
     return [{**end, "edits": furthest} for end in ends]
 
 
 def _place_labels(ends: list[dict[str, Any]], linear: tuple[float, float], log: tuple[float, float]) -> None:
-    """Where labels stand, in pixels from the top, on either scale."""
-    places = {"linear": [HEIGHT * (1 - (row["value"] - linear[0]) / (linear[1] - linear[0])) for row in ends],
-              "log": [HEIGHT * (1 - math.log(max(row["value"], log[0]) / log[0]) / math.log(log[1] / log[0]))
-                      for row in ends]}
-    for name, wanted in places.items():
-        for row, place in zip(ends, spread(wanted), strict=True):
-            row[name] = place
+    """Set the vertical positions of labels, in pixels from the top, on either scale."""
+    positions = {"linear": [HEIGHT * (1 - (row["value"] - linear[0]) / (linear[1] - linear[0])) for row in ends],
+                 "log": [HEIGHT * (1 - math.log(max(row["value"], log[0]) / log[0]) / math.log(log[1] / log[0]))
+                         for row in ends]}
+    for name, values in positions.items():
+        for row, position in zip(ends, spread(values), strict=True):
+            row[name] = position
 
 
 def _energy_panel(runs: Sequence[ReportRun]) -> Panel | None:
@@ -198,12 +192,11 @@ def _by_layer_panel(runs: Sequence[ReportRun], data: Sequence[dict[str, Any]], t
                     axis: Spec) -> Panel | None:
     if not data:
         return None
-    encoding: Spec = {"x": quantitative("edits", "edits", scale=_edits_scale(data)),
-                      "y": quantitative("value", name, axis=axis), **by_run([run.label for run in runs])}
-    return Panel(title, {
-        "data": {"values": data}, "transform": [shown(), chosen("layer")],
-        "layer": [_line(encoding), {"mark": {"type": "point", "size": 14}, "encoding": {**encoding, "tooltip": tooltip(
-            ("run", "run", None), ("edits", "edits", ",d"), ("layer", "layer", None), ("value", name, form))}}]})
+    encoding = {"x": quantitative("edits", "edits", scale=_edits_scale(data)),
+                "y": quantitative("value", name, axis=axis)}
+    tips = tooltip(("run", "run", None), ("edits", "edits", ",d"), ("layer", "layer", None), ("value", name, form))
+    return Panel(title, {"data": {"values": data}, "transform": [shown(), chosen("layer")],
+                         "layer": line_layers([run.label for run in runs], encoding, tips, small_points=True)})
 
 
 def _rows(run: ReportRun) -> list[Row]:
@@ -219,8 +212,8 @@ def _rows(run: ReportRun) -> list[Row]:
     return rows
 
 
-def _told(run: ReportRun) -> str:
-    """A run's beginning and end in words."""
+def _description(run: ReportRun) -> str:
+    """A run's first and last measurements in words."""
     points = _points(run)
     if not points:
         return f"{run.label}: nothing measured yet."

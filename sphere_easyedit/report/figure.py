@@ -1,4 +1,4 @@
-"""A figure: Vega-Lite panels with caption, choices and a table, in the colours of the page or of a file."""
+"""Figures as Vega-Lite panels with caption, choices and a table, drawn on the page or as files."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any, Final
 Spec = dict[str, Any]
 Row = tuple[object, ...]
 
-SCHEMA: Final = "https://vega.github.io/schema/vega-lite/v6.json"  # a name; nothing is fetched from it
+SCHEMA: Final = "https://vega.github.io/schema/vega-lite/v6.json"  # an identifier; nothing is fetched
 HEIGHT: Final = 230  # pixels of a panel's plot
-_LEGEND_WIDTH: Final = 800  # pixels of a name, at most
-LABEL_HEIGHT: Final = 13  # pixels that a label at a curve's end takes
+_LEGEND_WIDTH: Final = 800  # maximum width of a name, in pixels
+LABEL_HEIGHT: Final = 13  # pixels of a label at the end of a curve
 
-# Colours are named in specs as CSS variables. On the page report.css gives them, for light, dark and paper; a file gets
-# these. All are at least 4.5:1 on white, and apart for colour-blind eyes by lightness; dashes and shapes double them.
+# Specs name colours as CSS variables. On the page report.css defines them (light, dark, paper); files use these. All
+# have a contrast of at least 4.5:1 on white and differ in lightness for colour-blind readers; dashes and shapes repeat
+# the distinction.
 _INK: Final = MappingProxyType({
     "ink": "#1b1f24", "muted": "#57606a", "grid": "#d8dee4", "paper": "#ffffff", "before": "#57606a",
     "after": "#b84a00"})
@@ -32,12 +33,12 @@ class Panel:
     """One plot of a figure.
 
     Attributes:
-        title: above it.
+        title: heading above the plot.
         spec: Vega-Lite without size and configuration.
-        log: what changes for a logarithmic scale: values by JSON pointer into ``spec``; empty where there is none.
-        start_log: shown logarithmically at first.
-        canvas: drawn on a canvas: for thousands of marks, which then can't follow the page's colours.
-        square: no wider than it is high.
+        log: values by JSON pointer into ``spec`` that make the scale logarithmic; empty if there is no such scale.
+        start_log: logarithmic at first.
+        canvas: draw on a canvas (for thousands of marks, whose colours then do not follow the page's).
+        square: as wide as high at most.
         height: in pixels.
     """
 
@@ -52,7 +53,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Choice:
-    """A parameter of a figure's specs that the reader sets: ``options`` are (value, what it is called)."""
+    """A parameter of a figure's specs that the reader chooses; ``options`` are (value, label)."""
 
     name: str
     label: str
@@ -69,15 +70,15 @@ class Figure:
     """Panels that show one thing.
 
     Attributes:
-        name: of its files, and its anchor on the page.
-        title, caption: what is seen; the caption names samples, seeds and sizes.
-        description: the text alternative: what the figure says, in words and numbers.
+        name: name of its files, and its anchor on the page.
+        title, caption: shown with the figure; the caption gives samples, seeds and sizes.
+        description: text alternative: the content of the figure in words and numbers.
         panels: its plots.
-        choices: what can be chosen, for all panels together.
-        by_run: whether it shows the runs by their colours, so that the page's list of runs is its legend.
-        key: of figures that don't: (colour's name, meaning).
-        scale: (lowest, highest) of a colour scale from blue over white to orange, where there is one.
-        columns, rows: its numbers as a table, where that is short enough to be read.
+        choices: the reader's choices, for all panels together.
+        by_run: runs differ by colour, so that the page's list of runs is the legend.
+        key: legend of other figures: (colour's name, meaning).
+        scale: (lowest, highest) of a colour scale from blue over white to orange, if any.
+        columns, rows: its numbers as a table, if that is short enough to read.
     """
 
     name: str
@@ -94,7 +95,7 @@ class Figure:
 
 
 def params(labels: Sequence[str], choices: Iterable[Choice] = ()) -> list[Spec]:
-    """What the page sets in a spec: the runs shown, and the figure's choices."""
+    """Parameters of a spec that the page sets: the runs shown, and the figure's choices."""
     return [{"name": "shown", "value": list(labels)},
             *({"name": choice.name, "value": choice.default} for choice in choices)]
 
@@ -139,22 +140,29 @@ def tooltip(*fields: tuple[str, str, str | None]) -> list[Spec]:
              **({} if form is None else {"format": form})} for name, title, form in fields]
 
 
-def spread(wanted: Sequence[float], least: float = LABEL_HEIGHT, top: float = 6.0, bottom: float = HEIGHT - 6.0
+def line_layers(labels: Sequence[str], encoding: Spec, tips: list[Spec], small_points: bool = False) -> list[Spec]:
+    """A line per run and a point per row with a tooltip; small points all have the same shape."""
+    mark: Any = {"type": "point", "size": 14} if small_points else "point"
+    point = by_run(labels, ("color",) if small_points else ("color", "shape"))
+    return [{"mark": "line", "encoding": {**encoding, **by_run(labels, ("color", "strokeDash"))}},
+            {"mark": mark, "encoding": {**encoding, **point, "tooltip": tips}}]
+
+
+def spread(positions: Sequence[float], least: float = LABEL_HEIGHT, top: float = 6.0, bottom: float = HEIGHT - 6.0
            ) -> list[float]:
-    """Positions (pixels from the top) close to the wanted ones and in their order, at least ``least`` apart where all
-    fit."""
-    order = sorted(range(len(wanted)), key=wanted.__getitem__)
-    gap = min(least, (bottom - top) / max(1, len(wanted)))
+    """Move label positions (pixels from the top) to be at least ``least`` apart if all fit, in the same order."""
+    order = sorted(range(len(positions)), key=positions.__getitem__)
+    gap = min(least, (bottom - top) / max(1, len(positions)))
     placed = dict.fromkeys(order, 0.0)
     lowest = top
     for index in order:
-        placed[index] = max(lowest, wanted[index])
+        placed[index] = max(lowest, positions[index])
         lowest = placed[index] + gap
     highest = bottom
-    for index in reversed(order):  # what was pushed out at the bottom goes up again
+    for index in reversed(order):  # labels pushed out at the bottom move up again
         placed[index] = min(placed[index], highest)
         highest = placed[index] - gap
-    return [placed[index] for index in range(len(wanted))]
+    return [placed[index] for index in range(len(positions))]
 
 
 def config(legend: bool) -> Spec:
@@ -177,36 +185,36 @@ def config(legend: bool) -> Spec:
 
 
 def on_page(panel: Panel) -> Spec:
-    """A panel as the page draws it: as wide as its place, without a legend."""
+    """A panel for the page: as wide as its container, without a legend."""
     return {"$schema": SCHEMA, "width": "container", "height": panel.height, "config": config(legend=False),
             "autosize": {"type": "fit-x", "contains": "padding", "resize": True}, **panel.spec}
 
 
 def as_file(figure: Figure, width: int = 380, columns: int = 2) -> Spec:
-    """A whole figure as one drawing on white paper: first choices, and with a legend."""
+    """A whole figure as one drawing on white, with the first options and a legend."""
     labels: list[Spec] = [{"text": choice.label + ": " + choice.options[0][1]} for choice in figure.choices]
     note = ", ".join(label["text"] for label in labels)
     settings = config(legend=figure.by_run or bool(figure.key) or figure.scale is not None)
     longest = max((len(label) for label in figure.panels[0].spec.get("params", [{}])[0].get("value", ())
                    if figure.by_run), default=0)
-    # Names are not cut while two columns hold them, or one.
+    # Fewer columns for long names, so that they are not cut.
     settings["legend"]["columns"] = 3 if longest <= 34 else 2 if longest <= 60 else 1
-    found: Spec = {
+    drawing: Spec = {
         "$schema": SCHEMA, "config": settings, "background": "white", "padding": 12,
         "title": {"text": figure.title, **({"subtitle": note} if note else {}), "fontSize": 15, "offset": 12,
                   "subtitleColor": "var(--muted)"},
         "columns": min(columns, len(figure.panels)), "spacing": 28,
         "resolve": {"scale": {"color": "shared"}},
-        # Parameters of one name can't be declared twice: those of the panels are the same.
+        # A parameter can't be declared twice; those of all panels are the same.
         "params": list(figure.panels[0].spec.get("params", [])),
         "concat": [{"width": width, "height": panel.height, "title": panel.title,
                     **{name: part for name, part in _logged(panel).items() if name != "params"}}
                    for panel in figure.panels]}
-    return dict(json.loads(coloured(json.dumps(found))))
+    return dict(json.loads(coloured(json.dumps(drawing))))
 
 
 def coloured(text: str) -> str:
-    """CSS variables in a text as the colours that they are on white paper."""
+    """Replace CSS variables in a text by the colours for files."""
     for index, colour in enumerate(SERIES):
         text = text.replace(f"var(--s{index})", colour)
     for name, colour in _INK.items():
@@ -219,16 +227,16 @@ def _logged(panel: Panel) -> Spec:
 
 
 def with_values(spec: Spec, values: Mapping[str, object]) -> Spec:
-    """A copy of a spec with values put in by JSON pointer."""
+    """A copy of a spec with values set by JSON pointer."""
     copy: Spec = json.loads(json.dumps(spec))
     for pointer, value in values.items():
         *path, last = pointer.strip("/").split("/")
-        place: Any = copy
+        node: Any = copy
         for part in path:
-            place = place[_step(place, part)]
-        place[_step(place, last)] = value
+            node = node[_index(node, part)]
+        node[_index(node, last)] = value
     return copy
 
 
-def _step(place: object, part: str) -> int | str:
-    return int(part) if isinstance(place, list) else part
+def _index(node: object, part: str) -> int | str:
+    return int(part) if isinstance(node, list) else part

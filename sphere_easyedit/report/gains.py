@@ -1,4 +1,4 @@
-"""Each base method beside itself with SPHERE and with its controls, at the end of the runs (the paper's Figure 7)."""
+"""Figure that compares each base method with and without SPHERE after the last edit (the paper's Figure 7)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, Final
 
 from ..runs.records import SPHERE
 from .figure import HEIGHT, Figure, Panel, Row, Spec, by_run, params, quantitative, shown, tooltip
-from .runs import ReportRun
+from .runs import ReportRun, interval_of
 
 _METRICS: Final = ("efficacy", "generalization", "specificity")
 
 
 def gains_figure(runs: Sequence[ReportRun]) -> Figure | None:
-    """Bars by base method; None where none was run without SPHERE and with it, on the same facts and to the end."""
+    """Bars by base method; None unless one has finished runs with and without SPHERE on the same facts."""
     experiments: list[tuple[tuple[object, ...], list[ReportRun]]] = []
     for run in runs:
         if (after := run.run.after(run.protocol)) is not None:
@@ -34,12 +34,12 @@ def gains_figure(runs: Sequence[ReportRun]) -> Figure | None:
     panels, rows = [], list[Row]()
     for metric in _METRICS:
         data: list[dict[str, Any]] = []
-        for place, (member, group) in enumerate(compared):
+        for position, (member, group) in enumerate(compared):
             point = member.run.after(member.protocol)
             found = None if point is None else point.metrics.get(metric)
             if point is not None and found is not None and math.isfinite(found.mean):
-                low, high = found.ci95 if found.ci95 and all(map(math.isfinite, found.ci95)) else (found.mean,) * 2
-                left = place + group  # groups stand apart by the width of a bar
+                low, high = interval_of(found)
+                left = position + group  # groups are apart by the width of a bar
                 data.append({"run": member.label, "base": member.run.base, "group": group, "mean": found.mean,
                              "low": low, "high": high, "edits": point.num_edits, "left": left, "right": left + 0.9,
                              "middle": left + 0.45})
@@ -61,7 +61,7 @@ def _panel(metric: str, data: list[dict[str, Any]], labels: Sequence[str]) -> Pa
     plain: Spec = {"axis": None, "scale": {"zero": False, "nice": False, "domain": [
         min(row["left"] for row in data) - 0.3, max(row["right"] for row in data) + 0.3]}}
     y = quantitative("mean", "%")
-    # Under the plot, since bars have no axis; kept clear of it by an axis title's worth of room.
+    # Labels under the plot, since bars have no axis.
     bases: Spec = {
         "transform": [{"aggregate": [{"op": "mean", "field": "middle", "as": "middle"}], "groupby": ["group", "base"]}],
         "mark": {"type": "text", "baseline": "top", "dy": 6, "clip": False, "lineBreak": ", "},

@@ -1,4 +1,4 @@
-"""Cosines between neurons before and after editing (the paper's Figures 4, 5, 8 and 9), and their spectrum."""
+"""Figures of cosines between neurons before and after editing (the paper's Figures 4, 5, 8 and 9) and of spectra."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .figure import Choice, Figure, Panel, Row, Spec, chosen, quantitative, tool
 from .runs import ReportRun
 
 SIDES: Final = ("before", "after")
-_HEATMAP: Final = 48  # neurons; squares of it are drawn
+_HEATMAP: Final = 48  # neurons per side of a heatmap
 _CURVE: Final = 240  # points of a spectrum
-_PERPLEXITY: Final = 30.0  # of t-SNE, unless there are few neurons
+_PERPLEXITY: Final = 30.0  # of t-SNE; less for few neurons
 _SIDE_COLOURS: Final = {"domain": list(SIDES), "range": ["var(--before)", "var(--after)"]}
 _KEY: Final = (("before", "before editing"), ("after", "after"))
 
 
-class Neurons:
-    """The layers of the runs that recorded their neurons, and the choices of run and layer that all figures share.
+class NeuronFigures:
+    """Figures of the layers whose neurons were recorded, which share the choices of run and layer.
 
     Args:
-        runs: of the report.
+        runs: the report's runs.
         coordinates: JSON file that caches t-SNE's coordinates (a second a layer to compute); None for no cache.
     """
 
@@ -49,7 +49,7 @@ class Neurons:
                         Choice("layer", "Layer", tuple((str(layer), f"layer {layer}") for layer in numbers)))
 
     def figures(self, embedded: bool = True) -> list[Figure]:
-        """Heatmaps, the embedding where ``embedded``, histograms and spectra; none where no run recorded neurons."""
+        """Heatmaps, the embedding if ``embedded``, histograms and spectra; none if no run recorded neurons."""
         if not self.layers:
             return []
         return [self._heatmaps(), *([self._embedding()] if embedded else []), self._histograms(), self._spectra()]
@@ -59,13 +59,13 @@ class Neurons:
         for panel in panels:
             panel.spec["params"] = [{"name": choice.name, "value": choice.default} for choice in self.choices]
         by_run = {label: [layer for one, layer in self.layers if one == label] for label in self.edits}
-        if len({tuple(layers) for layers in by_run.values()}) > 1:  # else the page would show an empty plot
+        if len({tuple(layers) for layers in by_run.values()}) > 1:  # to explain empty plots
             edits += ". Layers that a run has: " + "; ".join(f"{label} {', '.join(map(str, layers))}"
                                                             for label, layers in by_run.items())
-        return Figure(name, title, f"{caption} After: {edits}.", self._told(), tuple(panels), self.choices,
+        return Figure(name, title, f"{caption} After: {edits}.", self._description(), tuple(panels), self.choices,
                       by_run=False, **more)
 
-    def _told(self) -> str:
+    def _description(self) -> str:
         return " ".join(
             f"{label}, layer {layer}: standard deviation of pairwise cosines {_spread(found.histogram[0]):.4f} before, "
             f"{_spread(found.histogram[1]):.4f} after; rank of the principal space {found.ranks[0]}, then "
@@ -81,7 +81,7 @@ class Neurons:
                 for (label, layer), found in self.layers.items() for side, name in enumerate(SIDES)]
         panels = []
         for name, title in zip(SIDES, ("Before editing", "After"), strict=True):
-            places = {"scale": {"paddingInner": 0}, "axis": None}
+            axis = {"scale": {"paddingInner": 0}, "axis": None}
             panels.append(Panel(title, {
                 "data": {"values": [row for row in data if row["side"] == name]},
                 "transform": [chosen("run"), chosen("layer"), {"flatten": ["c"]},
@@ -90,8 +90,8 @@ class Neurons:
                               {"calculate": "floor((datum.k - 1) / datum.n) + 1", "as": "i"},
                               {"calculate": "(datum.k - 1) % datum.n + 1", "as": "j"}],
                 "mark": {"type": "rect"},
-                "encoding": {"x": {"field": "j", "type": "ordinal", **places},
-                             "y": {"field": "i", "type": "ordinal", **places},
+                "encoding": {"x": {"field": "j", "type": "ordinal", **axis},
+                             "y": {"field": "i", "type": "ordinal", **axis},
                              "color": {"field": "c", "type": "quantitative", "title": "cosine", "scale": {
                                  "domain": [-end, 0, end], "range": ["#0b62a4", "#f7f7f7", "#b84a00"], "clamp": True}},
                              "tooltip": tooltip(("i", "neuron", "d"), ("j", "and", "d"), ("c", "cosine", ".2f"))},
@@ -99,12 +99,12 @@ class Neurons:
         return self._figure(
             "heatmaps", "Cosines between neurons",
             f"Cosine similarity between {' or '.join(map(str, sorted(sizes)))} neurons (rows) of the edited weight, "
-            "drawn by seed, the same before and after. The diagonal is 1; beyond the ends of the scale colours stay as "
-            "they are at its ends.", panels, scale=(-end, end))
+            "drawn by seed, the same before and after. The diagonal is 1; values beyond the scale have the colours of "
+            "its ends.", panels, scale=(-end, end))
 
     def _embedding(self) -> Figure:
         data, lines = [], []
-        for (label, layer), placed in self._placed().items():
+        for (label, layer), placed in self._coordinates_of_layers().items():
             found = self.layers[label, layer]
             (x, y), (x2, y2) = (tuple(map(list, zip(*placed[side * found.sampled: (side + 1) * found.sampled],
                                                     strict=True))) for side in range(2))
@@ -128,13 +128,13 @@ class Neurons:
         counts = sorted({found.sampled for found in self.layers.values()})
         return self._figure(
             "embedding", "Neurons in the plane",
-            f"t-SNE of {' or '.join(map(str, counts))} normalised neurons a layer, drawn by seed, before and after in "
-            "one embedding of both; a line joins a neuron with itself. From the angles between neurons; what lies near "
-            "in the plane is near, distances between groups say little.",
+            f"t-SNE of {' or '.join(map(str, counts))} normalised neurons per layer, drawn by seed, before and after "
+            "in one embedding of the angles between them; a line joins the two positions of a neuron. Close points are "
+            "close in angle; distances between groups have little meaning.",
             [Panel("t-SNE", spec, square=True, height=420)], key=_KEY)
 
-    def _placed(self) -> dict[tuple[str, int], list[tuple[float, float]]]:
-        """Places in the plane of each layer's sampled neurons, before editing and behind them after."""
+    def _coordinates_of_layers(self) -> dict[tuple[str, int], list[tuple[float, float]]]:
+        """t-SNE coordinates of each layer's sampled neurons: all before editing, then all after."""
         kept = _cached_coordinates(self._coordinates)
         used, placed = {}, {}
         for which, found in self.layers.items():
@@ -152,8 +152,8 @@ class Neurons:
         for (label, layer), found in self.layers.items():
             count = found.histogram.shape[1]
             shares = found.histogram / found.histogram.sum(axis=1, keepdims=True)
-            there = np.flatnonzero(found.histogram.sum(axis=0))
-            bins = range(int(there[0]), int(there[-1]) + 1)
+            filled = np.flatnonzero(found.histogram.sum(axis=0))
+            bins = range(int(filled[0]), int(filled[-1]) + 1)
             for side, name in enumerate(SIDES):
                 data.append({"run": label, "layer": str(layer), "side": name,
                              "x": [round(-1 + (2 * index + 1) / count, 4) for index in bins],
@@ -205,16 +205,16 @@ class Neurons:
         log = {"/layer/0/encoding/y/scale": {"type": "log"}, "/layer/0/transform/3": {"filter": "datum.y > 0"}}
         return self._figure(
             "spectra", "Spectrum of the weight's directions, and gamma's cut",
-            "Eigenvalues of What What^T (rows of the weight, each of length 1), largest first. Dashed: where their sum "
-            f"passes gamma = {', '.join(f'{gamma:g}' for gamma in sorted(self._gammas))} of the whole; directions left "
-            "of it are principal, and what SPHERE protects.", [Panel("Spectrum", spec, log)], key=_KEY)
+            "Eigenvalues of What What^T (What: the weight with rows of length 1), largest first. Dashed: their sum "
+            f"passes gamma = {', '.join(f'{gamma:g}' for gamma in sorted(self._gammas))} of the total; the directions "
+            "to the left are the principal ones, which SPHERE protects.", [Panel("Spectrum", spec, log)], key=_KEY)
 
 
 def embed(cosines: NDArray[np.float32]) -> NDArray[np.float64]:
-    """t-SNE of directions by the angles between them: places ``(m, 2)`` of m directions, from cosines ``(m, m)``.
+    """t-SNE of m directions by the angles between them: coordinates ``(m, 2)`` from cosines ``(m, m)``.
 
-    Distances are chords, ``sqrt(2 - 2 cos)``; it begins from the two leading principal coordinates and is the same
-    every time.
+    Distances are chords, ``sqrt(2 - 2 cos)``; t-SNE starts from the two leading principal coordinates and is
+    deterministic.
     """
     from sklearn.manifold import TSNE  # type: ignore[import-untyped]  # takes seconds to import
     from threadpoolctl import threadpool_limits  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -227,7 +227,7 @@ def embed(cosines: NDArray[np.float32]) -> NDArray[np.float64]:
     start = vectors[:, -2:][:, ::-1] * np.sqrt(np.maximum(eigenvalues[-2:][::-1], 0.0))
     start = 1e-4 * start / max(float(start[:, 0].std()), 1e-12)
     perplexity = min(_PERPLEXITY, max(1.0, (len(values) - 1) / 4))
-    # Threads of so small a problem wait for each other, and for ever where other work has the cores.
+    # Threads of so small a problem mostly wait for each other, without end on busy cores.
     with threadpool_limits(1):
         found: NDArray[np.float64] = TSNE(metric="precomputed", init=start.astype(np.float32), perplexity=perplexity,
                                           random_state=0, n_jobs=1).fit_transform(distances)
@@ -239,9 +239,9 @@ def _cached_coordinates(path: Path | None) -> dict[str, list[tuple[float, float]
         return {}
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return {str(key): [(float(x), float(y)) for x, y in places] for key, places in kept.items()}
+        return {str(key): [(float(x), float(y)) for x, y in points] for key, points in kept.items()}
     except (ValueError, TypeError, AttributeError):
-        return {}  # damaged or of another form: they are found anew
+        return {}  # damaged or of another form: they are computed again
 
 
 def _by_side(channels: Sequence[str] = ("color", "strokeDash")) -> Spec:

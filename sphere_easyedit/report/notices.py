@@ -13,8 +13,8 @@ from ..analysis.collapse import collapse_of
 from ..analysis.correlations import mean_magnitude
 from .runs import ReportRun
 
-_EARLY: Final = 3  # batches that define a run's usual pace of drift
-_FASTER: Final = 5.0  # times that pace
+_EARLY: Final = 3  # number of first batches that define a run's usual rate of drift
+_FASTER: Final = 5.0  # multiple of that rate
 
 Level = str  # "bad", "warning" or "note"
 
@@ -64,39 +64,39 @@ def _not_finite(run: ReportRun) -> list[Notice]:
     return notices
 
 
-def _at(places: Sequence[int]) -> str:
-    """Where something was seen, which need not be true ever after."""
-    count = len(set(places))
-    return f"at {min(places):,} edits" if count == 1 else f"at {count} points, the first at {min(places):,} edits"
+def _at(points: Sequence[int]) -> str:
+    """The points at which something was seen, which need not hold later."""
+    count = len(set(points))
+    return f"at {min(points):,} edits" if count == 1 else f"at {count} points, the first at {min(points):,} edits"
 
 
 def _other_protocol(runs: Sequence[ReportRun]) -> list[Notice]:
-    """Runs whose metrics are by another protocol than the first run's."""
+    """Runs whose protocol differs from the first run's."""
     return [Notice("warning", run.label, f"its metrics are by protocol {run.protocol}, those of {runs[0].label} by "
-                                         f"{runs[0].protocol}: they don't compare.")
+                                         f"{runs[0].protocol}: they are not comparable.")
             for run in runs if run.protocol != runs[0].protocol]
 
 
 def _drift(run: ReportRun) -> list[Notice]:
-    """Energy that moves several times faster, by edits, than in the run's first batches."""
+    """Energy that changes several times faster per edit than in the run's first batches."""
     records = [record for record in run.run.energy if all(map(math.isfinite, record.relative_change.values()))]
-    paces = []
+    rates = []
     for earlier, later in pairwise(records):
         step = {layer: later.relative_change[layer] - change for layer, change in earlier.relative_change.items()
-                if layer in later.relative_change}  # a run under way may be read in the midst of a record
+                if layer in later.relative_change}  # a record may be incomplete while the run writes it
         edits = later.num_edits - earlier.num_edits
         if step and edits > 0:
-            paces.append((later.num_edits, mean_magnitude(step) / edits))
-    if len(paces) <= _EARLY:
+            rates.append((later.num_edits, mean_magnitude(step) / edits))
+    if len(rates) <= _EARLY:
         return []
-    usual = median(pace for _, pace in paces[:_EARLY])
-    later_ones = paces[_EARLY:]
-    faster = [edits for edits, pace in later_ones if pace > _FASTER * usual]
+    usual = median(rate for _, rate in rates[:_EARLY])
+    later_ones = rates[_EARLY:]
+    faster = [edits for edits, rate in later_ones if rate > _FASTER * usual]
     if not faster or usual == 0:
         return []
-    return [Notice("warning", run.label, f"hyperspherical energy moved more than {_FASTER:g} times as fast as in the "
-                                         f"first {_EARLY} batches in {len(faster)} of the {len(later_ones)} after "
-                                         f"them, first in the one that ended at {faster[0]:,} edits.")]
+    return [Notice("warning", run.label, f"hyperspherical energy changed more than {_FASTER:g} times as fast as in the "
+                                         f"first {_EARLY} batches in {len(faster)} of the {len(later_ones)} later "
+                                         f"ones, first in the one that ended at {faster[0]:,} edits.")]
 
 
 def _left_out(run: ReportRun) -> list[Notice]:

@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML file: data, style and drawing library inside."""
+"""Renders the report as one self-contained HTML file with data, style and drawing library."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class HtmlTable:
 
 @dataclass(frozen=True)
 class Page:
-    """What a page shows.
+    """The report's page.
 
     Attributes:
-        title: of the document.
+        title: the document's title.
         runs, notices, figures, cases: its parts.
         notes: why figures are missing, and which option adds them.
         refresh: seconds between reloads while a run is in progress; None for a finished one.
@@ -71,7 +71,7 @@ class Page:
         data = {"figures": {figure.name: {
                     "panels": [{"spec": on_page(panel), "log": dict(panel.log), "canvas": panel.canvas}
                                for panel in figure.panels]} for figure in self.figures},
-                "cases": [asdict(table) for table in self.cases], "told": columns}
+                "cases": [asdict(table) for table in self.cases], "columns": columns}
         unedited = _unedited(self.runs)
         return str(environment.get_template("report.html.j2").render(
             page=self, data=_json(data), colours=SERIES, dashes=dashes(len(self.runs)), states=STATES,
@@ -85,10 +85,10 @@ class Page:
 
 @cache
 def _library() -> str:
-    """Vega, Vega-Lite and Vega-Embed in one script; bundling them takes seconds, so a process does it once."""
+    """Vega, Vega-Lite and Vega-Embed in one script; cached, since bundling them takes seconds."""
     import vl_convert
 
-    # A closing tag inside a script would end it; in JavaScript strings the slash may be escaped.
+    # A closing tag inside the script would end it; in JavaScript strings the slash may be escaped.
     bundle = str(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # its stub knows no default
     return bundle.replace("</script", "<\\/script")
 
@@ -105,13 +105,13 @@ def _asset(name: str) -> str:
 
 
 def _json(data: Mapping[str, Any]) -> str:
-    """JSON that may stand inside a script element, whatever texts it holds."""
+    """JSON that is safe inside a script element."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def _summary(run: ReportRun) -> Row:
-    """A run's row in the table of results: what was measured last."""
+    """A run's row in the table of results: its last measurement."""
     before, points = run.run.before(run.protocol), run.run.trajectory(run.protocol)
     last = points[-1] if points else before
     batches = run.run.batches
@@ -134,7 +134,7 @@ def _subject(run: ReportRun) -> str:
 
 
 def _unedited(runs: Sequence[ReportRun]) -> list[Row]:
-    """Rows of the unedited models: of each model, data set and protocol on the facts of the first run that has one."""
+    """Rows of the unedited models: one per model, data set and protocol, on the facts of the first run that has it."""
     found: dict[tuple[str, str], ReportRun] = {}
     for run in runs:
         if run.run.before(run.protocol) is not None:
@@ -149,7 +149,7 @@ def _unedited(runs: Sequence[ReportRun]) -> list[Row]:
 
 
 def _measured(point: Measurement | None) -> list[str]:
-    """Cells of an evaluation: its metrics and its perplexity."""
+    """Cells of an evaluation: metrics and perplexity."""
     if point is None:
         return [""] * (len(METRIC_NAMES) + 1)
     perplexity = "" if point.perplexity is None else f"{point.perplexity:.4g}"
@@ -164,7 +164,7 @@ def _estimate(found: Estimate | None) -> str:
 
 
 def _details(run: ReportRun) -> dict[str, Any]:
-    """What a run was made of and what it cost."""
+    """A run's configuration, times and memory."""
     summary, config = run.run.summary, run.run.config
     parts: dict[str, float] = {}
     for batch in run.run.batches:

@@ -1,4 +1,4 @@
-"""Error messages: text on one line, and the nearest known name to one that is not known."""
+"""Text for error messages: one line, and suggestions for unknown names."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ MOST: Final = 200  # characters
 def one_line(error: BaseException | str, most: int = MOST) -> str:
     """An error's text on one line of at most ``most`` characters.
 
-    Libraries write errors of many lines (transformers lists every class that it knows), whose beginning says what is
-    wrong. Where the text is a single word or none, as a KeyError's, the error's type is put in front.
+    Libraries' errors can have many lines, of which the first give the cause. The error's type is prefixed if the text
+    is a single word or empty, as a KeyError's.
     """
     text = " ".join(str(error).split())
     if isinstance(error, BaseException) and " " not in text:
@@ -27,10 +27,10 @@ def kind_and_text(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
-    """Up to ``count`` known names most similar to ``name``, whatever the case of letters, the nearest first.
+    """Up to ``count`` known names most similar to ``name``, ignoring case, the nearest first.
 
     Args:
-        cutoff: least similarity, 0 to 1 (see ``difflib``).
+        cutoff: minimum similarity, 0 to 1 (see ``difflib``).
     """
     by_lower = {one.lower(): one for one in known}
     return [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=cutoff)]

@@ -1,4 +1,4 @@
-"""Progress bars that also log how long the work will take, since a log shows no bar."""
+"""A progress bar that also logs an estimate of the remaining time, since logs show no bars."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 
-_TIMED = 1.0  # seconds of work that an estimate goes by
-_COLD = 5.0  # seconds from which a first step tells enough, whatever was made ready within it
+_TIMED = 1.0  # minimum seconds of work for an estimate
+_COLD = 5.0  # seconds from which a first step counts despite its initialisation
 
 
 class RemainingTime:
-    """A progress bar that logs once, early, about how long the work will take.
+    """A progress bar that logs once, early, an estimate of the remaining time. Use it as a context.
 
-    The first step is not counted unless it is long: within it devices and libraries make themselves ready. Work that is
-    done within a second or so logs nothing. Use it as a context.
+    The first step is not counted unless it is long, since devices and libraries initialise in it. Work of a second or
+    so logs nothing.
 
     Args:
-        work: what is done, for the bar and the log.
-        total: units of work in all; units should take about the same time each.
-        unit: their name.
+        work: name of the work, for the bar and the log.
+        total: total number of units, which should take about the same time each.
+        unit: name of a unit.
     """
 
     def __init__(self, work: str, total: int, unit: str) -> None:
@@ -32,7 +32,7 @@ class RemainingTime:
         self._bar = tqdm(total=total, desc=work, unit=unit, leave=False)
         self._done = self._counted = 0
         self._started = time.perf_counter()
-        self._is_first, self._is_told = True, False
+        self._is_first, self._is_logged = True, False
 
     def __enter__(self) -> RemainingTime:
         return self
@@ -51,15 +51,15 @@ class RemainingTime:
             self._started = now
         else:
             self._counted += units
-            if not self._is_told and seconds >= _TIMED and self._done < self._total:
-                self._is_told = True
+            if not self._is_logged and seconds >= _TIMED and self._done < self._total:
+                self._is_logged = True
                 logger.info("%s: about %s to go", self._work,
                             rough_duration(seconds / self._counted * (self._total - self._done)))
         self._is_first = False
 
 
 def rough_duration(seconds: float) -> str:
-    """A duration for people, in seconds, minutes or hours."""
+    """A duration as text in seconds, minutes or hours."""
     if not math.isfinite(seconds):
         return "?"
     if seconds < 90:

@@ -1,11 +1,11 @@
 // Draws the report's figures and its table of facts. Everything it needs is in the page.
-const { figures, cases, told } = JSON.parse(document.getElementById("data").textContent);
+const { figures, cases, columns } = JSON.parse(document.getElementById("data").textContent);
 const views = new Map(); // figure -> its drawn panels
 const $ = (id) => document.getElementById(id);
 
 const shownRuns = () => [...document.querySelectorAll("[data-run]")].filter((box) => box.checked).map((box) => box.dataset.run);
 
-// A copy of a spec with values put in by JSON pointer.
+// A copy of a spec with values set by JSON pointer.
 function withValues(spec, values) {
   const copy = structuredClone(spec);
   for (const [pointer, value] of Object.entries(values)) {
@@ -31,7 +31,7 @@ async function draw(section) {
   await update(section);
 }
 
-// Tell a figure's panels which runs are shown and what is chosen.
+// Set the runs shown and the chosen options in a figure's panels.
 async function update(section) {
   const signals = { shown: shownRuns() };
   for (const select of section.querySelectorAll("[data-choice]")) signals[select.dataset.choice] = select.value;
@@ -70,7 +70,7 @@ function listCases() {
   for (const [id, prompt, target, truth, kind, before, after, last, saidBefore, saidAfter] of found.slice(0, visible)) {
     const row = body.insertRow();
     const texts = [id, prompt, target, truth, kind, said(before), said(after), last, saidBefore, saidAfter];
-    for (const place of told) cell(row, texts[place]); // the columns that have a value in some row
+    for (const column of columns) cell(row, texts[column]); // the columns that have a value in some row
   }
   $("cases").tBodies[0].replaceWith(body);
   const left = table.left_out ? `, ${table.left_out} more in cases.jsonl` : "";
@@ -86,7 +86,7 @@ if (cases.length) {
   listCases();
 }
 
-// A page of a run under way comes anew, unless the reader wants to keep this one.
+// The page of an unfinished run reloads itself, unless the reader turns that off.
 const refresh = $("refresh");
 if (refresh) setInterval(() => { if (refresh.checked) location.reload(); }, 1000 * Number(refresh.dataset.seconds));
 
