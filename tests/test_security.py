@@ -190,7 +190,7 @@ def test_names_do_not_lead_out_of_a_run_directory(tmp_path: Path) -> None:
                 "scores/precious.jsonl", "scores/new.jsonl", "..", ".", "")
     for name in attempts:
         for use in (lambda name: run.append(name, {"a": 1}), lambda name: run.write_text(name, "x"), run.lines,
-                    run.read_json, run.place):
+                    run.read_json, run.path_of):
             with pytest.raises(ValueError, match="leads out of the run directory"):
                 use(name)
     with pytest.raises(ValueError, match="leads out"):
