@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sphere_easyedit import EditSession, SPHEREHyperParams, apply_sphere_to_model
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.easyedit.discovery import HOME
+from sphere_easyedit.editing.delta_forward import rows_of
 from sphere_easyedit.editing.requests import parse_requests, tokenize_request
-from sphere_easyedit.editing.target_optimizer import rows_of
 from sphere_easyedit.models.architecture import EditableModel
 from sphere_easyedit.models.loading import load_model
 

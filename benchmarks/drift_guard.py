@@ -25,11 +25,11 @@ from typing import Any
 from sphere_easyedit import DriftGuard, EditEvent
 from sphere_easyedit.analysis.collapse import collapse_of
 from sphere_easyedit.callbacks.drift_guard import GuardRecord
-from sphere_easyedit.editing.checkpoints import put_weights, saved_weights
+from sphere_easyedit.editing.checkpoints import load_weights, saved_weights
 from sphere_easyedit.editing.requests import parse_requests
 from sphere_easyedit.models.loading import load_model
 from sphere_easyedit.runs.records import RunRecords
-from sphere_easyedit.runs.revisiting import EditedRun
+from sphere_easyedit.runs.reevaluation import EditedRun
 from sphere_easyedit.runs.schema import GUARD
 from sphere_easyedit.utils.files import atomic_write
 
@@ -58,7 +58,7 @@ def watched(folder: Path, facts: int) -> list[GuardRecord]:
         requests = parse_requests([record.request() for record in run.records[since: until]])
         event = EditEvent(model, editable.weights(), since, number, batch.case_ids, requests=requests)
         guard.on_batch_start(event)
-        put_weights(editable, run.directory.checkpoints, until)
+        load_weights(editable, run.directory.checkpoints, until)
         event = replace(event, weights=editable.weights(), num_edits=until, num_batches=number + 1,
                         update_norms=batch.update_norms)
         guard.review(event)

@@ -27,7 +27,7 @@ from sphere_easyedit import SPHEREHyperParams
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.models.distributed import ProcessInfo, Replicas
 from sphere_easyedit.models.loading import load_model
-from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 from sphere_easyedit.utils.files import atomic_write
 

@@ -35,7 +35,7 @@ from sphere_easyedit import EditCallback, EditEvent, SPHEREHyperParams
 from sphere_easyedit.datasets.records import EditRecord
 from sphere_easyedit.editing import checkpoints, engines
 from sphere_easyedit.runs import sequential
-from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "golden" / "llama" / "tiny-llama"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from study_tables import tables_of, write_tables
 
-from sphere_easyedit.analysis.arms import arms_of
+from sphere_easyedit.analysis.labels import labelled_runs
 from sphere_easyedit.report.build import figures_of, write_figures
 from sphere_easyedit.report.runs import named_runs
 from sphere_easyedit.runs.records import RunRecords, find_runs
@@ -55,7 +55,7 @@ def unpack(archive: Path, folder: Path) -> None:
 def rebuild(unpacked: Path, output: Path) -> None:
     """Write all tables, and the figures as SVG, from unpacked runs."""
     for runs, folder in ((unpacked / "runs", output), (unpacked / "grid" / "runs", output / "grid")):
-        write_tables(folder, COMMAND, tables_of(arms_of(find_runs(runs))))
+        write_tables(folder, COMMAND, tables_of(labelled_runs(find_runs(runs))))
     drawn = named_runs([RunRecords.read(unpacked / "runs" / f"{name}-seed0") for name in DRAWN])
     write_figures([figure for figure in figures_of(drawn)[0] if figure.name in FIGURES], output / "figures", ("svg",))
 

@@ -23,7 +23,7 @@ from study.weights import keys_of_edits, over_layers, weight_tables
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from sphere_easyedit.analysis.arms import Arm, arms_of
+from sphere_easyedit.analysis.labels import LabelledRun, labelled_runs
 from sphere_easyedit.analysis.tables import Table
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.checkpoints import saved_weights
@@ -75,7 +75,7 @@ class Models:
         return self._loaded
 
 
-def tables_of(arms: Sequence[Arm], protocol: str = PAPER, share: float = 0.5, perplexity_factor: float = 10.0,
+def tables_of(arms: Sequence[LabelledRun], protocol: str = PAPER, share: float = 0.5, perplexity_factor: float = 10.0,
               seed: int = 0, resamples: int = 10_000) -> list[Table]:
     """All tables that need no weights; the curves come first.
 
@@ -127,7 +127,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     try:
-        arms = arms_of(find_runs(given.runs))
+        arms = labelled_runs(find_runs(given.runs))
     except ValueError as error:
         parser.error(str(error))
     tables = tables_of(arms, given.protocol, given.collapse_share, given.collapse_perplexity, given.seed,

@@ -23,13 +23,13 @@ from common import machine, spread
 from sphere_easyedit import EditCallback, HETracker, SPHEREHyperParams, apply_sphere_to_model
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.gram_matrices import GramMatrices
-from sphere_easyedit.editing.projecting import Shaping
+from sphere_easyedit.editing.update_writer import UpdateWriter
 from sphere_easyedit.models.loading import load_model
 
 # Where SPHERE and the tracker spend their time; none of them calls another.
 PARTS: tuple[tuple[type, str, str], ...] = (
-    (Shaping, "shape", "projecting"), (GramMatrices, "advance", "carrying"), (HETracker, "on_batch_start", "tracking"),
-    (HETracker, "on_batch_end", "tracking"))
+    (UpdateWriter, "restrain_and_project", "projecting"), (GramMatrices, "advance", "carrying"),
+    (HETracker, "on_batch_start", "tracking"), (HETracker, "on_batch_end", "tracking"))
 
 
 @contextmanager

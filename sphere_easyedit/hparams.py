@@ -1,4 +1,4 @@
-"""The hyperparameters of an editing run: EasyEdit's names and defaults, ours beside them, all checked."""
+"""Hyperparameters of editing: EasyEdit's fields with its defaults, and SPHERE's, all validated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from .hparams_files import find_hparams, read_mapping
 from .methods.alphaedit import AlphaEdit
 from .methods.base import Method, WrappedMethod
-from .methods.registry import METHODS, get_method
+from .methods.registry import METHODS
 from .models.architecture import EditableModel
 from .models.checks import check_model
 from .models.loading import resolve_device
@@ -33,8 +33,8 @@ SPHERE = "SPHERE"
 # What EasyEdit's own SPHERE files call gamma and alpha.
 _ALIASES = MappingProxyType({"cumulative_ratio": "gamma", "suppression_strength": "alpha"})
 
-# Typed Any, so that a field that may be left out keeps the plain type which its readers rely on: natively,
-# `__post_init__` fills or refuses every one of these; only with `executor: easyedit` may one stay None.
+# Typed Any, so that an optional field keeps its plain type for readers: with the native engine, `__post_init__` fills
+# or refuses each of these; only with `executor: easyedit` may they stay None.
 _NOT_GIVEN: Any = None
 
 _MODULE_FIELDS = tuple(f.name for f in fields(ModuleNames))
@@ -61,25 +61,24 @@ _CHOICES = MappingProxyType({
     "mom2_dtype": ("float32", "float64", "float16"),
 })
 
-# Fields that change nothing where alpha is 0.
+# Fields without effect if alpha is 0.
 SPHERE_ONLY = ("gamma", "alpha", "projection_stage", "principal_space", "suppression", "compensate")
-# Options that were removed, with their defaults and the reason: files of older versions still name them.
+# Removed options, with default and reason: files of older versions may still contain them.
 REMOVED: Mapping[str, tuple[str | None, str]] = MappingProxyType({
     "gamma_rule": ("share", "no experiment ever used another value"),
     "space_source": ("weight", "no experiment ever used another value"),
     "energy_budget": (None, "it cost MEMIT 49 points of efficacy on 300 edits (docs/RESULTS.md)"),
 })
 _OPTIMISER = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor")
-# Fields that leave keys, null spaces and original weights of a session as they are: where and in what portions one
-# computes, how a target value is found, and how an update is shaped, of which nothing outlives its batch. (Principal
-# spaces know their gamma.)
-_NOT_CARRIED = frozenset({
+# Fields that do not affect the keys, null spaces and original weights of a session: devices and chunk sizes, the
+# target-value optimiser, and what happens to an update within its batch. (Principal spaces are stored by gamma.)
+_NOT_IN_SESSION = frozenset({
     "alg_name", "model_name", "device", "batch_size", "max_length", "token_budget", "model_parallel", "stats_dir",
     "batched_target_values", "target_values_dir", "state_memory", "state_folder", "rect_keep", "prune_log_base",
     *SPHERE_ONLY, *_OPTIMISER,
 })
 
-# Fields that no EasyEdit method asks for, so a key close to one of them is a slip and not the method's own.
+# Fields that no EasyEdit method has, so an unknown key close to one of them is a misspelling.
 _OURS = ("base_alg", *SPHERE_ONLY, "executor", "executor_hparams", "batched_target_values", "target_values_dir",
          "context_templates", "rect_keep", "prune_log_base", "keep_previous_keys", "nullspace_share", "mom2_max_length",
          "token_budget", "state_memory", "state_folder", *_ALIASES)
@@ -88,7 +87,7 @@ _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
 def _number(name: str, value: object) -> float:
-    """``value`` as a finite float; text too, since PyYAML reads ``1e-3`` (no dot) as text."""
+    """``value`` as a finite float; also from a string, since PyYAML reads ``1e-3`` (no dot) as one."""
     try:
         number = float(value) if isinstance(value, (Real, str)) and not isinstance(value, bool) else None
     except (ValueError, OverflowError):
@@ -124,7 +123,7 @@ def _flat_templates(value: object) -> list[str]:
         flat.extend(item if isinstance(item, (list, tuple)) else [item])
     templates = []
     for item in flat:
-        # Any other brace would trip str.format, which puts the prompt in.
+        # Any other brace would break str.format.
         if not isinstance(item, str) or item.count("{}") != 1 or item.count("{") + item.count("}") != 2:
             raise ValueError(f"context_templates holds {item!r}: each must be a text with exactly one {{}}, "
                              "where the prompt goes, and no other brace")
@@ -135,15 +134,14 @@ def _flat_templates(value: object) -> list[str]:
 
 @dataclass(kw_only=True)
 class SPHEREHyperParams:
-    """Everything that shapes an edit, checked when made; a wrong value raises ValueError with the remedy.
+    """Hyperparameters of editing, validated on construction: a wrong value raises ValueError with the remedy.
 
-    Names and defaults are EasyEdit's where EasyEdit has them. A field shown without a default must be given
-    where it is used: all of the optimiser's natively, ``L2`` and ``nullspace_threshold`` (or
-    ``nullspace_share``) for AlphaEdit, ``mom2_update_weight`` for MEMIT, RECT and PRUNE. With
-    ``executor: easyedit`` the wrapped method's own class says what it needs. What that class asks for beyond
-    these fields is in ``executor_hparams`` and can be read as an attribute too; the flat file's unknown keys
-    go there, and a key of the method's that bears the name of a field of ours (WISE's ``alpha``) can be put
-    there under ``executor_hparams:``.
+    Names and defaults are EasyEdit's where EasyEdit has the field. Fields with the default ``_NOT_GIVEN`` are either
+    derived from the base method or required: natively all of the optimiser's, ``L2`` and ``nullspace_threshold`` (or
+    ``nullspace_share``) for AlphaEdit, and ``mom2_update_weight`` for MEMIT, RECT and PRUNE. With ``executor:
+    easyedit`` the wrapped method's own class decides. Its further fields are in ``executor_hparams``, which takes the
+    unknown keys of the flat file, and can be read as attributes. A field of the method with the same name as one of
+    ours (WISE's ``alpha``) can be given under ``executor_hparams:``.
     """
 
     model_name: str  # hub name or folder; `smollm2-135m` is ours
@@ -161,10 +159,10 @@ class SPHEREHyperParams:
     alpha: float = _NOT_GIVEN  # share of it taken out of an update, 0 for none; also read as suppression_strength
     projection_stage: str = _NOT_GIVEN  # layer | update; default layer for AlphaEdit, update for all others
     principal_space: str = _NOT_GIVEN  # current | pretrained; default current, for PRUNE pretrained
-    # principal: SPHERE. The others are its controls: a random subspace of the same rank in the principal one's place,
-    # or no projection and the update merely shrunk to the norm that projecting would leave.
+    # principal: SPHERE. random and shrink are controls: a random subspace of the same rank, or no projection but the
+    # update scaled to the norm that it would have after projection.
     suppression: str = "principal"
-    # Beyond the paper: correct the values so that the projected update moves the batch's own keys as far as before.
+    # Beyond the paper: correct the values so that projection does not change the effect on the batch's own keys.
     compensate: bool = False
 
     # Target values.
@@ -176,12 +174,12 @@ class SPHEREHyperParams:
     v_weight_decay: float = _NOT_GIVEN
     clamp_norm_factor: float = _NOT_GIVEN
     kl_factor: float = _NOT_GIVEN
-    context_templates: list[str] | None = None  # without the plain "{}"; None: to be generated
+    context_templates: list[str] | None = None  # without the plain "{}"; None: generated
     token_budget: int = 4096  # tokens optimised at once
-    # With executor easyedit, for MEMIT and AlphaEdit: target values by our optimiser, many at a time, handed over in
-    # EasyEdit's cache files. None: where SPHERE is on; with alpha 0 EasyEdit's method is left to the bit as it is.
+    # With executor easyedit, for MEMIT and AlphaEdit: optimise target values in batches and pass them on in EasyEdit's
+    # cache files. None: only if SPHERE projects, so that with alpha 0 EasyEdit's method stays exactly as it is.
     batched_target_values: bool | None = None
-    target_values_dir: str | None = None  # keeps those files; None: a temporary folder
+    target_values_dir: str | None = None  # for these files; None: a temporary folder
     seed: int = 0  # of context templates and generated text
 
     # Solving.
@@ -193,10 +191,10 @@ class SPHEREHyperParams:
     nullspace_share: float | None = None  # share of the d_in dimensions kept instead; overrides the threshold
     rect_keep: float = 0.4  # share of entries that RECT keeps
     prune_log_base: float | None = None  # None: natural logarithm
-    # Gigabytes of each device for what is carried from solve to solve (keys, their factors, null spaces); what is above
-    # it is kept on the host, or in memory-mapped files, and streamed by blocks. None: all of it on the weight's device.
+    # Gigabytes on each device for the state between batches (keys, factors, null spaces); the rest is kept in host
+    # memory or in memory-mapped files and read block by block. None: no limit.
     state_memory: float | None = None
-    state_folder: str | None = None  # for those files; None: the host's memory
+    state_folder: str | None = None  # for these files; None: host memory
     keep_previous_keys: bool = False  # MEMIT, RECT, PRUNE: earlier keys join the bracket (the paper's Eq. 69)
 
     # Statistics.
@@ -206,7 +204,7 @@ class SPHEREHyperParams:
     mom2_max_length: int = 1024  # tokens at which a text is cut
     stats_dir: str = "./data/stats"
 
-    # Where the model keeps its parts; None (all six): found in its module tree.
+    # Module names of the model; None (all six): found in its module tree.
     rewrite_module_tmp: str | None = None
     layer_module_tmp: str | None = None
     mlp_module_tmp: str | None = None
@@ -221,12 +219,12 @@ class SPHEREHyperParams:
         """Read a YAML file of ours, or of EasyEdit's ``hparams/SPHERE``.
 
         Args:
-            hparams_name_or_path: a path, with or without ``.yaml``, or the short name of a shipped file such
-                as ``AlphaEdit/smollm2-135m``.
+            hparams_name_or_path: a path, with or without ``.yaml``, or the name of a shipped file such as
+                ``AlphaEdit/smollm2-135m``.
 
         Raises:
-            FileNotFoundError: there is no such file; the message says where it was looked for.
-            ValueError: the file is no YAML mapping, or a key or a value is wrong.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no YAML mapping, or a key or value is wrong.
         """
         file = find_hparams(hparams_name_or_path)
         mapping = read_mapping(file)
@@ -250,7 +248,7 @@ class SPHEREHyperParams:
             raise ValueError(f"hyperparameter names must be text, not {odd[0]!r}: quote it or remove it")
         given = _without_removed(mapping)
         if given.get("projection_stage") is None and any(alias in given for alias in _ALIASES):
-            # EasyEdit's own files know one stage only, and are recognised by these names.
+            # EasyEdit's own files, recognised by these names, mean stage "update".
             given["projection_stage"] = "update"
         for alias, name in _ALIASES.items():
             if alias in given:
@@ -261,7 +259,7 @@ class SPHEREHyperParams:
                 given[name] = value
         known = {f.name for f in fields(cls)}
         unknown = {key: given.pop(key) for key in list(given) if key not in known}
-        wrapped = given.get("executor") not in (None, "native")  # a misspelt one is reported by its own check
+        wrapped = given.get("executor") not in (None, "native")  # a misspelled one is reported by its own check
         for key, value in unknown.items():
             near = nearest(key, _OURS, cutoff=0.75) if wrapped else nearest(key, (*known, *_ALIASES))
             if not wrapped or near:
@@ -289,40 +287,36 @@ class SPHEREHyperParams:
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
     def session_key(self) -> str:
-        """Digest of every hyperparameter that shapes the state carried from batch to batch.
-
-        A session goes on while it stays the same. Device, sizes of portions and the target value's optimiser
-        do not count.
-        """
-        carried = {name: value for name, value in self.to_dict().items() if name not in _NOT_CARRIED}
+        """Digest of all hyperparameters that affect a session's state; if it changes, the session starts afresh."""
+        carried = {name: value for name, value in self.to_dict().items() if name not in _NOT_IN_SESSION}
         return hashlib.sha256(json.dumps(carried, sort_keys=True, default=repr).encode()).hexdigest()
 
     def module_names(self, source: PretrainedConfig | nn.Module) -> ModuleNames:
-        """Where a model keeps its parts: as given, else as found in its module tree for the layers to edit.
+        """Module names of a model: as given, else found in its module tree for the layers to edit.
 
         Args:
-            source: the model, or its config, from which one without weights is built.
+            source: the model, or its config.
 
         Raises:
-            ValueError: no names are given and they can't be found.
+            ValueError: no names are given and none are found.
         """
         given = {name: getattr(self, name) for name in _MODULE_FIELDS}
         if given["rewrite_module_tmp"] is None:
             if isinstance(source, nn.Module):
                 return model_module_names(source, self.layers)
             return module_names(source, self.layers)
-        # EasyEdit's FT files name the weight rather than the module.
+        # EasyEdit's FT files name the weight, not the module.
         given["rewrite_module_tmp"] = given["rewrite_module_tmp"].removesuffix(".weight")
         return ModuleNames(**given)
 
     def editable(self, model: nn.Module, names: ModuleNames | None = None) -> EditableModel:
-        """The model with its parts and the layers to edit at hand.
+        """An ``EditableModel`` for the layers to edit.
 
         Args:
-            names: what ``module_names`` gave for this model, where it was called already.
+            names: result of ``module_names`` for this model, if known.
 
         Raises:
-            TypeError: it is no model of transformers (see ``inputs.check_model``).
+            TypeError: it is no model of transformers (see ``checks.check_model``).
             ValueError: see ``EditableModel``; or ``v_loss_layer`` is past the last block.
         """
         check_model(model)
@@ -334,14 +328,14 @@ class SPHEREHyperParams:
 
     @property
     def method(self) -> Method:
-        """The base method, or what stands for one that EasyEdit alone has."""
-        found = METHODS.find(self.base_alg)
-        return WrappedMethod(self.base_alg) if found is None and self.executor == "easyedit" else get_method(
-            self.base_alg)
+        """The base method; a ``WrappedMethod`` if only EasyEdit has it."""
+        if self.executor == "easyedit" and METHODS.find(self.base_alg) is None:
+            return WrappedMethod(self.base_alg)
+        return METHODS.get(self.base_alg)
 
     @property
     def projects(self) -> bool:
-        """Whether anything is taken out of an update."""
+        """Whether SPHERE changes updates."""
         return self.alpha > 0.0 and self.gamma > 0.0
 
     @property
@@ -354,10 +348,10 @@ class SPHEREHyperParams:
         """``alpha`` under EasyEdit's name."""
         return self.alpha
 
-    if not TYPE_CHECKING:  # a type checker would take any misspelt attribute for one of these
+    if not TYPE_CHECKING:  # else a type checker would accept any attribute
 
         def __getattr__(self, name: str) -> Any:
-            # Through __dict__: it is empty while copy and pickle build the object; a look-up would recurse.
+            # Through __dict__, since attribute access would recurse while copy and pickle build the object.
             extras = self.__dict__.get("executor_hparams", {})
             if name in extras:
                 return extras[name]
@@ -404,7 +398,7 @@ class SPHEREHyperParams:
         if isinstance(device, str) and device.isdigit():
             self.device = device = int(device)
         if isinstance(device, int) and resolve_device(device).type == "cpu":
-            self.device = "cpu"  # EasyEdit would ask for a GPU that is not there
+            self.device = "cpu"  # else EasyEdit would use a missing GPU
         if not isinstance(self.layers, (list, tuple)) or not self.layers:
             raise ValueError(f"layers must be a list of layer numbers such as [4, 5, 6], not {self.layers!r}")
         self.layers = [_integer("layers", layer) for layer in self.layers]
@@ -419,13 +413,13 @@ class SPHEREHyperParams:
                              f"{', '.join(_MODULE_FIELDS)}, or none to have them found")
         for name in () if missing else _MODULE_TEMPLATES:
             template = getattr(self, name)
-            # Any other brace would trip str.format, which puts the number in.
+            # Any other brace would break str.format.
             if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
                 raise ValueError(f"{name} is {template!r}: put exactly one {{}} where the layer number goes, and no "
                                  "other brace")
 
     def _resolve_method(self) -> None:
-        """Fill what depends on the base method, and refuse what does not go together."""
+        """Fill defaults that depend on the base method, and refuse conflicting settings."""
         if self.alg_name in METHODS.offered_to_easyedit:
             if self.base_alg not in (None, self.alg_name) or self.alpha:
                 raise ValueError(f"alg_name is {self.alg_name}, which is that method by itself, but base_alg is "
@@ -463,13 +457,14 @@ class SPHEREHyperParams:
             self.principal_space = method.default_principal_space
 
     def _check_variants(self) -> None:
-        """Refuse variants of the suppression that this method has no part for."""
+        """Refuse settings that the method or engine does not support."""
         if self.state_folder is not None and self.state_memory is None:
-            raise ValueError(f"state_folder is {self.state_folder!r}, for what passes state_memory, which is not "
-                             "given: give it in gigabytes (0 keeps all state in the folder), or leave out both")
+            raise ValueError(f"state_folder is {self.state_folder!r} but state_memory, the limit above which it is "
+                             "used, is not given: give it in gigabytes (0 keeps all state in the folder), or leave out "
+                             "both")
         if self.compensate and (self.executor != "native" or not self.method.is_low_rank):
-            raise ValueError(f"compensate needs an update in the keys that it was solved for, which {self.base_alg} "
-                             f"with executor {self.executor} has not: say `compensate: false`")
+            raise ValueError(f"compensate is true, which needs low-rank updates, but {self.base_alg} with executor "
+                             f"{self.executor} has none: say `compensate: false`")
         if self.suppression == "shrink" and self.compensate:
             raise ValueError("suppression is shrink, a control of the paper's projection alone: leave out compensate")
 
@@ -479,7 +474,7 @@ class SPHEREHyperParams:
         if self.executor_hparams and self.executor == "native":
             raise ValueError(f"executor_hparams {dict(self.executor_hparams)!r} are for a wrapped method of "
                              "EasyEdit's: say `executor: easyedit` or remove them")
-        # EasyEdit's classes take numbers as they come, so what PyYAML left as text must be a number by then.
+        # EasyEdit's classes do not convert numbers, and PyYAML reads 1e-3 as a string.
         self.executor_hparams = {
             key: float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
             for key, value in self.executor_hparams.items()
@@ -505,7 +500,7 @@ class SPHEREHyperParams:
 
 
 def _without_removed(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy without the options of older versions, which must be at their defaults (ValueError)."""
+    """A copy without removed options, which must be at their defaults (ValueError)."""
     for name, (default, reason) in REMOVED.items():
         if mapping.get(name, default) != default:
             raise ValueError(f"{name} is {mapping[name]!r}, an option that was removed since {reason}: leave it out")
@@ -521,7 +516,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_hparams(hparams: object) -> None:
-    """Refuse what is not a ``SPHEREHyperParams`` (TypeError that says how to make one)."""
+    """Refuse anything but ``SPHEREHyperParams`` (TypeError)."""
     if isinstance(hparams, SPHEREHyperParams):
         return
     if isinstance(hparams, Mapping):

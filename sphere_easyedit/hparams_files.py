@@ -1,4 +1,4 @@
-"""Hyperparameter files: where they lie, how they are read, and a starting one for a model that has none."""
+"""Finds and reads hyperparameter files, and writes a starting file for a model without one."""
 
 from __future__ import annotations
 
@@ -33,22 +33,21 @@ logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".yaml", ".yml")
 
-# Edited layers of the published settings, (first, last, blocks of that model). Where a subject's facts are
-# recalled goes by relative depth, so an unlisted decoder takes the same share of its own blocks: 4-8 of 32 is
-# the paper's band for Llama-3-8B; the two older architectures have bands of their own (MEMIT, AlphaEdit).
+# Edited layers of the published settings, (first, last, number of blocks). Other decoders take the same relative depth:
+# 4-8 of 32 are the paper's layers for Llama-3-8B; MEMIT and AlphaEdit publish others for the two older architectures.
 _BAND = (4, 8, 32)
 _BANDS = MappingProxyType({"gpt2": (13, 17, 48), "gptj": (3, 8, 28)})
 
 
 @dataclass(frozen=True)
 class _WrappedStart:
-    """What a starting file for one of EasyEdit's methods holds.
+    """Content of a starting file for one of EasyEdit's methods.
 
     Attributes:
-        layer: the edited one, (number, blocks of that model).
-        layers: the same for older architectures, by model type.
-        values: its hyperparameters besides those that all have.
-        has_target_values: it optimises target values, as MEMIT does.
+        layer: the edited layer, (number, number of blocks).
+        layers: the same by model type, for older architectures.
+        values: the method's own hyperparameters.
+        has_target_values: the method optimises target values.
     """
 
     layer: tuple[int, int]
@@ -70,7 +69,7 @@ _WRAPPED_STARTS: Mapping[str, _WrappedStart] = MappingProxyType({
 _SECTIONS = (
     ("", ("alg_name", "base_alg", "executor", "model_name", "device", "batch_size", "max_length",
           "model_parallel")),
-    ("SPHERE: share of the spectrum that is protected, share of it taken out of an update, and when.",
+    ("SPHERE: share of the spectrum that is protected, share of it removed from an update, and when.",
      ("gamma", "alpha", "projection_stage", "principal_space")),
     ("Edited layers, ascending.", ("layers", "layer_selection", "fact_token")),
     ("Optimisation of target values; v_loss_layer is the model's last block.",
@@ -81,7 +80,7 @@ _SECTIONS = (
       "rect_keep", "prune_log_base", "keep_previous_keys")),
     ("Statistics of keys: a data set, a local file, or `generated` (text that the model writes itself).",
      ("mom2_dataset", "mom2_n_samples", "mom2_dtype", "mom2_max_length", "stats_dir")),
-    ("Where the model keeps its parts; {} is the layer's number.",
+    ("Module names of the model; {} is the layer's number.",
      tuple(one.name for one in fields(ModuleNames))),
 )
 _NOTES = MappingProxyType({
@@ -97,7 +96,7 @@ _NOTES = MappingProxyType({
 
 
 def _shipped_folders() -> list[Traversable]:
-    """Folders of shipped files, the checkout's before the installed package's."""
+    """Folders of the shipped files: a checkout's first, then the installed package's."""
     return [
         Path(__file__).resolve().parent.parent / "hparams" / "SPHERE",
         resources.files("sphere_easyedit") / "_hparams" / "SPHERE",
@@ -105,7 +104,7 @@ def _shipped_folders() -> list[Traversable]:
 
 
 def available_hparams() -> list[str]:
-    """Short names of the shipped files, such as ``AlphaEdit/smollm2-135m``, sorted."""
+    """Names of the shipped files, such as ``AlphaEdit/smollm2-135m``, sorted."""
     return sorted(_shipped())
 
 
@@ -120,10 +119,10 @@ def _shipped() -> dict[str, Traversable]:
 
 
 def find_hparams(name_or_path: str | os.PathLike[str]) -> Traversable:
-    """The file that a path, with or without its ending, or a short name stands for.
+    """The file of a path (with or without suffix) or of a shipped file's name.
 
     Raises:
-        FileNotFoundError: there is none; the message says where it was looked for and which names are near.
+        FileNotFoundError: there is none; the message lists the places searched and similar names.
     """
     text = os.fspath(name_or_path)
     paths = [Path(text)]
@@ -145,10 +144,10 @@ def find_hparams(name_or_path: str | os.PathLike[str]) -> Traversable:
 
 
 def read_mapping(file: Traversable) -> dict[str, Any]:
-    """The YAML mapping in a file.
+    """Read the YAML mapping in a file.
 
     Raises:
-        ValueError: the file is no YAML, no mapping, or names a key twice.
+        ValueError: the file is no YAML mapping, or has a key twice.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -171,15 +170,15 @@ def read_mapping(file: Traversable) -> dict[str, Any]:
 
 
 def _at_depth(layer: int, of: int, blocks: int) -> int:
-    """The layer of a model of ``blocks`` layers that lies as deep as ``layer`` lies in one of ``of``."""
-    return min(int(layer * blocks / of + 0.5), blocks - 1)  # not round(), which sends halves to the even side
+    """Layer at the same relative depth in a model with ``blocks`` layers as ``layer`` in one with ``of``."""
+    return min(int(layer * blocks / of + 0.5), blocks - 1)  # round() would round halves to even
 
 
 def _nearest_layers(parts: DecoderParts, wanted: Sequence[int]) -> tuple[ModuleNames, list[int], str]:
-    """Layers whose down-projections have one name, at or next to the wanted ones, and why where others were taken.
+    """Layers with the same down-projection name, at or next to ``wanted``, and a note if they differ from it.
 
-    The place that most of the wanted layers have is taken, then the one nearest to them; of its layers those among the
-    wanted ones, and where there are none, as many of the nearest.
+    Chosen is the name that most of the wanted layers have, then the one nearest to them. Of its layers the wanted ones
+    are returned, or as many of the nearest if there are none.
     """
     def distance(layer: int) -> int:
         return min(abs(layer - one) for one in wanted)
@@ -201,15 +200,15 @@ def _nearest_layers(parts: DecoderParts, wanted: Sequence[int]) -> tuple[ModuleN
 def starting_hparams(
     config: PretrainedConfig, model_name: str, base_alg: str = "AlphaEdit"
 ) -> dict[str, Any]:
-    """A complete starting point for a decoder that has no file of its own, from its config alone.
+    """Complete hyperparameters for a decoder without a shipped file, derived from its config; not tuned.
 
-    Gamma and alpha are the paper's, the other numbers those that the authors and EasyEdit publish for
-    Qwen2.5-7B, with the layers moved to the same relative depth. A start: nobody tuned it for this model.
+    Gamma and alpha are the paper's; the other values are those that the authors and EasyEdit publish for Qwen2.5-7B,
+    with the layers at the same relative depth.
 
     Args:
-        config: the model's config; its modules must be such as ``module_discovery`` finds.
+        config: the model's config.
         model_name: hub name or folder, written into the result.
-        base_alg: a registered method, or FT or ROME of EasyEdit's.
+        base_alg: a registered method, or EasyEdit's FT or ROME.
 
     Raises:
         ValueError: unknown base method, or the model has no layer that can be edited.
@@ -218,21 +217,17 @@ def starting_hparams(
 
 
 def starting_file(config: PretrainedConfig, model_name: str, base_alg: str = "AlphaEdit") -> str:
-    """``starting_hparams`` as YAML text, with a header that says where the values come from.
-
-    Raises:
-        ValueError: as there.
-    """
+    """``starting_hparams`` as YAML text, with the sources of the values in a header."""
     mapping, note = _starting(config, model_name, base_alg)
     return render_hparams(mapping, (
         f"SPHERE on {base_alg}, {model_name.rstrip('/').rpartition('/')[2]}. Sources of the values:\n"
-        "gamma, alpha: arXiv 2510.01172. The rest: a start, by `sphere-easyedit hparams`, with what is published for\n"
-        "Qwen2.5-7B and layers at the same share of the depth. Not tuned."
+        "gamma, alpha: arXiv 2510.01172. The rest: written by `sphere-easyedit hparams` from the values published\n"
+        "for Qwen2.5-7B, with the layers at the same relative depth. Not tuned."
         + "".join(f"\n{line}" for line in textwrap.wrap(note, 110))))
 
 
 def _starting(config: PretrainedConfig, model_name: str, base_alg: str) -> tuple[dict[str, Any], str]:
-    """The starting hyperparameters, and why their layers are not those at the published depth."""
+    """The starting hyperparameters, and a note if the layers are not at the published depth."""
     wrapped, method = _WRAPPED_STARTS.get(base_alg), METHODS.find(base_alg)
     if wrapped is None and method is None:
         raise ValueError(f"base_alg is {base_alg!r}, but a starting file can be written for "
@@ -265,7 +260,7 @@ def _starting(config: PretrainedConfig, model_name: str, base_alg: str) -> tuple
             "stats_dir": "./data/stats",
         }
     else:
-        # The suffix keeps EasyEdit's FT, which picks parameters by substring, off the bias beside the weight.
+        # EasyEdit's FT selects parameters by substring; the suffix excludes the bias.
         names["rewrite_module_tmp"] += ".weight"
     start |= {"layer_selection": "all", **method.starting_values} if wrapped is None else wrapped.values
     return start | names, note
@@ -276,10 +271,10 @@ def render_hparams(mapping: Mapping[str, Any], header: str = "") -> str:
 
     Args:
         mapping: flat, as ``SPHEREHyperParams.from_dict`` takes it.
-        header: put on top as comment lines, for instance where the values come from.
+        header: comment lines at the top.
     """
     lines = [f"# {line}".rstrip() for line in header.splitlines()]
-    own = {"kl_factor"} if "v_lr" not in mapping else set()  # FT's, of another meaning than a target value's
+    own = {"kl_factor"} if "v_lr" not in mapping else set()  # FT's, with another meaning
     sections = [(comment, [name for name in names if name in mapping and name not in own])
                 for comment, names in _SECTIONS]
     named = {name for _, names in sections for name in names}
@@ -295,6 +290,6 @@ def render_hparams(mapping: Mapping[str, Any], header: str = "") -> str:
 
 
 def _scalar(value: Any) -> str:
-    # Flow style keeps a list on one line; a lone scalar is dumped with an end-of-document line.
+    # Flow style keeps a list on one line; a single scalar is dumped with an end-of-document line.
     text: str = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
     return text.removesuffix("...\n").strip()

@@ -24,9 +24,9 @@ from study.weights import keys_of_edits, over_layers, stages, weight_tables
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import PrincipalSpace
-from sphere_easyedit.analysis.arms import Arm, arms_of
 from sphere_easyedit.analysis.collapse import Collapse, collapse_of
 from sphere_easyedit.analysis.correlations import energy_correlations, energy_points
+from sphere_easyedit.analysis.labels import LabelledRun, labelled_runs
 from sphere_easyedit.analysis.tables import Column, Table
 from sphere_easyedit.callbacks.spaces import principal_share
 from sphere_easyedit.methods.covariance import moment_path, save_moment
@@ -172,7 +172,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         find_runs(tmp_path)
     folder = write_run(tmp_path / "deep" / "run")
     assert [run.directory for run in find_runs(tmp_path)] == [folder]
-    with pytest.raises(ValueError, match=r"after-300.jsonl is not there"):
+    with pytest.raises(ValueError, match=r"after-300.jsonl does not exist"):
         find_runs(tmp_path)[0].scores("after", 300)
     (folder / "config.yaml").write_text("run: {}\n")
     with pytest.raises(ValueError, match="no mapping `hparams`"):
@@ -183,8 +183,8 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("lines", "complaint"), [
-    ([{"case_id": 1, "protocol": "rome"}], "no scores by the protocol paper"),
-    ([{"case_id": 1, "protocol": "paper"}] * 2, "case 1 comes a second time"),
+    ([{"case_id": 1, "protocol": "rome"}], "no scores of protocol paper"),
+    ([{"case_id": 1, "protocol": "paper"}] * 2, "case 1 has two lines"),
     ([{"case_id": None, "protocol": "paper"}], "case_id is None")])
 def test_scores_are_checked(tmp_path: Path, lines: list[dict[str, Any]], complaint: str) -> None:
     folder = write_run(tmp_path / "run", scores={1: {}})
@@ -210,17 +210,17 @@ def test_energy_is_followed_to_the_collapse(tmp_path: Path) -> None:
     assert early["efficacy"].signed.energy.rho == pytest.approx(-0.8)
     assert whole["log_perplexity"].signed.energy.n == 5
 
-    row, = rows_of(collapse_table(arms_of([run])))
+    row, = rows_of(collapse_table(labelled_runs([run])))
     assert (row["edits"], row["collapses at"], row["sign"]) == (600, 500, "efficacy")
     assert row["HE change before"] == pytest.approx(0.01) and row["|HE change| there"] == pytest.approx(0.0375)
     assert row["HE change at the end"] == pytest.approx(0.015) and row["perplexity ratio at the end"] == math.inf
-    table = {row["metric"]: row for row in rows_of(correlation_table(arms_of([run])))}
+    table = {row["metric"]: row for row in rows_of(correlation_table(labelled_runs([run])))}
     assert table["efficacy"]["rho HE before collapse"] == pytest.approx(-0.8)
     assert table["efficacy"]["n steps of HE"] == 5 and table["specificity"]["rho |HE|"] == pytest.approx(-1)
 
 
 def test_a_run_that_holds_has_no_collapse(tmp_path: Path) -> None:
-    arms = arms_of([RunRecords.read(write_run(tmp_path / "run"))])
+    arms = labelled_runs([RunRecords.read(write_run(tmp_path / "run"))])
     row, = rows_of(collapse_table(arms))
     assert (row["collapses at"], row["HE change there"]) == (None, None)
     assert not any("before collapse" in column.name for column in correlation_table(arms).columns)
@@ -234,7 +234,7 @@ def test_energy_that_is_not_finite_is_no_point(tmp_path: Path) -> None:
 
 
 def test_curves_have_every_point(tmp_path: Path) -> None:
-    rows = rows_of(curves_table(arms_of([RunRecords.read(write_run(tmp_path / "run"))])))
+    rows = rows_of(curves_table(labelled_runs([RunRecords.read(write_run(tmp_path / "run"))])))
     assert [(row["edits"], row["when"]) for row in rows] == [
         (0, "before"), (100, "during"), (100, "last_batch"), (200, "during"), (300, "after")]
     assert rows[0]["HE change"] == 0 and rows[0]["update norm"] is None
@@ -246,7 +246,7 @@ def test_curves_have_every_point(tmp_path: Path) -> None:
 def test_regressions_pool_runs(tmp_path: Path) -> None:
     one = RunRecords.read(write_run(tmp_path / "one", efficacy=[90, 80, 72, 60], perplexity=[20] * 4))
     two = RunRecords.read(write_run(tmp_path / "two", alpha=0.5, efficacy=[90, 85, 82, 80], perplexity=[20] * 4))
-    rows = [row for row in rows_of(regression_table(arms_of([one, two])))
+    rows = [row for row in rows_of(regression_table(labelled_runs([one, two])))
             if (row["metric"], row["energy"]) == ("efficacy", "HE step")]
     assert [(row["method"], row["pairs"]) for row in rows] == [("all runs", 6), ("MEMIT", 3), ("MEMIT+SPHERE", 3)]
     assert rows[0]["data set"] == "CounterFact" and isinstance(rows[0]["slope"], Estimate)
@@ -268,7 +268,7 @@ def test_published_runs_still_open(file: Path) -> None:
 # --- arms side by side ----------------------------------------------------------------------------------------
 
 
-def arms_with_scores(folder: Path) -> list[Arm]:
+def arms_with_scores(folder: Path) -> list[LabelledRun]:
     """MEMIT by itself, with SPHERE (a tenth better on each case) and with a control as good; and a ZsRE run."""
     rng = np.random.default_rng(0)
     base = {case: {name: float(rng.uniform(0.2, 0.8)) for name in METRIC_NAMES} for case in range(40)}
@@ -277,7 +277,7 @@ def arms_with_scores(folder: Path) -> list[Arm]:
     write_run(folder / "b", alpha=0.8, scores=better)
     write_run(folder / "c", alpha=0.8, suppression="random", scores=dict(reversed(list(better.items()))))
     write_run(folder / "d", dataset="zsre", efficacy=[50.0, 40.0], perplexity=[20, 20])
-    return arms_of(find_runs(folder))
+    return labelled_runs(find_runs(folder))
 
 
 def test_results_have_the_papers_form(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_runs_that_share_a_method_are_told_apart(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_run(tmp_path / name, alpha=0.8)
     write_run(tmp_path / "other", seed=1, alpha=0.8)
-    assert [arm.label for arm in arms_of(find_runs(tmp_path))] == [
+    assert [arm.label for arm in labelled_runs(find_runs(tmp_path))] == [
         "MEMIT+SPHERE (one)", "MEMIT+SPHERE (two)", "MEMIT+SPHERE"]
 
 
@@ -319,11 +319,11 @@ def test_runs_of_other_seeds_are_not_compared(tmp_path: Path) -> None:
     write_run(tmp_path / "a", scores={1: {"efficacy": 1.0}})
     write_run(tmp_path / "b", alpha=0.8, seed=1, scores={1: {"efficacy": 1.0}})
     write_run(tmp_path / "c", alpha=0.8, efficacy=[1.0], perplexity=[20], scores={1: {"efficacy": 1.0}})
-    assert differences_table(arms_of(find_runs(tmp_path))).rows == ()
+    assert differences_table(labelled_runs(find_runs(tmp_path))).rows == ()
 
 
 def test_abilities_are_listed_by_edits(tmp_path: Path) -> None:
-    rows = rows_of(abilities_table(arms_of([RunRecords.read(write_run(tmp_path / "run"))])))
+    rows = rows_of(abilities_table(labelled_runs([RunRecords.read(write_run(tmp_path / "run"))])))
     assert [(row["edits"], row["gsm8k"].mean, row["gsm8k"].n) for row in rows] == [(0, 40, 50), (300, 20, 50)]
     assert rows[0]["gsm8k"].ci95 == pytest.approx((39.02, 40.98))  # of the standard error
 
@@ -388,7 +388,7 @@ def test_weights_are_described_in_the_right_orientation(tmp_path: Path, family: 
     keys = keys_of_edits(editable, tok, REQUESTS, [], 100)
     assert {layer: tuple(found.shape) for layer, found in keys.items()} == {1: (3, 80), 2: (3, 80)}
     save_moment(moment_path(editable, hparams, 1), keys[1].double().T @ keys[1].double(), 3, 3)
-    tables = weight_tables(arms_of([run]), lambda run: (editable, hparams), lambda run: keys)
+    tables = weight_tables(labelled_runs([run]), lambda run: (editable, hparams), lambda run: keys)
     geometry, spectra, updates = (rows_of(table) for table in tables)
     states = ("unedited", 0), ("MEMIT", 100), ("MEMIT", 200)
     assert [(row["method"], row["edits"], row["layer"]) for row in geometry] == [
@@ -427,7 +427,7 @@ def test_a_broken_checkpoint_is_left_out(tmp_path: Path, caplog: pytest.LogCaptu
     weights = {editable.parameter_name(1): torch.full((48, 80), math.nan),
                editable.parameter_name(2): editable.weight(2).clone()}
     save_file(weights, folder / "checkpoints" / "weights-100.safetensors")
-    geometry, _, updates = weight_tables(arms_of([RunRecords.read(folder)]), lambda run: (editable, hparams))
+    geometry, _, updates = weight_tables(labelled_runs([RunRecords.read(folder)]), lambda run: (editable, hparams))
     assert len(geometry.rows) == 3 and len(updates.rows) == 1
     assert "layer 1 holds nan or infinity" in caplog.text
 
@@ -457,7 +457,7 @@ def test_another_order_is_another_experiment(tmp_path: Path) -> None:
     config = yaml.safe_load((folders[2] / "config.yaml").read_text())
     config["run"]["order_seed"] = 1
     (folders[2] / "config.yaml").write_text(yaml.safe_dump(config))
-    arms = arms_of([RunRecords.read(folder) for folder in folders])
+    arms = labelled_runs([RunRecords.read(folder) for folder in folders])
     assert [(arm.label, arm.run.draw) for arm in arms] == [("MEMIT", 0), ("MEMIT+SPHERE", 0), ("MEMIT", "0, order 1")]
     assert [row["against"] for row in rows_of(differences_table(arms, resamples=10))] == ["MEMIT"]
 
@@ -465,7 +465,7 @@ def test_another_order_is_another_experiment(tmp_path: Path) -> None:
 def test_earlier_keys_are_another_base_method(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name, alpha=alpha, keep_previous_keys=keys, scores={1: {"efficacy": 1.0}})
                for name, alpha, keys in (("a", 0.0, False), ("b", 0.8, True), ("c", 0.0, True))]
-    arms = arms_of([RunRecords.read(folder) for folder in folders])
+    arms = labelled_runs([RunRecords.read(folder) for folder in folders])
     assert [arm.label for arm in arms] == ["MEMIT", "MEMIT, earlier keys", "MEMIT, earlier keys+SPHERE"]
     assert [row["against"] for row in rows_of(differences_table(arms, resamples=10))] == ["MEMIT, earlier keys"]
 
@@ -474,5 +474,5 @@ def test_runs_with_other_settings_are_not_compared(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name, base="AlphaEdit", alpha=alpha, L2=strength, device=device,
                          scores={1: {"efficacy": 1.0}})
                for name, alpha, strength, device in (("a", 0.0, 1, "cpu"), ("b", 0.5, 1, None), ("c", 0.0, 10, "cpu"))]
-    rows = rows_of(differences_table(arms_of([RunRecords.read(folder) for folder in folders]), resamples=10))
+    rows = rows_of(differences_table(labelled_runs([RunRecords.read(folder) for folder in folders]), resamples=10))
     assert [row["against"] for row in rows] == ["AlphaEdit (a)"]

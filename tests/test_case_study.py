@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sphere_easyedit.analysis import case_study
 from sphere_easyedit.analysis.case_study import choose_case, dtype_of_run, study_case
 from sphere_easyedit.datasets.loaders import load_records
-from sphere_easyedit.editing.checkpoints import put_weights
+from sphere_easyedit.editing.checkpoints import load_weights
 from sphere_easyedit.evaluation.generation import generate_continuations
-from sphere_easyedit.runs.measuring import MeasureSettings
-from sphere_easyedit.runs.revisiting import EditedRun
+from sphere_easyedit.runs.reevaluation import EditedRun
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 
@@ -47,7 +47,7 @@ def test_three_models_speak(run_path: Path, tok: PreTrainedTokenizerBase) -> Non
     prompts = [one.prompt for one in study.continuations]
     unedited = generate_continuations(tiny_model("llama"), tok, prompts, 8)
     other = tiny_model("llama")
-    put_weights(run.hparams.editable(other), run.directory.checkpoints, 4)
+    load_weights(run.hparams.editable(other), run.directory.checkpoints, 4)
     assert [one.unedited for one in study.continuations] == unedited
     assert [one.edited for one in study.continuations] == generate_continuations(other, tok, prompts, 8) != unedited
     assert [one.rolled_back for one in study.continuations] == unedited

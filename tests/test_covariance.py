@@ -25,8 +25,6 @@ from sphere_easyedit.editing.solve import prepare_session
 from sphere_easyedit.methods import covariance
 from sphere_easyedit.methods.corpus import corpus_name, token_sequences
 from sphere_easyedit.methods.covariance import (
-    filed_factor,
-    filed_null_space,
     load_moment,
     load_null_space,
     moment_path,
@@ -34,9 +32,11 @@ from sphere_easyedit.methods.covariance import (
     null_space_basis,
     save_moment,
     second_moments,
+    stored_factor,
+    stored_null_space,
 )
 from sphere_easyedit.methods.solvers import CholeskyFactor, KeyHistory, NullSpace
-from sphere_easyedit.methods.statistics_origin import origin_path
+from sphere_easyedit.methods.statistics_fingerprint import fingerprint_path
 from sphere_easyedit.models.architecture import EditableModel
 from sphere_easyedit.models.module_discovery import ModuleNames
 
@@ -100,7 +100,9 @@ def test_collected_moment_equals_brute_force(family: str, tokens_at_once: int, t
         assert relative_error(found[layer], expected[layer]) < 1e-5
 
 
-def test_written_file_has_easyedits_layout(family: str, tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_written_file_has_easyedits_layout(family: str, tok: PreTrainedTokenizerBase, tmp_path: Path,
+                                           caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "sphere_easyedit")
     hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS))
     editable = editable_of(tiny_model(family), hparams)
     editable.config._name_or_path = "/some/where/my-model/"
@@ -120,7 +122,8 @@ def test_written_file_has_easyedits_layout(family: str, tok: PreTrainedTokenizer
         mean = torch.from_numpy(ours["mom2.mom2"]) / int(ours["mom2.count"])
     assert relative_error(mean, found[1]) < 1e-6
     paths = [moment_path(editable, hparams, layer) for layer in hparams.layers]
-    assert sorted(path.parent.iterdir()) == sorted([*paths, *map(origin_path, paths)])  # and no temporary file
+    assert sorted(path.parent.iterdir()) == sorted([*paths, *map(fingerprint_path, paths)])  # and no temporary file
+    assert f"second moments of layers [1, 2] are stored in {path.parent}" in caplog.messages
 
 
 def test_files_are_read_and_not_collected_again(tok: PreTrainedTokenizerBase, tmp_path: Path,
@@ -281,19 +284,8 @@ def test_keys_that_can_not_be_told_by_token(how: str, message: str, tok: PreTrai
     with pytest.raises(ValueError, match=rf"^model\.layers\.2\.mlp\.down_proj {message}") as error:
         second_moments(editable_of(model, hparams), tok, hparams)
     assert "\n" not in str(error.value)
-    assert "kept" not in caplog.text and not list((tmp_path / "stats").rglob("*.npz"))
+    assert "stored" not in caplog.text and not list((tmp_path / "stats").rglob("*.npz"))
     assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_the_log_says_where_statistics_are_kept(tok: PreTrainedTokenizerBase, tmp_path: Path,
-                                                caplog: pytest.LogCaptureFixture) -> None:
-    hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS))
-    editable = editable_of(tiny_model("llama"), hparams)
-    caplog.set_level(logging.INFO, "sphere_easyedit")
-    second_moments(editable, tok, hparams)
-    folder = moment_path(editable, hparams, 1).parent
-    assert f"second moments of layers [1, 2] are kept in {folder}" in caplog.messages
-    assert "operations" not in caplog.text
 
 
 @pytest.mark.parametrize("dataset", ["texts.txt", "generated"])
@@ -389,23 +381,17 @@ def test_unusable_file_is_refused_with_path_and_remedy(damage: str, tmp_path: Pa
     path = tmp_path / "layer.npz"
     DAMAGES[damage](path)
     content = path.read_bytes()
-    with pytest.raises(ValueError, match="remove") as caught:
+    with pytest.raises(ValueError, match=r"\(79, 79\).*\(80, 80\).*stats_dir" if damage == "wrong shape" else "remove"
+                       ) as caught:
         load_moment(path, 80)
     assert str(path) in str(caught.value)
     assert path.read_bytes() == content
 
 
-def test_wrong_shape_names_both_shapes(tmp_path: Path) -> None:
-    path = tmp_path / "layer.npz"
-    DAMAGES["wrong shape"](path)
-    with pytest.raises(ValueError, match=r"\(79, 79\).*\(80, 80\).*stats_dir"):
-        load_moment(path, 80)
-
-
 def test_pickle_in_a_statistics_file_is_not_executed(tmp_path: Path) -> None:
     path, trace = tmp_path / "layer.npz", tmp_path / "trace"
     _npz(path, **{"mom2.mom2": np.array([_Bomb(trace)], dtype=object)})
-    with pytest.raises(ValueError, match="remove it to have it collected anew") as caught:
+    with pytest.raises(ValueError, match="remove it to have it collected again") as caught:
         load_moment(path, 80)
     assert str(path) in str(caught.value)
     assert not trace.exists()
@@ -509,27 +495,20 @@ def test_bad_jsonl_line_is_named(line: str, number: int, tok: PreTrainedTokenize
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["absent.txt", "absent.jsonl"])
-def test_missing_file(name: str, tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no file; set mom2_dataset to") as caught:
-        sequences_of(tok, tmp_path, mom2_dataset=str(tmp_path / name))
-    assert name in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["latin.txt", "latin.jsonl"])
-def test_file_in_another_encoding(name: str, tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_bytes('{"text": "café"}\n'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"(?i)utf-?8") as caught:
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "is no file; set mom2_dataset to"), ('{"text": "café"}\n'.encode("latin-1"), "(?i)utf-?8"),
+    (b"\n  \n", "holds no text; set mom2_dataset to")], ids=["missing", "latin-1", "blank"])
+def test_unusable_text_file(content: bytes | None, message: str, suffix: str, tok: PreTrainedTokenizerBase,
+                            tmp_path: Path) -> None:
+    path = tmp_path / f"texts.{suffix}"
+    if content == b"\n  \n":
+        text_file(tmp_path, ["", "  "], path.name)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
         sequences_of(tok, tmp_path, mom2_dataset=str(path))
     assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["blank.txt", "blank.jsonl"])
-def test_file_without_text(name: str, tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    path = text_file(tmp_path, ["", "  "], name)
-    with pytest.raises(ValueError, match=r"holds no text; set mom2_dataset to"):
-        sequences_of(tok, tmp_path, mom2_dataset=str(path))
 
 
 def _replace_datasets(monkeypatch: pytest.MonkeyPatch, replacement: Any) -> None:
@@ -555,19 +534,18 @@ class _Stream:
         return self._records
 
 
-def test_datasets_library_missing(tok: PreTrainedTokenizerBase, tmp_path: Path,
-                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    _replace_datasets(monkeypatch, ImportError("No module named 'datasets'"))
-    with pytest.raises(ValueError, match=r"pip install datasets.*or set mom2_dataset to a local"):
-        sequences_of(tok, tmp_path, mom2_dataset="wikipedia")
+def _unreachable(*_: Any, **__: Any) -> Any:
+    raise ConnectionError("offline")
 
 
-def test_data_set_out_of_reach(tok: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(*_: Any, **__: Any) -> Any:
-        raise ConnectionError("offline")
-
-    _replace_datasets(monkeypatch, types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(ValueError, match=r"'no/such-set'.*offline; set mom2_dataset to a local"):
+@pytest.mark.parametrize(("library", "message"), [
+    (ImportError("No module named 'datasets'"), r"pip install datasets.*or set mom2_dataset to a local"),
+    (types.SimpleNamespace(load_dataset=_unreachable), r"'no/such-set'.*offline; set mom2_dataset to a local")],
+    ids=["no library", "offline"])
+def test_data_set_out_of_reach(library: Any, message: str, tok: PreTrainedTokenizerBase, tmp_path: Path,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+    _replace_datasets(monkeypatch, library)
+    with pytest.raises(ValueError, match=message):
         sequences_of(tok, tmp_path, mom2_dataset="no/such-set")
 
 
@@ -694,25 +672,12 @@ def test_null_space_that_is_empty() -> None:
         null_space_basis(moment, threshold=0.5)
 
 
-def test_golden_null_space_is_read() -> None:
-    for family in ("llama", "gpt2"):
-        golden = load_golden(family)
-        path = golden.folder / "null_space_project.pt"
-        stacked = torch.load(path, weights_only=True)
-        layers = golden.hparams().layers
-        spaces = load_null_space(path, layers, stacked.shape[1])
-        assert list(spaces) == layers
-        for stored, space in zip(stacked, spaces.values(), strict=True):
-            assert relative_error(projection(space), stored) < 1e-5
-            assert 0 < space.dimensions < len(stored)
-            assert space.columns.shape[1] <= len(stored) / 2
-
-
 @pytest.mark.parametrize("kept", [1, 40, 299, 300])
 def test_projection_is_read_whatever_its_rank(kept: int, tmp_path: Path) -> None:
     stacked = _projections(width=300, kept=kept)
     torch.save(stacked, tmp_path / "P.pt")
-    for stored, space in zip(stacked, load_null_space(tmp_path / "P.pt", [3, 5], 300).values(), strict=True):
+    spaces = load_null_space(tmp_path / "P.pt", [3, 5], 300)
+    for stored, space in zip(stacked, (spaces[3], spaces[5]), strict=True):
         assert (space.dimensions, space.columns.dtype) == (kept, torch.float32)
         assert relative_error(projection(space), stored) < 2e-6
 
@@ -721,14 +686,6 @@ def _projections(count: int = 2, width: int = 6, kept: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     bases = torch.linalg.qr(torch.randn(count, width, kept, generator=generator)).Q
     return bases @ bases.mT
-
-
-def test_null_spaces_keep_their_layers(tmp_path: Path) -> None:
-    stacked = _projections()
-    torch.save(stacked, tmp_path / "P.pt")
-    spaces = load_null_space(tmp_path / "P.pt", [3, 5], 6)
-    for layer, stored in zip([3, 5], stacked, strict=True):
-        assert relative_error(projection(spaces[layer]), stored) < 1e-5
 
 
 def _oblique() -> Tensor:
@@ -819,7 +776,7 @@ def _statistics(folder: Path, width: int = 40, seed: int = 0) -> Path:
 
 
 def _fail(*_: Any) -> Any:
-    raise AssertionError("made anew")
+    raise AssertionError("derived again")
 
 
 def _made_once(make: Callable[[Path], list[Tensor]], maker: tuple[Any, str], folder: Path,
@@ -844,7 +801,7 @@ def _made_once(make: Callable[[Path], list[Tensor]], maker: tuple[Any, str], fol
         caplog.clear()
         assert all(torch.equal(*pair) for pair in zip(make(statistics), made, strict=True))
         assert f"{filed}" in caplog.text
-        assert "made anew" in caplog.text
+        assert "derived again" in caplog.text
         caplog.clear()
         make(statistics)
         assert not caplog.records  # the file was mended
@@ -864,7 +821,7 @@ def _made_once(make: Callable[[Path], list[Tensor]], maker: tuple[Any, str], fol
 def test_null_space_is_filed(rule: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                              caplog: pytest.LogCaptureFixture) -> None:
     def make(statistics: Path) -> list[Tensor]:
-        return [projection(filed_null_space(statistics, 40, rule.get("threshold"), rule.get("share"), CPU))]
+        return [projection(stored_null_space(statistics, 40, rule.get("threshold"), rule.get("share"), CPU))]
 
     if rule == {"share": 1.0}:  # nothing in the file to be damaged, and no other statistics give anything else
         assert torch.equal(make(_statistics(tmp_path))[0], make(_statistics(tmp_path))[0])
@@ -875,7 +832,7 @@ def test_null_space_is_filed(rule: dict[str, float], tmp_path: Path, monkeypatch
 
 def test_rules_are_filed_apart(tmp_path: Path) -> None:
     statistics = _statistics(tmp_path)
-    dimensions = [filed_null_space(statistics, 40, threshold, share, CPU).dimensions
+    dimensions = [stored_null_space(statistics, 40, threshold, share, CPU).dimensions
                   for threshold, share in ((0.2, None), (0.5, None), (None, 0.9), (0.2, 0.5)) for _ in range(2)]
     assert dimensions[::2] == dimensions[1::2]
     assert dimensions[4::2] == [36, 20]
@@ -886,29 +843,29 @@ def test_rules_are_filed_apart(tmp_path: Path) -> None:
 def test_wide_factor_is_filed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                               caplog: pytest.LogCaptureFixture) -> None:
     def make(statistics: Path) -> list[Tensor]:
-        return list(filed_factor(statistics, 40, CPU).rows)
+        return list(stored_factor(statistics, 40, CPU).rows)
 
     make(_statistics(tmp_path))
     assert list(tmp_path.glob("*.safetensors")) == []  # a narrow one is not
-    monkeypatch.setattr(covariance, "FACTOR_FILED_FROM", 40)
+    monkeypatch.setattr(covariance, "MIN_STORED_FACTOR_SIZE", 40)
     _made_once(make, (CholeskyFactor, "of"), tmp_path, monkeypatch, caplog)
 
 
 def test_factor_of_a_singular_moment_is_not_filed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(covariance, "FACTOR_FILED_FROM", 1)
+    monkeypatch.setattr(covariance, "MIN_STORED_FACTOR_SIZE", 1)
     path = tmp_path / "C.npz"
     save_moment(path, torch.zeros(5, 5), 3, 7)
     with pytest.raises(torch.linalg.LinAlgError):
-        filed_factor(path, 5, CPU)
+        stored_factor(path, 5, CPU)
     assert [file.name for file in tmp_path.iterdir()] == ["C.npz"]
 
 
 def test_damaged_statistics_are_refused_whatever_lies_beside_them(tmp_path: Path) -> None:
     statistics = _statistics(tmp_path)
-    filed_null_space(statistics, 40, None, 0.9, CPU)
+    stored_null_space(statistics, 40, None, 0.9, CPU)
     statistics.write_bytes(statistics.read_bytes()[:-200])
     with pytest.raises(ValueError, match="no statistics file"):
-        filed_null_space(statistics, 40, None, 0.9, CPU)
+        stored_null_space(statistics, 40, None, 0.9, CPU)
 
 
 def test_folder_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -918,15 +875,15 @@ def test_folder_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
     statistics = _statistics(tmp_path)
     monkeypatch.setattr(covariance, "atomic_write", refuse)
-    assert filed_null_space(statistics, 40, None, 0.9, CPU).dimensions == 36
+    assert stored_null_space(statistics, 40, None, 0.9, CPU).dimensions == 36
     assert "can't be written" in caplog.text
-    assert "made again in the next session" in caplog.text
+    assert "derived again in the next session" in caplog.text
 
 
 @pytest.mark.parametrize("base_alg", ["AlphaEdit", "MEMIT"])
 def test_second_run_reads_what_the_first_derived(base_alg: str, tok: PreTrainedTokenizerBase, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(covariance, "FACTOR_FILED_FROM", 1)
+    monkeypatch.setattr(covariance, "MIN_STORED_FACTOR_SIZE", 1)
     hparams = tiny_hparams(tmp_path, base_alg=base_alg, v_num_grad_steps=2)
     first, second = tiny_model("llama"), tiny_model("llama")
     sphere.apply_sphere_to_model(first, tok, REQUESTS, hparams)

@@ -170,7 +170,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "guard.json").write_text('{"facts": [], "records": [{}]}')
     edited, _ = guarded(norm=1.5, path=tmp_path / "guard.json")
     edited.batches = 1
-    with pytest.raises(ValueError, match="no file of a DriftGuard"):
+    with pytest.raises(ValueError, match="not a file of a DriftGuard"):
         edited.batch()
 
 

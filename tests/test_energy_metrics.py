@@ -8,7 +8,6 @@ import json
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import FrozenInstanceError
 from typing import Any
 
 import numpy as np
@@ -114,23 +113,11 @@ def test_joined_metrics_are_json() -> None:
     assert read[4]["hyperspherical_energy"] is None
 
 
-def test_join_counts_from_the_first_record() -> None:
-    """The tracker began with a model that had 10 edits."""
-    assert numbered(tracker_at([10, 12, 15]).join(accuracies([1.0] * 5))) == [12, 12, 15, 15, 15]
-
-
 def test_join_twice_is_join_once() -> None:
     tracker = tracker_at([0, 1, 3])
     metrics = tracker.join(accuracies([1.0] * 3))
     once = copy.deepcopy(metrics)
     assert tracker.join(metrics) == once
-
-
-def test_every_second_batch() -> None:
-    """Batches of 2: recorded after 4 and 8 edits, and the fifth batch after no record."""
-    tracker = tracker_at([0, 4, 8], every=2)
-    assert numbered(tracker.join(accuracies([1.0] * 8))) == [4] * 4 + [8] * 4
-    assert numbered(tracker.join(accuracies([1.0] * 10))) == [4] * 4 + [8] * 4 + [None] * 2
 
 
 @PROPERTY
@@ -251,7 +238,7 @@ def test_entries_without_the_metric_are_left_out(post: Any) -> None:
     found = correlation_of(tracker, posts)
     assert list(found) == ["rewrite_acc"]
     assert_agrees(found["rewrite_acc"].energy, [1, 2, 3], [4, 5, 6])
-    assert found["rewrite_acc"].change.n == 2
+    assert found["rewrite_acc"].change.n == 2 and is_nan(found["rewrite_acc"].change)
 
 
 def test_entries_without_post_have_no_metrics() -> None:
@@ -306,19 +293,6 @@ def test_agrees_with_scipy(points: list[tuple[int, int]]) -> None:
             assert_agrees(correlation, left, right)
 
 
-@PROPERTY
-@given(st.lists(NUMBERS, min_size=4, max_size=20, unique=True), st.sampled_from([1, -1]))
-def test_monotone(values: list[float], sign: int) -> None:
-    """The metric rises (or falls) with energy, and so do their differences where both are one up to a factor."""
-    tracker = tracker_at(range(len(values) + 1), [0.0, *values])
-    cubes = correlation_of(tracker, [{"rewrite_acc": sign * value**3} for value in values])["rewrite_acc"]
-    assert cubes.energy.rho == pytest.approx(sign)
-    assert cubes.energy.p == pytest.approx(0.0, abs=1e-9)
-    shifted = tracker_at(range(len(values) + 1), [0.0, *(2.0 * value for value in values)])
-    same = correlation_of(shifted, [{"rewrite_acc": sign * value} for value in values])["rewrite_acc"]
-    assert is_nan(same.change) or same.change.rho == pytest.approx(sign)
-
-
 def test_energy_is_the_mean_over_layers_of_the_relative_change() -> None:
     """The big layer rises in energy, the mean of the relative changes falls."""
     tracker = sphere.HETracker()
@@ -327,22 +301,16 @@ def test_energy_is_the_mean_over_layers_of_the_relative_change() -> None:
     assert correlation_of(tracker, [{"rewrite_acc": -i} for i in range(4)])["rewrite_acc"].energy.rho == 1.0
 
 
+def test_constant_energy() -> None:
+    found = correlation_of(tracker_at(range(6), [0.5] * 6), [{"rewrite_acc": value} for value in [1.0, 0.5, 0.1, 0, 2]])
+    assert is_nan(found["rewrite_acc"].energy) and is_nan(found["rewrite_acc"].change)
+
+
 @pytest.mark.parametrize("batches", [1, 2])
 def test_too_few_batches(batches: int) -> None:
     found = correlation_of(tracker_at(range(batches + 1)), [{"rewrite_acc": float(i)} for i in range(batches)])
     assert is_nan(found["rewrite_acc"].energy) and is_nan(found["rewrite_acc"].change)
     assert (found["rewrite_acc"].energy.n, found["rewrite_acc"].change.n) == (batches, batches - 1)
-
-
-def test_three_batches_have_a_level_and_no_change() -> None:
-    found = correlation_of(tracker_at(range(4)), [{"rewrite_acc": value} for value in [0.5, 0.25, 0.125]])
-    assert found["rewrite_acc"].energy.rho == pytest.approx(-1.0)
-    assert is_nan(found["rewrite_acc"].change)
-
-
-def test_constant_energy() -> None:
-    found = correlation_of(tracker_at(range(6), [0.5] * 6), [{"rewrite_acc": value} for value in [1.0, 0.5, 0.1, 0, 2]])
-    assert is_nan(found["rewrite_acc"].energy) and is_nan(found["rewrite_acc"].change)
 
 
 @pytest.mark.parametrize("values", [[0.1, 0.2, 0.3, 0.4, 0.5], [1000.1, 1000.2, 1000.3, 1000.4, 1000.5]])
@@ -363,29 +331,16 @@ def test_means_equal_but_for_rounding_are_ties() -> None:
     assert found.energy.rho == pytest.approx(spearmanr([2, 1, 3, 4], [1, 1, 1, 2]).statistic)
 
 
-def test_small_changes_are_not_rounded_away() -> None:
-    """Energies of a large layer move by billionths."""
-    changes = [0.0, 3e-9, 1e-9, 2e-9, 5e-9]
+@pytest.mark.parametrize(("changes", "values"), [
+    ([3e-9, 1e-9, 2e-9, 5e-9], [0.3, 0.1, 0.2, 0.5]),  # the energy of a large layer moves by billionths
+    ([0.1, 0.4, 0.2, 0.3], [0.5, 0.5 + 3e-9, 0.5 + 1e-9, 0.5 + 2e-9]),
+    ([0.1, 0.2, 0.4, 0.35, 0.9], [20.0, 20.001, 20.003, 20.002, 1e12]),  # perplexity explodes at the end
+])
+def test_small_differences_are_no_ties(changes: list[float], values: list[float]) -> None:
     tracker = sphere.HETracker()
-    tracker.records = [EnergyRecord(i, {1: 1.0 + change}, {1: change}) for i, change in enumerate(changes)]
-    assert correlation_of(tracker, [{"rewrite_acc": value} for value in [0.3, 0.1, 0.2, 0.5]]
-                          )["rewrite_acc"].energy.rho == pytest.approx(1.0)
-
-
-def test_close_numbers_are_no_ties() -> None:
-    values = [0.5, 0.5 + 3e-9, 0.5 + 1e-9, 0.5 + 2e-9]
-    found = correlation_of(tracker_at(range(5), [0.0, 0.1, 0.4, 0.2, 0.3]), [{"rewrite_acc": v} for v in values])
-    assert found["rewrite_acc"].energy.rho == pytest.approx(1.0)
-    assert found["rewrite_acc"].change.rho == pytest.approx(1.0)
-
-
-def test_small_differences_are_kept_beside_huge_ones() -> None:
-    """Perplexity explodes at last."""
-    values = [20.0, 20.001, 20.003, 20.002, 1e12]
-    changes = [0.0, 0.1, 0.2, 0.4, 0.35, 0.9]
-    found = correlation_of(tracker_at(range(6), changes), [{"rewrite_ppl": value} for value in values])["rewrite_ppl"]
-    assert found.energy.rho == pytest.approx(1.0)
-    assert found.change.rho == pytest.approx(1.0)
+    tracker.records = [EnergyRecord(i, {1: 1.0 + change}, {1: change}) for i, change in enumerate([0.0, *changes])]
+    found = correlation_of(tracker, [{"rewrite_acc": value} for value in values])["rewrite_acc"]
+    assert (found.energy.rho, found.change.rho) == pytest.approx((1.0, 1.0))
 
 
 def test_infinite_perplexity_ranks_last_and_has_no_difference_from_another() -> None:
@@ -409,9 +364,3 @@ def test_every_second_batch_pools_its_cases() -> None:
     assert trailing == found
 
 
-def test_results_are_frozen() -> None:
-    found = tracker_at(range(4)).correlation(accuracies([1.0, 2.0, 3.0]))["rewrite_acc"]
-    assert isinstance(found.energy.rho, float) and isinstance(found.energy.p, float)
-    for target, name in ((found, "energy"), (found.energy, "rho")):
-        with pytest.raises(FrozenInstanceError):
-            setattr(target, name, None)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sphere_easyedit.datasets.loaders import load_records
-from sphere_easyedit.editing.checkpoints import put_weights
+from sphere_easyedit.editing.checkpoints import load_weights
 from sphere_easyedit.export import (
     EditedWeights,
     ExportableRun,
@@ -41,7 +41,7 @@ from sphere_easyedit.export.card import card_text, code
 from sphere_easyedit.export.factors import Spectrum
 from sphere_easyedit.export.fingerprint import tensors_sha256
 from sphere_easyedit.export.folders import new_folder
-from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
@@ -71,7 +71,7 @@ class Made:
     def reference(self, at: int = 4) -> nn.Module:
         """The edited model as `evaluate` and `show` have it."""
         model, run = self.load(), ExportableRun(self.path)
-        put_weights(run.hparams.editable(model), self.path / "checkpoints", at)
+        load_weights(run.hparams.editable(model), self.path / "checkpoints", at)
         return model
 
 

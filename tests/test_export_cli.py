@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from sphere_easyedit.cli.app import app
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.export import base_fingerprint
-from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 

@@ -29,20 +29,20 @@ from sphere_easyedit.datasets.downloads import PUBLISHED, dataset_path
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing import checkpoints
 from sphere_easyedit.editing.checkpoints import (
-    put_weights,
+    load_weights,
+    remove_old_checkpoints,
     resumable,
     save_checkpoint,
     session_path,
-    thin_out,
     weights_path,
 )
 from sphere_easyedit.editing.session import resume_from
 from sphere_easyedit.methods import covariance
 from sphere_easyedit.methods.covariance import second_moments, statistics_files
-from sphere_easyedit.methods.statistics_origin import origin_path
+from sphere_easyedit.methods.statistics_fingerprint import fingerprint_path
 from sphere_easyedit.models.loading import smollm2_folder
 from sphere_easyedit.runs.directory import RunDirectory
-from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 from sphere_easyedit.utils.files import atomic_write, checksum_path, locked, remove_partial_files
 
@@ -174,7 +174,7 @@ def test_statistics_without_room(disk: Disk, tok: PreTrainedTokenizerBase) -> No
     hparams, model = tiny_hparams(disk.folder), tiny_model("llama")
     before = state_of(model)
     disk.leave(40_000)  # one layer's fits, two layers' do not
-    with pytest.raises(ValueError, match=r"can't be filed in .*stats_dir.*make room"):
+    with pytest.raises(ValueError, match=r"can't be written to .*stats_dir.*free disk space"):
         second_moments(hparams.editable(model), tok, hparams)
     assert unchanged(model, before)
     folder = next((disk.folder / "stats").rglob("*_stats"))
@@ -292,11 +292,11 @@ def test_checkpoints_from_before_checksums_load_with_a_warning(tmp_path: Path, c
     edited = state_of(checkpointed(folder, hparams, 4))
     model = tiny_model("llama")
     with caplog.at_level(logging.WARNING):
-        put_weights(hparams.editable(model), folder, 4)
+        load_weights(hparams.editable(model), folder, 4)
         assert not caplog.records
         for path in (weights_path(folder, 4), session_path(folder, 4)):
             checksum_path(path).unlink()
-        put_weights(hparams.editable(model), folder, 4)
+        load_weights(hparams.editable(model), folder, 4)
     assert "no checksum" in caplog.text
     assert unchanged(model, edited)
 
@@ -307,7 +307,7 @@ def test_a_checksum_file_that_is_none(tmp_path: Path) -> None:
     for content in (b"", b"no checksum\n", b"\xff" * 64, b"0" * 63):
         checksum_path(weights_path(folder, 4)).write_bytes(content)
         with pytest.raises(ValueError, match=r"weights-4.safetensors.sha256"):
-            put_weights(hparams.editable(tiny_model("llama")), folder, 4)
+            load_weights(hparams.editable(tiny_model("llama")), folder, 4)
 
 
 def test_checksums_are_sha256sums_and_go_with_their_files(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_checksums_are_sha256sums_and_go_with_their_files(tmp_path: Path) -> Non
     for path in folder.glob("*.sha256"):
         done = subprocess.run(["sha256sum", "-c", path.name], cwd=folder, capture_output=True, check=False)
         assert done.returncode == 0, path
-    thin_out(folder, 1, {2})
+    remove_old_checkpoints(folder, 1, {2})
     assert names(folder) == [f"{name}{end}" for name in (
         "session-6.safetensors", "weights-2.safetensors", "weights-6.safetensors") for end in ("", ".sha256")]
 
@@ -335,7 +335,7 @@ def test_no_stale_checksum_outlives_a_kill(tmp_path: Path, monkeypatch: pytest.M
         save_checkpoint(editable, session, folder)
     monkeypatch.undo()
     again = tiny_model("llama")
-    put_weights(hparams.editable(again), folder, 4)  # content of a new kind is not held against the old checksum
+    load_weights(hparams.editable(again), folder, 4)  # content of a new kind is not held against the old checksum
     assert torch.equal(hparams.editable(again).weight(1), editable.weight(1))
 
 
@@ -475,7 +475,7 @@ def test_statistics_of_a_killed_process_are_finished_by_the_next(tmp_path: Path,
     expected = second_moments(whole.editable(tiny_model("llama")), tok, whole)
     assert all(torch.equal(moment, expected[layer]) for layer, moment in second_moments(editable, tok, hparams).items())
     paths = [file.path for file in statistics_files(editable, tok, hparams).values()]
-    assert names(folder) == sorted(path.name for path in [*paths, *map(origin_path, paths)])
+    assert names(folder) == sorted(path.name for path in [*paths, *map(fingerprint_path, paths)])
 
 
 # --- the clock -----------------------------------------------------------------------------------------------
@@ -491,7 +491,7 @@ def test_nothing_reads_the_wall_clock_but_for_people() -> None:
                 if (owner, node.attr) == ("time", "time") or node.attr in ("st_mtime", "st_mtime_ns", "st_ctime",
                                                                            "getmtime", "utcnow"):
                     wanting.append(f"{path.name}:{node.lineno}")
-                if node.attr in ("now", "today") and path.name != "run_process.py":  # a date on top of a log
+                if node.attr in ("now", "today") and path.name != "process.py":  # a date on top of a log
                     wanting.append(f"{path.name}:{node.lineno}")
     assert wanting == []
 

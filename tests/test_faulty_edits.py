@@ -20,10 +20,10 @@ import sphere_easyedit as sphere
 from sphere_easyedit.callbacks.drift_guard import DriftGuard
 from sphere_easyedit.datasets.loaders import EditRecord, load_records
 from sphere_easyedit.editing import engines
-from sphere_easyedit.runs.faults import Skipped, Skips, edit_around_faults
-from sphere_easyedit.runs.measuring import MeasureSettings
-from sphere_easyedit.runs.revisiting import EditedRun
+from sphere_easyedit.runs.reevaluation import EditedRun
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
+from sphere_easyedit.runs.skipping import Skipped, SkippedFacts, edit_by_bisection
 
 # --- the bisection -----------------------------------------------------------------------------------------------
 
@@ -53,11 +53,11 @@ def test_what_can_be_edited_is_edited_once_and_in_order(count: int, bad: set[int
     faulty = bad & set(items)
     if len(faulty) == count > 1:
         with pytest.raises(ValueError, match="fails by itself"):
-            edit_around_faults(items, editor.edit, editor.failure, "skip")
+            edit_by_bisection(items, editor.edit, editor.failure, "skip")
         assert not editor.edited
         return
     if at_most > 1 or count == 1:
-        found = edit_around_faults(items, editor.edit, editor.failure, "skip")
+        found = edit_by_bisection(items, editor.edit, editor.failure, "skip")
         assert {item for item, _ in found} == faulty
         assert editor.edited == [item for item in items if item not in faulty]
 
@@ -68,14 +68,14 @@ def test_stop_names_all_that_are_at_fault_and_edits_none(count: int, bad: set[in
     faulty = bad & set(range(count))
     if faulty:
         with pytest.raises(ValueError, match="fail by themselves") as caught:
-            edit_around_faults(range(count), editor.edit, editor.failure, "stop")
+            edit_by_bisection(range(count), editor.edit, editor.failure, "stop")
         assert all(f"{item} (RuntimeError: bad [{item}])" in str(caught.value) for item in faulty)
         assert not editor.edited
 
 
 def test_one_fault_among_many_costs_two_tries_a_level() -> None:
     editor = Editor({700})
-    edit_around_faults(range(1024), editor.edit, editor.failure, "skip")
+    edit_by_bisection(range(1024), editor.edit, editor.failure, "skip")
     assert editor.tries <= 3 + 2 * 10  # the edit and its repetition, one trial of all, and two halves at ten levels
 
 
@@ -85,13 +85,13 @@ def test_an_error_that_is_not_the_edits_fault_is_raised_as_it_is(on_error: Any) 
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space"):
-        edit_around_faults([1, 2], edit, lambda items: None, on_error)
+        edit_by_bisection([1, 2], edit, lambda items: None, on_error)
 
 
 def test_stop_raises_what_no_single_edit_is_to_blame_for() -> None:
     editor = Editor(set(), at_most=3)
     with pytest.raises(MemoryError):
-        edit_around_faults(range(8), editor.edit, editor.failure, "stop")
+        edit_by_bisection(range(8), editor.edit, editor.failure, "stop")
 
 
 def test_failed_attempts_hold_no_memory() -> None:
@@ -119,13 +119,13 @@ def test_failed_attempts_hold_no_memory() -> None:
             return error
         return None
 
-    assert edit_around_faults(range(16), edit, failure, "skip") == []
+    assert edit_by_bisection(range(16), edit, failure, "skip") == []
     assert edited == list(range(16))
 
 
 @given(places=st.sets(st.integers(0, 29)), batch=st.integers(1, 7))
 def test_edits_and_facts_tried_are_told_from_each_other(places: set[int], batch: int) -> None:
-    skips = Skips(Skipped(place, place, 0, "") for place in places)
+    skips = SkippedFacts(Skipped(place, place, 0, "") for place in places)
     ends = [min(end, 30) for end in range(batch, 30 + batch, batch)]
     for end in ends:
         assert skips.edited(end) == len(set(range(end)) - places)
@@ -147,7 +147,7 @@ def test_an_error_that_all_edits_share_is_told_once_after_a_few_tries() -> None:
     for on_error in ("skip", "stop"):
         tries.clear()
         with pytest.raises(ValueError, match="^RuntimeError: mat1 and mat2 .*so do 11 of the batch's 1000 edits"):
-            edit_around_faults(range(1000), edit, fail, on_error)  # type: ignore[arg-type]
+            edit_by_bisection(range(1000), edit, fail, on_error)  # type: ignore[arg-type]
         assert tries == [1000, 1000, 500, 500] + [1] * 11
 
 
@@ -162,7 +162,7 @@ def test_an_error_that_most_edits_share_is_no_error_of_all() -> None:
             raise error
         edited.extend(items)
 
-    found = edit_around_faults(range(15), edit, failure, "skip")
+    found = edit_by_bisection(range(15), edit, failure, "skip")
     assert len(found) == 14 and edited == [good]
 
 
@@ -223,7 +223,7 @@ def test_skip_leaves_out_the_fact_at_fault_and_edits_the_rest(
     other = tiny_model("llama")
     for batch in (records[:3], [records[3], records[5]], records[6:]):
         sphere.apply_sphere_to_model(other, tok, [record.request() for record in batch], hparams)
-        sphere.EditSession.of(other).settle()
+        sphere.EditSession.of(other).drop_derived()
     assert all(torch.equal(weights[layer], weight) for layer, weight in edited_weights(other, hparams).items())
 
 

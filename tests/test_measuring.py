@@ -19,8 +19,9 @@ from sphere_easyedit.editing.callbacks import EditCallback, EditEvent, StopEditi
 from sphere_easyedit.evaluation.metrics import evaluate_records, summarise
 from sphere_easyedit.evaluation.text_quality import Decoding, TextQuality, fluency
 from sphere_easyedit.models.fingerprint import model_fingerprint
-from sphere_easyedit.runs.measuring import AbilitySettings, Measurer, MeasureSettings
-from sphere_easyedit.runs.revisiting import EditedRun
+from sphere_easyedit.runs.measuring import Measurer
+from sphere_easyedit.runs.reevaluation import EditedRun
+from sphere_easyedit.runs.schedule import AbilitySettings, MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 
@@ -178,7 +179,7 @@ def test_perplexity_is_added_where_it_is_missing(run: Path, tmp_path: Path, tok:
     whole = (run / "metrics.jsonl").read_text()
     EditedRun(run).measure(tiny_model("llama"), tok, [6], asked)
     assert (run / "metrics.jsonl").read_text() == whole
-    assert "has perplexity after 6 edits already, on whatever text it was measured: it stays" in caplog.text
+    assert "has perplexity after 6 edits already, on an unknown text: it stays" in caplog.text
 
 
 def test_a_perplexity_that_is_there_stays_when_a_line_lacks_something_else(

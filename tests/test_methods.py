@@ -15,7 +15,7 @@ import sphere_easyedit as sphere
 from sphere_easyedit.core.updates import Update, dense
 from sphere_easyedit.methods.base import Method
 from sphere_easyedit.methods.memit import MEMIT
-from sphere_easyedit.methods.registry import METHODS, get_method
+from sphere_easyedit.methods.registry import METHODS
 
 
 class TopRows(MEMIT):
@@ -58,7 +58,7 @@ def test_a_users_method_edits_with_sphere_on_top(llama_stats: Path, tok: PreTrai
     (type("Itself", (MEMIT,), {"name": "SPHERE"}), ValueError, "other than SPHERE"),
     (type("Half", (Method,), {"name": "Half"}), TypeError, "Half lacks key_metrics, solve_densely"),
     (TopRows(), TypeError, "give a subclass"), (dict, TypeError, "give a subclass"),
-], ids=str)
+], ids=["taken", "built in", "no name", "reserved", "abstract", "instance", "another class"])
 def test_what_can_not_be_registered(method: type[Method], error: type[Exception], message: str) -> None:
     names = METHODS.names
     with pytest.raises(error, match=message):
@@ -79,4 +79,4 @@ def test_a_removed_method_is_unknown_and_those_built_in_stay(tmp_path: Path) -> 
 
 def test_an_unknown_name_is_answered_with_the_nearest_and_the_list() -> None:
     with pytest.raises(ValueError, match="'memitt' is no base method; there are AlphaEdit, .*: did you mean 'MEMIT'"):
-        get_method("memitt")
+        METHODS.get("memitt")

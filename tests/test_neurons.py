@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from sphere_easyedit import PrincipalSpace
-from sphere_easyedit.callbacks.neurons import BINS, SAMPLE, NeuronRecord, NeuronWatch
+from sphere_easyedit.callbacks.neurons import BINS, SAMPLE, NeuronRecord, NeuronTracker
 
 SEEDS = st.integers(0, 2**31)
 
@@ -37,7 +37,7 @@ def test_records_are_those_of_a_plain_computation(seed: int, shape: tuple[int, i
     before, after = rows(seed, *shape), rows(seed + 1, *shape)
     if zero:
         before[2] = after[3] = 0.0
-    found = NeuronWatch({4: before}, gamma, seed).record({4: after}, 8).layers[4]
+    found = NeuronTracker({4: before}, gamma, seed).record({4: after}, 8).layers[4]
     alive = np.flatnonzero(before.numpy().any(axis=1))
     assert found.rows.tolist() == alive.tolist()  # fewer than are sampled
     norms = [np.linalg.norm(weight.numpy(), axis=1, keepdims=True) for weight in (before, after)]
@@ -60,7 +60,7 @@ def test_records_are_those_of_a_plain_computation(seed: int, shape: tuple[int, i
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
 def test_many_neurons_go_through_float32(gamma: float) -> None:
     weight = torch.nn.functional.pad(rows(0, 1100, 40).float(), (0, 1100)) + 0.02 * rows(1, 1100, 1140).float()
-    found = NeuronWatch({0: weight}, gamma).record({0: weight}, 1).layers[0]
+    found = NeuronTracker({0: weight}, gamma).record({0: weight}, 1).layers[0]
     directions = unit(weight)
     assert found.sampled == SAMPLE
     assert (np.diff(found.rows) > 0).all()
@@ -76,7 +76,7 @@ def test_many_neurons_go_through_float32(gamma: float) -> None:
 
 def test_neurons_are_drawn_by_seed_and_layer() -> None:
     weights = {layer: rows(layer, 300, 5) for layer in (1, 2)}
-    one, same, other = (NeuronWatch(weights, 0.5, seed).record(weights, 1).layers for seed in (0, 0, 1))
+    one, same, other = (NeuronTracker(weights, 0.5, seed).record(weights, 1).layers for seed in (0, 0, 1))
     assert (one[1].rows == same[1].rows).all()
     assert (one[1].rows != other[1].rows).any()
     assert (one[1].rows != one[2].rows).any()
@@ -84,7 +84,7 @@ def test_neurons_are_drawn_by_seed_and_layer() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_record_is_read_as_it_was_written(tmp_path: Path, dtype: torch.dtype) -> None:
-    watch = NeuronWatch({3: rows(0, 6, 9).to(dtype), 5: rows(1, 6, 9).to(dtype)}, 0.25, 11)
+    watch = NeuronTracker({3: rows(0, 6, 9).to(dtype), 5: rows(1, 6, 9).to(dtype)}, 0.25, 11)
     record = watch.record({3: rows(2, 6, 9).to(dtype), 5: rows(3, 6, 9).to(dtype)}, 40)
     record.write(tmp_path / "one.safetensors")
     read = NeuronRecord.read(tmp_path / "one.safetensors")
@@ -99,7 +99,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path, dtype: torch.dtype) 
 
 def test_a_broken_model_leaves_the_last_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, weight = tmp_path / "neurons.safetensors", rows(0, 6, 9)
-    watch = NeuronWatch({0: weight}, 0.5)
+    watch = NeuronTracker({0: weight}, 0.5)
     watch.write(path, {0: weight}, 2)
     written = path.read_bytes()
     broken = weight.clone()
@@ -109,12 +109,12 @@ def test_a_broken_model_leaves_the_last_record(tmp_path: Path, caplog: pytest.Lo
     assert "no record of neurons after 4 edits" in caplog.text
     assert path.read_bytes() == written
     with pytest.raises(ValueError, match="finite"):
-        NeuronWatch({0: broken}, 0.5)
+        NeuronTracker({0: broken}, 0.5)
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path, weight = tmp_path / "neurons.safetensors", rows(0, 6, 9)
-    NeuronWatch({0: weight}, 0.5).write(path, {0: weight}, 2)
+    NeuronTracker({0: weight}, 0.5).write(path, {0: weight}, 2)
     whole, tensors = path.read_bytes(), load_file(path)
     name = str(path)
 

@@ -33,7 +33,7 @@ from sphere_easyedit.models.offload import (
     parameter_values,
     writable_parameter,
 )
-from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 accelerate = pytest.importorskip("accelerate")

@@ -1,4 +1,4 @@
-"""Statistics and what they were collected from: two models, texts or tokenizers that share a path share no numbers."""
+"""Fingerprints of statistics: models, texts or tokenizers that share a path do not share statistics."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing import solve as executors
-from sphere_easyedit.methods import covariance
-from sphere_easyedit.methods import statistics_origin as origins
+from sphere_easyedit.editing import solve
+from sphere_easyedit.methods import covariance, statistics_fingerprint
 from sphere_easyedit.methods.covariance import (
     load_moment,
     moment_on_file,
@@ -30,7 +29,7 @@ from sphere_easyedit.methods.covariance import (
     save_moment,
     second_moments,
 )
-from sphere_easyedit.methods.statistics_origin import Origins, origin_path, tokenizer_digest
+from sphere_easyedit.methods.statistics_fingerprint import StatisticsFingerprints, fingerprint_path, tokenizer_digest
 
 WORDS = ("the", "of", "and", "in", "Rome", "Paris", "France", "Brazil", "language", "team", "plays", "John", "Smith",
          "who", "was", "born", "said", "that", "official", "world", "moon", "rain", "noon", "1969", "two", "men")
@@ -114,20 +113,20 @@ def test_texts_of_one_name_are_told_apart(tok: PreTrainedTokenizerBase, tmp_path
     assert not same(alone["t1"], alone["t2"])
     for text in ("t1", "t2"):
         assert same(edit(text, tmp_path / "shared"), alone[text])
-    assert caplog.text.count("collected from another text: they are collected anew and replaced") == 1
+    assert caplog.text.count("collected from another text: they are collected again and replaced") == 1
 
 
 def test_a_session_computes_the_fingerprint_once(tok: PreTrainedTokenizerBase, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     hparams = tiny_hparams(tmp_path, v_num_grad_steps=1, mom2_dataset=write(tmp_path / "texts.txt"))
     names: list[str] = []
-    compute = origins.tensor_digests
+    compute = statistics_fingerprint.tensor_digests
 
     def counted(editable: Any, wanted: Any) -> Any:
         names.extend(wanted)
         return compute(editable, wanted)
 
-    monkeypatch.setattr(origins, "tensor_digests", counted)
+    monkeypatch.setattr(statistics_fingerprint, "tensor_digests", counted)
     model = tiny_model("llama")
     for request in REQUESTS:
         sphere.apply_sphere_to_model(model, tok, [request], hparams)
@@ -207,7 +206,7 @@ def test_settings_and_tokenizers_are_told_apart(settings: dict[str, Any], change
     given = {"mom2_dataset": hparams.mom2_dataset, "mom2_n_samples": 3, **settings}
     there = tok if change_tok is None else change_tok(tok)
     found = moments(model, there, tiny_hparams(tmp_path, **given))
-    assert f"were collected from {reason}: they are collected anew and replaced" in caplog.text
+    assert f"were collected from {reason}: they are collected again and replaced" in caplog.text
     assert same(found, moments(model, there, tiny_hparams(tmp_path / "alone", **given)))
     assert not same(found, moments(model, tok, hparams))
 
@@ -248,7 +247,7 @@ def test_versions_of_transformers_may_add_fields(first: tuple[nn.Module, sphere.
                                                  tok: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     model, hparams = first
     for layer in hparams.layers:
-        path = origin_path(moment_path(hparams.editable(model), hparams, layer))
+        path = fingerprint_path(moment_path(hparams.editable(model), hparams, layer))
         stored = json.loads(path.read_text(encoding="utf-8"))
         stored["config"]["a_field_of_another_version"] = 3
         del stored["config"]["attention_bias"]
@@ -264,7 +263,7 @@ def test_a_text_that_is_not_here(first: tuple[nn.Module, sphere.SPHEREHyperParam
     Path(hparams.mom2_dataset).unlink()
     caplog.set_level(logging.INFO, "sphere_easyedit")
     assert same(moments(model, tok, hparams), found)
-    assert "texts.txt, that is not here to be compared" in caplog.text
+    assert "texts.txt, which is not found here" in caplog.text
     with pytest.raises(ValueError, match="is no file"):  # what does not fit can't be collected anew either
         moments(another(model, "model.embed_tokens.weight"), tok, hparams)
 
@@ -283,8 +282,8 @@ def test_a_tokenizer_is_told_by_what_it_does(tok: PreTrainedTokenizerBase) -> No
 def of_layers(model: nn.Module, tok: PreTrainedTokenizerBase, folder: Path, layers: list[int], dataset: str
               ) -> dict[int, Any]:
     hparams = tiny_hparams(folder, layers=layers, mom2_dataset=dataset)
-    found = Origins(hparams.editable(model), hparams, tok)
-    return {layer: found.of(layer) for layer in layers}
+    found = StatisticsFingerprints(hparams.editable(model), hparams, tok)
+    return {layer: found.expected(layer) for layer in layers}
 
 
 @pytest.mark.parametrize("dataset", ["texts.txt", "generated"])
@@ -346,11 +345,11 @@ def test_files_without_a_fingerprint_are_taken_as_they_are(first: tuple[nn.Modul
     paths = [moment_path(editable, hparams, layer) for layer in hparams.layers]
     for path in paths:
         save_moment(path, 7 * torch.eye(80), 7, 3)  # over ours, as EasyEdit's force_recompute does
-    origin_path(paths[0]).unlink()
+    fingerprint_path(paths[0]).unlink()
     caplog.set_level(logging.INFO, "sphere_easyedit")
     found = moments(another(model, "model.embed_tokens.weight"), tok, hparams)
     assert all(torch.equal(moment, torch.eye(80)) for moment in found.values())
-    told = [record.message for record in caplog.records if "taken as they are" in record.message]
+    told = [record.message for record in caplog.records if "used without a check" in record.message]
     assert len(told) == 2
     assert "layers [1]" in told[0] and "has no fingerprint" in told[0]
     assert "layers [2]" in told[1] and "not the file that its fingerprint was written for" in told[1]
@@ -361,12 +360,12 @@ def test_a_fingerprint_that_can_not_be_read(first: tuple[nn.Module, sphere.SPHER
     model, hparams = first
     before = moments(model, tok, hparams)
     for content in ("", "{", "[]", '{"format": "another"}', "null"):
-        path = origin_path(moment_path(hparams.editable(model), hparams, 2))
+        path = fingerprint_path(moment_path(hparams.editable(model), hparams, 2))
         path.write_text(content, encoding="utf-8")
         caplog.clear()
         assert same(moments(model, tok, hparams), before)
         assert "layers [2] in" in caplog.text and "a fingerprint that can't be read" in caplog.text
-    path.write_text(json.dumps({"format": origins._FORMAT, "contents": "x"}), encoding="utf-8")
+    path.write_text(json.dumps({"format": statistics_fingerprint._FORMAT, "contents": "x"}), encoding="utf-8")
     assert same(moments(model, tok, hparams), before)
 
 
@@ -395,7 +394,7 @@ def test_a_read_only_folder_of_another_models_statistics(first: tuple[nn.Module,
 
     monkeypatch.setattr(covariance, "locked", refuse)
     moments(model, tok, hparams)  # what fits needs no lock
-    with pytest.raises(ValueError, match=r"of another model or text, and can't be filed in .*set stats_dir"):
+    with pytest.raises(ValueError, match=r"of another model or text, and can't be written to .*set stats_dir"):
         moments(another(model, "model.embed_tokens.weight"), tok, hparams)
 
 
@@ -405,14 +404,14 @@ def test_a_process_that_dies_while_it_replaces(at: str, first: tuple[nn.Module, 
     """Whatever is left, neither model is ever given the other's."""
     model, hparams = first
     wanted, other = moments(model, tok, hparams), another(model, "model.embed_tokens.weight")
-    write_origin = covariance.write_origin
+    write_fingerprint = covariance.write_fingerprint
 
     def die(*given: Any) -> None:
         if at == "statistics":  # the fingerprint is there, its statistics are not
-            write_origin(*given)
+            write_fingerprint(*given)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(covariance, "write_origin", die)
+    monkeypatch.setattr(covariance, "write_fingerprint", die)
     with pytest.raises(KeyboardInterrupt):
         moments(other, tok, hparams)
     monkeypatch.undo()
@@ -450,7 +449,7 @@ def test_statistics_replaced_behind_the_first_batch(first: tuple[nn.Module, sphe
     model, hparams = first
     hparams = sphere.SPHEREHyperParams.from_dict({**hparams.to_dict(), "base_alg": "MEMIT", "v_num_grad_steps": 1,
                                                  "mom2_n_samples": 20})
-    monkeypatch.setattr(executors, "adjusted_keys", lambda *_: None)
+    monkeypatch.setattr(solve, "adjusted_keys", lambda *_: None)
     sphere.apply_sphere_to_model(model, tok, REQUESTS[:1], hparams)
     weights = edited_weights(model, hparams)
     moments(another(tiny_model("llama"), "model.embed_tokens.weight"), tok, hparams)
@@ -490,8 +489,8 @@ def test_processes_with_two_models_in_one_folder(tok: PreTrainedTokenizerBase, t
 
 
 def test_what_is_derived_follows(tok: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Cholesky factor beside the statistics is made anew with them (the null space: see above, AlphaEdit)."""
-    monkeypatch.setattr(covariance, "FACTOR_FILED_FROM", 1)
+    """The Cholesky factor beside the statistics is derived again with them (the null space: see above, AlphaEdit)."""
+    monkeypatch.setattr(covariance, "MIN_STORED_FACTOR_SIZE", 1)
     text = write(tmp_path / "texts.txt")
     model = tiny_model("llama")
 

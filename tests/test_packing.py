@@ -18,8 +18,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
+from sphere_easyedit.editing.delta_forward import packing_is_exact
 from sphere_easyedit.editing.requests import TokenizedPrompt
-from sphere_easyedit.editing.target_optimizer import packing_is_exact
 from sphere_easyedit.models.architecture import EditableModel
 from sphere_easyedit.models.module_discovery import module_names
 from sphere_easyedit.models.packing import (

@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 import sphere_easyedit as sphere
 from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.editing.delta_forward import rows_of
 from sphere_easyedit.editing.requests import parse_requests, tokenize_request
 from sphere_easyedit.editing.session import EditSession
-from sphere_easyedit.editing.target_optimizer import rows_of
 from sphere_easyedit.editing.target_values import optimise_target_values
 from sphere_easyedit.methods.covariance import save_moment
 from sphere_easyedit.methods.solvers import (

@@ -37,7 +37,7 @@ from sphere_easyedit.removal.factors import (
     write_removals,
 )
 from sphere_easyedit.removal.removing import Edits, disturbances, remove_from
-from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 from sphere_easyedit.utils.files import checksum_path
 
@@ -397,7 +397,7 @@ def test_a_rollback_brings_facts_back(tok: PreTrainedTokenizerBase, hparams_of: 
     hparams, model, kept, checkpoints = hparams_of(), tiny_model("llama"), tmp_path / "f", tmp_path / "c"
     edit(model, tok, hparams, kept, BATCHES[:2])
     session, editable = sphere.EditSession.of(model), hparams.editable(model)
-    session.settle()
+    session.drop_derived()
     save_checkpoint(editable, session, checkpoints)
     remove_facts(model, hparams, kept, [1])
     remove_facts(model, hparams, kept, [2])
@@ -405,7 +405,7 @@ def test_a_rollback_brings_facts_back(tok: PreTrainedTokenizerBase, hparams_of: 
     session.rollback(3, checkpoints)  # to before the removals
     assert [fact.case_id for fact in remove_facts(model, hparams, kept, [1]).staying] == [0, 2]
     assert [entry.facts[0].case_id for entry in read_removals(kept)] == [1]
-    session.settle()
+    session.drop_derived()
     save_checkpoint(editable, session, checkpoints)
     remove_facts(model, hparams, kept, [2])
     session.rollback(3, checkpoints)  # to between them

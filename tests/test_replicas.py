@@ -31,7 +31,7 @@ from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.evaluation.text_quality import Decoding
 from sphere_easyedit.models.architecture import EditableModel
 from sphere_easyedit.models.distributed import ProcessInfo, Replicas, merge_parts, split_balanced, split_contiguous
-from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 from sphere_easyedit.utils.signals import ProcessLost
 

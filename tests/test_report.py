@@ -33,8 +33,8 @@ from sphere_easyedit.report.neurons import embed
 from sphere_easyedit.report.notices import notices_of
 from sphere_easyedit.report.runs import named_runs
 from sphere_easyedit.report.shares import _before_suppression
-from sphere_easyedit.runs.measuring import MeasureSettings
 from sphere_easyedit.runs.records import RunRecords
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 vl_convert = pytest.importorskip("vl_convert", reason="vl-convert-python (the extra `report`) is not installed")

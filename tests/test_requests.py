@@ -340,5 +340,5 @@ def test_context_limit_is_exact(tok: PreTrainedTokenizerBase, contexts: list[str
 @pytest.mark.parametrize(("before", "after"), [("", " is"), ("The year ", " is"), ("", "")])
 def test_subject_without_tokens(before: str, after: str) -> None:
     """A subject of which the tokenizer leaves nothing has no last token, wherever it stands."""
-    with pytest.raises(ValueError, match="subject '1984' holds no token"):
+    with pytest.raises(ValueError, match="subject '1984' has no token"):
         tokenize_prompt(_tokenizer("bytes-no-digits"), before, "1984", after)

@@ -17,14 +17,15 @@ import torch
 import yaml
 from conftest import GOLDEN, tiny_hparams, tiny_model
 from processes import Started
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit import EditCallback, EditEvent, SPHEREHyperParams
 from sphere_easyedit.callbacks.neurons import NeuronRecord
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.checkpoints import resumable, saved_weights
-from sphere_easyedit.runs import sequential
-from sphere_easyedit.runs.measuring import Measurer, MeasureSettings, points_after
+from sphere_easyedit.runs.measuring import Measurer
+from sphere_easyedit.runs.schedule import MeasureSettings, due_measurements
 from sphere_easyedit.runs.sequential import RunResult, RunSettings, run_sequential
 from sphere_easyedit.utils.signals import Interrupted, raise_on_interrupts
 
@@ -61,13 +62,13 @@ def lines_of(run: Path, name: str) -> list[dict[str, Any]]:
 
 
 def run_it(folder: Path, name: str, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
-           callbacks: list[EditCallback] | None = None, **settings: Any) -> RunResult:
+           callbacks: list[EditCallback] | None = None, model: nn.Module | None = None, **settings: Any) -> RunResult:
     text = folder / "text.txt"
     text.write_text(TEXT)
     measure = MeasureSettings(protocols=("paper", "rome"), every=4, sample=3, last_batch=True, text=text,
                               text_tokens=96)
     given = {"checkpoint_every": 4, "measure": measure, "resume": True, "examples": 1, **settings}
-    return run_sequential(tiny_model("llama"), tok, load_records("demo", None, 9, 0), hparams,
+    return run_sequential(model or tiny_model("llama"), tok, load_records("demo", None, 9, 0), hparams,
                           RunSettings(folder / name, 2, **given), callbacks=callbacks or [])
 
 
@@ -161,22 +162,13 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, llama_stats: Path, tok: Pr
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"alpha": 0.25}, "alpha"), ({"v_lr": 0.25}, "v_lr"), ({"L2": 3.0}, "L2"),
-])
-def test_other_hyperparameters_are_refused(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase,
-                                           change: dict[str, Any], message: str) -> None:
-    with pytest.raises(InterruptedError_):
-        run_it(tmp_path, "run", tok, tiny_hparams(llama_stats, v_num_grad_steps=2), [KilledIn(3)])
-    with pytest.raises(ValueError, match=message):
-        run_it(tmp_path, "run", tok, tiny_hparams(llama_stats, v_num_grad_steps=2, **change))
-
-
-def test_other_facts_batches_or_measures_are_refused(tmp_path: Path, llama_stats: Path,
-                                                     tok: PreTrainedTokenizerBase) -> None:
+def test_other_settings_are_refused(tmp_path: Path, llama_stats: Path, tok: PreTrainedTokenizerBase) -> None:
     hparams = tiny_hparams(llama_stats, v_num_grad_steps=2)
     with pytest.raises(InterruptedError_):
         run_it(tmp_path, "run", tok, hparams, [KilledIn(3)])
+    for name, value in (("alpha", 0.25), ("v_lr", 0.25), ("L2", 3.0)):
+        with pytest.raises(ValueError, match=name):
+            run_it(tmp_path, "run", tok, tiny_hparams(llama_stats, **{"v_num_grad_steps": 2, name: value}))
     for records, batch_size, protocols in ((8, 2, ("paper",)), (9, 3, ("paper",)), (9, 2, ("rome",))):
         with pytest.raises(ValueError, match="other settings"):
             run_sequential(tiny_model("llama"), tok, load_records("demo", None, records, 0), hparams,
@@ -192,11 +184,7 @@ def test_a_model_with_other_weights_is_refused(tmp_path: Path, llama_stats: Path
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] += 1.0
     with pytest.raises(ValueError, match="other weights"):
-        run_sequential(model, tok, load_records("demo", None, 9, 0), hparams,
-                       RunSettings(tmp_path / "run", 2, resume=True, checkpoint_every=4,
-                                   measure=sequential.MeasureSettings(
-                                       protocols=("paper", "rome"), every=4, sample=3, last_batch=True,
-                                       text=tmp_path / "text.txt", text_tokens=96)))
+        run_it(tmp_path, "run", tok, hparams, model=model)
 
 
 def test_old_checkpoints_go_and_kept_weights_stay(tmp_path: Path, llama_stats: Path,
@@ -272,15 +260,15 @@ def test_runs_share_what_they_measured_before(tmp_path: Path, llama_stats: Path,
 
 def test_points_of_a_run() -> None:
     settings = MeasureSettings(every=5, sample=4, last_batch=True)
-    assert [point.when for point in points_after(0, 0, 12, settings)] == ["before"]
-    assert [point.when for point in points_after(3, 3, 12, settings)] == ["last_batch"]
-    last, during = points_after(6, 3, 12, settings)
+    assert [point.when for point in due_measurements(0, 0, 12, settings)] == ["before"]
+    assert [point.when for point in due_measurements(3, 3, 12, settings)] == ["last_batch"]
+    last, during = due_measurements(6, 3, 12, settings)
     assert last.cases == (3, 4, 5)
     assert len(set(during.cases)) == 4
     assert set(during.cases) <= set(range(6))
-    assert during == points_after(6, 3, 12, settings)[1]  # the same sample in every run
-    assert [point.when for point in points_after(12, 3, 12, settings)] == ["last_batch", "after"]
-    assert points_after(0, 0, 12, MeasureSettings(before=False)) == []
+    assert during == due_measurements(6, 3, 12, settings)[1]  # the same sample in every run
+    assert [point.when for point in due_measurements(12, 3, 12, settings)] == ["last_batch", "after"]
+    assert due_measurements(0, 0, 12, MeasureSettings(before=False)) == []
 
 
 @pytest.mark.parametrize("settings", [{"every": 0}, {"sample": 0}, {"protocols": ()}, {"protocols": ("paper", "paper")},

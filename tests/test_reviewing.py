@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing.reviewing import partway
 from sphere_easyedit.editing.session import EditSession
+from sphere_easyedit.editing.update_writer import interpolated
 
 
 class Shares(sphere.EditCallback):
@@ -96,7 +96,7 @@ def test_a_callback_that_is_never_content_ends_the_batch(tok: PreTrainedTokenize
     model = tiny_model("llama")
     edit(model, tok, hparams)
     before, unrestrained = edited_weights(model, hparams), dict(EditSession.of(model).unrestrained)
-    with pytest.raises(ValueError, match="lowered 20 times"):
+    with pytest.raises(ValueError, match="scaled a batch back 20 times"):
         edit(model, tok, hparams, Shares(*[0.9] * 30), batch=1)
     assert all(torch.equal(before[layer], now) for layer, now in edited_weights(model, hparams).items())
     assert EditSession.of(model).num_edits == 1
@@ -104,15 +104,15 @@ def test_a_callback_that_is_never_content_ends_the_batch(tok: PreTrainedTokenize
 
 
 @given(share=st.floats(0.0, 1.0), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
-def test_partway_stays_between_its_ends(share: float, dtype: torch.dtype) -> None:
+def test_interpolation_stays_between_its_ends(share: float, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     start, end = (torch.randn(3, 4, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    found = partway(start, end, share)
+    found = interpolated(start, end, share)
     assert found.dtype == dtype
     exact = start.double() + share * (end.double() - start.double())
     assert torch.allclose(found.double(), exact, atol=4 * torch.finfo(torch.promote_types(dtype, torch.bfloat16)).eps
                           if dtype == torch.bfloat16 else 1e-6)
-    assert torch.equal(partway(start, end, 0.0), start) and torch.equal(partway(start, end, 1.0), end)
+    assert torch.equal(interpolated(start, end, 0.0), start) and torch.equal(interpolated(start, end, 1.0), end)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -53,7 +53,7 @@ def edit(model: nn.Module, tok: PreTrainedTokenizerBase, hparams: sphere.SPHEREH
     for batch in batches:
         sphere.apply_sphere_to_model(model, tok, batch, hparams)
         if checkpoints is not None:
-            session.settle()
+            session.drop_derived()
             save_checkpoint(hparams.editable(model), session, checkpoints)
     return edited_weights(model, hparams)
 

@@ -15,7 +15,7 @@ from test_metrics import tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sphere_easyedit.editing import target_optimizer as steering
+from sphere_easyedit.editing import delta_forward
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import TokenizedRequest, parse_requests, tokenize_request
 from sphere_easyedit.editing.target_values import optimise_target_values
@@ -164,13 +164,13 @@ def test_target_values(family: str, layout: str, monkeypatch: pytest.MonkeyPatch
     if layout == "packed" and Version(transformers.__version__) < Version("4.48"):
         pytest.skip("transformers has no attention functions to choose from")
     if layout != "packed":
-        monkeypatch.setattr(steering, "packing_is_exact", lambda *_: False)
+        monkeypatch.setattr(delta_forward, "packing_is_exact", lambda *_: False)
     if layout == "whole":
-        monkeypatch.setattr(steering, "prefix_is_exact", lambda *_: False)
+        monkeypatch.setattr(delta_forward, "prefix_is_exact", lambda *_: False)
     hparams = tiny_hparams(tmp_path, kl_factor=0.0, v_weight_decay=0.0, v_num_grad_steps=4, v_loss_layer=3)
     requests = requests_of()
     with frozen((editable := editable_of(family)).model):
-        assert steering.layout_of(editable, requests) == layout
+        assert delta_forward.choose_layout(editable, requests) == layout
         found = optimise_target_values(editable, requests, hparams)
     for number, request in enumerate(requests):
         assert found.losses[number] == pytest.approx(loss_alone(family, request, found.values[number]), rel=1e-5)
@@ -227,7 +227,7 @@ def test_keys(family: str) -> None:
 def test_statistics(family: str) -> None:
     texts = [list(range(start, start + length)) for start, length in ((5, 9), (20, 30), (60, 16), (80, 17), (99, 31))]
     with frozen((editable := editable_of(family)).model):
-        totals = covariance._sum_here(editable, texts, [1, 2])
+        totals = covariance._sum_locally(editable, texts, [1, 2])
     for layer in (1, 2):
         keys = torch.cat([keys_alone(family, ids, layer) for ids in texts]).double()
         assert relative_error(totals[layer], keys.T @ keys) < 1e-4

@@ -27,7 +27,7 @@ from sphere_easyedit.callbacks.trackers import RunTrackers
 from sphere_easyedit.cli import main
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.callbacks import MeasureEvent, RunState
-from sphere_easyedit.editing.checkpoints import put_weights, session_path, weights_path
+from sphere_easyedit.editing.checkpoints import load_weights, session_path, weights_path
 from sphere_easyedit.editing.session import resume_from
 from sphere_easyedit.methods.covariance import load_projections, moment_path
 from sphere_easyedit.models.loading import load_model
@@ -112,7 +112,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
         record_checksum(path, sha256_of(path))
     bomb(weights_path(folder, 4), trace)
     with pytest.raises(ValueError, match="is damaged"):
-        put_weights(hparams.editable(tiny_model("llama")), folder, 4)
+        load_weights(hparams.editable(tiny_model("llama")), folder, 4)
     bomb(tmp_path / "neurons.safetensors", trace)
     with pytest.raises(ValueError, match="neurons.safetensors"):
         NeuronRecord.read(tmp_path / "neurons.safetensors")
@@ -196,7 +196,7 @@ def test_names_do_not_lead_out_of_a_run_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="leads out"):
         run.read_config()
     with pytest.raises(ValueError, match="loop"):
-        run.place("loop")
+        run.path_of("loop")
     assert [path.name for path in outside.iterdir()] == ["precious.jsonl"]
     assert (outside / "precious.jsonl").read_text() == '{"num_edits": 1}\n'
 

@@ -25,8 +25,8 @@ from sphere_easyedit.evaluation.metrics import Protocol, evaluate_protocols, eva
 from sphere_easyedit.models.tokenization import continuation_ids
 from sphere_easyedit.runs import sequential
 from sphere_easyedit.runs.directory import RunDirectory
-from sphere_easyedit.runs.measuring import MeasureSettings
 from sphere_easyedit.runs.records import RunRecords, read_state
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
 

@@ -40,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "PRUNE": {"base_alg": "PRUNE"},
 }
 method = pytest.mark.parametrize("method", METHODS)
+Make = Callable[..., sphere.SPHEREHyperParams]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hparams_of(folder: Path) -> Callable[..., sphere.SPHEREHyperParams]:
+def hparams_of(folder: Path) -> Make:
     def make(method: str = "AlphaEdit", family: str = "llama", **changes: Any) -> sphere.SPHEREHyperParams:
         return tiny_hparams(folder / family, **{"v_num_grad_steps": 4, **METHODS[method], **changes})
 
@@ -79,29 +80,21 @@ def put_back(model: nn.Module, hparams: sphere.SPHEREHyperParams, weights: dict[
 # --- whose it is --------------------------------------------------------------------------------------------
 
 
-def test_state_goes_with_the_model(tok: PreTrainedTokenizerBase,
-                                   hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
-    model = tiny_model("llama")
-    edit(model, tok, hparams_of(), BATCHES[:1])
-    session = sphere.EditSession.of(model)
-    assert session.num_edits == 1
-    assert session is sphere.EditSession.of(model)
-    watched, gone = weakref.ref(session), weakref.ref(model)
-    del session, model
-    gc.collect()
-    assert gone() is None
-    assert watched() is None
-
-
-def test_session_does_not_keep_its_model_alive(tok: PreTrainedTokenizerBase,
-                                               hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
+@pytest.mark.parametrize("given", [False, True], ids=["on the model", "given"])
+def test_state_goes_with_the_model(given: bool, tok: PreTrainedTokenizerBase, hparams_of: Make) -> None:
     model, session = tiny_model("llama"), sphere.EditSession()
-    edit(model, tok, hparams_of("AlphaEdit pretrained"), BATCHES[:2], session=session)
-    assert session.num_edits == 3
-    gone = weakref.ref(model)
+    names = list(model.state_dict())
+    edit(model, tok, hparams_of("AlphaEdit pretrained"), BATCHES[:1], session=session if given else None)
+    session = session if given else sphere.EditSession.of(model)
+    assert session.num_edits == 1
+    assert list(model.state_dict()) == names
+    watched, gone = weakref.ref(session), weakref.ref(model)
     del model
+    if not given:
+        del session
     gc.collect()
     assert gone() is None
+    assert (watched() is None) == (not given)
 
 
 def _pickled(model: nn.Module) -> nn.Module:
@@ -119,7 +112,7 @@ def _saved(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled, _saved])
 def test_copies_take_no_session_along(duplicate: Callable[[nn.Module], nn.Module], tok: PreTrainedTokenizerBase,
-                                      hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
+                                      hparams_of: Make) -> None:
     model, hparams = tiny_model("llama"), hparams_of()
     edit(model, tok, hparams, BATCHES[:1])
     session = sphere.EditSession.of(model)
@@ -136,31 +129,12 @@ def test_copies_take_no_session_along(duplicate: Callable[[nn.Module], nn.Module
     assert not equal(second, edited_weights(copied, hparams))
 
 
-def test_copy_argument_starts_empty(tok: PreTrainedTokenizerBase,
-                                    hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
-    model, hparams = tiny_model("llama"), hparams_of()
-    before = edit(model, tok, hparams, BATCHES[:1])
-    copied, _ = sphere.apply_sphere_to_model(model, tok, BATCHES[1], hparams, copy=True)
-    assert sphere.EditSession.of(copied).num_edits == 2
-    assert sphere.EditSession.of(model).num_edits == 1
-    assert equal(edited_weights(model, hparams), before)
-
-
-def test_state_dict_holds_weights_only(tok: PreTrainedTokenizerBase,
-                                       hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
-    model = tiny_model("llama")
-    names = list(model.state_dict())
-    edit(model, tok, hparams_of(), BATCHES[:1])
-    assert list(model.state_dict()) == names
-
-
-def test_session_of_another_model_is_refused(tok: PreTrainedTokenizerBase,
-                                             hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
+def test_session_of_another_model_is_refused(tok: PreTrainedTokenizerBase, hparams_of: Make) -> None:
     model, other, hparams = tiny_model("llama"), tiny_model("llama"), hparams_of()
     session = sphere.EditSession()
     edit(model, tok, hparams, BATCHES[:1], session=session)
     before = edited_weights(other, hparams)
-    with pytest.raises(ValueError, match=r"belongs to another model object.*session of its own"):
+    with pytest.raises(ValueError, match=r"belongs to another model object.*its own session"):
         edit(other, tok, hparams, BATCHES[1:2], session=session)
     assert equal(edited_weights(other, hparams), before)
     assert session.num_batches == 1
@@ -169,8 +143,7 @@ def test_session_of_another_model_is_refused(tok: PreTrainedTokenizerBase,
 
 
 @method
-def test_two_models_interleaved(method: str, tok: PreTrainedTokenizerBase,
-                                hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
+def test_two_models_interleaved(method: str, tok: PreTrainedTokenizerBase, hparams_of: Make) -> None:
     mine, yours = hparams_of(method), hparams_of(method, "gpt2", alpha=0.3)
     alone = edit(tiny_model("llama"), tok, mine, BATCHES), edit(tiny_model("gpt2"), tok, yours, BATCHES[::-1])
     first, second = tiny_model("llama"), tiny_model("gpt2")
@@ -186,7 +159,7 @@ def test_two_models_interleaved(method: str, tok: PreTrainedTokenizerBase,
 
 @method
 def test_restored_weights_start_afresh(method: str, tok: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture,
-                                       hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
+                                       hparams_of: Make) -> None:
     model, hparams = tiny_model("llama"), hparams_of(method)
     original = edited_weights(model, hparams)
     expected = edit(tiny_model("llama"), tok, hparams, BATCHES[1:])
@@ -205,7 +178,7 @@ def test_restored_weights_start_afresh(method: str, tok: PreTrainedTokenizerBase
 
 @method
 def test_other_weights_start_afresh(method: str, tok: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture,
-                                    hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
+                                    hparams_of: Make) -> None:
     """Not put back but changed: what was original is forgotten as well."""
     model, hparams = tiny_model("llama"), hparams_of(method)
     other = {layer: weight.roll(1, 0) for layer, weight in edited_weights(model, hparams).items()}
@@ -222,7 +195,7 @@ def test_other_weights_start_afresh(method: str, tok: PreTrainedTokenizerBase, c
 
 @method
 def test_undisturbed_session_goes_on(method: str, tok: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture,
-                                     hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
+                                     hparams_of: Make) -> None:
     model, hparams = tiny_model("llama"), hparams_of(method)
     with caplog.at_level(logging.INFO):
         edit(model, tok, hparams, BATCHES)
@@ -234,7 +207,7 @@ def test_undisturbed_session_goes_on(method: str, tok: PreTrainedTokenizerBase, 
 
 @method
 def test_weights_changed_after_a_first_batch_that_failed(method: str, tok: PreTrainedTokenizerBase,
-                                                         hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
+                                                         hparams_of: Make) -> None:
     """A session that has seen a model but not edited it must not take that sight for the original weights."""
     model, hparams = tiny_model("llama"), hparams_of(method)
     other = {layer: weight.roll(1, 0) for layer, weight in edited_weights(model, hparams).items()}
@@ -252,7 +225,7 @@ def test_weights_changed_after_a_first_batch_that_failed(method: str, tok: PreTr
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("layer", [1, 2])
 def test_one_ulp_is_noticed(layer: int, family: str, tok: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture,
-                            hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
+                            hparams_of: Make) -> None:
     model, hparams = tiny_model(family), hparams_of("MEMIT", family)
     weights = edit(model, tok, hparams, BATCHES[:1])
     weights[layer][3, 5] = torch.nextafter(weights[layer][3, 5], torch.tensor(torch.inf))
@@ -295,7 +268,7 @@ def test_fingerprint_notices_signs_of_zero_and_exchanges() -> None:
     {"base_alg": "MEMIT"}, {"mom2_n_samples": 11}], ids=str)
 def test_settings_that_shape_the_state_start_afresh(
     changes: dict[str, Any], tok: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture,
-    hparams_of: Callable[..., sphere.SPHEREHyperParams],
+    hparams_of: Make,
 ) -> None:
     caplog.set_level(logging.INFO)
     model, hparams, other = tiny_model("llama"), hparams_of(), hparams_of(**changes)
@@ -312,7 +285,7 @@ def test_settings_that_shape_the_state_start_afresh(
     {"token_budget": 40}, {"device": "cpu"}, {"batch_size": 7}, {"v_lr": 0.3}, {"v_num_grad_steps": 3},
     {"clamp_norm_factor": 2.0}], ids=str)
 def test_settings_that_shape_nothing_go_on(changes: dict[str, Any], tok: PreTrainedTokenizerBase,
-                                           hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
+                                           hparams_of: Make) -> None:
     model = tiny_model("llama")
     edit(model, tok, hparams_of(), BATCHES[:1])
     edit(model, tok, hparams_of(**changes), BATCHES[1:2])
@@ -321,9 +294,7 @@ def test_settings_that_shape_nothing_go_on(changes: dict[str, Any], tok: PreTrai
     assert session.history[1].keys.shape == (80, 3)
 
 
-def test_other_settings_with_a_bad_request_leave_the_session(
-    tok: PreTrainedTokenizerBase, hparams_of: Callable[..., sphere.SPHEREHyperParams]
-) -> None:
+def test_other_settings_with_a_bad_request_leave_the_session(tok: PreTrainedTokenizerBase, hparams_of: Make) -> None:
     """A call that raises leaves the session as it was, even if a good one would have started afresh."""
     model, hparams = tiny_model("llama"), hparams_of()
     expected = edit(tiny_model("llama"), tok, hparams, BATCHES[:2])
@@ -340,8 +311,7 @@ def test_other_settings_with_a_bad_request_leave_the_session(
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @method
 def test_saved_session_goes_on(method: str, family: str, tok: PreTrainedTokenizerBase, tmp_path: Path,
-                               caplog: pytest.LogCaptureFixture,
-                               hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
+                               caplog: pytest.LogCaptureFixture, hparams_of: Make) -> None:
     hparams = hparams_of(method, family)
     expected = edit(tiny_model(family), tok, hparams, BATCHES)
     model = tiny_model(family)
@@ -375,7 +345,7 @@ def test_saved_session_goes_on(method: str, family: str, tok: PreTrainedTokenize
 
 def test_loaded_session_with_other_weights_starts_afresh(
     tok: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture,
-    hparams_of: Callable[..., sphere.SPHEREHyperParams],
+    hparams_of: Make,
 ) -> None:
     model, hparams = tiny_model("llama"), hparams_of()
     edit(model, tok, hparams, BATCHES[:1])
@@ -388,8 +358,7 @@ def test_loaded_session_with_other_weights_starts_afresh(
     assert equal(found, edit(tiny_model("llama"), tok, hparams, BATCHES[1:2]))
 
 
-def test_generated_contexts_are_saved(tok: PreTrainedTokenizerBase, tmp_path: Path,
-                                      hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
+def test_generated_contexts_are_saved(tok: PreTrainedTokenizerBase, tmp_path: Path, hparams_of: Make) -> None:
     model, hparams = tiny_model("llama"), hparams_of(context_templates=None)
     edit(model, tok, hparams, BATCHES[:1])
     contexts = sphere.EditSession.of(model).contexts
@@ -415,8 +384,7 @@ def _saved_session(tok: PreTrainedTokenizerBase, hparams: sphere.SPHEREHyperPara
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "header", "text", "folder"])
-def test_damaged_file_is_refused(damage: str, tok: PreTrainedTokenizerBase, tmp_path: Path,
-                                 hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
+def test_damaged_file_is_refused(damage: str, tok: PreTrainedTokenizerBase, tmp_path: Path, hparams_of: Make) -> None:
     path = tmp_path / "session.safetensors"
     _saved_session(tok, hparams_of(), path)
     raw = path.read_bytes()
@@ -433,7 +401,7 @@ def test_damaged_file_is_refused(damage: str, tok: PreTrainedTokenizerBase, tmp_
 @pytest.mark.parametrize("case", ["foreign", "other format", "no state", "bad state", "state without key",
                                   "tensor missing"])
 def test_file_that_is_no_whole_session_is_refused(case: str, tok: PreTrainedTokenizerBase, tmp_path: Path,
-                                                  hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
+                                                  hparams_of: Make) -> None:
     path = tmp_path / "session.safetensors"
     _saved_session(tok, hparams_of(), path)
     with safe_open(path, framework="pt") as stored:
@@ -459,7 +427,7 @@ def test_file_that_is_no_whole_session_is_refused(case: str, tok: PreTrainedToke
 
 
 def test_saving_is_atomic(tok: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                          hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
+                          hparams_of: Make) -> None:
     model, hparams, path = tiny_model("llama"), hparams_of(), tmp_path / "session.safetensors"
     edit(model, tok, hparams, BATCHES[:1])
     sphere.EditSession.of(model).save(path)
@@ -477,8 +445,7 @@ def test_saving_is_atomic(tok: PreTrainedTokenizerBase, tmp_path: Path, monkeypa
     assert path.read_bytes() == content
 
 
-def test_session_of_a_bfloat16_model(tok: PreTrainedTokenizerBase, tmp_path: Path,
-                                     hparams_of: Callable[..., sphere.SPHEREHyperParams]) -> None:
+def test_session_of_a_bfloat16_model(tok: PreTrainedTokenizerBase, tmp_path: Path, hparams_of: Make) -> None:
     model, hparams = tiny_model("llama").to(torch.bfloat16), hparams_of("PRUNE")
     edit(model, tok, hparams, BATCHES[:1])
     sphere.EditSession.of(model).save(tmp_path / "session.safetensors")

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
 from sphere_easyedit.core.updates import LowRankUpdate
-from sphere_easyedit.editing import solve as executors
-from sphere_easyedit.methods import solvers
+from sphere_easyedit.editing import solve
+from sphere_easyedit.methods import alphaedit, solvers
 from sphere_easyedit.methods.covariance import load_moment, moment_path, save_moment
 from sphere_easyedit.methods.solvers import (
     CholeskyFactor,
@@ -258,7 +258,7 @@ def test_thin_rows_and_keys_join_the_last_block(monkeypatch: pytest.MonkeyPatch)
         start = end
         assert history.factor is not None
         assert [len(row) for row in factor.rows] == [len(row) for row in history.factor.rows] == sizes
-        assert [part.shape[1] for part in history._waiting] == sizes
+        assert [part.shape[1] for part in history._pending] == sizes
         right = gaussian(2, end, 2)
         torch.testing.assert_close(matrix[:end, :end] @ factor.solve(right), right)
     assert torch.equal(history.keys, keys)
@@ -548,7 +548,7 @@ def test_what_is_derived_is_kept_on_the_shelf(monkeypatch: pytest.MonkeyPatch) -
         for i in range(9):
             history = history.extended(some_keys(i, 3, False))
             assert history.factor is not None
-            assert store.holds([*history.factor.rows, *history._waiting])
+            assert store.holds([*history.factor.rows, *history._pending])
         assert history.metric is not metric
         absorbed = history.metric._absorbed if isinstance(metric, NullSpaceMetric) else history.metric._factor
         assert store.holds([*absorbed.rows, *history._absorbed])
@@ -557,23 +557,23 @@ def test_what_is_derived_is_kept_on_the_shelf(monkeypatch: pytest.MonkeyPatch) -
 def test_history_lets_go_of_the_tensor_that_it_was_made_of() -> None:
     """Where that is cut into blocks: an empty view of it would keep it whole."""
     history = KeyHistory(torch.zeros(WIDTH, solvers.BLOCK + 1), None)
-    assert sum(part.untyped_storage().nbytes() for part in (history._none, *history._waiting)) == history.nbytes
+    assert sum(part.untyped_storage().nbytes() for part in (history._empty, *history._pending)) == history.nbytes
 
 
-def test_bare_history_keeps_its_keys_alone() -> None:
+def test_keys_only_drops_what_was_derived() -> None:
     history = KeyHistory(some_keys(0, 4, False), null_space_metric(1, 7, 0.5))
-    bare = history.keys_only()
-    assert (bare.metric, bare.factor) == (None, None)
-    assert torch.equal(bare.keys, history.keys)
-    assert bare.nbytes == history.keys.nbytes < history.nbytes
-    longer = bare.extended(some_keys(2, 3, False))
+    keys_only = history.keys_only()
+    assert (keys_only.metric, keys_only.factor) == (None, None)
+    assert torch.equal(keys_only.keys, history.keys)
+    assert keys_only.nbytes == history.keys.nbytes < history.nbytes
+    longer = keys_only.extended(some_keys(2, 3, False))
     assert longer.keys.shape[1] == 7
     assert adjusted_keys(longer, some_keys(3, 2, False)) is None
     assert adjusted_keys(history, some_keys(3, 2, False)) is not None
 
 
-@pytest.mark.parametrize(("kind", "room"), [("thin", 0), ("complement", 0), ("MEMIT", 0), ("MEMIT", None)])
-def test_state_on_the_host_comes_to_where_it_is_computed(kind: str, room: int | None,
+@pytest.mark.parametrize(("kind", "limit"), [("thin", 0), ("complement", 0), ("MEMIT", 0), ("MEMIT", None)])
+def test_state_on_the_host_comes_to_where_it_is_computed(kind: str, limit: int | None,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: fake tensors have no numbers, but refuse as a GPU does what mixes devices."""
     for name, answer in {"int": 0, "float": 0.0, "bool": True}.items():  # of what has no numbers
@@ -586,8 +586,8 @@ def test_state_on_the_host_comes_to_where_it_is_computed(kind: str, room: int | 
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", noted)
     monkeypatch.setattr(solvers, "BLOCK", 8)
-    device, store = torch.device("lazy:0"), TensorStore(room)  # the one that torch always knows
-    home = device if room is None else torch.device("cpu")
+    device, store = torch.device("lazy:0"), TensorStore(limit)  # the one that torch always knows
+    home = device if limit is None else torch.device("cpu")
     with FakeTensorMode():
         metric: KeyMetric
         if kind == "MEMIT":
@@ -607,7 +607,7 @@ def test_state_on_the_host_comes_to_where_it_is_computed(kind: str, room: int | 
         assert history.device == device
         assert history.keys.device == home
         assert history.factor is not None
-        for part in (*history.factor.rows, *history._absorbed, *history._waiting):
+        for part in (*history.factor.rows, *history._absorbed, *history._pending):
             assert part.device == home
         assert factorised == {device}
         keys = torch.zeros(WIDTH, 2, device=device)
@@ -642,7 +642,7 @@ def test_dense_solve_takes_over(settings_: dict[str, object], tok: PreTrainedTok
     """A batch whose factored solve fails is edited as if it had not."""
     hparams = tiny_hparams(tmp_path, alpha=0.0, v_num_grad_steps=4, **settings_)
     expected = _updates(tok, hparams)
-    monkeypatch.setattr(executors, "adjusted_keys", lambda *_: None)
+    monkeypatch.setattr(solve, "adjusted_keys", lambda *_: None)
     with caplog.at_level(logging.WARNING):
         found = _updates(tok, hparams)
     assert "layer 1: solving densely in the space of 80 inputs" in caplog.text
@@ -691,8 +691,8 @@ def test_dense_solve_that_fails_names_the_remedy(tok: PreTrainedTokenizerBase, t
         raise torch.linalg.LinAlgError("exactly singular")
 
     hparams = tiny_hparams(tmp_path, base_alg="AlphaEdit", alpha=0.0, v_num_grad_steps=2)
-    monkeypatch.setattr(executors, "adjusted_keys", lambda *_: None)
-    monkeypatch.setattr(executors, "plain_alphaedit_keys", fail)
+    monkeypatch.setattr(solve, "adjusted_keys", lambda *_: None)
+    monkeypatch.setattr(alphaedit, "plain_alphaedit_keys", fail)
     model = tiny_model("llama")
     before = edited_weights(model, hparams)
     with pytest.raises(ValueError, match=r"layer 1: .*singular \(exactly singular\).*mom2_n_samples.*raise L2"):

@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from sphere_easyedit import EditEvent, EditSession, SPHEREHyperParams
 from sphere_easyedit.callbacks.spaces import SpaceTracker, covers, read_spaces_csv
 from sphere_easyedit.datasets.loaders import load_records
-from sphere_easyedit.runs.measuring import MeasureSettings
 from sphere_easyedit.runs.records import RunRecords
-from sphere_easyedit.runs.revisiting import EditedRun
+from sphere_easyedit.runs.reevaluation import EditedRun
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.schema import NEURONS, SPACES, SpaceRecord
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
@@ -87,8 +87,8 @@ def test_a_change_of_nothing_and_a_broken_one(tmp_path: Path, caplog: pytest.Log
 
 
 @pytest.mark.parametrize(("old", "new", "complaint"), [
-    ("since,num_edits", "from,num_edits", "columns"), ("0,2,1", "0,2,one", "line 2"), ("0,2,1", "2,2,1", "no change"),
-    (",6\r", "\r", "line 2"),
+    ("since,num_edits", "from,num_edits", "columns"), ("0,2,1", "0,2,one", "line 2"),
+    ("0,2,1", "2,2,1", "impossible numbers"), (",6\r", "\r", "line 2"),
 ])
 def test_damaged_files_are_refused(tmp_path: Path, old: str, new: str, complaint: str) -> None:
     path, model = tmp_path / "spaces.csv", nn.Linear(1, 1)
@@ -146,12 +146,12 @@ def test_what_a_run_writes_can_be_told_afterwards(tmp_path: Path, tok: PreTraine
 
     edited, model = EditedRun(run), tiny_model(family)
     unedited = edited_weights(model, hparams)
-    edited.describe_weights(model)  # nothing is left to tell
+    edited.record_weight_changes(model)  # nothing is left to tell
     for name in (NEURONS, SPACES):
         (run / name).unlink()
     told: list[tuple[str, int, int]] = []
     edited.measure(model, tok, [4], MeasureSettings())  # which leaves edited weights in the model
-    edited.describe_weights(model, lambda *what: told.append(what))
+    edited.record_weight_changes(model, lambda *what: told.append(what))
     assert (run / NEURONS).read_bytes() == written
     assert [*map(astuple, read_spaces_csv(run / SPACES))] == [  # but for the last digit, by rounding
         pytest.approx(astuple(space), rel=1.1e-3, abs=0) for space in records.spaces]
@@ -164,11 +164,11 @@ def test_weights_kept_now_and_then_tell_of_several_batches(tmp_path: Path, tok: 
     hparams = tiny_hparams(tmp_path, v_num_grad_steps=2)
     run = run_it(tmp_path, "run", tok, "llama", hparams, keep_weights_every=4)
     fine = read_spaces_csv(run / SPACES)
-    EditedRun(run).describe_weights(tiny_model("llama"))
+    EditedRun(run).record_weight_changes(tiny_model("llama"))
     assert read_spaces_csv(run / SPACES) == fine  # what tells more is kept
     (run / SPACES).write_text("".join((run / SPACES).read_text().splitlines(keepends=True)[:1]))
     neurons = (run / NEURONS).stat().st_mtime_ns
-    EditedRun(run).describe_weights(tiny_model("llama"))
+    EditedRun(run).record_weight_changes(tiny_model("llama"))
     found = read_spaces_csv(run / SPACES)
     assert [(space.since, space.num_edits) for space in found] == [(0, 4), (0, 4), (4, 5), (4, 5)]
     assert found[2:] == fine[4:]
@@ -177,7 +177,7 @@ def test_weights_kept_now_and_then_tell_of_several_batches(tmp_path: Path, tok: 
     for path in (run / "checkpoints").iterdir():
         path.unlink()
     with pytest.raises(ValueError, match="holds no weights"):
-        EditedRun(run).describe_weights(tiny_model("llama"))
+        EditedRun(run).record_weight_changes(tiny_model("llama"))
 
 
 def test_older_runs_have_neither(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:

@@ -18,7 +18,7 @@ from sphere_easyedit.cli.app import app
 from sphere_easyedit.cli.options import read_hparams
 from sphere_easyedit.hparams import SPHERE_ONLY, SPHEREHyperParams
 from sphere_easyedit.runs.sweep import Run, Sweep, load_sweep
-from sphere_easyedit.runs.sweep.grid import LONGEST, compose, is_name
+from sphere_easyedit.runs.sweep.grid import MAX_LENGTH, compose, is_name
 
 BASE: dict[str, Any] = {"model": "smollm2-135m", "methods": ["MEMIT", "AlphaEdit"]}
 
@@ -196,7 +196,7 @@ def test_a_name_is_one_directory_and_no_way_out(parts: list[str], told: dict[str
     assert is_name(name)
     assert Path(name).name == name
     assert not name.startswith((".", "-"))
-    assert len(name) <= LONGEST
+    assert len(name) <= MAX_LENGTH
 
 
 @settings(deadline=None)
@@ -236,27 +236,27 @@ def test_values_pass_the_command_line_as_they_are(value: Any) -> None:
     ({"methods": {"MEMIT": {"v_lr": 1}}, "axes": {"v_lr": [1, 2]}}, "v_lr is given under both methods.MEMIT and axes"),
     ({"axes": {"projection_stage": ["layer", "updat"]}}, "did you mean 'update'"),
     ({"edit": {"seed": 1}}, "give it as `seeds` beside edit"),
-    ({"edit": {"output": "x"}}, "each run is given anyway"),
-    ({"edit": {"--dtype": "float32"}}, "without dashes in front"),
+    ({"edit": {"output": "x"}}, "the sweep sets for each run"),
+    ({"edit": {"--dtype": "float32"}}, "without leading dashes"),
     ({"edit": {"eval_every": 1, "eval-every": 1}}, "two spellings"),
     ({"edit": {"eval-every": {"a": 1}}}, "give a text, a number"),
     ({"edit": {"eval-evry": 1}}, "did you mean 'eval-every'"),
     ({"exclude": [{"metod": "MEMIT"}]}, "did you mean 'method'"),
-    ({"exclude": [{"method": "RECT"}]}, "describes no run"),
+    ({"exclude": [{"method": "RECT"}]}, "matches no run"),
     ({"exclude": {"method": "MEMIT"}}, "exclude must be a list"),
     ({"exclude": [{"method": ["MEMIT", "AlphaEdit"]}]}, "leaves nothing to run"),
-    ({"follow": {"PRUNE": "MEMIT-plain"}}, "the sweep knows no 'follow'"),
+    ({"follow": {"PRUNE": "MEMIT-plain"}}, "a sweep has no setting 'follow'"),
     ({"runs": {"method": "MEMIT"}}, "runs must be a list"),
     ({"runs": [{"name": "x"}]}, "runs[0].method must be given"),
     ({"runs": [{"method": "MEMIT", "metod": 1}]}, "did you mean 'method'"),
     ({"runs": [{"method": "MEMIT", "sphere": False}]}, "are the same"),
     ({"runs": [{"method": "MEMIT", "set": {"suppression": "random"}}]}, "are the same"),  # the one without SPHERE
-    ({"runs": [{"method": "MEMIT", "name": "x"}]}, "stands for 2 runs of each seed"),
-    ({"runs": [{"method": "MEMIT", "name": "../x", "sphere": True}]}, "is to be a directory's name"),
+    ({"runs": [{"method": "MEMIT", "name": "x"}]}, "describes 2 runs of each seed"),
+    ({"runs": [{"method": "MEMIT", "name": "../x", "sphere": True}]}, "is not a valid directory name"),
     ({"runs": [{"method": "MEMIT", "name": "x", "sphere": True, "set": {"v_lr": v}} for v in (1, 2)]},
-     "two runs that differ would be called x"),
+     "two different runs would be called x"),
     ({"runs": [{"method": "MEMIT", "name": n, "sphere": True, "set": {"v_lr": v}} for n, v in (("x", 1), ("X", 2))]},
-     "two runs that differ would be called X"),
+     "two different runs would be called X"),
 ])
 def test_what_is_refused(tmp_path: Path, content: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError)) as caught:

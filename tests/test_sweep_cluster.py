@@ -129,7 +129,7 @@ def test_what_is_under_way_is_not_submitted_again(tmp_path: Path, program: tuple
     runs = [run_named("memit"), run_named("a"), run_named("b")]
     submit_sweep(sweep_of(*runs), tmp_path, {}, program)
     assert submit_sweep(sweep_of(*runs), tmp_path, {}, program)[0].status == "under way"
-    assert "sacct knows nothing of job 100_0 of memit-seed0" in caplog.text
+    assert "sacct does not list job 100_0 of memit-seed0" in caplog.text
     caplog.clear()
     say(slurm, _100_0="RUNNING", _100_1="FAILED", _100_2="PENDING")
     grown = sweep_of(*runs, run_named("prune"))
@@ -175,7 +175,7 @@ def test_what_slurm_refuses(tmp_path: Path, program: tuple[str, str], slurm: Pat
     jobs = json.loads((tmp_path / "jobs.json").read_text())
     for name, value in (("folder", "../elsewhere"), ("job_id", "100 --all"), ("more", "")):
         (tmp_path / "jobs.json").write_text(json.dumps({"a-seed0": {**jobs["a-seed0"], name: value}}))
-        with pytest.raises(ValueError, match="jobs.json does not say which jobs run"):
+        with pytest.raises(ValueError, match="jobs.json is not a list of submitted jobs"):
             submit_sweep(sweep_of(run_named("a")), tmp_path, {}, program)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ValueError, match="sbatch is not on PATH"):
@@ -211,8 +211,8 @@ def test_settings_of_the_file_and_of_the_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"partion": "gpu"}, "slurm knows no 'partion': did you mean 'partition'"), ({"nodes": 2}, "a run is one process"),
-    ({"dependency": "x"}, "knows no .dependency."),
+    ({"partion": "gpu"}, "slurm has no setting 'partion': did you mean 'partition'"),
+    ({"nodes": 2}, "a run is one process"), ({"dependency": "x"}, "has no setting .dependency."),
     ({"time": "soon"}, "time is 'soon'"), ({"time": 0}, "at least 1"),
     ({"time": "0:00:00"}, "at least 1"), ({"gpus_per_node": "two"}, "gpus_per_node is 'two'"),
     ({"partition": ["a"]}, "partition is"), ({"comment": "x\n#SBATCH --uid=0"}, "on one line"),

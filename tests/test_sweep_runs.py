@@ -169,7 +169,7 @@ def test_a_sweep_may_only_grow(tmp_path: Path, program: tuple[str, str]) -> None
     for changed, message in ((run_named("a", batch_size=3), "batch_size was 2 and is 3 now"),
                              (run_named("a", set={"alpha": 0, "v_lr": 1}), "set was"),
                              (run_named("a", hyperparameters={"alpha": 0.0, "v_lr": 1.0}), "v_lr was 0.5 and is 1.0"),
-                             (run_named("c"), "has a run a-seed0, which this sweep no longer has")):
+                             (run_named("c"), "has a run a-seed0, which is not in this sweep")):
         with pytest.raises(ValueError, match=message):
             run_sweep(sweep_of(changed, run_named("b")), tmp_path, 1, None, program)
     assert len(calls(tmp_path)) == 2
@@ -205,11 +205,11 @@ def test_a_finished_run_of_the_same_settings_is_taken_over(tmp_path: Path, progr
 def test_what_is_refused_before_anything_starts(tmp_path: Path, program: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match="jobs is 0"):
         run_sweep(sweep_of(run_named("a")), tmp_path / "out", 0, None, program)
-    with pytest.raises(ValueError, match="no-such-file.json is no file"):
+    with pytest.raises(ValueError, match="no-such-file.json does not exist"):
         run_sweep(sweep_of(run_named("a", data="no-such-file.json")), tmp_path / "out", 1, None, program)
     assert not (tmp_path / "out").exists()
     (tmp_path / RECORD).write_text("runs: [{name: a}]")
-    with pytest.raises(ValueError, match="no record of a sweep"):
+    with pytest.raises(ValueError, match="not a record of a sweep"):
         run_sweep(sweep_of(run_named("a")), tmp_path, 1, None, program)
 
 

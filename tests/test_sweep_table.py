@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sphere_easyedit.analysis.sweep_pairs import differences
-from sphere_easyedit.analysis.sweep_results import MeasuredRun, Measurement
+from sphere_easyedit.analysis.sweep_results import MeasuredRun, MetricValue, differences
 from sphere_easyedit.analysis.sweep_table import collect, compare
 from sphere_easyedit.evaluation.paired import paired_bootstrap
 from sphere_easyedit.runs.sweep import Run, Sweep
@@ -148,16 +147,7 @@ def test_sphere_is_paired_with_the_same_arm_without_it(tmp_path: Path) -> None:
     assert (found["t95_low"], found["t95_high"]) == pytest.approx((interval.low, interval.high))
     assert found["cases"] is None
     assert "+2.833 | +1.5 to +5 |" in table.to_markdown()
-    assert "With SPHERE, and none without it: Q-seed0" in table.to_markdown()
-
-
-def test_two_seeds_give_no_interval_over_seeds(tmp_path: Path) -> None:
-    runs = [run_of(arm, seed, alpha=alpha) for arm, alpha in (("P", 0.0), ("S", 0.8)) for seed in (0, 1)]
-    write_record(Sweep(tuple(runs)), tmp_path)
-    for run in runs:
-        write_run(tmp_path, run, [metrics(4, "after", "paper", efficacy=10.0 * run.seed)])
-    [found] = collect(tmp_path).differences
-    assert (found["t95_low"], found["pairs"], found["difference"]) == (None, 2, 0.0)
+    assert "With SPHERE, but no counterpart without it: Q-seed0" in table.to_markdown()
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
@@ -212,7 +202,7 @@ def test_scores_that_do_not_belong_give_no_interval(tmp_path: Path, caplog: pyte
     with caplog.at_level(logging.WARNING):
         [found] = collect(tmp_path).differences
     assert (found["cases95_low"], found["cases"], found["difference"]) == (None, None, 0.0)
-    assert ("do not give the efficacy" in caplog.text) == warned
+    assert ("is not the reported efficacy" in caplog.text) == warned
 
 
 def test_infinite_perplexity_is_a_number(tmp_path: Path) -> None:
@@ -245,7 +235,7 @@ class Given(MeasuredRun):
 
     def __init__(self, arm: str, seed: int, values: Mapping[int, float]) -> None:
         super().__init__(run_of(arm, seed), Path("nowhere"))
-        found = {(edits, "during", "paper", "efficacy"): Measurement(edits, "during", "paper", "efficacy", value)
+        found = {(edits, "during", "paper", "efficacy"): MetricValue(edits, "during", "paper", "efficacy", value)
                  for edits, value in values.items()}
         self.__dict__["measurements"] = found
 

@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from sphere_easyedit.editing import target_optimizer as steering
-from sphere_easyedit.editing import target_values
+from sphere_easyedit.editing import delta_forward, target_values
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import TokenizedPrompt, TokenizedRequest, parse_requests, tokenize_request
 from sphere_easyedit.editing.target_values import TargetValues, optimise_target_values
@@ -165,7 +164,7 @@ def in_one_batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     for name in ("packed_micro_batches", "padded_micro_batches"):
         monkeypatch.setattr(target_values, name, lambda requests, _budget: [list(range(len(requests)))])
     if request.param == "padded":
-        monkeypatch.setattr(steering, "packing_is_exact", lambda *_: False)
+        monkeypatch.setattr(delta_forward, "packing_is_exact", lambda *_: False)
 
 
 def _check(model: nn.Module, requests: list[TokenizedRequest], hparams: sphere.SPHEREHyperParams) -> list[Reference]:
@@ -332,7 +331,7 @@ def test_bfloat16(family: str, tok: PreTrainedTokenizerBase, tmp_path: Path) -> 
 
 
 def _broken(kind: str) -> Any:
-    honest = steering.prefix_key_values
+    honest = delta_forward.prefix_key_values
 
     def refuse(*_: Any) -> Any:
         raise TypeError("no cache here")
@@ -354,8 +353,8 @@ def test_model_without_a_prefix_cache(
     model, hparams = _model("llama"), tiny_hparams(tmp_path, v_num_grad_steps=6)
     expected = _found(model, requests, hparams)
     assert not caplog.records
-    monkeypatch.setattr(steering, "packing_is_exact", lambda *_: False)
-    monkeypatch.setattr(steering, "prefix_key_values", _broken(kind))
+    monkeypatch.setattr(delta_forward, "packing_is_exact", lambda *_: False)
+    monkeypatch.setattr(delta_forward, "prefix_key_values", _broken(kind))
     with caplog.at_level(logging.WARNING, logger="sphere_easyedit"):
         found = _found(model, requests, hparams)
     assert found.steps == expected.steps
@@ -460,7 +459,8 @@ def test_a_model_that_counts_cached_tokens_runs_all_tokens(tok: PreTrainedTokeni
     editable = EditableModel(model, module_names(model.config), [1])
     [request] = parse_requests([{"prompt": "In a city {} plays for", "subject": "John Smith", "target_new": "Rome"}])
     with frozen(model):
-        assert steering.layout_of(editable, [tokenize_request(tok, request, ["He said that. {}"], None)]) == "whole"
+        tokenized = tokenize_request(tok, request, ["He said that. {}"], None)
+        assert delta_forward.choose_layout(editable, [tokenized]) == "whole"
 
 
 
@@ -475,4 +475,5 @@ def test_the_longest_row_is_among_those_that_packing_is_tried_on(tok: PreTrained
         {"prompt": "In {} was found in the north of a city by those who came from the coast with their ships, and",
          "subject": "I", "target_new": "a river"}])
     with frozen(model):
-        assert steering.layout_of(editable, [tokenize_request(tok, one, [], None) for one in requests]) != "packed"
+        tokenized = [tokenize_request(tok, one, [], None) for one in requests]
+        assert delta_forward.choose_layout(editable, tokenized) != "packed"

@@ -62,18 +62,18 @@ def solved(method: str, width: int, sizes: list[int], seed: int, store: TensorSt
 
 @pytest.mark.parametrize("method", ["MEMIT", "null space", "complement"])
 @given(width=st.integers(2, 24), sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 99),
-       room=st.sampled_from([0, 500, 4000, 10**6]))
+       limit=st.sampled_from([0, 500, 4000, 10**6]))
 @settings(max_examples=25, deadline=None)
 def test_where_state_lies_does_not_decide_about_bits(tmp_path_factory: pytest.TempPathFactory, method: str, width: int,
-                                                     sizes: list[int], seed: int, room: int) -> None:
+                                                     sizes: list[int], seed: int, limit: int) -> None:
     folder = tmp_path_factory.getbasetemp() / "state"
     plain = solved(method, width, sizes, seed, None)
-    elsewhere = solved(method, width, sizes, seed, TensorStore(room, folder))
+    elsewhere = solved(method, width, sizes, seed, TensorStore(limit, folder))
     assert all(torch.equal(one, other) for one, other in zip(plain, elsewhere, strict=True))
     assert list(folder.iterdir()) == []  # mappings without a name
 
 
-def test_a_shelf_takes_no_more_than_its_room_and_gets_it_back(tmp_path: Path) -> None:
+def test_a_store_respects_its_limit_and_reuses_freed_memory(tmp_path: Path) -> None:
     store = TensorStore(1000, tmp_path)
     first = store.put(torch.zeros(200))
     second = store.put(torch.arange(100.0))
@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="state_folder .* can't be written"):
         TensorStore(0, tmp_path / "file" / "folder")
-    with pytest.raises(ValueError, match="state_memory, which is not given"):
+    with pytest.raises(ValueError, match="state_memory, .* is not given"):
         tiny_hparams(tmp_path, state_folder=str(tmp_path))
     with pytest.raises(ValueError, match="state_memory"):
         tiny_hparams(tmp_path, state_memory=-1)
@@ -111,7 +111,7 @@ def test_a_full_folder_leaves_the_model_as_it_was(tmp_path: Path, tok: PreTraine
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tensor_store, "mapped_copy", full)
-    with pytest.raises(ValueError, match="state_folder .* No space left .*: make room"):
+    with pytest.raises(ValueError, match="state_folder .* No space left .*: free disk space"):
         apply_sphere_to_model(model, tok, REQUESTS[1:], hparams)
     assert all(torch.equal(before[layer], weight) for layer, weight in edited_weights(model, hparams).items())
     assert session.num_edits == 1
@@ -126,7 +126,7 @@ def test_editing_with_state_in_files_gives_the_same_bits(base_alg: str, family: 
         hparams = tiny_hparams(tmp_path, base_alg=base_alg, keep_previous_keys=base_alg != "AlphaEdit", **changes)
         for start in (0, 1):
             apply_sphere_to_model(model, tok, REQUESTS[start: start + 2], hparams)
-            EditSession.of(model).settle()  # as a checkpoint does: histories are made anew from their keys
+            EditSession.of(model).drop_derived()  # as a checkpoint does: histories are derived again from their keys
         weights.append(edited_weights(model, hparams))
     assert all(torch.equal(weights[0][layer], weights[1][layer]) for layer in weights[0])
 

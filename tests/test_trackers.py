@@ -20,7 +20,7 @@ from sphere_easyedit.callbacks.trackers import RunTrackers, batch_numbers, flat_
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.callbacks import MeasureEvent, RunState
 from sphere_easyedit.runs.directory import RunDirectory
-from sphere_easyedit.runs.measuring import MeasureSettings
+from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.schema import EDITS, METRICS, AbilityEstimate, BatchRecord, Estimate, Measurement
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
@@ -173,7 +173,7 @@ def test_a_tracker_that_fails_is_left_out(tmp_path: Path, edit: Edit,
     assert failing.calls == 2
     assert len(other.logged) > 5
     assert [record.message for record in caplog.records] == [
-        "tracker stand-in failed and is left out from here on, the run goes on: ConnectionError: no route to host"]
+        "tracker stand-in failed and is dropped, the run goes on: ConnectionError: no route to host"]
 
 
 def test_a_refused_run_begins_no_tracker(tmp_path: Path, edit: Edit) -> None:

@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from sphere_easyedit.analysis.arms import DATASET_TITLES, Arm, title_of
+from sphere_easyedit.analysis.labels import DATASET_TITLES, LabelledRun, dataset_title
 from sphere_easyedit.analysis.tables import Cell, Column, Table
 from sphere_easyedit.evaluation.paired import PairedDifference, Values, paired_bootstrap, paired_gain
 from sphere_easyedit.runs.records import PAPER, SPHERE
@@ -28,12 +28,12 @@ WHO: Final = (Column("model"), Column("data set"), Column("seed"), Column("metho
 _SHARES: Final = METRIC_NAMES[:3]  # 0 to 1 in scores of cases, percent in the means of a run
 
 
-def who(arm: Arm) -> tuple[Cell, ...]:
+def who(arm: LabelledRun) -> tuple[Cell, ...]:
     """Cells of ``WHO``."""
-    return arm.run.model, title_of(arm.run.dataset), arm.run.draw, arm.label
+    return arm.run.model, dataset_title(arm.run.dataset), arm.run.draw, arm.label
 
 
-def results_table(arms: Sequence[Arm], protocol: str = PAPER) -> Table:
+def results_table(arms: Sequence[LabelledRun], protocol: str = PAPER) -> Table:
     """In the form of the paper's Table 1: a row a method, and for each data set what was measured after the last edit.
 
     The unedited model stands above: on the facts of the longest run. Runs that have not ended are left out.
@@ -60,7 +60,7 @@ def results_table(arms: Sequence[Arm], protocol: str = PAPER) -> Table:
                 by_row.setdefault((model, arm.label, arm.run.draw), {})[arm.run.dataset] = after
     columns = [Column("model"), Column("method"), Column("seed")]
     for dataset in datasets:
-        columns += [Column(f"{title_of(dataset)} {name}") for name in ("edits", *METRIC_NAMES)]
+        columns += [Column(f"{dataset_title(dataset)} {name}") for name in ("edits", *METRIC_NAMES)]
     rows = []
     for (model, label, seed), points in by_row.items():
         row: list[Cell] = [model, label, seed]
@@ -73,7 +73,8 @@ def results_table(arms: Sequence[Arm], protocol: str = PAPER) -> Table:
                  ).without_empty_columns()
 
 
-def differences_table(arms: Sequence[Arm], protocol: str = PAPER, seed: int = 0, resamples: int = 10_000) -> Table:
+def differences_table(arms: Sequence[LabelledRun], protocol: str = PAPER, seed: int = 0, resamples: int = 10_000
+                      ) -> Table:
     """What SPHERE does to each base method, and what it does beyond its controls: SPHERE's score minus the other arm's
     on the same cases, after the last edit."""
     return _compared(
@@ -82,7 +83,7 @@ def differences_table(arms: Sequence[Arm], protocol: str = PAPER, seed: int = 0,
         against=lambda arm: arm.run.variant != SPHERE).without_empty_columns()
 
 
-def gains_table(arms: Sequence[Arm], protocol: str = PAPER, seed: int = 0, resamples: int = 10_000) -> Table:
+def gains_table(arms: Sequence[LabelledRun], protocol: str = PAPER, seed: int = 0, resamples: int = 10_000) -> Table:
     """Relative gain of each base method from SPHERE (the paper's Figure 7), ``100 (with / without - 1)``."""
     table = _compared(
         arms, protocol, "gains", "Relative gain of each base method from SPHERE, in percent",
@@ -97,10 +98,10 @@ def gains_table(arms: Sequence[Arm], protocol: str = PAPER, seed: int = 0, resam
     return replace(table, columns=columns, rows=tuple(rows)).without_empty_columns()
 
 
-def _compared(arms: Sequence[Arm], protocol: str, name: str, title: str,
-              compare: Callable[[Values, Values], PairedDifference], against: Callable[[Arm], bool]) -> Table:
+def _compared(arms: Sequence[LabelledRun], protocol: str, name: str, title: str,
+              compare: Callable[[Values, Values], PairedDifference], against: Callable[[LabelledRun], bool]) -> Table:
     """SPHERE's arms beside others of their experiments, case by case."""
-    experiments: defaultdict[tuple[object, ...], list[tuple[Arm, Measurement]]] = defaultdict(list)
+    experiments: defaultdict[tuple[object, ...], list[tuple[LabelledRun, Measurement]]] = defaultdict(list)
     for arm in arms:
         run, after = arm.run, arm.run.after(protocol)
         if after is not None:
@@ -119,7 +120,7 @@ def _compared(arms: Sequence[Arm], protocol: str, name: str, title: str,
                               "(bootstrap over pairs).")
 
 
-def _scores(arm: Arm, point: Measurement, protocol: str) -> Mapping[CaseId, Mapping[str, float]]:
+def _scores(arm: LabelledRun, point: Measurement, protocol: str) -> Mapping[CaseId, Mapping[str, float]]:
     try:
         return arm.run.scores(point.when, point.num_edits, protocol)
     except ValueError as error:
@@ -137,7 +138,7 @@ def _paired(ours: Mapping[CaseId, Mapping[str, float]], theirs: Mapping[CaseId, 
     return compare(left, right)
 
 
-def abilities_table(arms: Sequence[Arm]) -> Table:
+def abilities_table(arms: Sequence[LabelledRun]) -> Table:
     """General abilities by number of edits: a row a run and point, a column a task."""
     points = [(arm, point) for arm in arms for point in sorted(arm.run.abilities, key=lambda point: point.num_edits)]
     tasks = sorted({task for _, point in points for task in point.abilities})

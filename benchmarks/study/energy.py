@@ -7,10 +7,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from sphere_easyedit.analysis.arms import Arm, title_of
 from sphere_easyedit.analysis.collapse import collapse_of
 from sphere_easyedit.analysis.correlations import (
-    FEWEST,
+    MIN_POINTS,
     EnergyPoint,
     Regression,
     change_pairs,
@@ -20,6 +19,7 @@ from sphere_easyedit.analysis.correlations import (
     mean_magnitude,
     regress,
 )
+from sphere_easyedit.analysis.labels import LabelledRun, dataset_title
 from sphere_easyedit.analysis.tables import Cell, Column, Table
 from sphere_easyedit.callbacks.energy_metrics import Spearman
 from sphere_easyedit.runs.records import PAPER, RunRecords
@@ -30,7 +30,7 @@ from .comparisons import WHO, who
 _CHANGE = ".2e"
 
 
-def curves_table(arms: Sequence[Arm], protocol: str = PAPER) -> Table:
+def curves_table(arms: Sequence[LabelledRun], protocol: str = PAPER) -> Table:
     """Every evaluation of every run, of the unedited model too: metrics, energy, perplexity, how far weights moved."""
     columns = (*WHO, Column("run"), Column("edits"), Column("when"), *(Column(name) for name in METRIC_NAMES),
                Column("HE change", _CHANGE), Column("|HE change|", _CHANGE), Column("perplexity", ".2f"),
@@ -50,8 +50,8 @@ def curves_table(arms: Sequence[Arm], protocol: str = PAPER) -> Table:
                  "unedited model's.").without_empty_columns()
 
 
-def collapse_table(arms: Sequence[Arm], protocol: str = PAPER, share: float = 0.5, perplexity_factor: float = 10.0
-                   ) -> Table:
+def collapse_table(arms: Sequence[LabelledRun], protocol: str = PAPER, share: float = 0.5,
+                   perplexity_factor: float = 10.0) -> Table:
     """Where each run collapses, and how far energy had moved by then."""
     columns = (*WHO, Column("edits"), Column("collapses at"), Column("sign"), Column("HE change before", _CHANGE),
                Column("HE change there", _CHANGE), Column("HE change at the end", _CHANGE),
@@ -77,8 +77,8 @@ def collapse_table(arms: Sequence[Arm], protocol: str = PAPER, share: float = 0.
                  "in front of it.")
 
 
-def correlation_table(arms: Sequence[Arm], protocol: str = PAPER, share: float = 0.5, perplexity_factor: float = 10.0
-                      ) -> Table:
+def correlation_table(arms: Sequence[LabelledRun], protocol: str = PAPER, share: float = 0.5,
+                      perplexity_factor: float = 10.0) -> Table:
     """Spearman's rho of energy with each metric, over each whole run and before its collapse (the paper's Figure 2)."""
     columns = [*WHO, Column("metric")]
     for energy in ("HE", "|HE|", "steps of HE"):
@@ -91,7 +91,7 @@ def correlation_table(arms: Sequence[Arm], protocol: str = PAPER, share: float =
         found = collapse_of(arm.run, protocol, share, perplexity_factor)
         early = {} if found is None else energy_correlations(energy_points(arm.run, protocol, found.num_edits))
         for metric, over in whole.items():
-            if over.signed.energy.n < FEWEST:
+            if over.signed.energy.n < MIN_POINTS:
                 continue
             before = early.get(metric)
             rows.append((*who(arm), metric, *_spearman(over.signed.energy),
@@ -107,7 +107,7 @@ def correlation_table(arms: Sequence[Arm], protocol: str = PAPER, share: float =
                  ).without_empty_columns()
 
 
-def regression_table(arms: Sequence[Arm], protocol: str = PAPER) -> Table:
+def regression_table(arms: Sequence[LabelledRun], protocol: str = PAPER) -> Table:
     """Regression of each metric's change on the change of energy from point to point (the paper's Figure 3): all runs
     of a model and data set pooled, and each by itself."""
     columns = (*WHO, Column("metric"), Column("energy"), Column("slope", ".3g"), Column("intercept", ".3g"),
@@ -117,14 +117,14 @@ def regression_table(arms: Sequence[Arm], protocol: str = PAPER) -> Table:
         members = [(arm, energy_points(arm.run, protocol)) for arm in arms
                    if (arm.run.model, arm.run.dataset) == (model, dataset)]
         groups: list[tuple[tuple[Cell, ...], list[list[EnergyPoint]]]] = [
-            ((model, title_of(dataset), None, "all runs"), [points for _, points in members]),
+            ((model, dataset_title(dataset), None, "all runs"), [points for _, points in members]),
             *((who(arm), [points]) for arm, points in members)]
         metrics = dict.fromkeys(name for _, points in members for point in points for name in point.values)
         for metric in metrics:
             for magnitude in (False, True):
                 for described, series in groups:
                     fit = regress_changes(series, metric, magnitude)
-                    if fit.n >= FEWEST:
+                    if fit.n >= MIN_POINTS:
                         rows.append((*described, metric, "|HE step|" if magnitude else "HE step", *_fitted(fit)))
     return Table("regressions", "Change of each metric on change of energy, from point to point", columns, tuple(rows),
                  f"Protocol `{protocol}`. Least squares with 95% intervals; HE in relative change, log_perplexity in "

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sphere_easyedit.analysis.arms import Arm
+from sphere_easyedit.analysis.labels import LabelledRun
 from sphere_easyedit.analysis.tables import Cell, Column, Table
 from sphere_easyedit.callbacks.spaces import principal_share
 from sphere_easyedit.core.projection import PrincipalSpace
-from sphere_easyedit.editing.checkpoints import put_weights, saved_weights
+from sphere_easyedit.editing.checkpoints import load_weights, saved_weights
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import parse_requests, tokenize_request
 from sphere_easyedit.hparams import SPHEREHyperParams
@@ -50,7 +50,7 @@ def stages(run: RunRecords, editable: EditableModel) -> Iterator[tuple[int, dict
     try:
         yield 0, unedited
         for num_edits in saved_weights(folder):
-            put_weights(editable, folder, num_edits)
+            load_weights(editable, folder, num_edits)
             yield num_edits, {layer: editable.weight(layer).clone() for layer in editable.layers}
     finally:
         for layer, weight in unedited.items():
@@ -75,7 +75,7 @@ def keys_of_edits(editable: EditableModel, tok: PreTrainedTokenizerBase, request
         return BatchStates(editable, tokenized, token_budget).read_all()
 
 
-def weight_tables(arms: Sequence[Arm], load: Callable[[RunRecords], tuple[EditableModel, SPHEREHyperParams]],
+def weight_tables(arms: Sequence[LabelledRun], load: Callable[[RunRecords], tuple[EditableModel, SPHEREHyperParams]],
                   keys: Callable[[RunRecords], Mapping[int, Tensor]] | None = None) -> list[Table]:
     """Pairwise cosines and spectra of weights at every checkpoint, and where the change between checkpoints lies.
 

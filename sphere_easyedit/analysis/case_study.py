@@ -1,4 +1,4 @@
-"""Continuations of one case's prompts by the unedited, the edited and the rolled-back model (appendix E.3)."""
+"""Compares continuations of one case's prompts by the unedited, edited and rolled-back model (appendix E.3)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..datasets.records import EditRecord
-from ..editing.checkpoints import choose_kept, put_weights
+from ..editing.checkpoints import choose_checkpoint, load_weights
 from ..evaluation.generation import generate_continuations
 from ..models.fingerprint import weights_checksum
-from ..runs.revisiting import EditedRun
+from ..runs.reevaluation import EditedRun
 from ..runs.schema import CASES, CaseRecord
 from ..utils.messages import nearest
 
 Kind = Literal["edit", "paraphrase", "neighborhood", "generation"]
 
-_NAMED: Final = 3  # near cases that an error names
+_SUGGESTED: Final = 3  # cases named in an error
 _PARAPHRASES: Final = 2
 
 
@@ -46,9 +46,8 @@ class CaseStudy:
         num_edits: edits in the weights of the edited model.
         total: edits of the run.
         continuations: by prompt.
-        scores: ``pre`` and ``post`` of ``cases.jsonl``, each by metric from 0 to 1 or null; None where the run has none
-            of this case.
-        restored: whether the rolled-back weights have the unedited ones' bits.
+        scores: ``pre`` and ``post`` of ``cases.jsonl``, each by metric from 0 to 1 or null; None if there are none.
+        restored: whether the rolled-back weights equal the unedited ones bit by bit.
     """
 
     case_id: int | str
@@ -73,11 +72,11 @@ class CaseStudy:
 
 
 def choose_case(run: EditedRun, case_id: str, at: int | None = None) -> tuple[int, int]:
-    """Find a case and the kept weights to study it with; needs no model.
+    """Find a case and the kept weights to use; needs no model.
 
     Args:
-        case_id: as text, even where it is a number in the data set.
-        at: number of edits in the weights; None for the last ones kept.
+        case_id: as text, also if it is a number in the data set.
+        at: number of edits in the weights; None: the last ones kept.
 
     Returns:
         The case's index in ``run.records``, and the number of edits.
@@ -88,19 +87,19 @@ def choose_case(run: EditedRun, case_id: str, at: int | None = None) -> tuple[in
     indices = {str(record.case_id): index for index, record in enumerate(run.records)}
     if case_id not in indices:
         raise ValueError(f"{run.directory.path} has no case {case_id}: {_near(case_id, list(indices))}")
-    return indices[case_id], choose_kept(run.directory.path, at, "there is no edited model to generate with")
+    return indices[case_id], choose_checkpoint(run.directory.path, at, "there is no edited model to generate with")
 
 
 def study_case(run: EditedRun, model: nn.Module, tok: PreTrainedTokenizerBase, index: int, num_edits: int,
                max_new_tokens: int = 50) -> CaseStudy:
-    """Generate with the unedited weights, those after ``num_edits`` edits, and the unedited ones restored.
+    """Generate with the unedited weights, those after ``num_edits`` edits, and the restored unedited ones.
 
     Args:
         model: the unedited model of the run; its weights are restored at the end, even after an error.
         tok: its tokenizer.
         index: of the case in ``run.records``.
         num_edits: edits of weights that were kept.
-        max_new_tokens: of each greedy continuation, at most.
+        max_new_tokens: maximum length of each greedy continuation.
 
     Raises:
         ValueError: the weights can't be read or are of another model, or a prompt does not fit the model's context.
@@ -115,7 +114,7 @@ def study_case(run: EditedRun, model: nn.Module, tok: PreTrainedTokenizerBase, i
     checksum = weights_checksum(editable)
     unedited = generate()
     try:
-        put_weights(editable, run.directory.checkpoints, num_edits)
+        load_weights(editable, run.directory.checkpoints, num_edits)
         edited = generate()
     finally:
         with torch.no_grad():
@@ -132,7 +131,7 @@ def study_case(run: EditedRun, model: nn.Module, tok: PreTrainedTokenizerBase, i
 
 
 def dtype_of_run(run: EditedRun) -> str | None:
-    """The one dtype in which the run's model was loaded, for ``load_model``; None where there were several."""
+    """The dtype of the run's model, for ``load_model``; None if it had several."""
     named = (run.directory.read_config().get("model") or {}).get("dtypes") or []
     return str(named[0]).removeprefix("torch.") if len(named) == 1 else None
 
@@ -148,10 +147,10 @@ def _prompts(record: EditRecord) -> Iterator[tuple[Kind, str]]:
 
 
 def _near(case_id: str, known: list[str]) -> str:
-    """The closest case ids, for an error."""
+    """Text of an error that suggests similar case ids."""
     numbers = sorted(int(one) for one in known if one.isdecimal())
     if case_id.isdecimal() and numbers:
-        near = sorted(sorted(numbers, key=lambda one: abs(one - int(case_id)))[:_NAMED])
+        near = sorted(sorted(numbers, key=lambda one: abs(one - int(case_id)))[:_SUGGESTED])
         return f"nearest are {', '.join(map(str, near))}, of {len(known)} from {numbers[0]} to {numbers[-1]}"
-    near_texts = nearest(case_id, known, _NAMED) or known[:_NAMED]
+    near_texts = nearest(case_id, known, _SUGGESTED) or known[:_SUGGESTED]
     return f"its {len(known)} cases are such as {', '.join(near_texts)}"

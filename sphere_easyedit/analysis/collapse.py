@@ -1,4 +1,4 @@
-"""Where sequential editing breaks a model."""
+"""Finds the number of edits at which a model collapses."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ Reason = Literal["efficacy", "perplexity"]
 
 @dataclass(frozen=True)
 class Collapse:
-    """The first point at which a model counts as collapsed, and which of the signs showed there.
+    """The first measurement at which a model has collapsed, and by which criterion.
 
-    Points are as far apart as the run measured: the model broke at most ``num_edits`` edits in, and after the point
-    before.
+    The collapse happened between the previous measurement and this one.
     """
 
     num_edits: int
@@ -29,22 +28,21 @@ def collapse_point(num_edits: Sequence[int], efficacy: Sequence[float | None], p
                    unedited_perplexity: float | None, share: float = 0.5, perplexity_factor: float = 10.0
                    ) -> Collapse | None:
     """First point where efficacy is below ``share`` of its running maximum, or perplexity above ``perplexity_factor``
-    times the unedited model's; None where neither happens.
+    times the unedited model's; None if neither happens.
 
-    The maximum runs over the points of the edited model up to and including each one, so the first can't fall below
-    its own; the unedited model's efficacy is none of them. A perplexity that is nan or infinite passes any factor. A
-    value that is None was not measured and shows nothing.
+    The maximum is over the edited model's points so far. A perplexity that is nan or infinite exceeds any factor. None
+    means not measured.
 
     Args:
-        num_edits: of the points, rising.
+        num_edits: edits at each point, increasing.
         efficacy: on all facts so far or a sample of them, in any unit.
         perplexity: on held-out text.
-        unedited_perplexity: None turns the sign off.
+        unedited_perplexity: None: perplexity is not considered.
         share: in (0, 1].
         perplexity_factor: at least 1.
 
     Raises:
-        ValueError: the series differ in length, the edits don't rise, or a threshold is out of range.
+        ValueError: the series differ in length, the edits do not increase, or a threshold is out of range.
     """
     if not len(num_edits) == len(efficacy) == len(perplexity):
         raise ValueError(f"{len(num_edits)} numbers of edits, {len(efficacy)} efficacies and {len(perplexity)} "
@@ -56,14 +54,14 @@ def collapse_point(num_edits: Sequence[int], efficacy: Sequence[float | None], p
     if not perplexity_factor >= 1:
         raise ValueError(f"perplexity_factor is {perplexity_factor}: give 1 or more")
     best = -math.inf
-    for edits, hit, puzzled in zip(num_edits, efficacy, perplexity, strict=True):
+    for edits, score, value in zip(num_edits, efficacy, perplexity, strict=True):
         reasons: list[Reason] = []
-        if hit is not None:
-            best = max(best, hit)
-            if hit < share * best:
+        if score is not None:
+            best = max(best, score)
+            if score < share * best:
                 reasons.append("efficacy")
-        if (puzzled is not None and unedited_perplexity is not None
-                and not (math.isfinite(puzzled) and puzzled <= perplexity_factor * unedited_perplexity)):
+        if (value is not None and unedited_perplexity is not None
+                and not (math.isfinite(value) and value <= perplexity_factor * unedited_perplexity)):
             reasons.append("perplexity")
         if reasons:
             return Collapse(edits, tuple(reasons))

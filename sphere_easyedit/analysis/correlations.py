@@ -1,9 +1,8 @@
 """Rank correlation and regression of hyperspherical energy with the metrics along a run.
 
-A point is an evaluation of the edited model on all facts so far, or a sample of them, at which energy was recorded. The
-unedited model is no point: it knows none of the facts, and its energy has not changed. Energy stands for its relative
-change since the unedited model, as the mean over the edited layers; or for the mean of that change's magnitude, in
-which layers that rise and layers that fall do not cancel.
+A point is an evaluation of the edited model on all facts so far, or a sample of them, with a record of energy. Energy
+means its relative change since the unedited model, averaged over the edited layers: signed, or in magnitude, so that
+increases and decreases do not cancel.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from ..runs.records import PAPER, RunRecords
 from ..runs.schema import Measurement
 
 LOG_PERPLEXITY: Final = "log_perplexity"
-FEWEST: Final = 3  # points, or pairs, that a correlation or a slope with its standard error needs
+MIN_POINTS: Final = 3  # for a correlation, or a slope with its standard error
 
 
 @dataclass(frozen=True)
 class EnergyPoint:
-    """What was measured at one point, beside energy.
+    """Energy and metrics at one point.
 
     Attributes:
         num_edits: edits in the model.
         energy_change: relative change of energy since the unedited model, by layer.
-        values: metrics by name in the run's units, and ``log_perplexity`` in nats; only finite ones.
+        values: finite metrics by name in the run's units, and ``log_perplexity`` in nats.
     """
 
     num_edits: int
@@ -40,21 +39,20 @@ class EnergyPoint:
 
 
 def mean_change(by_layer: Mapping[int, float]) -> float:
-    """Mean over layers of the change of energy."""
+    """Mean change of energy over layers."""
     return float(np.mean(list(by_layer.values())))
 
 
 def mean_magnitude(by_layer: Mapping[int, float]) -> float:
-    """Mean over layers of the magnitude of the change of energy."""
+    """Mean magnitude of the change of energy over layers."""
     return float(np.mean(np.abs(list(by_layer.values()))))
 
 
 @dataclass(frozen=True)
 class EnergyCorrelation:
-    """Spearman's rho of one metric with energy: with its relative change, and with that change's magnitude.
+    """Spearman's rho of one metric with the signed change of energy and with its magnitude.
 
-    Each is given over the points (``.energy``, the paper's Figure 2) and over the differences between consecutive ones
-    (``.change``).
+    Each is over the points (``.energy``, the paper's Figure 2) and over consecutive differences (``.change``).
     """
 
     signed: MetricCorrelation
@@ -65,8 +63,8 @@ class EnergyCorrelation:
 class Regression:
     """Least squares ``y = slope x + intercept`` over ``n`` pairs, with 95% intervals by Student's t.
 
-    ``r`` is Pearson's correlation, ``p`` two-sided for a slope of 0. All are nan for fewer than 3 pairs or where all x
-    are equal; r and p also where all y are.
+    ``r`` is Pearson's correlation, ``p`` the two-sided p-value of a slope of 0. All are nan for fewer than 3 pairs or
+    equal x; r and p also for equal y.
     """
 
     slope: float
@@ -79,7 +77,7 @@ class Regression:
 
 
 def energy_points(run: RunRecords, protocol: str = PAPER, before: int | None = None) -> list[EnergyPoint]:
-    """Points of a run with a record of energy, all finite, by rising edits; with ``before``, those of fewer edits."""
+    """Points of a run with finite energy, by number of edits; with ``before``, only those of fewer edits."""
     points = []
     for point in run.trajectory(protocol):
         change = run.energy_changes.get(point.num_edits)
@@ -96,10 +94,9 @@ def _values(point: Measurement) -> dict[str, float]:
 
 
 def energy_correlations(points: Sequence[EnergyPoint]) -> dict[str, EnergyCorrelation]:
-    """Spearman's rho of energy with each metric over the points of one run, and over their differences.
+    """Spearman's rho of energy with each metric over the points of one run that have it, and over their differences.
 
-    A metric's points are those that have it. Numbers that differ by rounding alone are ties. rho is nan for fewer than
-    3 points and where one side is constant.
+    Numbers that differ only by rounding are ties. rho is nan for fewer than 3 points or a constant side.
     """
     if not points:
         return {}
@@ -109,7 +106,7 @@ def energy_correlations(points: Sequence[EnergyPoint]) -> dict[str, EnergyCorrel
 
 
 def _correlated(points: Sequence[EnergyPoint], energies: Sequence[float]) -> dict[str, MetricCorrelation]:
-    # `correlate` reads EasyEdit's metrics, an entry an edit: one entry a point, after a record without edits.
+    # `correlate` takes EasyEdit's metrics, one entry per edit: here one per point, after a record without edits.
     records = [EnergyRecord(index, {}, {0: energy}) for index, energy in enumerate([0.0, *energies])]
     return correlate(records, 1, [{"post": dict(point.values)} for point in points])
 
@@ -118,9 +115,9 @@ def change_pairs(points: Sequence[EnergyPoint], metric: str, magnitude: bool = F
     """(change of energy, change of the metric) between consecutive points that have the metric.
 
     Args:
-        points: of one run, by rising edits.
-        metric: name of it.
-        magnitude: take the magnitude of each layer's change of energy from point to point, then the mean over layers.
+        points: of one run, by number of edits.
+        metric: its name.
+        magnitude: average the magnitudes of the layers' changes of energy.
     """
     pairs = []
     for earlier, later in pairwise([point for point in points if metric in point.values]):
@@ -141,12 +138,12 @@ def regress(x: Sequence[float], y: Sequence[float]) -> Regression:
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("x or y holds a value that is not finite: leave its pair out")
     n = len(x)
-    if n < FEWEST or len(set(x)) == 1:
+    if n < MIN_POINTS or len(set(x)) == 1:
         nothing = (math.nan, math.nan)
         return Regression(math.nan, nothing, math.nan, nothing, math.nan, math.nan, n)
     from scipy import stats  # takes a second to import
 
-    if len(set(y)) == 1:  # exactly flat, which versions of scipy answer differently
+    if len(set(y)) == 1:  # exactly flat: versions of scipy differ
         return Regression(0.0, (0.0, 0.0), y[0], (y[0], y[0]), math.nan, math.nan, n)
     fit = stats.linregress(x, y)
     spread = float(stats.t.ppf(0.975, n - 2))

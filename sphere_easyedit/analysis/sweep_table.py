@@ -1,7 +1,10 @@
-"""A sweep's results in one table: every number as CSV, the ends of the runs and what SPHERE changed as Markdown."""
+"""Tables of a sweep: every number as CSV; final results and the effect of SPHERE as Markdown."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,12 +13,21 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..hparams import SPHERE_ONLY
+from ..runs.schema import Estimate
 from ..runs.sweep.record import KEEPING, RECORD, Run, read_record
 from ..utils.files import atomic_write
-from .sweep_markdown import Row, as_text, changes_table, several, wide_tables
-from .sweep_pairs import Difference, differences, same_seeds, with_and_without_sphere
-from .sweep_results import MeasuredRun, Measurement
-from .tables import Column, Table
+from .sweep_results import (
+    WATCHED,
+    Difference,
+    MeasuredRun,
+    MetricValue,
+    differences,
+    same_seeds,
+    with_and_without_sphere,
+)
+from .tables import Cell, Column, Table
+
+TableRow = Mapping[str, Any]
 
 ROWS: Final = "table.csv"
 DIFFERENCES: Final = "differences.csv"
@@ -25,30 +37,33 @@ _OF_RUN = ("run", "arm", "seed")
 _OF_ROW = ("num_edits", "when", "protocol", "metric", "mean", "ci95_low", "ci95_high", "n")
 _OF_DIFFERENCE = ("num_edits", "when", "protocol", "metric", "arm_mean", "reference_mean", "difference", "lowest",
                   "highest", "t95_low", "t95_high", "pairs", "seeds", "cases95_low", "cases95_high", "cases")
+_TITLES: Final = {"after": "After the last edit", "last_batch": "The last batch"}
+_OF_UNEDITED: Final = ("dataset", "model_name")  # settings that affect the unedited model's numbers
+_GENERAL: Final = ".4g"  # format of columns whose numbers are not all percent
 
 
 @dataclass(frozen=True)
 class SweepTable:
-    """What a sweep found.
+    """Results of a sweep.
 
     Attributes:
-        settings: names of the columns that tell arms apart: method, sphere, gamma, alpha, and what else differs.
-        rows: a row a measurement (``table.csv``): run, arm, seed, the settings, num_edits, when, protocol, metric,
-            mean, ci95_low, ci95_high, n. None where a setting plays no part. See ``results.Measurement``.
-        differences: a row for each measurement that an arm with SPHERE shares with the same arm without it
-            (``differences.csv``). See ``pairs.Difference``.
-        unfinished: names of the runs that have not come to their end; their rows go as far as they got.
-        alone: names of the runs with SPHERE that have no counterpart without it.
+        settings: columns that distinguish arms: method, sphere, gamma, alpha, and whatever else differs.
+        rows: a row per number (``table.csv``): run, arm, seed, the settings (None if not applicable), num_edits, when,
+            protocol, metric, mean, ci95_low, ci95_high, n. See ``MetricValue``.
+        differences: a row per number that both an arm with SPHERE and the same arm without it have
+            (``differences.csv``). See ``Difference``.
+        unfinished: names of unfinished runs; their rows are those so far.
+        alone: names of runs with SPHERE that have no counterpart without it.
     """
 
     settings: tuple[str, ...]
-    rows: tuple[Row, ...]
-    differences: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
+    differences: tuple[TableRow, ...]
     unfinished: tuple[str, ...]
     alone: tuple[str, ...]
 
     def write(self, folder: str | Path) -> list[Path]:
-        """Write ``table.csv``, ``differences.csv`` and ``table.md``, and say where they are."""
+        """Write ``table.csv``, ``differences.csv`` and ``table.md``; returns their paths."""
         folder = Path(folder)
         _write_csv(folder / ROWS, (*_OF_RUN, *self.settings, *_OF_ROW), self.rows)
         _write_csv(folder / DIFFERENCES, ("arm", "reference", *self.settings, *_OF_DIFFERENCE), self.differences)
@@ -57,36 +72,37 @@ class SweepTable:
         return [folder / name for name in (ROWS, DIFFERENCES, MARKDOWN)]
 
     def to_markdown(self) -> str:
-        """The ends of the runs, a table a protocol and a row an arm; then what SPHERE changed; then what is missing."""
+        """Final results (a table per protocol, a row per arm), differences by SPHERE, and unfinished runs."""
         parts = ["# Sweep", "One seed: mean (95% interval over cases). Several: mean over seeds (lowest to highest)."]
         parts += [table.to_markdown().strip() for table in wide_tables(self.rows, self.settings)]
         if changed := [row for row in self.differences if row["when"] == "after"]:
-            told = [name for name in self.settings if name != "sphere"]
-            parts.append(changes_table(changed, told).without_empty_columns().to_markdown().strip())
-        for title, names in (("Not finished", self.unfinished), ("With SPHERE, and none without it", self.alone)):
+            settings = [name for name in self.settings if name != "sphere"]
+            parts.append(changes_table(changed, settings).without_empty_columns().to_markdown().strip())
+        for title, names in (("Not finished", self.unfinished),
+                             ("With SPHERE, but no counterpart without it", self.alone)):
             parts += [f"{title}: {', '.join(names)}."] if names else []
         return "\n\n".join(parts) + "\n"
 
 
 def collect(output: str | Path) -> SweepTable:
-    """Read what the runs of a sweep have measured so far. Nothing is written; ``SweepTable.write`` does that.
+    """Read the results of a sweep so far; ``SweepTable.write`` writes them.
 
     Raises:
-        ValueError: ``output`` is no sweep's folder, or a run's file is damaged.
+        ValueError: ``output`` is not a sweep's folder, or a run's file is damaged.
     """
     measured = _measured(Path(output))
     settings = _settings([one.run for one in measured])
-    rows = [{**_of_run(one.run), **_of_arm(one.run, settings), **_row(measurement)}
-            for one in measured for measurement in one.measurements.values()]
+    rows = [{"run": one.run.name, "arm": one.run.arm, "seed": one.run.seed, **_settings_of(one.run, settings),
+             **_row(value)} for one in measured for value in one.measurements.values()]
     pairs, alone = with_and_without_sphere(measured)
-    changes = [{**_of_arm(of_arm[0][0].run, settings), **_difference_row(difference)}
+    changes = [{**_settings_of(of_arm[0][0].run, settings), **_difference_row(difference)}
                for of_arm in pairs.values() for difference in differences(of_arm)]
     unfinished = tuple(one.run.name for one in measured if not one.finished)
     return SweepTable(tuple(settings), tuple(rows), tuple(changes), unfinished, tuple(alone))
 
 
 def compare(output: str | Path, arm: str, reference: str) -> list[Difference]:
-    """One arm minus another, paired by seed: SPHERE minus its control, say. An arm is a run's name without its seed.
+    """Differences between two arms (run names without the seed), paired by seed.
 
     Raises:
         ValueError: as ``collect``; or an arm is unknown, or they share no seed.
@@ -97,12 +113,12 @@ def compare(output: str | Path, arm: str, reference: str) -> list[Difference]:
 def _measured(output: Path) -> list[MeasuredRun]:
     sweep = read_record(output)
     if sweep is None:
-        raise ValueError(f"{output} has no {RECORD}: give the folder of a sweep that was started")
+        raise ValueError(f"{output} has no {RECORD}: give the folder of a started sweep")
     return [MeasuredRun(run, output / run.name) for run in sweep.runs]
 
 
 def _settings(runs: Sequence[Run]) -> dict[str, Callable[[Run], Any]]:
-    """How to read each setting that tells arms apart, by its column's name."""
+    """Functions that read the settings that distinguish arms, by column name."""
     found: dict[str, Callable[[Run], Any]] = {
         "method": attrgetter("method"), "sphere": attrgetter("sphere"), "gamma": partial(_hyperparameter, name="gamma"),
         "alpha": partial(_hyperparameter, name="alpha")}
@@ -112,7 +128,7 @@ def _settings(runs: Sequence[Run]) -> dict[str, Callable[[Run], Any]]:
                 for run in runs for name in run.edit if name not in KEEPING}
     found |= {name: read for name, read in further.items() if len({as_text(read(run)) for run in runs}) > 1}
     for name in dict.fromkeys(["model_name", *(name for run in runs for name in run.set)]):
-        # Methods have hyperparameters of their own, so what counts is whether runs of one method differ.
+        # Methods have different hyperparameters, so only differences between runs of one method count.
         values = {(run.method, as_text(run.value(name))) for run in runs if run.sphere or name not in SPHERE_ONLY}
         if name not in ("gamma", "alpha") and len(values) > len({method for method, _ in values}):
             found[f"set.{name}" if name in {*taken, *found} else name] = partial(_hyperparameter, name=name)
@@ -124,23 +140,18 @@ def _edit_option(run: Run, name: str) -> Any:
 
 
 def _hyperparameter(run: Run, name: str) -> Any:
-    """None where it plays no part; alpha does, being 0."""
+    """A hyperparameter; None if it has no effect. (alpha has one: without SPHERE it is 0.)"""
     return run.value(name) if run.sphere or name == "alpha" or name not in SPHERE_ONLY else None
 
 
-def _of_run(run: Run) -> dict[str, Any]:
-    return dict(zip(_OF_RUN, (run.name, run.arm, run.seed), strict=True))
-
-
-def _of_arm(run: Run, settings: Mapping[str, Callable[[Run], Any]]) -> dict[str, Any]:
+def _settings_of(run: Run, settings: Mapping[str, Callable[[Run], Any]]) -> dict[str, Any]:
     return {name: read(run) for name, read in settings.items()}
 
 
-def _row(measurement: Measurement) -> dict[str, Any]:
-    low, high = measurement.ci95 or (None, None)
-    return {"num_edits": measurement.num_edits, "when": measurement.when, "protocol": measurement.protocol,
-            "metric": measurement.metric, "mean": measurement.mean, "ci95_low": low, "ci95_high": high,
-            "n": measurement.n}
+def _row(value: MetricValue) -> dict[str, Any]:
+    low, high = value.ci95 or (None, None)
+    return {"num_edits": value.num_edits, "when": value.when, "protocol": value.protocol, "metric": value.metric,
+            "mean": value.mean, "ci95_low": low, "ci95_high": high, "n": value.n}
 
 
 def _difference_row(found: Difference) -> dict[str, Any]:
@@ -152,7 +163,116 @@ def _difference_row(found: Difference) -> dict[str, Any]:
             "seeds": several(found.seeds), "cases95_low": cases95[0], "cases95_high": cases95[1], "cases": found.cases}
 
 
-def _write_csv(path: Path, names: Sequence[str], rows: Iterable[Row]) -> None:
+def _write_csv(path: Path, names: Sequence[str], rows: Iterable[TableRow]) -> None:
     cells = [tuple(as_text(row[name]) if isinstance(row[name], (list, dict)) else row[name] for name in names)
              for row in rows]
     Table(path.stem, "", tuple(map(Column, names)), tuple(cells)).write_csv(path)
+
+
+def wide_tables(rows: Sequence[TableRow], settings: Sequence[str]) -> list[Table]:
+    """A table per protocol with a row per arm and a column per metric, of finished runs after the last edit.
+
+    Args:
+        rows: as ``SweepTable.rows``.
+        settings: columns that distinguish arms.
+    """
+    ends = {row["run"]: row["num_edits"] for row in rows if row["when"] == "after"}
+    final = [row for row in rows if row["num_edits"] == ends.get(row["run"])]
+    tables = []
+    for when, title in _TITLES.items():
+        protocols = dict.fromkeys(row["protocol"] for row in final if row["when"] == when)
+        for protocol in sorted(protocols, key=lambda one: one == WATCHED):  # last
+            chosen = [row for row in final if (row["when"], row["protocol"]) == (when, protocol)]
+            before = [row for row in rows if (row["when"], row["protocol"]) == ("before", protocol)]
+            name = f"protocol {protocol}" if protocol != WATCHED else "watched"
+            spec = ".1f" if protocol != WATCHED else _GENERAL
+            tables.append(_wide(f"{title}, {name}", chosen, before, settings, spec))
+    return tables
+
+
+def changes_table(rows: Sequence[TableRow], settings: Sequence[str]) -> Table:
+    """A row for each difference.
+
+    Args:
+        rows: as ``SweepTable.differences``.
+        settings: columns that distinguish arms.
+    """
+    columns = [*map(Column, settings), Column("edits"), Column("protocol"), Column("metric"), Column("with", _GENERAL),
+               Column("without", _GENERAL), Column("difference", f"+{_GENERAL}"), Column("over seeds"),
+               Column("95% over seeds"), Column("95% over cases"), Column("seeds")]
+    lines = [(*(as_text(row[name]) for name in settings), row["num_edits"], row["protocol"] or "watched", row["metric"],
+              row["arm_mean"], row["reference_mean"], _without_rounding(row),
+              _range(row["lowest"], row["highest"]) if row["pairs"] > 1 else None,
+              _range(row["t95_low"], row["t95_high"]), _range(row["cases95_low"], row["cases95_high"]), row["seeds"])
+             for row in rows]
+    return Table("changes", "With SPHERE minus without, after the last edit", tuple(columns), tuple(lines),
+                 "Over seeds: lowest to highest, and Student's 95% interval from 3 seeds on. Over cases: 95% interval "
+                 "by paired bootstrap, which generalises to other cases with the same seeds.")
+
+
+def as_text(value: Any) -> str | None:
+    """A setting's value in a cell."""
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, dict)):
+        return json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def several(values: Iterable[Any]) -> str:
+    """Distinct values, joined by spaces."""
+    return " ".join(str(value) for value in dict.fromkeys(values))
+
+
+def _wide(title: str, final: Sequence[TableRow], before: Sequence[TableRow], settings: Sequence[str], spec: str
+          ) -> Table:
+    metrics = list(dict.fromkeys(row["metric"] for row in final))
+    lines: list[tuple[Cell, ...]] = []
+    first: dict[Any, str] = {}  # runs of one seed share the unedited model, so the first one's numbers are enough
+    unedited = [row for row in before if first.setdefault((row["seed"], _facts(row)), row["run"]) == row["run"]]
+    for of_facts in _grouped(unedited, _facts):
+        known = [as_text(of_facts[0][name]) if name in _OF_UNEDITED else None for name in settings]
+        lines.append(("unedited", *known[1:], *_cells(of_facts, metrics)))
+    for of_arm in _grouped(final, lambda row: row["arm"]):
+        lines.append((*(as_text(of_arm[0][name]) for name in settings), *_cells(of_arm, metrics)))
+    columns = [*map(Column, settings), Column("seeds"), Column("edits"), *(Column(metric, spec) for metric in metrics)]
+    return Table("wide", title, tuple(columns), tuple(lines))
+
+
+def _facts(row: TableRow) -> tuple[Any, ...]:
+    return tuple(as_text(row.get(name)) for name in _OF_UNEDITED)
+
+
+def _grouped(rows: Iterable[TableRow], key: Callable[[TableRow], Any]) -> list[list[TableRow]]:
+    groups: dict[Any, list[TableRow]] = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return list(groups.values())
+
+
+def _cells(rows: Sequence[TableRow], metrics: Sequence[str]) -> list[Cell]:
+    return [several(row["seed"] for row in rows), several(row["num_edits"] for row in rows),
+            *(_cell([row for row in rows if row["metric"] == metric]) for metric in metrics)]
+
+
+def _cell(rows: Sequence[TableRow]) -> Estimate | None:
+    """One metric of an arm: mean and range over several seeds, or the mean and interval of a single one."""
+    if not rows:
+        return None
+    means = [row["mean"] for row in rows]
+    if len(rows) > 1:
+        return Estimate(math.fsum(means) / len(means), (min(means), max(means)), len(rows))
+    low, high = rows[0]["ci95_low"], rows[0]["ci95_high"]
+    return Estimate(means[0], None if low is None else (low, high), rows[0]["n"] or 0)
+
+
+def _without_rounding(row: TableRow) -> float:
+    """The difference; 0 if it is only rounding of the means."""
+    rounding = 1e-12 * max(abs(row["arm_mean"]), abs(row["reference_mean"]))
+    return 0.0 if abs(row["difference"]) <= rounding < math.inf else row["difference"]
+
+
+def _range(low: float | None, high: float | None) -> str | None:
+    return None if low is None or high is None else f"{low:+{_GENERAL}} to {high:+{_GENERAL}}"

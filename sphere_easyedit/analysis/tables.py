@@ -1,4 +1,4 @@
-"""Tables of numbers: Markdown to read, CSV to go on from."""
+"""Tables of numbers, written as Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Table:
         name: stem of its files.
         title: heading.
         columns: headings and formats.
-        rows: a cell is a text, a number, a mean with its interval, or None where there is nothing.
-        note: what a reader must know, below the title.
+        rows: cells: text, number, mean with interval, or None (empty).
+        note: text below the title.
     """
 
     name: str
@@ -49,14 +49,14 @@ class Table:
                                  "columns")
 
     def without_empty_columns(self) -> Table:
-        """The same without columns in which no row has anything; a table without rows stays as it is."""
+        """The table without columns that are empty in all rows; a table without rows is unchanged."""
         kept = [index for index in range(len(self.columns))
                 if not self.rows or any(row[index] is not None for row in self.rows)]
         return replace(self, columns=tuple(self.columns[index] for index in kept),
                        rows=tuple(tuple(row[index] for index in kept) for row in self.rows))
 
     def to_markdown(self) -> str:
-        """Title, note, and a table in which an interval stands as ``mean (low to high)``."""
+        """Title, note and table, with intervals as ``mean (low to high)``."""
         lines = [[column.name for column in self.columns],
                  ["---:" if self._is_numeric(index) else "---" for index in range(len(self.columns))],
                  *([_text(cell, column.spec) for cell, column in zip(row, self.columns, strict=True)]
@@ -65,7 +65,7 @@ class Table:
         return "\n\n".join(part for part in (f"### {self.title}", self.note, table) if part) + "\n"
 
     def write_csv(self, path: Path) -> None:
-        """One line a row, numbers in full; a column of intervals becomes four: mean, low, high and n."""
+        """Write one line per row, numbers in full precision; a column of intervals becomes mean, low, high and n."""
         spread = [any(isinstance(row[index], Estimate | PairedDifference) for row in self.rows)
                   for index in range(len(self.columns))]
         with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
@@ -99,7 +99,7 @@ def _text(cell: Cell, spec: str) -> str:
 
 def _number(value: float, spec: str) -> str:
     text = format(value, spec)
-    return text.removeprefix("-") if float(text) == 0 else text  # no minus in front of what rounds to 0
+    return text.removeprefix("-") if float(text) == 0 else text  # no minus sign for what rounds to 0
 
 
 def _plain(cell: Cell) -> str | int:

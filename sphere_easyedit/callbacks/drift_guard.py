@@ -1,4 +1,4 @@
-"""A callback that watches the signs of a coming collapse, and warns, lowers the batch or ends the run."""
+"""A callback that watches for signs of model collapse, and warns, scales the batch back or ends the run."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from ..utils.files import atomic_write
 logger = logging.getLogger(__name__)
 
 Action = Literal["warn", "lower", "stop"]
-_LEAST = 0.125  # of a batch's change: three halvings
-# Percent of facts that a model says, each with its prompt (``{}`` for the subject), subject and target_new.
+_MIN_STRENGTH = 0.125  # three halvings
+# (model, facts with prompt (``{}`` for the subject), subject, target_new) -> percent of facts that the model predicts
 EfficacyOf = Callable[[nn.Module, Sequence[Mapping[str, str]]], float]
 
 
 @dataclass(frozen=True)
 class GuardRecord:
-    """What the guard saw of one batch.
+    """Signs measured after one batch.
 
     Attributes:
         num_edits: edits in the model after it.
         energy_step: relative change of hyperspherical energy (Eq. 5) by the batch, in magnitude, mean over layers.
         update_norm: Frobenius norm of the batch's change, mean over layers.
-        early_efficacy: percent of the early facts that the model says; None before the last batch of the warm-up, and
-            where they are not watched.
-        strength: share of the batch's change that stands.
-        signs: what was past its threshold with that: ``energy``, ``norm``, ``early``.
+        early_efficacy: percent of the early facts that the model predicts; None before the last batch of the warm-up,
+            and if they are not watched.
+        strength: share of the batch's change that was kept.
+        signs: signs beyond their thresholds at that strength: ``energy``, ``norm``, ``early``.
     """
 
     num_edits: int
@@ -51,37 +51,37 @@ class GuardRecord:
 
 @dataclass
 class _State:
-    """All that outlives a batch, as it is filed."""
+    """The content of ``guard.json``."""
 
     facts: list[dict[str, str]] = field(default_factory=list)
     records: list[GuardRecord] = field(default_factory=list)
 
 
 class DriftGuard(EditCallback):
-    """Watches three signs that a model drifts out of shape, and acts where one passes its threshold.
+    """Watches three signs of drift, and acts if one exceeds its threshold.
 
-    The first ``warmup`` batches set the measure: medians of the energy's step and of the update's norm, and the
-    efficacy, right after them, of a fixed sample of their facts. Later batches are compared with that. The default
-    thresholds are those that told best on the runs of docs/RELIABILITY.md.
+    The first ``warmup`` batches give the baseline: the median energy step, the median update norm, and the efficacy of
+    a fixed sample of their facts right after them. Later batches are compared with it. The default thresholds predicted
+    collapse best on the runs of docs/RELIABILITY.md.
 
     Args:
-        action: ``warn`` logs; ``lower`` halves the batch's change until no sign is past its threshold, and stops where
-            an eighth of it is still too much; ``stop`` undoes the batch and ends the run (``StopEditing``).
-        tok: tokenizer of the model, for the early facts' efficacy; without one that sign is not watched.
-        energy: times the usual step of hyperspherical energy that are too many; None does not watch it.
-        norm: times the usual norm of a batch's change that are too many; None does not watch it.
-        early: share of the early facts' first efficacy that is too little; None does not watch it.
-        warmup: batches that set the measure.
-        facts: size of the sample of early facts.
-        seed: of that sample.
-        path: JSON file of what was seen; a run that is resumed goes on from it.
-        efficacy_of: measures the early facts, in place of protocol ``paper``'s efficacy on the edit prompts.
+        action: ``warn`` logs; ``lower`` halves the batch's change until no sign exceeds its threshold, and stops the
+            run if an eighth is still too much; ``stop`` undoes the batch and ends the run (``StopEditing``).
+        tok: tokenizer of the model, for the early facts' efficacy; without it, ``early`` is off.
+        energy: threshold of the energy step, as a multiple of its median; None: not watched.
+        norm: threshold of the update norm, as a multiple of its median; None: not watched.
+        early: threshold of the early facts' efficacy, as a share of its baseline; None: not watched.
+        warmup: number of baseline batches.
+        facts: number of early facts in the sample.
+        seed: of the sample.
+        path: JSON file of the guard's state; a resumed run continues from it.
+        efficacy_of: measures the early facts; default: efficacy of protocol ``paper`` on the edit prompts.
 
     Attributes:
-        records: one ``GuardRecord`` a batch that ended, and one of a batch that was stopped.
+        records: one ``GuardRecord`` per completed batch, and one of a batch that was stopped.
 
     Raises:
-        ValueError: a setting is out of its range, or nothing is left to watch.
+        ValueError: a setting is out of its range, or no sign is watched.
     """
 
     def __init__(self, action: Action = "warn", tok: PreTrainedTokenizerBase | None = None, *,
@@ -107,9 +107,9 @@ class DriftGuard(EditCallback):
         self._efficacy_of = efficacy_of or (None if tok is None else _paper_efficacy(tok))
         self._state = _State()
         self._before: dict[int, float] = {}
-        self._seen: GuardRecord | None = None
+        self._current: GuardRecord | None = None  # of the batch under review
 
-    def deciding(self) -> Mapping[str, Any] | None:
+    def resume_settings(self) -> Mapping[str, Any] | None:
         if self.action == "warn":
             return None
         return {"guard": self.action, "energy": self.energy, "norm": self.norm, "early": self.early,
@@ -117,104 +117,93 @@ class DriftGuard(EditCallback):
 
     @property
     def records(self) -> list[GuardRecord]:
-        """What was seen of each batch so far."""
+        """Records of the batches so far."""
         return self._state.records
 
     def on_batch_start(self, event: EditEvent) -> None:
         if not self.records and event.num_edits and self.path is not None and self.path.exists():
             self._state = _read(self.path)
-        # Later records are of batches that were undone, or of another run; without edits every run begins anew.
+        # Later records are of undone batches or another run; at 0 edits a new run starts.
         kept = [record for record in self.records if record.num_edits <= event.num_edits]
         self._state = _State(self._state.facts, kept) if kept else _State()
         self._before = {layer: event.energy(layer) for layer in event.weights}
 
     def review(self, event: EditEvent) -> float:
-        self._seen = seen = self._look(event)
-        if not seen.signs or self.action == "warn":
+        self._current = record = self._measure(event)
+        if not record.signs or self.action == "warn":
             return 1.0
-        if self.action == "lower" and event.strength > _LEAST:
-            logger.warning("%s: its change is halved", self._told(seen))
+        if self.action == "lower" and event.strength > _MIN_STRENGTH:
+            logger.warning("%s: its change is halved", self._describe(record))
             return 0.5
-        self._note(seen)
-        raise StopEditing(self._told(seen))
+        self._add(record)
+        raise StopEditing(self._describe(record))
 
     def on_batch_end(self, event: EditEvent) -> None:
-        if self._seen is None:  # told by something that asks for no review
-            self._seen = self._look(event)
-        if self._seen.signs:
-            logger.warning("%s", self._told(self._seen))
-        self._gather(event)
+        record = self._measure(event) if self._current is None else self._current  # the former without a review
+        self._current = None
+        if record.signs:
+            logger.warning("%s", self._describe(record))
+        self._sample_facts(event)
         if len(self.records) + 1 == self.warmup and self._state.facts:
-            self._seen = replace(self._seen, early_efficacy=self._efficacy(event.model))
-        self._note(self._seen)
-        self._seen = None
+            record = replace(record, early_efficacy=self._efficacy(event.model))
+        self._add(record)
 
-    def _look(self, event: EditEvent) -> GuardRecord:
+    def _measure(self, event: EditEvent) -> GuardRecord:
         steps = [abs(event.energy(layer) / was - 1.0) if was else 0.0 for layer, was in self._before.items()]
         norms = list(event.update_norms.values())
-        base = self._early_base
-        early = self._efficacy(event.model) if base is not None else None
-        seen = GuardRecord(event.num_edits, sum(steps) / len(steps), sum(norms) / len(norms), early, event.strength)
-        signs = []
-        if len(self.records) >= self.warmup:
-            first = self.records[: self.warmup]
-            usual = {"energy": median(record.energy_step for record in first),
-                     "norm": median(record.update_norm for record in first)}
-            if self.energy is not None and seen.energy_step > self.energy * usual["energy"]:
-                signs.append("energy")
-            if self.norm is not None and seen.update_norm > self.norm * usual["norm"]:
-                signs.append("norm")
-            if early is not None and base is not None and self.early is not None and early < self.early * base:
-                signs.append("early")
-        return replace(seen, signs=tuple(signs))
+        ready = len(self.records) >= self.warmup
+        energy_base, norm_base, early_base = self._baseline() if ready else (0.0, 0.0, None)
+        early = None if early_base is None else self._efficacy(event.model)
+        record = GuardRecord(event.num_edits, sum(steps) / len(steps), sum(norms) / len(norms), early, event.strength)
+        signs = {"energy": self.energy is not None and record.energy_step > self.energy * energy_base,
+                 "norm": self.norm is not None and record.update_norm > self.norm * norm_base,
+                 "early": (early is not None and early_base is not None and self.early is not None
+                           and early < self.early * early_base)}
+        return replace(record, signs=tuple(sign for sign, is_set in signs.items() if ready and is_set))
 
-    @property
-    def _early_base(self) -> float | None:
-        return self.records[self.warmup - 1].early_efficacy if len(self.records) >= self.warmup else None
+    def _baseline(self) -> tuple[float, float, float | None]:
+        """Median energy step and update norm of the warm-up, and the early facts' efficacy after it."""
+        first = self.records[: self.warmup]
+        return (median(record.energy_step for record in first), median(record.update_norm for record in first),
+                first[-1].early_efficacy)
 
     def _efficacy(self, model: nn.Module) -> float:
-        assert self._efficacy_of is not None  # or `early` is None
+        assert self._efficacy_of is not None  # else `early` is None
         return self._efficacy_of(model, self._state.facts)
 
-    def _gather(self, event: EditEvent) -> None:
-        """Keep a fair sample of the warm-up's facts: each batch gives as many as it can until the sample is full."""
+    def _sample_facts(self, event: EditEvent) -> None:
+        """Add facts of a warm-up batch to the sample, about equally many of each batch."""
         if self.early is None or len(self.records) >= self.warmup:
             return
-        wanted = -(-self.facts * (len(self.records) + 1) // self.warmup) - len(self._state.facts)
-        asked = [one for one in event.requests if SLOT not in one.before + one.after]
-        drawn = random.Random(f"{self.seed} {event.num_edits}").sample(range(len(asked)), min(wanted, len(asked)))
-        self._state.facts += [{"prompt": asked[place].before + SLOT + asked[place].after,
-                               "subject": asked[place].subject, "target_new": asked[place].target.strip()}
-                              for place in sorted(drawn)]
+        count = -(-self.facts * (len(self.records) + 1) // self.warmup) - len(self._state.facts)
+        requests = [one for one in event.requests if SLOT not in one.before + one.after]
+        drawn = random.Random(f"{self.seed} {event.num_edits}").sample(range(len(requests)), min(count, len(requests)))
+        self._state.facts += [{"prompt": one.before + SLOT + one.after, "subject": one.subject,
+                               "target_new": one.target.strip()} for one in map(requests.__getitem__, sorted(drawn))]
 
-    def _note(self, seen: GuardRecord) -> None:
-        self._state.records = [*self.records, seen]
-        self._save()
-
-    def _save(self) -> None:
+    def _add(self, record: GuardRecord) -> None:
+        self._state.records = [*self.records, record]
         if self.path is not None:
             with atomic_write(self.path) as temporary:
                 temporary.write_text(json.dumps(asdict(self._state), indent=1), encoding="utf-8")
 
-    def _told(self, seen: GuardRecord) -> str:
-        first = self.records[: self.warmup]
-        words = {
-            "energy": lambda: f"hyperspherical energy moved {seen.energy_step:.1e} in one batch, "
-                              f"{median(r.energy_step for r in first):.1e} is usual",
-            "norm": lambda: f"the norm of the change is {seen.update_norm:.3g}, "
-                            f"{median(r.update_norm for r in first):.3g} is usual",
-            "early": lambda: f"of {len(self._state.facts)} early facts {seen.early_efficacy:.0f}% are left of "
-                             f"{self._early_base:.0f}%",
+    def _describe(self, record: GuardRecord) -> str:
+        energy, norm, early = self._baseline()
+        texts = {
+            "energy": f"hyperspherical energy moved {record.energy_step:.1e} in one batch, {energy:.1e} is usual",
+            "norm": f"the norm of the change is {record.update_norm:.3g}, {norm:.3g} is usual",
+            "early": f"of {len(self._state.facts)} early facts {record.early_efficacy or 0.0:.0f}% are left of "
+                     f"{early or 0.0:.0f}%",
         }
-        return f"batch up to {seen.num_edits} edits: {'; '.join(words[sign]() for sign in seen.signs)}"
+        return f"batch up to {record.num_edits} edits: {'; '.join(texts[sign] for sign in record.signs)}"
 
 
 def _paper_efficacy(tok: PreTrainedTokenizerBase) -> EfficacyOf:
     from ..evaluation.metrics import edit_efficacy
 
     def efficacy(model: nn.Module, facts: Sequence[Mapping[str, str]]) -> float:
-        records = [EditRecord(place, fact["prompt"], fact["subject"], fact["target_new"], None, (), (), (), "facts")
-                   for place, fact in enumerate(facts)]
+        records = [EditRecord(index, fact["prompt"], fact["subject"], fact["target_new"], None, (), (), (), "facts")
+                   for index, fact in enumerate(facts)]
         return edit_efficacy(model, tok, records, "paper") or 0.0
 
     return efficacy
@@ -226,4 +215,4 @@ def _read(path: Path) -> _State:
         records = [GuardRecord(**{**record, "signs": tuple(record["signs"])}) for record in content["records"]]
         return _State(list(content["facts"]), records)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no file of a DriftGuard ({error}): remove it, or give another path") from error
+        raise ValueError(f"{path} is not a file of a DriftGuard ({error}): remove it, or give another path") from error

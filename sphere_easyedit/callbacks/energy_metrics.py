@@ -1,9 +1,8 @@
-"""Hyperspherical energy beside EasyEdit's metrics: joined case by case, and correlated over batches.
+"""Joins hyperspherical energy with EasyEdit's metrics by case, and correlates the two over batches.
 
-EasyEdit's metrics are a list with one dict a case, in the order of editing: ``{"case_id", "requested_rewrite", "pre":
-{...}, "post": {...}}``. Cases are told apart by their position: ``batch_edit`` numbers ``case_id`` anew in every batch,
-``edit`` through the run. A case belongs to the first record made with it in the model; with ``every`` above 1 that
-may be batches after the case was measured.
+EasyEdit's metrics are a list with one dict per case, in the order of editing: ``{"case_id", "requested_rewrite", "pre":
+{...}, "post": {...}}``. Cases are identified by position, since ``batch_edit`` restarts ``case_id`` in every batch. A
+case belongs to the first energy record after its edit; with ``every`` above 1 that may be batches later.
 """
 
 from __future__ import annotations
@@ -18,10 +17,8 @@ from typing import Any, Final
 
 import numpy as np
 
-JOINED: Final = "hyperspherical_energy"
-
-# Numbers whose distance is below this share of what they were computed from are ties. Float64's rounding of means and
-# differences would rank them (0.2 - 0.1 and 0.3 - 0.2), and accuracies are full of ties.
+# Means and differences closer than this, relative to their operands, are ties: accuracies have many ties, which
+# rounding in float64 would break (0.2 - 0.1 and 0.3 - 0.2).
 _ROUNDING: Final = 1e-13
 
 
@@ -38,7 +35,7 @@ class EnergyRecord:
 class Spearman:
     """Spearman's rank correlation of ``n`` points, -1 to 1, and its two-sided p-value.
 
-    Both are nan for fewer than 3 points, for a series that is constant, and for one that holds a nan.
+    Both are nan for fewer than 3 points, and if a series is constant or holds a nan.
     """
 
     rho: float
@@ -48,31 +45,15 @@ class Spearman:
 
 @dataclass(frozen=True)
 class MetricCorrelation:
-    """How a metric goes with hyperspherical energy.
+    """Correlation of a metric with hyperspherical energy.
 
     Attributes:
-        energy: of the two over batches (the paper's Figure 2).
-        change: of their differences from batch to batch (Figure 3).
+        energy: over batches (the paper's Figure 2).
+        change: of the differences between consecutive batches (Figure 3).
     """
 
     energy: Spearman
     change: Spearman
-
-
-def join_energy(records: Sequence[EnergyRecord], every: int, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """``HETracker.join`` for these records.
-
-    Raises:
-        ValueError: as ``owners``; nothing was changed.
-    """
-    for entry, owner in zip(metrics, owners(records, every, metrics), strict=True):
-        if owner is None:
-            entry[JOINED] = None
-        else:
-            record = records[owner]
-            entry[JOINED] = {"num_edits": record.num_edits, "energy": dict(record.energy),
-                             "relative_change": dict(record.relative_change)}
-    return metrics
 
 
 def correlate(records: Sequence[EnergyRecord], every: int, metrics: list[dict[str, Any]]
@@ -99,18 +80,18 @@ def correlate(records: Sequence[EnergyRecord], every: int, metrics: list[dict[st
 
 
 def owners(records: Sequence[EnergyRecord], every: int, metrics: list[dict[str, Any]]) -> list[int | None]:
-    """For each entry of ``metrics`` the index of its record, never falling; None for what came after the last one.
+    """Index of the record of each entry of ``metrics``; None for cases after the last record.
 
     Raises:
-        ValueError: ``metrics`` is no list of dicts, there is no record of a batch, or there are more or fewer entries
-            than edits recorded. With ``every`` above 1 there may be more, of batches after the last record.
+        ValueError: ``metrics`` is not a list of dicts, there is no record of a batch, or the number of entries differs
+            from the number of recorded edits. With ``every`` above 1 there may be more entries, after the last record.
     """
-    wanted = "give EasyEdit's list with one dict a case, the first of the three that edit and batch_edit return"
+    remedy = "give EasyEdit's list with one dict a case, the first of the three that edit and batch_edit return"
     if not isinstance(metrics, list):
-        raise ValueError(f"metrics is a {type(metrics).__name__}: {wanted}")
+        raise ValueError(f"metrics is a {type(metrics).__name__}: {remedy}")
     for i, entry in enumerate(metrics):
         if not isinstance(entry, dict):
-            raise ValueError(f"metrics[{i}] is a {type(entry).__name__}: {wanted}")
+            raise ValueError(f"metrics[{i}] is a {type(entry).__name__}: {remedy}")
     if len(records) < 2:
         raise ValueError(f"the tracker has {len(records)} records, none of them after a batch: have it watch the run "
                          f"that made the metrics, with every ({every}) not above the number of batches")
@@ -128,7 +109,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
     """Dotted path and value of each metric in a phase's dict."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            # Outputs are token ids: numbers that measure nothing.
+            # Outputs are token ids, not metrics.
             if key != "metric_meta" and not str(key).endswith("_output"):
                 yield from _leaves(inner, f"{name}.{key}" if name else str(key))
     elif name and (numbers := _numbers(value)):
@@ -136,7 +117,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _numbers(value: Any) -> list[float]:
-    """All numbers of a number or a nested list of them; none if anything in it is something else or empty."""
+    """Numbers in a number or a nested list; empty if any part is empty or not a number."""
     if isinstance(value, (Real, np.bool_)):
         return [float(value)]
     if not isinstance(value, (list, tuple)):
@@ -165,7 +146,7 @@ def _differences(values: list[float]) -> list[float]:
 
 
 def _with_ties(values: list[float], sizes: list[float]) -> list[float]:
-    """``values``, with neighbours in size made equal if they differ by rounding alone; ``sizes``: of the operands."""
+    """``values``, with those that differ only by rounding made equal; ``sizes``: magnitudes of their operands."""
     tied = list(values)
     for lower, upper in pairwise(sorted(range(len(values)), key=values.__getitem__)):
         distance = values[upper] - values[lower]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..editing.callbacks import EditCallback, EditEvent
 from ..utils.files import atomic_write
-from .energy_metrics import EnergyRecord, MetricCorrelation, correlate, join_energy
+from .energy_metrics import EnergyRecord, MetricCorrelation, correlate, owners
 
 _COLUMNS = ("num_edits", "layer", "energy", "relative_change")
 
@@ -17,25 +18,25 @@ _COLUMNS = ("num_edits", "layer", "energy", "relative_change")
 class HETracker(EditCallback):
     """Records hyperspherical energy before the first batch and after each.
 
-    After a run of EasyEdit's, ``join`` puts the energies beside its metrics and ``correlation`` compares the two.
+    After a run of EasyEdit, ``join`` adds the energies to its metrics, and ``correlation`` correlates the two.
 
     Args:
-        path: CSV file (num_edits, layer, energy, relative_change), rewritten whole after every record, so that an
-            interrupted run leaves what it measured. A run that goes on from earlier edits continues the file's records.
-        layers: layers to track, None for all that are edited.
-        every: record after every so many batches.
+        path: CSV file (num_edits, layer, energy, relative_change), rewritten after every record. A resumed run
+            continues the file's records.
+        layers: layers to track; None: all edited layers.
+        every: recording interval, in batches.
 
     Attributes:
-        records: one ``EnergyRecord`` before the first batch and one for each recorded batch.
+        records: one ``EnergyRecord`` before the first batch and one per recorded batch.
 
     Raises:
-        TypeError: ``layers`` is no sequence of numbers, or ``every`` no number.
+        TypeError: ``layers`` is not a sequence of integers, or ``every`` not an integer.
         ValueError: ``every`` is below 1.
     """
 
     def __init__(self, path: str | Path | None = None, layers: Sequence[int] | None = None, every: int = 1) -> None:
         if layers is not None and not (isinstance(layers, Iterable) and all(isinstance(one, int) for one in layers)):
-            raise TypeError(f"layers is {layers!r}: give a list of layer numbers, or None for all that are edited")
+            raise TypeError(f"layers is {layers!r}: give a list of layer numbers, or None for all edited layers")
         if not isinstance(every, int):
             raise TypeError(f"every is {every!r}: give a whole number, 1 or more")
         if every < 1:
@@ -51,7 +52,7 @@ class HETracker(EditCallback):
             if self.records and set(self.records[0].energy) != set(self._tracked(event)):
                 raise ValueError(f"{self.path} tracks layers {sorted(self.records[0].energy)}, this run "
                                  f"{self._tracked(event)}: give the tracker another path, or the same layers")
-        # Later records are of batches that were undone, or of another run; without edits every run begins anew.
+        # Later records are of undone batches or another run; at 0 edits a new run starts.
         self.records = [record for record in self.records if record.num_edits <= event.num_edits]
         if event.num_edits == 0 or not self.records:
             self.records = []
@@ -65,7 +66,7 @@ class HETracker(EditCallback):
         layers = list(event.weights) if self.layers is None else self.layers
         missing = [layer for layer in layers if layer not in event.weights]
         if missing:
-            raise ValueError(f"HETracker is to track layers {missing}, edited are {list(event.weights)}: track those")
+            raise ValueError(f"HETracker can't track layers {missing}: edited layers are {list(event.weights)}")
         return layers
 
     def _record(self, event: EditEvent) -> None:
@@ -78,7 +79,7 @@ class HETracker(EditCallback):
             self.to_csv(self.path)
 
     def to_csv(self, path: str | Path) -> None:
-        """Write all records, one line a record and layer."""
+        """Write all records, one line per record and layer."""
         with atomic_write(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(_COLUMNS)
@@ -87,40 +88,41 @@ class HETracker(EditCallback):
                     writer.writerow([record.num_edits, layer, repr(energy), repr(record.relative_change[layer])])
 
     def join(self, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Put energy into EasyEdit's metrics, in place.
+        """Add energies to EasyEdit's metrics, in place.
 
         Each entry gets ``"hyperspherical_energy"``: ``{"num_edits": int, "energy": {layer: float}, "relative_change":
-        {layer: float}}`` of the first record made with its edit in the model. With ``every`` above 1 that may be some
-        batches later, and edits after the last record get None.
+        {layer: float}}`` of the first record after its edit. With ``every`` above 1 that may be batches later, and
+        edits after the last record get None.
 
         Args:
-            metrics: the first of the three that EasyEdit's ``edit`` and ``batch_edit`` return: one dict a case, in the
-                order of editing, of the whole run that was watched. ``case_id`` is not looked at.
+            metrics: the first of the three values that EasyEdit's ``edit`` and ``batch_edit`` return: one dict per
+                case, in the order of editing, of the whole tracked run. ``case_id`` is ignored.
 
         Returns:
             ``metrics`` itself.
 
         Raises:
-            ValueError: nothing was recorded after a batch, ``metrics`` is no list of dicts, or it has more or fewer
-                entries than edits were recorded (more is right with ``every`` above 1). Nothing was changed.
+            ValueError: nothing was recorded after a batch, ``metrics`` is not a list of dicts, or the number of entries
+                does not match the recorded edits. Nothing was changed.
         """
-        return join_energy(self.records, self.every, metrics)
+        for entry, owner in zip(metrics, owners(self.records, self.every, metrics), strict=True):
+            entry["hyperspherical_energy"] = None if owner is None else asdict(self.records[owner])
+        return metrics
 
     def correlation(self, metrics: list[dict[str, Any]]) -> dict[str, MetricCorrelation]:
         """Spearman's rank correlation of hyperspherical energy with every metric of a run (Figures 2 and 3).
 
-        A point is a record after the first: its metric is the mean over the cases edited since the record before
-        it, as far as they have the metric; its energy is the mean over tracked layers of the relative change, since
-        energies of layers differ in size. ``change`` correlates the differences between consecutive points. Numbers
-        that differ by rounding alone are ties.
+        Each record after the first is a point: its metric is the mean over the cases edited since the previous record
+        that have the metric; its energy is the relative change, mean over tracked layers. ``change`` correlates the
+        differences between consecutive points. Numbers that differ only by rounding are ties.
 
         Args:
-            metrics: as for ``join``, joined or not; not changed. Metrics are the numbers under ``"post"`` and the means
-                of lists of numbers, save ``metric_meta`` and token ids (``*_output``). nan counts as missing.
+            metrics: as for ``join``; not changed. Metrics are the numbers under ``"post"``, and means of lists of
+                numbers, except ``metric_meta`` and token ids (``*_output``). nan counts as missing.
 
         Returns:
             Correlations by dotted name, such as ``rewrite_acc``, ``locality.neighborhood_acc`` or
-            ``fluency.ngram_entropy``; nan where there are fewer than 3 points or one side is constant.
+            ``fluency.ngram_entropy``; nan with fewer than 3 points or a constant side.
 
         Raises:
             ValueError: as ``join``, or no layer was tracked.
@@ -132,7 +134,7 @@ def read_energy_csv(path: Path) -> list[EnergyRecord]:
     """Read what ``HETracker`` wrote.
 
     Raises:
-        ValueError: the file has other columns or a line that is no record.
+        ValueError: the file has other columns or an invalid line.
     """
     records: list[EnergyRecord] = []
     with path.open(newline="", encoding="utf-8") as stream:

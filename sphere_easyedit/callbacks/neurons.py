@@ -1,19 +1,19 @@
-"""Cosines between the neurons of edited weights, before editing and now: ``neurons.safetensors``.
+"""Cosines between the neurons of edited weights, before and after editing: ``neurons.safetensors``.
 
 By layer L, with n sampled neurons, B bins and k = min(d_out, d_in) eigenvalues:
 
 ================  =================  ==================================================================================
-tensor            shape              what it is
+tensor            shape              content
 ================  =================  ==================================================================================
-``rows.L``        (n,) int64         numbers of the sampled rows, ascending
-``cosines.L``     (2n, 2n) float32   cosines among the sampled rows before editing and, behind them, the same rows after
+``rows.L``        (n,) int64         indices of the sampled rows, ascending
+``cosines.L``     (2n, 2n) float32   cosines among the sampled rows before editing, followed by the same rows after it
 ``histogram.L``   (2, B) int64       pairs i < j of **all** neurons by their cosine, in equal bins over [-1, 1]
 ``spectrum.L``    (2, k) float32     eigenvalues of ``What What^T`` (What: the weight, rows of length 1), descending
 ``rank.L``        (2,) int64         rank of the principal space at the run's gamma (Eq. 10, 11)
 ================  =================  ==================================================================================
 
-Rows of two are before and after. The file's metadata is one entry, since several have no fixed order and equal records
-shall be equal files.
+A dimension of size 2 is before and after. The file's metadata is a single entry, because the order of several is not
+fixed and equal records should give equal files.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ BINS: Final = 400
 _FORMAT: Final = "1"
 _BLOCK_ROWS: Final = 512
 _METADATA: Final = "neurons"
-# Cumulated shares that differ by rounding alone are equal, as in `projection`.
+# Cumulative shares that differ only by rounding are equal, as in `core.projection`.
 _SHARE_ROUNDING: Final = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
 class LayerNeurons:
-    """One layer's neurons, before and after; shapes as in the module's table.
+    """One layer's neurons, before and after editing.
 
     Attributes:
-        rows, cosines, histogram, spectrum, ranks: as in the table.
-        d_in: width of the weight; ``ranks / d_in`` is what a random direction has in the principal space.
+        rows, cosines, histogram, spectrum, ranks: see the module's table.
+        d_in: width of the weight; ``ranks / d_in`` is the expected share of a random direction in the principal space.
     """
 
     rows: NDArray[np.int64]
@@ -66,7 +66,7 @@ class LayerNeurons:
 
     @property
     def sampled(self) -> int:
-        """n, the number of sampled neurons."""
+        """Number of sampled neurons, n."""
         return len(self.rows)
 
 
@@ -76,13 +76,13 @@ _TENSORS: Final = (("rows", "rows", np.int64), ("cosines", "cosines", np.float32
 
 @dataclass(frozen=True, eq=False)
 class NeuronRecord:
-    """What ``neurons.safetensors`` holds.
+    """Content of ``neurons.safetensors``.
 
     Attributes:
-        num_edits: edits in the model that is "after".
-        seed: that drew the sampled neurons.
-        gamma: of the principal spaces.
-        layers: by number.
+        num_edits: edits in the model after editing.
+        seed: seed of the sample.
+        gamma: gamma of the principal spaces.
+        layers: by layer number.
     """
 
     num_edits: int
@@ -91,7 +91,7 @@ class NeuronRecord:
     layers: Mapping[int, LayerNeurons]
 
     def write(self, path: Path) -> None:
-        """Write the file, or leave the one before it."""
+        """Write the file atomically."""
         tensors = {f"{name}.{layer}": np.ascontiguousarray(getattr(found, field))
                    for layer, found in self.layers.items() for name, field, _ in _TENSORS}
         described = {"format": _FORMAT, "num_edits": self.num_edits, "seed": self.seed, "gamma": self.gamma,
@@ -116,7 +116,7 @@ class NeuronRecord:
             return cls(int(described["num_edits"]), int(described["seed"]), float(described["gamma"]), layers)
         except (OSError, SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} can't be read as a record of neurons ({type(error).__name__}: {error}): remove "
-                             "it, and have it made from the kept weights") from error
+                             "it; `evaluate --neurons` writes it again from kept weights") from error
 
 
 def _layer(tensors: Mapping[str, NDArray[Any]], layer: str, d_in: int) -> LayerNeurons:
@@ -142,23 +142,23 @@ class _Distribution:
 
 @dataclass(frozen=True)
 class _Before:
-    """What is kept of an unedited weight: numbers and unit vectors of sampled rows, and the distribution of all."""
+    """Sampled rows of an unedited weight (indices and unit vectors), and the distribution of all rows."""
 
     numbers: Tensor
     rows: Tensor
     all_rows: _Distribution
 
 
-class NeuronWatch:
-    """Records how neurons changed since editing began.
+class NeuronTracker:
+    """Records how the cosines between neurons changed since editing began.
 
-    A layer costs one product of the weight with itself and the eigenvalues of that ``(d_out, d_out)``, before editing
-    and for every record; of the unedited weight ``SAMPLE`` rows are kept.
+    Each record costs one Gram matrix ``(d_out, d_out)`` and its eigenvalues per layer. ``SAMPLE`` rows of the unedited
+    weight are kept.
 
     Args:
         weights: of the unedited model by layer, ``(d_out, d_in)``, rows are neurons.
-        gamma: share that a principal space passes.
-        seed: draws the sampled neurons among those that have a direction.
+        gamma: share of the spectrum in the principal space (Eq. 11).
+        seed: seed of the sample among rows that are not zero.
 
     Raises:
         ValueError: a weight holds nan or infinity.
@@ -174,11 +174,10 @@ class NeuronWatch:
             self._before[layer] = _Before(numbers, _directions(weight[numbers]), _distribution(weight, unit, gamma))
 
     def record(self, weights: Mapping[int, Tensor], num_edits: int) -> NeuronRecord:
-        """Compare the neurons now with those before editing.
+        """Compare the current neurons with those before editing.
 
         Args:
-            weights: of the same layers, as they stand after ``num_edits``. A sampled row that has become zero has the
-                cosine 0 with all.
+            weights: of the same layers after ``num_edits``. A sampled row that has become zero has cosine 0 with all.
 
         Raises:
             ValueError: a weight holds nan or infinity.
@@ -187,7 +186,7 @@ class NeuronWatch:
                             {layer: self._layer(before, weights[layer]) for layer, before in self._before.items()})
 
     def write(self, path: Path, weights: Mapping[int, Tensor], num_edits: int) -> None:
-        """Write a record; for a model with nan or infinity, log a warning and keep the file as it is."""
+        """Write a record; for a model with nan or infinity, log a warning and leave the file unchanged."""
         try:
             self.record(weights, num_edits).write(path)
         except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
@@ -205,13 +204,13 @@ class NeuronWatch:
 
 
 def directed_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of a weight that have a direction, scaled to unit norm, and which they are.
+    """Rows of a weight that are not zero, scaled to unit norm, and their indices.
 
     Args:
         weight: ``(d_out, d_in)``, rows are neurons; any floating dtype, any device.
 
     Returns:
-        ``(n, d_in)`` in float64 up to 1,024 of them, else float32, and their numbers ``(n,)``, ascending.
+        ``(n, d_in)`` in float64 for up to 1,024 rows, else float32, and indices ``(n,)``, ascending.
 
     Raises:
         ValueError: the weight holds nan or infinity.
@@ -224,11 +223,11 @@ def directed_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cosine_blocks(unit: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Cosines of unit rows ``(n, d_in)`` by blocks of rows.
+    """Cosines of unit rows ``(n, d_in)`` in blocks of rows.
 
     Yields:
-        Rows i of a block, their cosines with all rows from the block's first on ``(rows, n - first)``, and of these
-        the pairs i < j ``(pairs,)``, kept within -1 and 1.
+        Slice of a block, its cosines with all rows from the block's first on ``(rows, n - first)``, and those of the
+        pairs i < j ``(pairs,)``, clamped to -1 to 1.
     """
     for start in range(0, unit.shape[0], _BLOCK_ROWS):
         block = slice(start, min(start + _BLOCK_ROWS, unit.shape[0]))
@@ -251,16 +250,16 @@ def _distribution(weight: Tensor, unit: Tensor, gamma: float) -> _Distribution:
         histogram += torch.bincount(((upper + 1.0) * (BINS / 2)).long().clamp_(max=BINS - 1), minlength=BINS)
     values = torch.linalg.eigvalsh(gram).flip(0).double().clamp_(min=0.0)
     spectrum = torch.zeros(min(weight.shape), dtype=torch.float64, device=unit.device)
-    found = min(len(values), len(spectrum))  # zero rows have no eigenvalue of their own, a tall weight has zeros
+    found = min(len(values), len(spectrum))  # zero rows are left out; a tall weight has more rows than eigenvalues
     spectrum[:found] = values[:found]
     noise = 8.0 * math.sqrt(max(count, width)) * torch.finfo(gram.dtype).eps
     return _Distribution(histogram.cpu().numpy(), spectrum.float().cpu().numpy(), _rank(spectrum, count, gamma, noise))
 
 
 def _rank(spectrum: Tensor, total: int, gamma: float, noise: float) -> int:
-    """``count(cumsum / total <= gamma) + 1`` (Eq. 11), at most the numerical rank; as ``PrincipalSpace`` has it.
+    """Rank of the principal space, ``count(cumsum / total <= gamma) + 1`` (Eq. 11), at most the numerical rank.
 
-    Counted from the eigenvalues at hand, which takes half the time of solving for a space.
+    The same as ``PrincipalSpace.rank``, in half the time because the eigenvalues are known.
     """
     if gamma == 0.0 or not total:
         return 0

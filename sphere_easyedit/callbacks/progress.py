@@ -1,4 +1,4 @@
-"""What a run is doing, on one line of standard error; plain lines where that is no terminal."""
+"""Shows the progress of a run as a live line on standard error, or as plain lines if that is not a terminal."""
 
 from __future__ import annotations
 
@@ -24,21 +24,17 @@ _MEASURING: Final = {"before": "measuring before", "during": "measuring", "last_
 
 
 class LiveLine(EditCallback):
-    """One live line while a run edits and measures; where standard error is no terminal, a plain line a batch and one
-    a measurement, without control characters.
+    """A live progress line; if standard error is not a terminal, a plain line per batch and measurement instead.
 
-    It shows the edits done, seconds an edit, time left, the drift of hyperspherical energy (mean over layers of its
-    relative change since the unedited model), the efficacy of the last batch where the run measured it, and what is
-    being measured.
-
-    Time left is the edits left times the seconds an edit took, the mean over the batches of this process. Measurements
-    to come are not counted; before the first batch has ended it is not known.
+    Shows the edits done, seconds per edit, remaining time, relative change of hyperspherical energy (mean over layers),
+    efficacy of the last batch if measured, and the current measurement. The remaining time is that of the remaining
+    edits at the mean speed of this process; measurements are not counted.
 
     Use it as a context, pass it to the run as a callback and ``update`` as its ``progress``.
 
     Args:
-        console: of standard error; the same that log messages go to, so that they stand above the live line.
-        num_edits: edits of the whole run; None where nothing is to be edited.
+        console: console of standard error, shared with log messages so that they appear above the line.
+        num_edits: edits of the whole run; None if nothing is edited.
     """
 
     def __init__(self, console: Console, num_edits: int | None = None) -> None:
@@ -51,7 +47,7 @@ class LiveLine(EditCallback):
         self._energy: EnergyRecord | None = None
         self._seconds, self._edits = 0.0, 0  # of this process's batches
         self._live: Live | None = None
-        # Not `is_terminal`, which FORCE_COLOR sets for files, too.
+        # Not `is_terminal`, which FORCE_COLOR also sets for files.
         if console.file.isatty() and not console.is_dumb_terminal:
             self._live = Live(console=console, get_renderable=self._rendered)
 
@@ -64,13 +60,13 @@ class LiveLine(EditCallback):
             self._live.stop()
 
     def update(self, phase: str, done: int, total: int) -> None:
-        """Take a run's progress call: what is being done, how far, of how much."""
+        """Progress callback of a run."""
         if phase == _EDITING:
             self._done, self._total, self._measuring = done, total, None
         else:
             self._measuring = (_MEASURING.get(phase, phase), done, total)
         if self._live is not None:
-            self._live.start()  # only now: a run that is refused leaves no line, and one that prepares has its own bars
+            self._live.start()  # not earlier: preparation has its own progress bars
             if phase != self._phase:
                 self._live.refresh()
         self._phase = phase
@@ -89,11 +85,11 @@ class LiveLine(EditCallback):
 
     def _say(self, text: str) -> None:
         if self._live is None:
-            with suppress(OSError, ValueError):  # nobody reads standard error any more: the run goes on
+            with suppress(OSError, ValueError):  # standard error was closed: the run goes on
                 self._console.print(Text(text), soft_wrap=True)
 
     def _edited(self, done: int) -> str:
-        """What is known of the edits."""
+        """Text on the edits done."""
         if self._total is None:
             return ""
         parts = [f"{done}/{self._total} edits"]
@@ -123,7 +119,7 @@ class LiveLine(EditCallback):
 
 
 def point_text(point: Measurement) -> str:
-    """A measurement in words: when, by which protocol, and its main numbers.
+    """One line on a measurement: when, protocol, and main metrics.
 
     >>> from sphere_easyedit.runs.schema import Estimate
     >>> point_text(Measurement(300, "during", "paper", {"efficacy": Estimate(97.0, None, 150)}))

@@ -26,7 +26,7 @@ _BLOCK_ELEMENTS: Final = 8 * 2**20  # converted to float64 at once
 
 @dataclass(frozen=True)
 class SpaceShare:
-    """Share of a squared norm that lies in a space; nan for zero.
+    """Share of a squared norm that lies in a space; nan if the norm is 0.
 
     Attributes:
         share: 0 to 1.
@@ -50,7 +50,7 @@ def principal_share(rows: Tensor, space: PrincipalSpace) -> SpaceShare:
         space: of d_in inputs.
 
     Raises:
-        ValueError: M is no finite floating ``(n, d_in)`` tensor.
+        ValueError: M is not a finite floating ``(n, d_in)`` tensor.
     """
     check_rows(rows, "rows", space.d_in)
     return share_in(rows, space.directions)
@@ -75,29 +75,29 @@ def double_blocks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def check_rows(matrix: Tensor, name: str, width: int) -> None:
-    """Refuse what is not a finite floating ``(n, width)`` tensor."""
+    """Raise a ValueError unless a tensor is floating, finite and ``(n, width)``."""
     if matrix.dim() != 2 or matrix.shape[1] != width or not matrix.numel() or not matrix.is_floating_point():
         raise ValueError(f"{name} must be a floating (n, {width}) tensor, got {matrix.dtype} of shape "
                          f"{tuple(matrix.shape)}: transpose keys (d_in, n), and take the space of the same weight")
     if not all(bool(part.isfinite().all()) for _, part in double_blocks(matrix)):
-        raise ValueError(f"{name} holds nan or infinity: the model is broken, or the file is")
+        raise ValueError(f"{name} holds nan or infinity: the model or the file is damaged")
 
 
 _COLUMNS = tuple(field.name for field in fields(SpaceRecord))
 
 
 class SpaceTracker(EditCallback):
-    """Records ``||dW U||_F^2 / ||dW||_F^2`` of every batch's change dW as applied (after suppression, that is).
+    """Records ``||dW U||_F^2 / ||dW||_F^2`` of every batch's applied change dW.
 
-    U spans the principal space of the weight as it stood before the batch, or of the unedited weight. A layer costs a
-    copy of its weight for the length of a batch, the leading eigenvectors of a ``(d_out, d_out)`` Gram matrix, and two
-    products of the weight's size by the rank. A layer whose weight or change is not finite is left out with a warning.
+    U spans the principal space of the weight before the batch, or of the unedited weight. Costs per layer: a copy of
+    the weight during the batch, the leading eigenvectors of a ``(d_out, d_out)`` Gram matrix, and two products of the
+    weight's size by the rank. A layer whose weight or change is not finite is skipped with a warning.
 
     Args:
-        path: CSV file (since, num_edits, layer, share, rank, d_in), rewritten whole after every batch. A run that goes
-            on from earlier edits continues the file's records.
-        gamma: share that the principal space passes (Eq. 11).
-        pretrained: of the unedited weights, which the model's session keeps, in place of those before the batch.
+        path: CSV file (since, num_edits, layer, share, rank, d_in), rewritten after every batch. A resumed run
+            continues the file's records.
+        gamma: share of the spectrum in the principal space (Eq. 11).
+        pretrained: use the principal space of the unedited weights, which the model's session stores.
 
     Attributes:
         records: by batch and layer.
@@ -115,7 +115,7 @@ class SpaceTracker(EditCallback):
         """Compute the principal spaces and copy the weights."""
         if not self.records and event.num_edits > 0 and self.path.exists():
             self.records = read_spaces_csv(self.path)
-        # Later records are of batches that were undone, or of another run; without edits every run begins anew.
+        # Later records are of undone batches or another run; at 0 edits a new run starts.
         self.records = [record for record in self.records if record.num_edits <= event.num_edits]
         self._since = event.num_edits
         self._before = {layer: weight.clone() for layer, weight in event.weights.items()}
@@ -137,7 +137,7 @@ class SpaceTracker(EditCallback):
                 logger.warning("layer %d: no share of the change from %d to %d edits in the principal space: %s", layer,
                                self._since, event.num_edits, error)
                 continue
-            # Further digits depend on how the Gram matrix came about, carried or made from the weight.
+            # Further digits depend on whether the Gram matrix was updated or computed from the weight.
             self.records.append(SpaceRecord(self._since, event.num_edits, layer, float(f"{share:.4g}"), space.rank,
                                             space.d_in))
         self._before, self._spaces = {}, {}
@@ -149,22 +149,22 @@ class SpaceTracker(EditCallback):
                 weight = EditSession.of(event.model).original[layer].to(event.weights[layer].device)
                 self._unedited[layer] = _formed(PrincipalSpace.from_weight(weight, self.gamma))
             return self._unedited[layer]
-        # Of the copy, which stays as it is: directions are formed one layer after the other, once the batch has ended.
+        # From the copy: directions are computed on first use, after the batch has changed the weight.
         gram, weight = event.grams.get(layer), self._before[layer]
         if gram is None:
             return PrincipalSpace.from_weight(weight, self.gamma)
-        # From the records, which a resumed run has too: where the solver looks first may show in the last digits.
+        # A hint from the records, which a resumed run has too: it may change the last digits.
         likely = next((record.rank for record in reversed(self.records) if record.layer == layer), None)
         return PrincipalSpace.from_gram(weight, gram, self.gamma, likely)
 
 
 def _formed(space: PrincipalSpace) -> PrincipalSpace:
-    space.directions  # noqa: B018 - formed now, the space no longer refers to the weight
+    space.directions  # noqa: B018 - computed now, so that the space no longer refers to the weight
     return space
 
 
 def write_spaces_csv(path: Path, records: list[SpaceRecord]) -> None:
-    """Write all records, replacing the file as a whole."""
+    """Write all records, replacing the file."""
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(_COLUMNS)
@@ -175,7 +175,7 @@ def read_spaces_csv(path: Path) -> list[SpaceRecord]:
     """Read what ``SpaceTracker`` wrote.
 
     Raises:
-        ValueError: the file has other columns, or a line that is no record.
+        ValueError: the file has other columns, or an invalid line.
     """
     with path.open(newline="", encoding="utf-8") as stream:
         reader = csv.DictReader(stream)
@@ -194,12 +194,12 @@ def _record(row: Mapping[str, str]) -> SpaceRecord:
     record = SpaceRecord(int(row["since"]), int(row["num_edits"]), int(row["layer"]), float(row["share"]),
                          int(row["rank"]), int(row["d_in"]))
     if not 0 <= record.since < record.num_edits or not 0 <= record.rank <= record.d_in or record.d_in < 1:
-        raise ValueError(f"{record} is no change of a weight")
+        raise ValueError(f"{record} has impossible numbers")
     return record
 
 
 def covers(records: list[SpaceRecord], num_edits: int) -> bool:
-    """Whether the records cover every change up to ``num_edits``."""
+    """Whether the records cover all changes up to ``num_edits`` without gaps."""
     spans = sorted({(record.since, record.num_edits) for record in records})
     ends = [0, *(end for _, end in spans)]
     return all(since == end for (since, _), end in zip(spans, ends[:-1], strict=True)) and ends[-1] >= num_edits

@@ -1,4 +1,4 @@
-"""A run's numbers in TensorBoard, Weights & Biases and the like, through accelerate's trackers."""
+"""Logs a run's metrics to TensorBoard, Weights & Biases and other trackers, through accelerate."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ logger = logging.getLogger(__name__)
 
 FOLDER: Final = "trackers"
 PROJECT: Final = "sphere-easyedit"
-# What a run is told apart by beside its hyperparameters, of config.yaml's "run".
+# Entries of config.yaml's "run" that are logged with the hyperparameters.
 _OF_RUN: Final = ("dataset", "num_edits", "batch_size", "seed")
-_PACKAGES: Final = {"comet_ml": "comet-ml"}  # where the name to install is another one
+_PACKAGES: Final = {"comet_ml": "comet-ml"}  # where the package has another name
 
 
 class RunTrackers(EditCallback):
-    """Hands what a run measures to experiment trackers; a step is a number of edits.
+    """Logs what a run measures to experiment trackers; the step is the number of edits.
 
     ======================================  ============================================================================
     ``batch/seconds_per_edit``              wall time
-    ``batch/mean_loss``                     mean of the target values' last losses, in nats
-    ``batch/efficacy``                      percent, where the run measured it
+    ``batch/mean_loss``                     mean final loss of the target values, in nats
+    ``batch/efficacy``                      percent, if measured
     ``update_norm/layer_4``                 Frobenius norm of the layer's change by the batch
     ``energy_change/layer_4``, ``/mean``    relative change of hyperspherical energy since the unedited model
     ``paper/during/efficacy`` ...           mean of a metric by protocol and when, percent
@@ -40,19 +40,18 @@ class RunTrackers(EditCallback):
     ``abilities/during/rte`` ...            percent
     ======================================  ============================================================================
 
-    Numbers that are not finite are left out, since not every tracker takes them. Each process hands over the run from
-    its beginning, so a run that is resumed is whole there; TensorBoard is told to forget what it was told before.
+    Numbers that are not finite are left out, since not every tracker accepts them. Each process logs the run from its
+    beginning, so a resumed run is complete; TensorBoard hides what earlier processes logged.
 
-    A tracker that fails is left out from then on, with one warning; the run goes on. Use it as a context and pass it to
-    the run as a callback. Trackers write into the run directory's folder ``trackers``; they begin with the first event,
-    when the directory is the run's own.
+    A tracker that fails is dropped with one warning, and the run goes on. Use it as a context and pass it to the run as
+    a callback. Trackers write into the run directory's folder ``trackers``, from the first event on.
 
     Args:
-        trackers: names that accelerate knows (tensorboard, wandb ...), or trackers of one's own.
-        quiet: Weights & Biases prints nothing.
+        trackers: names that accelerate knows (tensorboard, wandb ...), or tracker objects.
+        quiet: silence Weights & Biases.
 
     Raises:
-        ValueError: a name is not known, or its package is not installed.
+        ValueError: a name is unknown, or its package is not installed.
     """
 
     def __init__(self, trackers: Sequence[str | GeneralTracker], quiet: bool = False) -> None:
@@ -60,7 +59,7 @@ class RunTrackers(EditCallback):
             if isinstance(tracker, str):
                 check_tracker(tracker)
         self._quiet = quiet
-        self._wanted = list(dict.fromkeys(trackers))
+        self._trackers = list(dict.fromkeys(trackers))
         self._active: dict[str, Accelerator] = {}  # by the tracker's name
         self._begun = False
 
@@ -76,15 +75,15 @@ class RunTrackers(EditCallback):
         if self._begun:
             batches = [] if event.batch is None else [event.batch]
             points = [] if event.measurement is None else [event.measurement]
-        else:  # from the beginning of the run, whichever process edited then
+        else:  # the first event of this process: log the run from its beginning
             self._begun = True
-            for tracker in self._wanted:
+            for tracker in self._trackers:
                 self._begin(tracker, event.run)
             batches, points = list(event.run.batches), list(event.run.measurements)
         changes = {record.num_edits: record.relative_change for record in event.run.energy} if batches else {}
         rows = [(batch.num_edits, batch_numbers(batch, changes.get(batch.num_edits, {}))) for batch in batches]
         rows += [(point.num_edits, point_numbers(point)) for point in points]
-        for step, numbers in sorted(rows, key=lambda row: row[0]):  # some trackers take no step back
+        for step, numbers in sorted(rows, key=lambda row: row[0]):  # some trackers refuse decreasing steps
             finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
             if finite:
                 self._each("log", finite, step=step)
@@ -94,18 +93,18 @@ class RunTrackers(EditCallback):
 
         name = tracker if isinstance(tracker, str) else tracker.name
         folder = run.directory / FOLDER
-        options = {"tensorboard": {"purge_step": 0},  # what an earlier process told from there on is hidden
+        options = {"tensorboard": {"purge_step": 0},  # hides what earlier processes logged
                    "wandb": {"name": run.directory.resolve().name, "dir": str(folder),
                              "settings": {"console": "off", "silent": self._quiet}}}
         try:
-            for path in (folder, *folder.rglob("*")):  # trackers write wherever links lead
+            for path in (folder, *folder.rglob("*")):  # trackers follow links
                 path_within(run.directory, str(path.relative_to(run.directory)), "the run directory")
             folder.mkdir(exist_ok=True)
-            # One each, so that one that fails takes no other with it.
+            # One accelerator each, so that a failure affects one tracker only.
             accelerator = Accelerator(log_with=tracker, project_dir=str(folder))
             accelerator.init_trackers(PROJECT, flat_config(run.config), options)
             self._active[name] = accelerator
-        except Exception as error:  # of whatever library
+        except Exception as error:  # of any library
             _warn(name, error)
 
     def _each(self, method: str, *values: Any, **named: Any) -> None:
@@ -113,13 +112,13 @@ class RunTrackers(EditCallback):
         for name, accelerator in list(self._active.items()):
             try:
                 getattr(accelerator, method)(*values, **named)
-            except Exception as error:  # of whatever library
+            except Exception as error:  # of any library
                 del self._active[name]
                 _warn(name, error)
 
 
 def check_tracker(name: str) -> None:
-    """Refuse a tracker that can't be had.
+    """Check that a tracker is available.
 
     Raises:
         ValueError: accelerate does not know it, or its package is not installed.
@@ -135,7 +134,7 @@ def check_tracker(name: str) -> None:
 
 
 def batch_numbers(batch: BatchRecord, energy_change: Mapping[int, float]) -> dict[str, float]:
-    """Numbers of a batch, with the relative change of energy by layer after it."""
+    """Metrics of a batch; ``energy_change``: relative change of energy by layer after it."""
     numbers = {}
     if batch.case_ids:
         numbers["batch/seconds_per_edit"] = batch.wall_seconds / len(batch.case_ids)
@@ -151,7 +150,7 @@ def batch_numbers(batch: BatchRecord, energy_change: Mapping[int, float]) -> dic
 
 
 def point_numbers(point: Measurement) -> dict[str, float]:
-    """Numbers of a measurement; what was not measured is left out."""
+    """Metrics of a measurement, without those that were not measured."""
     if point.abilities:
         return {f"abilities/{point.when}/{task}": found.mean for task, found in point.abilities.items() if found.n}
     found = {f"{point.protocol}/{point.when}/{name}": metric.mean for name, metric in point.main_metrics().items()
@@ -160,9 +159,9 @@ def point_numbers(point: Measurement) -> dict[str, float]:
 
 
 def flat_config(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """Hyperparameters of ``config.yaml`` by name, and what the run edits as ``run.<name>``, as trackers take them.
+    """Hyperparameters of ``config.yaml`` by name and run settings as ``run.<name>``, flattened for trackers.
 
-    Nested names are joined by dots, lists become their JSON, and what is null is left out.
+    Nested names are joined by dots, lists become JSON, and nulls are left out.
     """
     flat: dict[str, bool | int | float | str] = {}
 
@@ -181,5 +180,5 @@ def flat_config(config: Mapping[str, Any]) -> dict[str, bool | int | float | str
 
 
 def _warn(name: str, error: Exception) -> None:
-    logger.warning("tracker %s failed and is left out from here on, the run goes on: %s: %s", name,
+    logger.warning("tracker %s failed and is dropped, the run goes on: %s: %s", name,
                    type(error).__name__, error)

@@ -45,9 +45,9 @@ def main() -> None:
     except (ValueError, ImportError, OSError) as error:  # OSError: a file that is absent, a disk that is full
         _end(f"error: {error}", 2)
     except (RuntimeError, MemoryError) as error:
-        from ..runs.faults import out_of_memory
+        from ..runs.skipping import is_out_of_memory
 
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _end(f"error: out of memory ({' '.join(str(error).split())}); an unfinished batch was undone. `edit "
              "--resume --on-error skip` continues a run and splits batches that are too large; lower token_budget or "

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..callbacks.progress import LiveLine
     from ..hparams import SPHEREHyperParams
     from ..report.live import LiveReport
-    from ..runs.measuring import Progress
+    from ..utils.progress import PhaseProgress
 
 
 class Consoles(NamedTuple):
@@ -139,7 +139,7 @@ def live_line(consoles: Consoles, quiet: bool, num_edits: int | None = None) -> 
             yield [line]
 
 
-def progress_of(watchers: Sequence[LiveLine | LiveReport]) -> Progress:
+def progress_of(watchers: Sequence[LiveLine | LiveReport]) -> PhaseProgress:
     """A run's ``progress`` that updates all watchers."""
     def update(phase: str, done: int, total: int) -> None:
         for watcher in watchers:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..editing.callbacks import EditCallback
     from ..hparams import SPHEREHyperParams
     from ..report.live import LiveReport
-    from ..runs.measuring import MeasureSettings
+    from ..runs.schedule import MeasureSettings
     from ..runs.sequential import RunResult, RunSettings
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def _factor_keepers(enabled: bool, hparams: SPHEREHyperParams, output: Path) -> 
     from ..removal.factors import FACTORS, FactorKeeper
     from ..runs.directory import RunDirectory
 
-    return [FactorKeeper(RunDirectory(output).place(FACTORS), hparams)]
+    return [FactorKeeper(RunDirectory(output).path_of(FACTORS), hparams)]
 
 
 def _print_result(consoles: Consoles, result: RunResult, hparams: SPHEREHyperParams) -> None:

@@ -9,7 +9,7 @@ from .common import live_line, load_replicas, progress_of, set_up
 from .options import Dtype, EvaluationOptions, Quiet, RunFolder, Verbose, option, with_option_groups
 
 if TYPE_CHECKING:
-    from ..runs.revisiting import EditedRun
+    from ..runs.reevaluation import EditedRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ def evaluate(run: RunFolder, evaluation: RevisitOptions, dtype: Dtype = None, ve
     """Measure a run again from weights that it kept; results are added to its metrics.jsonl."""
     consoles = set_up(verbose, quiet)
     from ..callbacks.progress import point_text
-    from ..runs.revisiting import EditedRun
+    from ..runs.reevaluation import EditedRun
 
     edited = EditedRun(run)
     numbers = evaluation.at or _last_kept(edited)
@@ -46,7 +46,7 @@ def evaluate(run: RunFolder, evaluation: RevisitOptions, dtype: Dtype = None, ve
         measures = evaluation.facts or evaluation.abilities
         lines = edited.measure(model, tok, numbers, settings, progress, line) if measures else []
         if evaluation.neurons:
-            edited.describe_weights(model, progress)
+            edited.record_weight_changes(model, progress)
     for found in lines:
         consoles.print_line(point_text(found))
 

@@ -20,7 +20,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..hparams import SPHEREHyperParams
-    from ..runs.measuring import MeasureSettings
+    from ..runs.schedule import MeasureSettings
 
 DataSet = Literal["counterfact", "multi_counterfact", "zsre", "facts", "demo"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -158,7 +158,7 @@ class EvaluationOptions:
             when: further fields of ``MeasureSettings``, such as ``before`` and ``every``.
         """
         from ..evaluation.text_quality import Decoding
-        from ..runs.measuring import AbilitySettings, MeasureSettings
+        from ..runs.schedule import AbilitySettings, MeasureSettings
 
         protocols: Any = tuple(one.value for one in self.protocol)
         decoding = Decoding(self.fluency_tokens, seed=self.eval_seed, prompts=self.fluency_prompts)

@@ -44,7 +44,7 @@ def _without(edited: EditedWeights, layers: list[int], run: Path, cases: list[st
     changes = dict(zip(layers, edited.changes, strict=True))
     originals, weights = ({layer: getattr(change, name).T if change.transposed else getattr(change, name)
                            for layer, change in changes.items()} for name in ("before", "after"))
-    origin, folder = edited.provenance, RunDirectory(run).place(FACTORS)
+    origin, folder = edited.provenance, RunDirectory(run).path_of(FACTORS)
     past = still_valid(read_removals(folder), origin.num_edits, weights)
     known = {str(case_id): case_id for batch in read_batches(folder, origin.num_edits, layers)
              for case_id in batch.case_ids}

@@ -26,7 +26,7 @@ def show(
     """Show continuations of the unedited, the edited and the rolled-back model for one case, side by side."""
     consoles = set_up()
     from ..analysis.case_study import choose_case, dtype_of_run, study_case
-    from ..runs.revisiting import EditedRun
+    from ..runs.reevaluation import EditedRun
 
     edited = EditedRun(run)
     place, num_edits = choose_case(edited, case, at)

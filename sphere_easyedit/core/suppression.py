@@ -1,7 +1,4 @@
-"""What SPHERE's suppression can be varied in, beyond the paper, and its controls. Tensors in, tensors out.
-
-All default to the paper's: directions of the weight's neurons, as many as pass the share gamma, damped by a fixed
-alpha.
+"""Applies SPHERE's projection to updates, with the variants and controls of the study.
 
 Shape legend: d_out neurons (rows), d_in inputs of each, r rank of a space, n edits in the batch.
 """
@@ -17,11 +14,11 @@ from torch import Tensor
 from .projection import PrincipalSpace
 from .updates import LowRankUpdate, Update
 
-_LARGEST_REPAIR = 10.0  # times the values' norm: beyond it there is too little of the keys left to write through
+_MAX_CORRECTION = 10.0  # times the values' norm; more would mean that projection left too little of the keys
 
 
 def frobenius_norm(update: Update) -> float:
-    """``||dW||_F``; of factors by ``||R K^T||_F^2 = tr (R^T R)(K^T K)``, without the product of both."""
+    """``||dW||_F``; for factors, ``||R K^T||_F^2 = tr (R^T R)(K^T K)`` avoids the dense product."""
     if not isinstance(update, LowRankUpdate):
         return float(update.double().norm())
     values, keys = update.values.double(), update.keys.double()
@@ -43,10 +40,9 @@ def suppressed(update: Update, space: PrincipalSpace, alpha: float) -> Update:
 
 
 def random_directions(like: PrincipalSpace, seed: int, layer: int) -> Tensor:
-    """Orthonormal columns ``(d_in, r)`` that have nothing to do with the weight: as many as ``like`` has.
+    """Random orthonormal columns ``(d_in, r)``, as many as ``like`` has.
 
-    The same seed and layer give the same directions from batch to batch; a space of higher rank has those of a lower
-    one and some more.
+    The same seed and layer give the same directions in every batch; a larger r only adds columns.
     """
     drawn = np.random.default_rng([seed, layer]).standard_normal((like.rank, like.d_in))
     basis: Tensor
@@ -55,23 +51,23 @@ def random_directions(like: PrincipalSpace, seed: int, layer: int) -> Tensor:
 
 
 def compensated(projected: LowRankUpdate, solved: LowRankUpdate) -> LowRankUpdate:
-    """A projected update that moves its own batch's keys as far as it did before projection.
+    """A projected update with values corrected so that its effect on its own batch's keys is as before projection.
 
-    With K the keys that the update was solved for, ``dW' = R' K'^T`` with ``R' K'^T K = R (adjusted K)^T K``: the same
-    row space, other values. Where the projection left so little of the keys that R' would be larger than 10 times R, as
-    much of the repair is made as keeps it there.
+    With K the keys that the update was solved for, ``dW' = R' K'^T`` with ``R' K'^T K = R (adjusted K)^T K``: the row
+    space stays that of the projected update. The correction ``R' - R`` is limited to 10 times the norm of R.
 
     Raises:
-        ValueError: the update does not say what it was solved for.
+        ValueError: the update lacks the keys that it was solved for.
     """
     if solved.solved_for is None:
-        raise ValueError("the update does not hold the keys that it was solved for: it can't be compensated")
+        raise ValueError("the update lacks the keys that it was solved for (solved_for), so it can't be compensated: "
+                         "set compensate to false")
     keys = solved.solved_for.double()
     before = solved.keys.double().T @ keys  # (n, n)
     after = projected.keys.double().T @ keys
     values = solved.values.double()
-    repaired = torch.linalg.lstsq(after.T, (values @ before).T, driver="gelsd" if not after.is_cuda else None)
-    repair = repaired.solution.T - values
-    size, limit = float(repair.norm()), _LARGEST_REPAIR * float(values.norm())
+    corrected = torch.linalg.lstsq(after.T, (values @ before).T, driver="gelsd" if not after.is_cuda else None)
+    correction = corrected.solution.T - values
+    size, limit = float(correction.norm()), _MAX_CORRECTION * float(values.norm())
     share = 1.0 if size <= limit or size == 0.0 else limit / size
-    return LowRankUpdate((values + share * repair).to(projected.values), projected.keys, solved.solved_for)
+    return LowRankUpdate((values + share * correction).to(projected.values), projected.keys, solved.solved_for)

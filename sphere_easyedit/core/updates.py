@@ -11,7 +11,7 @@ from torch import Tensor
 class LowRankUpdate:
     """A weight change ``dW = values @ keys.T``, one column an edit: values ``(d_out, n)``, keys ``(d_in, n)``.
 
-    ``solved_for`` are the batch's own keys ``(d_in, n)``, where the update was solved for any.
+    ``solved_for`` are the batch's own keys ``(d_in, n)``, if known.
     """
 
     values: Tensor
@@ -27,5 +27,5 @@ Update = LowRankUpdate | Tensor  # a weight change in factors, or dense (d_out, 
 
 
 def dense(update: Update) -> Tensor:
-    """A weight change ``(d_out, d_in)``, multiplied out where it is in factors."""
+    """A weight change as a dense matrix ``(d_out, d_in)``."""
     return update.dense() if isinstance(update, LowRankUpdate) else update

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..datasets.loaders import EditRecord
-from ..editing.callbacks import EditCallback, EditEvent
+from ..editing.callbacks import EditCallback, EditEvent, change_norms, review_batch
 from ..editing.requests import parse_requests
-from ..editing.reviewing import change_norms, partway, reviewed
+from ..editing.update_writer import interpolated
 from ..hparams import SPHERE, SPHEREHyperParams
 from ..hparams_files import find_hparams, read_mapping
 from ..methods.registry import METHODS
@@ -190,10 +190,10 @@ def _apply_tracked(original: Callable[..., Any], callbacks: _NumberedCallbacks, 
     @torch.no_grad()
     def scale_back(share: float) -> None:
         for layer, weight in weights.items():
-            weight.copy_(partway(before[layer], weight, share))
+            weight.copy_(interpolated(before[layer], weight, share))
 
     try:
-        callbacks.on_batch_end(reviewed(event, [callbacks], before, lambda: weights, scale_back))
+        callbacks.on_batch_end(review_batch(event, [callbacks], before, lambda: weights, scale_back))
     except BaseException:
         with torch.no_grad():
             for layer, weight in weights.items():

@@ -25,13 +25,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ..editing.requests import parse_requests, tokenize_request
 from ..editing.session import EditSession
-from ..editing.solve import restored_after
+from ..editing.solve import unedited
 from ..editing.target_values import optimise_target_values
 from ..hparams import SPHEREHyperParams
 from ..methods.corpus import corpus_name
 from ..methods.covariance import load_moment, load_projections, null_space_basis, statistics_files
 from ..methods.registry import METHODS
-from ..methods.statistics_origin import unchanged
+from ..methods.statistics_fingerprint import ensure_unchanged
 from ..models.architecture import EditableModel, frozen, max_positions
 from ..utils.files import atomic_write
 from ..utils.locks import exclusive
@@ -232,14 +232,11 @@ class WrappedExecutor:
                 width = editable.d_in(editable.layers[0])
                 self._put_projection(load_projections(Path(hparams.P_loc), editable.layers, width))
             return
-        with restored_after(editable):
-            # Statistics are those of the unedited model.
-            for layer, weight in self._session.original.items():
-                editable.set_weight(layer, weight)
+        with unedited(editable, self._session):
             known = self._session.statistics
             if not known or not all(file.path.exists() for file in known.values()):
                 known = self._session.statistics = statistics_files(editable, tok, hparams)
-                stack.enter_context(unchanged(known.values()))
+                stack.enter_context(ensure_unchanged(known.values()))
             if projects and "P" not in vars(self._module):
                 share = hparams.nullspace_share
                 if share is None:

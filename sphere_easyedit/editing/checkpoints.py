@@ -1,9 +1,8 @@
-"""Checkpoints of a sequential run: the edited weights and the session, not the whole model.
+"""Writes and reads checkpoints of a sequential run: the edited weights and the session, not the whole model.
 
-Beside each file stands its SHA-256 (``weights-200.safetensors.sha256``), written after it and removed before it is
-written anew, so that a checksum never outlives the content it was taken of. A file that does not meet its checksum is
-refused before anything of it reaches a model. It tells of damage, not of malice: who can change the file can change
-its checksum too.
+Each file has its SHA-256 beside it (``weights-200.safetensors.sha256``). The checksum is removed before the file is
+written again and stored after it, so it never belongs to other content. A file with a wrong checksum is refused before
+any of it is loaded into a model. Checksums detect damage, not tampering.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +23,9 @@ from safetensors.torch import load_file, save_file
 from ..models.architecture import EditableModel
 from ..utils.files import atomic_write, checksum_path, record_checksum, recorded_checksum, sha256_of
 
+if TYPE_CHECKING:
+    from .session import EditSession
+
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"  # folder of a run directory
@@ -31,20 +33,20 @@ _WEIGHTS = re.compile(r"weights-(\d+)\.safetensors")
 
 
 def weights_path(folder: Path, num_edits: int) -> Path:
-    """File of the edited weights after so many edits, by parameter name."""
+    """File with the edited weights after ``num_edits`` edits, by parameter name."""
     return folder / f"weights-{num_edits}.safetensors"
 
 
 def session_path(folder: Path, num_edits: int) -> Path:
-    """File of the session after so many edits."""
+    """File with the session after ``num_edits`` edits."""
     return folder / f"session-{num_edits}.safetensors"
 
 
 def save_weights(editable: EditableModel, folder: Path, num_edits: int) -> None:
-    """Write the edited weights as they stand.
+    """Write the current edited weights.
 
     Raises:
-        OSError: they can't be written, for instance for want of room.
+        OSError: they can't be written, for instance on a full disk.
     """
     weights = {editable.parameter_name(layer): editable.parameter(layer).detach().cpu().contiguous()
                for layer in editable.layers}
@@ -53,20 +55,11 @@ def save_weights(editable: EditableModel, folder: Path, num_edits: int) -> None:
         save_file(weights, temporary)
 
 
-class Saved(Protocol):
-    """What a checkpoint holds beside the weights: ``EditSession``, which is above this module."""
-
-    num_edits: int
-
-    def save(self, path: Path) -> None:
-        """Write it to one file."""
-
-
-def save_checkpoint(editable: EditableModel, session: Saved, folder: Path) -> None:
-    """Write the weights, then the session, whose file makes the checkpoint one to resume from.
+def save_checkpoint(editable: EditableModel, session: EditSession, folder: Path) -> None:
+    """Write the weights, then the session; with both, a run can be resumed.
 
     Raises:
-        OSError: they can't be written, for instance for want of room; earlier checkpoints are whole.
+        OSError: they can't be written; earlier checkpoints stay intact.
     """
     save_weights(editable, folder, session.num_edits)
     path = session_path(folder, session.num_edits)
@@ -76,7 +69,7 @@ def save_checkpoint(editable: EditableModel, session: Saved, folder: Path) -> No
 
 @contextmanager
 def _with_checksum(path: Path) -> Iterator[None]:
-    """Keep a file's checksum beside it once the context has written it."""
+    """Stores a file's checksum beside it after the context has written the file."""
     checksum_path(path).unlink(missing_ok=True)
     yield
     record_checksum(path, sha256_of(path))
@@ -84,25 +77,23 @@ def _with_checksum(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _disk_errors() -> Iterator[None]:
-    """What safetensors says of the disk, as the OSError that it was."""
+    """Turns a disk error that safetensors reports into the original OSError."""
     try:
         yield
     except SafetensorError as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        number = int(found[1]) if found else errno.EIO
-        raise OSError(number, os.strerror(number) if found else str(error)) from error
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number) if code else str(error)) from error
 
 
-def check_whole(folder: Path, num_edits: int, *, session: bool = False) -> None:
-    """Refuse a checkpoint whose files do not meet their checksums.
-
-    Files from before there were checksums have none: a warning is logged, and they are taken as they are.
+def verify_checksums(folder: Path, num_edits: int, *, session: bool = False) -> None:
+    """Refuse a checkpoint whose files have wrong checksums; files of older versions have none, which is logged.
 
     Args:
-        session: check the session's file, too; else the weights alone.
+        session: also check the session's file.
 
     Raises:
-        ValueError: a file is damaged; the message says what to remove and where the run then goes on from.
+        ValueError: a file is damaged; the message says what to remove and where the run can be resumed.
     """
     for path in (weights_path(folder, num_edits), *([session_path(folder, num_edits)] if session else [])):
         recorded = recorded_checksum(path)
@@ -110,35 +101,35 @@ def check_whole(folder: Path, num_edits: int, *, session: bool = False) -> None:
             logger.warning("%s has no checksum beside it, so damage to it would go unnoticed", path)
             continue
         try:
-            found = sha256_of(path)
+            digest = sha256_of(path)
         except OSError as error:
             raise damaged(folder, num_edits, path, str(error)) from error
-        if found != recorded:
-            raise damaged(folder, num_edits, path, f"its sha256 is {found}, but was {recorded} when it was written")
+        if digest != recorded:
+            raise damaged(folder, num_edits, path, f"its sha256 is {digest}, but was {recorded} when it was written")
 
 
-def damaged(folder: Path, num_edits: int, path: Path, found: str) -> ValueError:
-    """The error that a file of a checkpoint is damaged: what was found, and where the run can go on from."""
+def damaged(folder: Path, num_edits: int, path: Path, reason: str) -> ValueError:
+    """Error for a damaged checkpoint file, which says where the run can be resumed."""
     earlier = [number for number in resumable(folder) if number < num_edits]
     before = f"the checkpoint before, after {earlier[-1]} edits" if earlier else "the start: no earlier one was kept"
-    return ValueError(f"{path} is damaged ({found}): remove it, and resume from {before}")
+    return ValueError(f"{path} is damaged ({reason}): remove it, and resume from {before}")
 
 
 def saved_weights(folder: Path) -> list[int]:
-    """Numbers of edits whose weights are kept, ascending."""
-    found = (_WEIGHTS.fullmatch(path.name) for path in folder.glob("weights-*.safetensors"))
-    return sorted(int(match.group(1)) for match in found if match is not None)
+    """Numbers of edits of the checkpoints with weights, ascending."""
+    matches = (_WEIGHTS.fullmatch(path.name) for path in folder.glob("weights-*.safetensors"))
+    return sorted(int(match.group(1)) for match in matches if match is not None)
 
 
-def choose_kept(run: Path, at: int | None, consequence: str) -> int:
-    """A number of edits whose weights a run kept: ``at``, or the largest.
+def choose_checkpoint(run: Path, at: int | None, consequence: str) -> int:
+    """Number of edits of the checkpoint to use: ``at``, or the last one.
 
     Args:
         run: the run directory.
-        consequence: what can't be done where none were kept, for the error.
+        consequence: what is impossible without weights, for the error message.
 
     Raises:
-        ValueError: none were kept, or none after ``at`` edits.
+        ValueError: the run kept no weights, or none after ``at`` edits.
     """
     kept = saved_weights(run / CHECKPOINTS)
     if not kept:
@@ -151,28 +142,28 @@ def choose_kept(run: Path, at: int | None, consequence: str) -> int:
 
 
 def resumable(folder: Path) -> list[int]:
-    """Numbers of edits that editing can go on from, ascending."""
+    """Numbers of edits of the checkpoints that a run can be resumed from, ascending."""
     return [number for number in saved_weights(folder) if session_path(folder, number).exists()]
 
 
-def put_weights(editable: EditableModel, folder: Path, num_edits: int, *, checked: bool = False) -> None:
-    """Put a checkpoint's weights into the model.
+def load_weights(editable: EditableModel, folder: Path, num_edits: int, *, checked: bool = False) -> None:
+    """Load a checkpoint's weights into the model.
 
     Args:
-        checked: their checksum was compared just now (``check_whole``).
+        checked: the checksum was verified already.
 
     Raises:
-        ValueError: the file is absent or damaged, or is of other layers or another model.
+        ValueError: the file is missing or damaged, or belongs to other layers or another model.
     """
     path = weights_path(folder, num_edits)
     if not path.exists():
         kept = ", ".join(map(str, saved_weights(folder))) or "none"
         raise ValueError(f"no weights after {num_edits} edits in {folder}: kept are {kept}")
     if not checked:
-        check_whole(folder, num_edits)
+        verify_checksums(folder, num_edits)
     try:
         weights = load_file(path)
-    except Exception as error:  # a header can be damaged in more ways than safetensors has errors for
+    except Exception as error:  # safetensors raises many types for a damaged header
         raise damaged(folder, num_edits, path, f"{type(error).__name__}: {error}") from error
     names = {layer: editable.parameter_name(layer) for layer in editable.layers}
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
@@ -187,12 +178,12 @@ def put_weights(editable: EditableModel, folder: Path, num_edits: int, *, checke
             editable.parameter(layer).copy_(weights[name])
 
 
-def thin_out(folder: Path, keep: int, for_good: set[int]) -> None:
-    """Remove old checkpoints: the ``keep`` newest stay (0: all), and the weights of those meant ``for_good``."""
+def remove_old_checkpoints(folder: Path, keep: int, permanent: set[int]) -> None:
+    """Remove all but the ``keep`` newest checkpoints (0 = keep all); weights of ``permanent`` ones are kept."""
     numbers = resumable(folder)
     for number in numbers[:-keep] if keep else []:
         _remove(session_path(folder, number))
-        if number not in for_good:
+        if number not in permanent:
             _remove(weights_path(folder, number))
 
 

@@ -1,4 +1,4 @@
-"""Context templates: short texts by the model itself, in front of which a prompt must mean the same."""
+"""Generates context templates: short texts, sampled from the model, that are put before a prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TOP_K = 5
 
 @torch.no_grad()
 def generate_contexts(editable: EditableModel, tok: PreTrainedTokenizerBase, seed: int) -> list[str]:
-    """One continuation of each opening, sampled from the five likeliest tokens, as a template ``"... . {}"``."""
+    """One continuation of each opening, sampled from the top 5 tokens, as a template ``"... . {}"``."""
     generator = generator_on(editable.input_device, seed)
     padding = tok.pad_token_id if tok.pad_token_id is not None else 0
     templates = []
@@ -24,6 +24,6 @@ def generate_contexts(editable: EditableModel, tok: PreTrainedTokenizerBase, see
         out = sample_tokens(editable.model, encoded["input_ids"], encoded["attention_mask"], generator, top_k=_TOP_K,
                             max_new_tokens=NEW_TOKENS, pad_token_id=padding)
         text = str(tok.decode(out[0], skip_special_tokens=True))
-        # Braces would be taken for the place of the prompt.
+        # A template has no braces but the prompt's.
         templates.append(text.replace("{", " ").replace("}", " ") + ". {}")
     return templates

@@ -1,4 +1,4 @@
-"""What solves a batch: the native closed forms, or a function of EasyEdit's protocol. One interface for both."""
+"""Engines that compute the weight updates of a batch: the native solver, or a function of EasyEdit's protocol."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,10 @@ from .requests import EditRequest, TokenizedRequest
 from .session import EditSession
 from .solve import (
     BatchSolution,
-    ShapeUpdate,
+    UpdateTransform,
     check_finite,
     prepare_session,
-    restored_after,
+    restoring_weights,
     solve_batch,
     tokenize_batch,
 )
@@ -37,9 +37,9 @@ class Batch:
 
     Attributes:
         tok: the model's tokenizer.
-        given: the requests as they were given, as dicts.
-        requests: the same, checked.
-        tokenized: the same in tokens; empty where the engine tokenises by itself.
+        given: the requests as the caller gave them, as dicts.
+        requests: the parsed requests.
+        tokenized: the tokenized requests; empty where the engine tokenizes by itself.
     """
 
     tok: PreTrainedTokenizerBase
@@ -48,75 +48,85 @@ class Batch:
     tokenized: Sequence[TokenizedRequest] = ()
 
 
-class Engine(Protocol):
-    """Solves batches for weight changes.
+class Engine:
+    """Computes the weight updates of a batch from prepared requests.
 
     Attributes:
-        is_low_rank: updates come as factors, a column an edit.
+        is_low_rank: updates are ``LowRankUpdate``, one column an edit.
     """
 
     is_low_rank: ClassVar[bool]
 
     def check(self, editable: EditableModel, hparams: SPHEREHyperParams) -> None:
-        """Refuse a model or settings that it can't edit by (ValueError)."""
+        """Refuse a model or settings that this engine can't edit with (ValueError)."""
 
     def prepare_run(self, editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
                     session: EditSession, batch_size: int) -> None:
-        """Check and collect what editing needs whatever the facts are.
+        """Check and collect what any batch needs (statistics, context templates), before a run's first batch.
+
+        Args:
+            session: bound to the model (see ``EditSession.bind``).
+            batch_size: edits a batch, which some of EasyEdit's functions limit to one.
 
         Raises:
-            ValueError, ImportError: what no batch of this size could be edited for.
+            ValueError, ImportError: no batch of this size could be edited.
         """
 
+    def check_requests(self, editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest],
+                       session: EditSession) -> None:
+        """Refuse requests that can't be edited (ValueError); after ``prepare_run``."""
+
     def prepare(self, editable: EditableModel, batch: Batch, hparams: SPHEREHyperParams, session: EditSession) -> Batch:
-        """Check a batch and collect what it needs; gives the batch to solve.
+        """Check a batch, collect what it needs, and return the batch to solve.
 
         Raises:
             ValueError: a request, or a file that solving needs, is unusable.
         """
+        return batch
 
     def solve(self, editable: EditableModel, batch: Batch, hparams: SPHEREHyperParams, session: EditSession,
-              shape_in_loop: ShapeUpdate | None, progress: Callable[[int], None] | None) -> BatchSolution:
-        """Weight changes for a batch; the weights are left as they were.
+              transform: UpdateTransform | None, progress: Callable[[int], None] | None) -> BatchSolution:
+        """Compute the weight updates of a prepared batch; the weights are left as they were.
 
         Args:
-            batch: prepared.
-            shape_in_loop: applied to each layer's update before the next layer is solved; None for no such thing.
+            transform: applied to each layer's update before the next layer is solved, if given.
             progress: called with the number of finished edits.
 
         Raises:
             ValueError: a result is unusable.
         """
+        raise NotImplementedError
 
 
-class NativeEngine:
-    """The closed forms of the registered methods."""
+class NativeEngine(Engine):
+    """Solves the closed forms of the registered methods."""
 
     is_low_rank: ClassVar[bool] = True
-
-    def check(self, editable: EditableModel, hparams: SPHEREHyperParams) -> None:
-        """Nothing is refused here."""
 
     def prepare_run(self, editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
                     session: EditSession, batch_size: int) -> None:
         prepare_session(editable, tok, hparams, session)
+
+    def check_requests(self, editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest],
+                       session: EditSession) -> None:
+        tokenize_batch(editable, tok, requests, session)
 
     def prepare(self, editable: EditableModel, batch: Batch, hparams: SPHEREHyperParams, session: EditSession) -> Batch:
         prepare_session(editable, batch.tok, hparams, session)
         return replace(batch, tokenized=tokenize_batch(editable, batch.tok, batch.requests, session))
 
     def solve(self, editable: EditableModel, batch: Batch, hparams: SPHEREHyperParams, session: EditSession,
-              shape_in_loop: ShapeUpdate | None, progress: Callable[[int], None] | None) -> BatchSolution:
-        return solve_batch(editable, batch.tokenized, hparams, session, shape_in_loop, progress)
+              transform: UpdateTransform | None, progress: Callable[[int], None] | None) -> BatchSolution:
+        return solve_batch(editable, batch.tokenized, hparams, session, transform, progress)
 
 
-class ExecutorEngine:
-    """A function of EasyEdit's protocol, whose change of the weights is taken as the update.
+class ExecutorEngine(Engine):
+    """Runs a function of EasyEdit's protocol and takes its change of the weights as the update.
 
     Args:
         function: edits a model in place.
-        hparams: handed to it.
-        arguments: handed to it by name.
+        hparams: passed to it.
+        arguments: keyword arguments passed to it.
     """
 
     is_low_rank: ClassVar[bool] = False
@@ -132,20 +142,13 @@ class ExecutorEngine:
             raise ValueError(f"the weights of layers {editable.offloaded_layers} are offloaded, where an executor's "
                              "changes would be lost: set executor to 'native', or load the model into memory")
 
-    def prepare_run(self, editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
-                    session: EditSession, batch_size: int) -> None:
-        """Nothing is known of what it needs."""
-
-    def prepare(self, editable: EditableModel, batch: Batch, hparams: SPHEREHyperParams, session: EditSession) -> Batch:
-        return batch
-
     def solve(self, editable: EditableModel, batch: Batch, hparams: SPHEREHyperParams, session: EditSession,
-              shape_in_loop: ShapeUpdate | None, progress: Callable[[int], None] | None) -> BatchSolution:
+              transform: UpdateTransform | None, progress: Callable[[int], None] | None) -> BatchSolution:
         started = time.perf_counter()
-        with restored_after(editable):
+        with restoring_weights(editable):
             edited, originals = self._function(editable.model, batch.tok, list(batch.given), self._hparams, copy=False,
                                                return_orig_weights=True, **self._arguments)
-            _check_reach(editable, edited, originals)
+            _check_scope(editable, edited, originals)
             after = {layer: editable.weight(layer).clone() for layer in editable.layers}
         seconds = {"executor": time.perf_counter() - started}
         for layer, weight in after.items():
@@ -163,8 +166,8 @@ def _change(after: Tensor, before: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _check_reach(editable: EditableModel, edited: nn.Module, originals: Mapping[str, Tensor]) -> None:
-    """Refuse what an executor did out of our sight; other weights that it says it changed are put back."""
+def _check_scope(editable: EditableModel, edited: nn.Module, originals: Mapping[str, Tensor]) -> None:
+    """Refuse an executor that changed anything but the edited layers (ValueError); other weights are restored."""
     if edited is not editable.model:
         raise ValueError("the executor returned another model object than it was given: make it edit in place")
     ours = {editable.parameter_name(layer) for layer in editable.layers}
@@ -176,26 +179,21 @@ def _check_reach(editable: EditableModel, edited: nn.Module, originals: Mapping[
                          "make its layers and ours the same")
 
 
-def _native_engine(*_: object) -> NativeEngine:
-    return NativeEngine()
-
-
-# The factory of the engine that each value of `executor` names; EasyEdit's is imported only where it is used.
-_ENGINES = MappingProxyType({"native": "sphere_easyedit.editing.engines:_native_engine",
-                             "easyedit": "sphere_easyedit.easyedit.engine:easyedit_engine"})
-
-
 def engine_of(hparams: SPHEREHyperParams, session: EditSession, arguments: Mapping[str, Any] = MappingProxyType({})
               ) -> Engine:
-    """The engine that ``executor`` of the hyperparameters names.
+    """Return the engine that ``executor`` of the hyperparameters names.
 
     Args:
         session: where EasyEdit's functions keep their state.
-        arguments: handed to EasyEdit's functions by name.
+        arguments: keyword arguments passed to EasyEdit's functions.
 
     Raises:
-        ImportError: it is EasyEdit's, which can't be imported.
+        ImportError: it is EasyEdit's, and EasyEdit can't be imported.
         ValueError: EasyEdit has no such method.
     """
-    engine: Engine = pkgutil.resolve_name(_ENGINES[hparams.executor])(hparams, session, arguments)
+    if hparams.executor == "native":
+        return NativeEngine()
+    # Resolved by name, since ``easyedit`` is above this package and is imported only where it is used.
+    easyedit_engine = pkgutil.resolve_name("sphere_easyedit.easyedit.engine:easyedit_engine")
+    engine: Engine = easyedit_engine(hparams, session, arguments)
     return engine

@@ -1,8 +1,8 @@
-"""Gram matrices ``G = W W^T`` of the edited weights, carried from batch to batch by thin products. Tensors, mostly.
+"""Keeps Gram matrices ``G = W W^T`` of the edited weights up to date from batch to batch by low-rank products.
 
 The principal space and hyperspherical energy are functions of G, and a low-rank update ``dW = R K^T`` changes it by
-``(W K) R^T + R (W K)^T + R (K^T K) R^T``. G is float64 where its side is at most 1024 or the weight is float64, else
-float32: relative to HE, either errs by less than 1e-9, where editing moves HE by 1e-5.
+``(W K) R^T + R (W K)^T + R (K^T K) R^T``. G is float64 if d_out <= 1024 or the weight is float64, else float32:
+relative to HE, either error is below 1e-9, while editing changes HE by 1e-5.
 
 Shape legend: d_out, d_in of the weight; n edits in the batch.
 """
@@ -16,26 +16,27 @@ import torch
 from torch import Tensor
 
 from ..core.projection import FLOAT64_SIDE
+from ..core.tensors import blocks
 from ..core.updates import LowRankUpdate
 from ..hparams import SPHEREHyperParams
 from ..models.architecture import EditableModel
 
-# The stored weight is rounded at every update, its Gram matrix at every advance: both random, both in the last digit.
+# Rounding errors of weight and Gram matrix add up with each update, so G is recomputed after this many.
 _MAX_ADVANCES = 50
-# A row that one update shrinks (in squared norm) to less than this has lost digits that G can't have.
+# If an update shrinks a row's squared norm below this share, too few digits of G are left.
 _MAX_SHRINKAGE = 0.01
-# Squared norms outside this range are no business of float32's.
+# Squared norms outside this range are computed in float64.
 _SAFE_SQUARES = (1e-30, 1e30)
-_BLOCKS = 8  # by rows; products on and above the diagonal are 56% of all
+_BLOCKS = 8  # of rows; with symmetry, 56% of the products are computed
 
 
 @dataclass(frozen=True)
 class GramMatrix:
-    """G of one weight as it stands.
+    """G of one current weight.
 
     Attributes:
         matrix: ``(d_out, d_out)``, float32 or float64, on the weight's device; never changed in place.
-        advances: updates it was carried through since it was computed from the weight.
+        advances: updates applied to it since it was computed from the weight.
     """
 
     matrix: Tensor
@@ -43,14 +44,14 @@ class GramMatrix:
 
     @classmethod
     def of(cls, weight: Tensor) -> GramMatrix:
-        """From a weight ``(d_out, d_in)`` of any floating dtype."""
+        """G of a weight ``(d_out, d_in)`` of any floating dtype."""
         if weight.dtype == torch.float64 or weight.shape[0] <= FLOAT64_SIDE:
             return cls(_product(weight, torch.float64))
         matrix = _product(weight, torch.float32)
         squares = matrix.diagonal()
         low, high = _SAFE_SQUARES
         doubtful = (squares < low) | (squares > high)
-        if bool(doubtful.any()) and bool(weight[doubtful].any()):  # rows of zeros are in order
+        if bool(doubtful.any()) and bool(weight[doubtful].any()):  # zero rows are exact
             matrix = _product(weight, torch.float64)
         return cls(matrix)
 
@@ -59,11 +60,11 @@ class GramMatrix:
 
         Args:
             weight: ``(d_out, d_in)``, before the update.
-            update: as it will be added.
+            update: the update that will be added.
 
         Returns:
-            None where G must be computed from the new weight: after 50 advances; if the update takes nearly all of a
-            row away; and for a half-precision weight, in which rounding changes as much as the update does.
+            None where G must be computed from the new weight: after 50 updates; if the update cancels nearly all of a
+            row; and for half-precision weights, where rounding is as large as the update.
         """
         if weight.element_size() < 4 or self.advances >= _MAX_ADVANCES:
             return None
@@ -77,28 +78,26 @@ class GramMatrix:
 
 
 def carries_grams(hparams: SPHEREHyperParams, native: bool) -> bool:
-    """Whether a Gram matrix saves anything: every batch takes a space from it, or its updates are of low rank.
+    """Whether keeping Gram matrices saves time: each batch's space is computed from them, or updates are low-rank.
 
     Args:
-        native: the solve is ours, not an executor's.
+        native: updates come from the native solver.
     """
-    if hparams.projects and hparams.principal_space == "current":
-        return True
-    return native and hparams.method.is_low_rank
+    return (hparams.projects and hparams.principal_space == "current") or (native and hparams.method.is_low_rank)
 
 
 class GramMatrices(Mapping[int, Tensor]):
-    """G by layer during one batch: computed when first asked for, and carried from then on.
+    """Gram matrices by layer during one batch, computed on first access and then kept up to date.
 
-    Only of wide weights (d_out <= d_in): of a tall one G is the larger side.
+    Only weights with d_out <= d_in have an entry; for others G would be larger than ``W^T W``.
 
     Args:
-        editable: the model, whose weights it refers to as they stand.
-        carried: what earlier batches left.
-        layers: whose G to offer; the wide ones among them are.
+        editable: the model with the current weights.
+        carried: Gram matrices from the last batch.
+        layers: layers to offer.
 
     Attributes:
-        carried: what to hand to the next batch; layers never asked for have no entry.
+        carried: Gram matrices for the next batch; layers that were never accessed have none.
     """
 
     def __init__(self, editable: EditableModel, carried: Mapping[int, GramMatrix], layers: list[int]) -> None:
@@ -108,18 +107,11 @@ class GramMatrices(Mapping[int, Tensor]):
                         if layer in carried and carried[layer].matrix.device == editable.device(layer)}
 
     def __getitem__(self, layer: int) -> Tensor:
-        found = self.carry(layer)
-        if found is None:
-            raise KeyError(layer)
-        return found.matrix
-
-    def carry(self, layer: int) -> GramMatrix | None:
-        """G and what it was carried through, computed now if need be; None of a layer that none is offered of."""
         if layer not in self._layers:
-            return None
+            raise KeyError(layer)
         if layer not in self.carried:
             self.carried[layer] = GramMatrix.of(self._editable.weight(layer))
-        return self.carried[layer]
+        return self.carried[layer].matrix
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._layers)
@@ -128,9 +120,9 @@ class GramMatrices(Mapping[int, Tensor]):
         return len(self._layers)
 
     def advance(self, layer: int, update: LowRankUpdate | Tensor) -> None:
-        """Take note of what will be added to a layer's weight, which must still be the one before.
+        """Apply an update to a layer's G; call it before the update is added to the weight.
 
-        After a dense one G is computed from the new weight, which is cheaper than advancing it.
+        After a dense update, G is recomputed from the new weight, which is cheaper.
         """
         carried = self.carried.pop(layer, None)
         if carried is None or not isinstance(update, LowRankUpdate):
@@ -140,19 +132,19 @@ class GramMatrices(Mapping[int, Tensor]):
             self.carried[layer] = advanced
 
     def forget(self, layer: int) -> None:
-        """Drop a layer's G, whose weight was changed by other means than an update."""
+        """Drop a layer's G, since its weight was changed by other means than an update."""
         self.carried.pop(layer, None)
 
 
 def _product(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``W W^T`` in this dtype: the blocks on and above the diagonal, mirrored."""
+    """``W W^T`` in this dtype, from the blocks on and above the diagonal."""
     side = weight.shape[0]
     gram = torch.empty((side, side), dtype=dtype, device=weight.device)
     rows = max(256, -(-side // _BLOCKS))
-    blocks = [slice(start, min(start + rows, side)) for start in range(0, side, rows)]
-    for position, i in enumerate(blocks):
+    parts = list(blocks(side, rows))
+    for position, i in enumerate(parts):
         left = weight[i].to(dtype)
-        for j in blocks[position:]:
+        for j in parts[position:]:
             product = left @ (left if i == j else weight[j].to(dtype)).T
             gram[i, j] = product
             if i != j:

@@ -1,4 +1,4 @@
-"""SPHERE around an executor: take the weight change, restrain it, project it, write it back."""
+"""Edits one batch: prepare, compute keys and target values, solve, restrain, project, write, notify callbacks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from ..hparams import SPHEREHyperParams, check_hparams
 from ..models.architecture import EditableModel, check_token_ids
 from ..models.checks import check_model, check_parameters, check_tokenizer, default_torch_settings
 from ..utils.locks import exclusive
-from .callbacks import EditCallback, EditEvent
+from .callbacks import EditCallback, EditEvent, change_norms, review_batch
 from .contradictions import warn_of_contradictions
 from .engines import Batch, Executor, ExecutorEngine, engine_of
 from .gram_matrices import GramMatrices, carries_grams
-from .projecting import Shaping
 from .requests import EditRequest, parse_requests, request_dicts
-from .reviewing import change_norms, reviewed
 from .session import EditSession
+from .update_writer import UpdateWriter
 
 
 def apply_sphere_to_model(
@@ -41,32 +40,32 @@ def apply_sphere_to_model(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Edit one batch of facts into a model by a base method with SPHERE (Eq. 12, 13).
 
-    Other threads that edit or evaluate the same model meanwhile wait until the batch is done.
+    Other threads that edit or evaluate the same model wait until the batch is done.
 
     Args:
         model: a causal language model of transformers, changed in place unless ``copy``.
         tok: its tokenizer.
-        requests: EasyEdit's dicts, or dataclass instances with their fields: prompt (holding the subject, or ``{}``),
-            subject, target_new, optionally case_id (a text or a whole number of any type). Any iterable of them.
-        hparams: base method, gamma, alpha and the rest. ``alpha: 0`` gives the base method untouched.
-        copy: edit and return a copy, whose history starts empty.
-        return_orig_weights: return the edited weights as they were before this call, by parameter name.
-        session: state carried from batch to batch; None for the one that lives on the model object.
-        callbacks: told before and after the batch.
-        executor: a function of EasyEdit's protocol whose weight change is taken in place of the native solve. It gets
-            the requests and ``hparams`` as they are, and ``kwargs``. With ``executor: easyedit`` in the hyperparameters
-            it is EasyEdit's own for ``base_alg``, if not given.
-        progress: called with the number of edits whose target values are finished; for an executor, once at its end.
-        kwargs: handed to ``executor``; EasyEdit's ``keep_original_weight`` and the like mean nothing to native solves.
+        requests: any iterable of EasyEdit's dicts, or of dataclass instances with the same fields: prompt (containing
+            the subject, or ``{}``), subject, target_new, and optionally case_id (a string or an integer of any type).
+        hparams: base method, gamma, alpha and the rest. ``alpha: 0`` runs the base method alone.
+        copy: edit and return a copy of the model, with an empty session.
+        return_orig_weights: also return the edited weights as they were before this call, by parameter name.
+        session: state carried from batch to batch; by default the one stored on the model object.
+        callbacks: called before and after the batch.
+        executor: function of EasyEdit's protocol whose weight change is used instead of the native solve. It receives
+            the requests and ``hparams`` unchanged, and ``kwargs``. By default, ``executor: easyedit`` in the
+            hyperparameters selects EasyEdit's own function for ``base_alg``.
+        progress: called with the number of edits whose target values are finished; with an executor, once at its end.
+        kwargs: passed to ``executor``; ignored by native solves (EasyEdit's ``keep_original_weight`` and the like).
 
     Returns:
         The edited model and the original weights (empty unless asked for).
 
     Raises:
-        TypeError: model, tokenizer, hyperparameters, session or callbacks are of a wrong kind.
-        ValueError: a request, hyperparameter, statistics file or result is unusable. Whatever is raised, the model and
+        TypeError: model, tokenizer, hyperparameters, session or callbacks have a wrong type.
+        ValueError: a request, hyperparameter, statistics file or result is unusable. After any exception, the model and
             the session are as before the call.
-        ImportError: ``executor: easyedit``, and EasyEdit can't be imported.
+        ImportError: ``executor: easyedit``, but EasyEdit can't be imported.
     """
     check_hparams(hparams)
     check_tokenizer(tok)
@@ -95,12 +94,13 @@ def _edit_batch(
     editable = hparams.editable(model, session.known_names(model, hparams))
     engine = engine_of(hparams, session, kwargs) if executor is None else ExecutorEngine(executor, hparams, kwargs)
     engine.check(editable, hparams)
-    hparams = SPHEREHyperParams.from_dict(hparams.to_dict())  # checked again: attributes may have been set since
+    hparams = SPHEREHyperParams.from_dict(hparams.to_dict())  # validates attributes that were set after construction
     with session.unchanged_on_error():
+        # 1. Prepare: check and tokenize the requests, collect statistics and context templates if missing.
         started = time.perf_counter()
         session.bind(editable, hparams)
-        batch = Batch(tok, requests, read_requests(editable, tok, requests, session))
-        batch = engine.prepare(editable, batch, hparams, session)
+        batch = engine.prepare(editable, Batch(tok, requests, read_requests(editable, tok, requests, session)), hparams,
+                               session)
         warn_of_contradictions(batch.requests)
         seconds = {"preparation": time.perf_counter() - started}
         grams = GramMatrices(editable, session.grams,
@@ -111,50 +111,41 @@ def _edit_batch(
             callback.on_batch_start(event)
 
         with editable.restored_on_error() as before:
-            shaping = Shaping(editable, hparams, session, grams)
-            shaping.resume_unrestrained()
+            # 2. Compute keys and target values, and solve. At stage "layer", each layer's update is restrained and
+            # projected before the next layer is solved.
+            writer = UpdateWriter(editable, hparams, session, grams)
+            writer.load_unrestrained()
             in_loop = hparams.projection_stage == "layer"
-            solution = engine.solve(editable, batch, hparams, session, shaping.shape if in_loop else None, progress)
+            solution = engine.solve(editable, batch, hparams, session, writer.restrain_and_project if in_loop else None,
+                                    progress)
+
+            # 3. Restrain, project and write.
             started = time.perf_counter()
             for layer, update in solution.updates.items():
-                shaped = update if in_loop else shaping.shape(layer, update)
-                shaping.write(layer, shaped, solution.weights.get(layer) if shaped is update else None)
-            shaping.read_out()
+                final = update if in_loop else writer.restrain_and_project(layer, update)
+                writer.write(layer, final, solution.weights.get(layer) if final is update else None)
+            writer.write_restrained_weights()
             seconds |= solution.seconds | {"projection": time.perf_counter() - started}
 
-            # Looked up anew: an executor may have put other tensors in the parameters' place.
-            weights = editable.weights()
+            # 4. Notify callbacks, which may scale the change back, and update the session.
+            weights = editable.weights()  # read again: an executor may have replaced the parameters
             targets = solution.target_values
             event = replace(event, weights=weights, num_edits=session.num_edits + len(batch.requests),
                             num_batches=session.num_batches + 1, losses=[] if targets is None else targets.losses,
                             update_norms=change_norms(weights, before), seconds=seconds)
-            event = reviewed(event, callbacks, before, editable.weights, partial(shaping.scale_back, before))
-            event = replace(event, updates=shaping.written)
+            event = review_batch(event, callbacks, before, editable.weights, partial(writer.scale_back, before))
+            event = replace(event, updates=writer.written)
             for callback in callbacks:
                 callback.on_batch_end(event)
-            session.commit(editable, len(batch.requests), solution.history, shaping.unrestrained, grams.carried)
+            session.commit(editable, len(batch.requests), solution.history, writer.unrestrained, grams.carried)
     originals = {editable.parameter_name(layer): editable.orient(layer, weight).contiguous()
                  for layer, weight in before.items()} if return_orig_weights else {}
     return model, originals
 
 
-def prepare_method(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
-                   session: EditSession, batch_size: int) -> None:
-    """Check and collect what editing needs whatever the facts are (statistics, templates).
-
-    Args:
-        session: bound to the model (see ``EditSession.bind``).
-        batch_size: how many will be edited at once, which not every executor of EasyEdit's can.
-
-    Raises:
-        ValueError, ImportError: what ``apply_sphere_to_model`` would refuse for any requests.
-    """
-    engine_of(hparams, session).prepare_run(editable, tok, hparams, session, batch_size)
-
-
 def read_requests(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Iterable[Any], session: EditSession
                   ) -> list[EditRequest]:
-    """Check requests, also that the tokenizer's ids are the model's: before its tokens get into any statistics.
+    """Parse and check requests, and check that the tokenizer's ids are within the model's vocabulary.
 
     Raises:
         ValueError: see ``parse_requests`` and ``check_token_ids``.

@@ -1,4 +1,4 @@
-"""Edit requests, checked and tokenised once."""
+"""Parses, checks and tokenizes edit requests."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.tokenization import continuation_ids, is_unicode
 
-_WANTED = "dicts (or dataclass instances) with prompt, subject and target_new"
-_ESSENCE_SUFFIX = " is a"  # the drift prompt "{subject} is a" of ROME, whose next-token distribution is kept
+_EXPECTED = "dicts (or dataclass instances) with prompt, subject and target_new"
+_ESSENCE_SUFFIX = " is a"  # ROME's drift prompt "{subject} is a", whose next-token distribution the KL term preserves
 
 
 @dataclass(frozen=True)
 class EditRequest:
-    """A fact to write: the prompt split at the subject, and what shall follow it.
-
-    ``target`` begins with a space, as EasyEdit's executors make it.
-    """
+    """A fact to edit: the prompt, split at the subject, and the target, which begins with a space as in EasyEdit."""
 
     case_id: int | str
     before: str
@@ -50,11 +47,11 @@ class TokenizedRequest:
     """An edit request in tokens.
 
     Attributes:
-        request: where it came from.
-        plain: the prompt by itself.
-        contexts: the prompt behind each context template.
-        drift: "{subject} is a" up to the subject's last token; nothing after it can influence that position.
-        target_ids: tokens of the target as they follow the plain prompt.
+        request: the parsed request.
+        plain: the prompt without context.
+        contexts: the prompt in each context template.
+        drift: "{subject} is a" up to the subject's last token, since later tokens can't affect that position.
+        target_ids: tokens of the target after the plain prompt.
     """
 
     request: EditRequest
@@ -74,17 +71,16 @@ def request_dicts(requests: object) -> list[dict[str, Any]]:
         A dict for each request, with all of its fields. A ``case_id`` is an int, a str or None.
 
     Raises:
-        ValueError: it is no such iterable, holds nothing or something else, or a case_id is neither a whole number nor
-            a text.
+        ValueError: it is no such iterable, is empty, or a case_id is neither an integer nor a string.
     """
     if isinstance(requests, Mapping) or _is_record(requests):
         raise ValueError(f"requests is a single {type(requests).__name__}: wrap it in a list")
     if isinstance(requests, str | bytes) or not isinstance(requests, Iterable):
-        raise ValueError(f"requests must be a list of {_WANTED}, not {type(requests).__name__}")
-    found = [_request_dict(raw, position) for position, raw in enumerate(requests)]
-    if not found:
-        raise ValueError(f"no requests given: pass a list of {_WANTED}, one at least")
-    return found
+        raise ValueError(f"requests must be a list of {_EXPECTED}, not {type(requests).__name__}")
+    dicts = [_request_dict(raw, position) for position, raw in enumerate(requests)]
+    if not dicts:
+        raise ValueError(f"no requests given: pass a list of {_EXPECTED}, one at least")
+    return dicts
 
 
 def _is_record(raw: object) -> bool:
@@ -93,24 +89,24 @@ def _is_record(raw: object) -> bool:
 
 def _request_dict(raw: object, position: int) -> dict[str, Any]:
     if isinstance(raw, Mapping):
-        found = dict(raw)
+        request = dict(raw)
     elif _is_record(raw):
-        found = {field.name: getattr(raw, field.name) for field in fields(raw)}  # type: ignore[arg-type]
+        request = {field.name: getattr(raw, field.name) for field in fields(raw)}  # type: ignore[arg-type]
     else:
-        raise ValueError(f"requests must be a list of {_WANTED}, but request {position} is "
+        raise ValueError(f"requests must be a list of {_EXPECTED}, but request {position} is "
                          f"{textwrap.shorten(repr(raw), 80)} of type {type(raw).__name__}")
-    if found.get("case_id") is not None:
-        found["case_id"] = _case_id(found["case_id"], position)
-    return found
+    if request.get("case_id") is not None:
+        request["case_id"] = _case_id(request["case_id"], position)
+    return request
 
 
 def _case_id(given: object, position: int) -> int | str:
-    """A case_id as an int or a str: of NumPy's and torch's scalars, of whole numbers of any type, and of texts."""
+    """A case_id as an int or a str, from a string or an integer of any type (also a NumPy or torch scalar)."""
     value = given.item() if hasattr(given, "item") and getattr(given, "ndim", None) == 0 else given
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, Number) and not isinstance(value, bool | complex):
-        with suppress(ValueError, OverflowError, TypeError):  # of nan, infinity, and what has no whole part
+        with suppress(ValueError, OverflowError, TypeError):  # NaN, infinity, complex types
             whole = int(value)  # type: ignore[call-overload]
             if whole == value:
                 return int(whole)
@@ -127,8 +123,8 @@ def parse_requests(requests: Iterable[Any], first_id: int = 0) -> list[EditReque
         first_id: requests without a ``case_id`` are numbered from here.
 
     Raises:
-        ValueError: a field is missing or empty, the subject is not in the prompt, or a case_id occurs twice; see
-            ``request_dicts``, too.
+        ValueError: a field is missing or empty, the subject is not in the prompt, or a case_id occurs twice; see also
+            ``request_dicts``.
     """
     dicts = request_dicts(requests)
     given = [raw.get("case_id") for raw in dicts]
@@ -163,15 +159,15 @@ def _parse_request(raw: Mapping[str, Any], position: int, case_id: int | str) ->
 
 
 def _split_at_subject(prompt: str, subject: str, where: str) -> tuple[str, str]:
-    """Text before and after the subject; of several mentions, the first that stands as a word of its own."""
+    """Text before and after the subject: its first occurrence as a whole word, else its first occurrence."""
     if "{}" in prompt:
         before, _, after = prompt.partition("{}")
         return before, after.replace("{}", subject)
     starts = [i for i in range(len(prompt)) if prompt.startswith(subject, i)]
     if not starts:
         raise ValueError(f"{where}: subject {subject!r} is not in prompt {prompt!r}; write it there literally, "
-                         "or put {} in its place")
-    # "Rome" inside "Jerome" is no mention, as long as there is a real one.
+                         "or put {} there instead")
+    # "Rome" in "Jerome" counts only if there is no whole word.
     whole = [i for i in starts if _is_whole_word(prompt, i, i + len(subject))]
     start = (whole or starts)[0]
     return prompt[:start], prompt[start + len(subject):]
@@ -184,39 +180,39 @@ def _is_whole_word(text: str, start: int, end: int) -> bool:
 
 
 def tokenize_prompt(tok: PreTrainedTokenizerBase, before: str, subject: str, after: str) -> TokenizedPrompt:
-    """Tokenise ``before + subject + after`` as the tokenizer does it (BOS included) and find the subject's last token.
+    """Tokenize ``before + subject + after`` (with BOS if the tokenizer adds one) and find the subject's last token.
 
-    The lookup is the last token that holds a part of the subject, by the tokenizer's character offsets: right with
-    and without BOS or prefix spaces, and where the subject's end merges with what follows it.
+    The lookup is the last token that contains a part of the subject, by the tokenizer's character offsets: correct with
+    and without BOS or prefix spaces, and where one token contains the subject's end and what follows.
     """
     text = before + subject + after
     end = len(before) + len(subject.rstrip())
     if tok.is_fast:
         encoded = tok(text, return_offsets_mapping=True, return_special_tokens_mask=True)
         ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
-        while ids and special[len(ids) - 1]:  # an appended EOS would cut the prompt from its target
+        while ids and special[len(ids) - 1]:  # an appended EOS would separate the prompt from its target
             ids.pop()
         covering = [i for i, (start, stop) in enumerate(encoded["offset_mapping"][: len(ids)])
                     if start < end and stop > max(start, len(before)) and not special[i]]
-    else:  # without offsets: as many tokens as the text up to the subject's end has
+    else:  # without offsets: the number of tokens of the text up to the subject's end
         ids, _ = continuation_ids(tok, text, "")
         upto, _ = continuation_ids(tok, text[:end], "")
         covering = [min(len(upto), len(ids)) - 1] if upto and ids else []
     if not covering or covering[-1] < 0:
-        raise ValueError(f"subject {subject!r} holds no token in {text!r} for this tokenizer")
+        raise ValueError(f"subject {subject!r} has no token in {text!r} with this tokenizer: give another subject")
     return TokenizedPrompt(tuple(ids), covering[-1])
 
 
 def tokenize_request(
     tok: PreTrainedTokenizerBase, request: EditRequest, contexts: Sequence[str], max_positions: int | None
 ) -> TokenizedRequest:
-    """Tokenise a request with its context templates.
+    """Tokenize a request with its context templates.
 
     Args:
         tok: the model's tokenizer.
         request: the edit.
-        contexts: templates with one ``{}`` in the place of the prompt, besides the plain prompt.
-        max_positions: the model's longest context in tokens, None for unlimited.
+        contexts: templates with one ``{}`` for the prompt.
+        max_positions: the model's context length, None for unlimited.
 
     Raises:
         ValueError: the target has no tokens, or a prompt with its target exceeds the model's context.
@@ -224,7 +220,8 @@ def tokenize_request(
     where = f"case_id {request.case_id!r}"
     _, target_ids = continuation_ids(tok, request.prompt, request.target)
     if not target_ids or not str(tok.decode(target_ids)).strip():
-        raise ValueError(f"{where}: target {request.target!r} has no tokens of its own behind {request.prompt!r}")
+        raise ValueError(f"{where}: target {request.target!r} has no tokens after {request.prompt!r}: give another "
+                         "target")
     plain = tokenize_prompt(tok, request.before, request.subject, request.after)
     filled = []
     for template in contexts:

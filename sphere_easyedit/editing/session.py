@@ -1,4 +1,4 @@
-"""All state that outlives a batch, tied to one model object."""
+"""State of sequential editing that is carried from batch to batch, for one model object."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core.projection import PrincipalSpace
 from ..hparams import SPHEREHyperParams
 from ..methods.solvers import KeyHistory, KeyMetric
-from ..methods.statistics_origin import StatisticsFile
+from ..methods.statistics_fingerprint import StatisticsFile
 from ..methods.tensor_store import TensorStore
 from ..models.architecture import EditableModel
 from ..models.checks import check_model, default_torch_settings
@@ -27,40 +27,38 @@ from ..models.output_path import OutputPath
 from ..utils.files import atomic_write
 from ..utils.locks import exclusive
 from ..utils.messages import kind_and_text
-from .checkpoints import check_whole, damaged, put_weights, resumable, session_path
+from .checkpoints import damaged, load_weights, resumable, session_path, verify_checksums
 from .gram_matrices import GramMatrix
 
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_sphere_session"
 _FORMAT = "sphere-easyedit session 1"
-_EXECUTOR = "executor"
+_ENGINE = "executor"  # prefix of the engine's tensors in the file
 _DERIVED = ("contexts", "paths", "metrics", "statistics", "spaces", "store", "engine_caches")
 
 
 class EditSession:
-    """What sequential editing of one model carries from batch to batch.
+    """State that sequential editing carries from batch to batch, for one model.
 
-    It notices changes from outside in the weights of the edited layers, not in the rest of the model.
+    Changes that other code makes to the weights of the edited layers are detected; changes elsewhere in the model are
+    not. Attributes marked * are not saved: they are derived again when needed.
 
     Attributes:
         num_edits, num_batches: edited so far.
-        contexts: context templates, each with one ``{}``; None until made.
+        contexts: context templates, each with one ``{}``; None until generated.
         original: weights ``(d_out, d_in)`` of the edited layers before the first edit, on the CPU.
-        unrestrained: PRUNE's weights that editing goes on from, on the CPU; else empty.
+        unrestrained: PRUNE's weights that the next batch starts from, on the CPU; else empty.
         history: earlier keys by layer.
-        paths: how outputs of the edited weights reach the residual stream, by layer; rebuilt when needed, not saved.
-        metrics: how keys are weighed, by layer; rebuilt when needed, not saved.
-        statistics: the files of the keys' second moments as they were found to fit, by layer; looked at again when
-            needed, not saved.
-        store: where metrics and histories are kept; None until made.
-        spaces: principal spaces of the original weights, by layer and how they were made; rebuilt when needed, not
-            saved.
-        ranks: of the last principal space, by layer: where the next one's is looked for first.
-        grams: Gram matrices of the weights as the last batch left them, by layer, where one was asked for; rebuilt when
-            needed, not saved.
-        engine_caches: what an engine derived from the original model, by name; rebuilt when needed, not saved.
-        engine_history: what an engine adds to with every batch, by name (on the CPU).
+        paths: * output paths of the edited weights by layer (see ``models.output_path``).
+        metrics: * how keys are weighed, by layer.
+        statistics: * files of the keys' second moments, as they were when checked, by layer.
+        store: * where metrics and histories are kept; None until created.
+        spaces: * principal spaces of the original weights, by layer and gamma.
+        ranks: * rank of the last principal space by layer, where the next search starts.
+        grams: * Gram matrices of the current weights by layer, where any was computed.
+        engine_caches: * what an engine derived from the original model, by name.
+        engine_history: tensors that an engine updates with every batch, by name, on the CPU.
     """
 
     def __init__(self) -> None:
@@ -85,19 +83,19 @@ class EditSession:
         self.grams: dict[int, GramMatrix] = {}
         self.engine_caches: dict[str, Any] = {}
         self.engine_history: dict[str, Tensor] = {}
-        self._fingerprints: dict[int, Fingerprint] = {}  # of the weights as the last batch left them
-        self._base: dict[int, Fingerprint] = {}  # of the original ones
+        self._fingerprints: dict[int, Fingerprint] = {}  # of the weights after the last batch
+        self._base: dict[int, Fingerprint] = {}  # of the original weights
 
     def __reduce__(self) -> Any:
-        # A copied or pickled model starts with an empty session: the history belongs to the model it was made on.
+        # Copies and pickles of a model start with an empty session.
         return (EditSession, ())
 
     @classmethod
     def of(cls, model: nn.Module) -> EditSession:
-        """The session that lives on a model object, made if there is none.
+        """The session stored on a model object, created if there is none.
 
         Raises:
-            TypeError, ValueError: it is no decoder of transformers (see ``inputs.check_model``).
+            TypeError, ValueError: see ``checks.check_model``.
         """
         check_model(model)
         session = getattr(model, _ATTRIBUTE, None)
@@ -108,10 +106,10 @@ class EditSession:
 
     @classmethod
     def attach(cls, model: nn.Module, session: EditSession) -> None:
-        """Make a session the one that lives on a model object.
+        """Store a session on a model object.
 
         Raises:
-            TypeError: it is no session, or the model is of a wrong kind; ValueError: see ``inputs.check_model``.
+            TypeError, ValueError: it is no session; see ``checks.check_model``, too.
         """
         check_model(model)
         if not isinstance(session, cls):
@@ -119,37 +117,37 @@ class EditSession:
         setattr(model, _ATTRIBUTE, session)
 
     def is_original(self, editable: EditableModel) -> bool:
-        """Whether the model's edited layers are, bit for bit, as they were before this session's first edit."""
-        return self._is_restored(editable)
+        """Whether the model's edited layers equal, bit for bit, the weights before this session's first edit."""
+        return all(Fingerprint.of(editable.weight(layer)) == old for layer, old in self._base.items())
 
-    def settle(self) -> None:
-        """Forget what a session that was saved and loaded would not know, so that both go on to the same bits.
+    def drop_derived(self) -> None:
+        """Drop Gram matrices, ranks and the factors of earlier keys, which a loaded session does not have either.
 
-        Gram matrices, ranks and the factors of earlier keys are derived anew; carried on, they differ by rounding.
+        Derived again, they differ by rounding; so both sessions then continue with identical results.
         """
         self.ranks, self.grams = {}, {}
         self.history = {layer: history.keys_only() for layer, history in self.history.items()}
 
     def bind(self, editable: EditableModel, hparams: SPHEREHyperParams) -> None:
-        """Make the session fit the model as it stands, starting afresh where it does not.
+        """Tie the session to the model, and reset it if settings or edited weights changed since the last batch.
 
         Raises:
             ValueError: the session belongs to another model object.
         """
         if self._model is not None and self._model() is not editable.model:
-            raise ValueError("this EditSession belongs to another model object: give every model a session of its own")
+            raise ValueError("this EditSession belongs to another model object: give each model its own session")
         key = hparams.session_key()
         if self._key is not None and self._key != key:
             logger.warning("hyperparameters that shape the session changed after %d edits: starting afresh",
                            self.num_edits)
             self._clear()
         elif self._fingerprints and (changed := self._changed_layers(editable)):
-            restored = self._is_restored(editable)
-            # EasyEdit restores after every edit that is not sequential; any other change is worth a warning.
+            restored = self.is_original(editable)
+            # EasyEdit restores the weights after each non-sequential edit; any other change is worth a warning.
             logger.log(logging.INFO if restored else logging.WARNING,
                        "weights of layers %s were %s from outside after %d edits: starting afresh", changed,
                        "restored" if restored else "changed", self.num_edits)
-            # What was derived from the original weights still holds where they are back.
+            # With the original weights back, what was derived from them is still valid.
             kept = dict(vars(self)) if restored else {}
             self._clear()
             vars(self).update({name: kept[name] for name in _DERIVED if name in kept})
@@ -159,13 +157,13 @@ class EditSession:
             self._base = {layer: Fingerprint.of(editable.weight(layer)) for layer in editable.layers}
 
     def known_names(self, model: nn.Module, hparams: SPHEREHyperParams) -> ModuleNames | None:
-        """Where this model keeps its parts, if an earlier batch with the same settings has found out."""
+        """Module names of this model, if an earlier batch with the same settings found them."""
         is_same = self._model is not None and self._model() is model and self._key == hparams.session_key()
         return self._names if is_same else None
 
     @contextmanager
     def unchanged_on_error(self) -> Iterator[None]:
-        """Everything the session holds is as before if the context ends in an error."""
+        """Restores the session if the context ends in an error."""
         saved = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
         try:
             yield
@@ -177,12 +175,9 @@ class EditSession:
     def _changed_layers(self, editable: EditableModel) -> list[int]:
         return [layer for layer, was in self._fingerprints.items() if Fingerprint.of(editable.weight(layer)) != was]
 
-    def _is_restored(self, editable: EditableModel) -> bool:
-        return all(Fingerprint.of(editable.weight(layer)) == was for layer, was in self._base.items())
-
     def commit(self, editable: EditableModel, num_edits: int, history: dict[int, KeyHistory],
                unrestrained: dict[int, Tensor], grams: dict[int, GramMatrix]) -> None:
-        """Take over a finished batch; nothing before this call changed the session's state of edits."""
+        """Record a finished batch; nothing before this call changes what the session knows of edits."""
         fingerprints = {layer: Fingerprint.of(editable.weight(layer)) for layer in editable.layers}
         self.history, self.unrestrained, self._fingerprints = history, unrestrained, fingerprints
         self.grams = dict(grams)
@@ -190,19 +185,19 @@ class EditSession:
         self.num_batches += 1
 
     def rollback(self, to: int, checkpoints: Path | None = None) -> None:
-        """Bring the model's edited layers and this session back to where they stood after so many edits.
+        """Restore the model's edited layers and this session as they were after ``to`` edits.
 
-        Weights are restored bit for bit, and editing goes on to the bits of a run that had stopped there. Either all of
-        it is restored or nothing changes. A later checkpoint of the same original weights can be gone to as well.
+        Weights are restored bit for bit, and further editing gives the results of a run that had stopped there. On an
+        error nothing changes. A later checkpoint of the same original weights can be restored, too.
 
         Args:
-            to: edits that stay. 0 needs no checkpoint: the original weights are in the session.
-            checkpoints: folder with ``weights-TO.safetensors`` and ``session-TO.safetensors``, as a run directory's
-                ``checkpoints``.
+            to: number of edits to keep. 0 needs no checkpoint, since the session has the original weights.
+            checkpoints: folder with ``weights-TO.safetensors`` and ``session-TO.safetensors``, such as a run
+                directory's ``checkpoints``.
 
         Raises:
-            ValueError: the session has not edited a model that still exists, there is no such checkpoint, or it is
-                damaged, of another model or of settings that shape the session otherwise.
+            ValueError: the session has no model, or the checkpoint is missing, damaged, or of another model or other
+                settings.
         """
         model = None if self._model is None else self._model()
         if model is None or self._names is None:
@@ -213,52 +208,52 @@ class EditSession:
             where = "no folder of checkpoints was given" if checkpoints is None else f"checkpoints are in {checkpoints}"
             raise ValueError(f"can't roll back to {to} edits ({where}): possible are {', '.join(map(str, kept))}")
         with default_torch_settings(), exclusive(model):
-            self._roll_back(EditableModel(model, self._names, sorted(self.original)), to, checkpoints)
+            self._restore(EditableModel(model, self._names, sorted(self.original)), to, checkpoints)
 
-    def _roll_back(self, editable: EditableModel, to: int, checkpoints: Path | None) -> None:
+    def _restore(self, editable: EditableModel, to: int, checkpoints: Path | None) -> None:
         model = editable.model
         attached = vars(model).get(_ATTRIBUTE)
         try:
             with editable.restored_on_error():
-                found = self._restored(editable, to, checkpoints)
+                restored = self._session_at(editable, to, checkpoints)
         finally:
             vars(model).pop(_ATTRIBUTE, None)
             if attached is not None:
                 setattr(model, _ATTRIBUTE, attached)
-        # What was derived from the original weights still holds, the templates apart, which the checkpoint has.
+        # What was derived from the original weights is still valid; context templates come from the checkpoint.
         kept_state = {name: vars(self)[name] for name in _DERIVED if name != "contexts"}
-        vars(self).update({**vars(found), **kept_state, "_model": self._model, "_names": self._names})
+        vars(self).update({**vars(restored), **kept_state, "_model": self._model, "_names": self._names})
 
-    def _restored(self, editable: EditableModel, to: int, checkpoints: Path | None) -> EditSession:
-        """A session as it was after so many edits, with the weights in the model; that of no edits if ``to`` is 0."""
+    def _session_at(self, editable: EditableModel, to: int, checkpoints: Path | None) -> EditSession:
+        """The session after ``to`` edits; its weights are put into the model."""
         for layer, weight in self.original.items():
             editable.set_weight(layer, weight)
-        if not self._is_restored(editable):
+        if not self.is_original(editable):
             raise ValueError("the original weights can't be put back bit for bit: the model's dtype was changed since. "
-                             "Load the model anew")
+                             "Load the model again")
         if to == 0 or checkpoints is None:
-            found = EditSession()
-            found._key, found.original, found.contexts = self._key, self.original, self.contexts
-            # Noticed, too, if the weights are changed from outside before the next batch.
-            found._base, found._fingerprints = self._base, dict(self._base)
-            return found
-        found = resume_from(editable, checkpoints, to)
-        if found._key != self._key:
+            session = EditSession()
+            session._key, session.original, session.contexts = self._key, self.original, self.contexts
+            # Fingerprints detect changes from outside before the next batch.
+            session._base, session._fingerprints = self._base, dict(self._base)
+            return session
+        session = resume_from(editable, checkpoints, to)
+        if session._key != self._key:
             raise ValueError(f"the checkpoint after {to} edits in {checkpoints} was made with other hyperparameters "
                              "than this session's: give the folder of a run with the same ones")
-        if changed := found._changed_layers(editable):
+        if changed := session._changed_layers(editable):
             raise ValueError(f"the weights after {to} edits in {checkpoints} are not those that its session left, in "
                              f"layers {changed}: the file was exchanged or damaged. Give another checkpoint")
-        return found
+        return session
 
     def save(self, path: Path) -> None:
         """Write counters, contexts, original and unrestrained weights and earlier keys to one safetensors file."""
         if self._key is None:
-            raise ValueError("the session has not been used yet: there is nothing to save")
+            raise ValueError("the session has not been used yet, so there is nothing to save: edit a batch first")
         tensors = {f"original.{layer}": weight for layer, weight in self.original.items()}
         tensors |= {f"unrestrained.{layer}": weight for layer, weight in self.unrestrained.items()}
         tensors |= {f"keys.{layer}": history.keys for layer, history in self.history.items()}
-        tensors |= {f"{_EXECUTOR}.{name}": tensor for name, tensor in self.engine_history.items()}
+        tensors |= {f"{_ENGINE}.{name}": tensor for name, tensor in self.engine_history.items()}
         for kind, prints in (("edited", self._fingerprints), ("base", self._base)):
             for layer, fingerprint in prints.items():
                 tensors |= {f"{kind}.rows.{layer}": fingerprint.rows, f"{kind}.columns.{layer}": fingerprint.columns}
@@ -270,10 +265,10 @@ class EditSession:
 
     @classmethod
     def load(cls, path: Path) -> EditSession:
-        """Read a saved session; it ties itself to the model of the next batch, whose weights must be those it left.
+        """Read a saved session. The next batch ties it to its model, whose weights must be those that were saved.
 
         Raises:
-            ValueError: the file is damaged or no session.
+            ValueError: the file is damaged or holds no session.
         """
         try:
             with default_torch_settings():
@@ -298,7 +293,7 @@ class EditSession:
             return {int(name.rsplit(".", 1)[1]): tensors[name] for name in names}
 
         session.engine_history = {name.partition(".")[2]: tensor for name, tensor in tensors.items()
-                                    if name.startswith(f"{_EXECUTOR}.")}
+                                    if name.startswith(f"{_ENGINE}.")}
         session.original, session.unrestrained = by_layer("original"), by_layer("unrestrained")
         session.history = {layer: KeyHistory(keys, None) for layer, keys in by_layer("keys").items()}
         for kind, target in (("edited", session._fingerprints), ("base", session._base)):
@@ -308,12 +303,12 @@ class EditSession:
 
 
 def resume_from(editable: EditableModel, folder: Path, num_edits: int) -> EditSession:
-    """Bring a model just loaded to a checkpoint.
+    """Put a checkpoint's weights and session on a freshly loaded model; returns the session.
 
     Raises:
         ValueError: the checkpoint is damaged, or was made from another model than this one.
     """
-    check_whole(folder, num_edits, session=True)
+    verify_checksums(folder, num_edits, session=True)
     path = session_path(folder, num_edits)
     try:
         session = EditSession.load(path)
@@ -322,6 +317,6 @@ def resume_from(editable: EditableModel, folder: Path, num_edits: int) -> EditSe
     if not session.is_original(editable):
         raise ValueError(f"the run in {folder.parent} began with other weights than this model's: load the model that "
                          "it edited, before any edit")
-    put_weights(editable, folder, num_edits, checked=True)
+    load_weights(editable, folder, num_edits, checked=True)
     EditSession.attach(editable.model, session)
     return session

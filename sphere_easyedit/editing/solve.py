@@ -1,4 +1,4 @@
-"""The native solve: from requests to the weight changes of a batch."""
+"""The native solver: prepares a session and computes the weight updates of a batch layer by layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..core.updates import LowRankUpdate, Update, dense
 from ..hparams import SPHEREHyperParams
 from ..methods.covariance import load_moment, statistics_files
 from ..methods.solvers import KeyHistory, adjusted_keys
-from ..methods.statistics_origin import unchanged
+from ..methods.statistics_fingerprint import ensure_unchanged
 from ..methods.tensor_store import TensorStore
 from ..models.architecture import EditableModel, frozen, max_positions
 from ..models.checks import check_causal, decoder_errors
@@ -26,30 +26,30 @@ from ..models.output_path import OutputPath, Scaled
 from ..models.output_path_discovery import find_output_paths
 from ..models.replay import check_replay, pad_rows
 from .contexts import generate_contexts
-from .distribution import batch_states, target_values
+from .data_parallel import batch_states, target_values
 from .requests import EditRequest, TokenizedRequest, tokenize_prompt, tokenize_request
 from .session import EditSession
 from .target_values import TargetValues
 
 logger = logging.getLogger(__name__)
 
-# Ordinary prompts (before the subject, subject, after it) on which a model is tried before it is edited.
+# Prompts (before the subject, subject, after it) that probe a model before its first edit.
 _PROBE_PROMPTS = (("The capital of ", "France", " is the city of"), ("", "John Smith", " plays for the team"),
                   ("In 1998, ", "Anna", " moved to Berlin, where she worked as a"))
 
-ShapeUpdate = Callable[[int, Update], Update]
+UpdateTransform = Callable[[int, Update], Update]
 
 
 @dataclass(frozen=True)
 class BatchSolution:
-    """What solving one batch gave; the model's weights are as before it.
+    """Result of solving one batch; the model's weights are unchanged.
 
     Attributes:
-        updates: weight change by layer, shaped where shaping took place within the solve.
-        history: earlier keys with this batch's behind them, by layer; empty where the method keeps none.
-        target_values: the optimised z with losses and steps; None where the engine tells none.
-        seconds: time spent by part.
-        weights: what a layer's weight is, to the bit, if its update is left as it is; empty where that is their sum.
+        updates: weight change by layer, after ``transform`` where one was given.
+        history: earlier keys and this batch's, by layer; empty if the method keeps no keys.
+        target_values: the optimised z with losses and steps; None if the engine does not report them.
+        seconds: wall time by phase.
+        weights: exact weight that each unmodified update leads to, by layer; empty if that is ``W + dW``.
     """
 
     updates: dict[int, Update]
@@ -61,32 +61,30 @@ class BatchSolution:
 
 def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
                     session: EditSession) -> None:
-    """Give the session what its first batch needs: output paths, context templates, key metrics, empty histories.
+    """Fill in what a session lacks to solve a batch: output paths, context templates, key metrics, key histories.
 
     Raises:
-        ValueError: the model can't be edited by these module names, or statistics or null space do not fit or can't be
-            had.
+        ValueError: the model can't be edited with these module names, or statistics or the null space are missing or do
+            not fit.
     """
     if set(session.paths) != set(editable.layers):
-        session.paths = _proven_paths(editable, tok)
+        session.paths = _find_paths(editable, tok)
     if session.contexts is None:
         given = hparams.context_templates
         with frozen(editable.model):
             session.contexts = generate_contexts(editable, tok, hparams.seed) if given is None else list(given)
     if any(history.device != editable.device(layer) for layer, history in session.history.items()):
-        logger.info("the model moved to another device: the session follows")
+        logger.info("the model moved to another device: the session's state is moved, too")
         session.metrics, session.spaces = {}, {}
         session.history = {layer: history.keys_only() for layer, history in session.history.items()}
     if session.store is None:
-        session.store = _tensor_store(hparams)
+        limit = None if hparams.state_memory is None else int(hparams.state_memory * 1e9)
+        session.store = TensorStore(limit, None if hparams.state_folder is None else Path(hparams.state_folder))
     if set(session.metrics) != set(editable.layers):
-        with restored_after(editable):
-            # The statistics are filed as the unedited model's, so it is the unedited model they must come from.
-            for layer, weight in session.original.items():
-                editable.set_weight(layer, weight)
+        with unedited(editable, session):
             if hparams.method.needs_statistics(hparams):
                 session.statistics = statistics_files(editable, tok, hparams)
-            with unchanged(session.statistics.values()):
+            with ensure_unchanged(session.statistics.values()):
                 session.metrics = hparams.method.key_metrics(editable, hparams, session.statistics, session.store)
     for layer in editable.layers:
         history = session.history.get(layer)
@@ -94,14 +92,13 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
         device = editable.device(layer)
         if history is None:
             history = KeyHistory.empty(editable.d_in(layer), metric, device, session.store)
-        elif history.metric is None:  # just loaded, or moved
+        elif history.metric is None:  # loaded from a checkpoint, or moved
             history = KeyHistory(history.keys, metric, device, session.store)
         session.history[layer] = history
 
 
-def _proven_paths(editable: EditableModel, tok: PreTrainedTokenizerBase) -> dict[int, OutputPath]:
-    """How the edited weights' outputs reach the residual stream; first of all, so that wrong module names cost nothing.
-    """
+def _find_paths(editable: EditableModel, tok: PreTrainedTokenizerBase) -> dict[int, OutputPath]:
+    """Output paths of the edited weights, found and verified by a probe (ValueError if the model is not understood)."""
     limit = max_positions(editable.config)
     prompts = [tokenize_prompt(tok, before, subject, after).ids[:limit] for before, subject, after in _PROBE_PROMPTS]
     with frozen(editable.model), decoder_errors(editable.model):
@@ -112,15 +109,15 @@ def _proven_paths(editable: EditableModel, tok: PreTrainedTokenizerBase) -> dict
 
 
 def warn_of_indirect_outputs(editable: EditableModel, tok: PreTrainedTokenizerBase, session: EditSession) -> None:
-    """Warn, before a session's first batch, where EasyEdit's own MEMIT and AlphaEdit edit a model wrongly.
+    """Warn, once a session, where EasyEdit's own MEMIT and AlphaEdit edit a model wrongly.
 
-    They assume that the output of the edited weight is added to the residual stream as it is.
+    They assume that the output of the edited weight is added to the residual stream unchanged.
     """
-    if session.num_batches:  # it was said with the first one
+    if session.num_batches:
         return
     try:
-        session.paths = _proven_paths(editable, tok)
-    except ValueError as error:  # what the native solve refuses, EasyEdit may know how to edit
+        session.paths = _find_paths(editable, tok)
+    except ValueError as error:  # EasyEdit may be able to edit a model that the native solver refuses
         logger.warning("%s", error)
         return
     if any(path != Scaled() for path in session.paths.values()):
@@ -129,17 +126,12 @@ def warn_of_indirect_outputs(editable: EditableModel, tok: PreTrainedTokenizerBa
                        type(editable.model).__name__)
 
 
-def _tensor_store(hparams: SPHEREHyperParams) -> TensorStore:
-    room = None if hparams.state_memory is None else int(hparams.state_memory * 1e9)
-    return TensorStore(room, None if hparams.state_folder is None else Path(hparams.state_folder))
-
-
 def tokenize_batch(editable: EditableModel, tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest],
                    session: EditSession) -> list[TokenizedRequest]:
-    """Tokenise a batch with the session's context templates.
+    """Tokenize a batch with the session's context templates.
 
     Raises:
-        ValueError: a request has an empty target in tokens or exceeds the context.
+        ValueError: a target has no tokens, or a prompt exceeds the model's context.
     """
     assert session.contexts is not None
     limit = max_positions(editable.config)
@@ -147,8 +139,8 @@ def tokenize_batch(editable: EditableModel, tok: PreTrainedTokenizerBase, reques
 
 
 @contextmanager
-def restored_after(editable: EditableModel) -> Iterator[dict[int, Tensor]]:
-    """The edited weights as they were, put back bit for bit when the context ends in whatever way."""
+def restoring_weights(editable: EditableModel) -> Iterator[dict[int, Tensor]]:
+    """Copies of the edited weights by layer, restored bit for bit when the context ends."""
     before = {layer: editable.weight(layer).clone() for layer in editable.layers}
     try:
         yield before
@@ -157,11 +149,21 @@ def restored_after(editable: EditableModel) -> Iterator[dict[int, Tensor]]:
             editable.set_weight(layer, weight)
 
 
+@contextmanager
+def unedited(editable: EditableModel, session: EditSession) -> Iterator[None]:
+    """The session's original weights in the model while statistics are collected, since those are the original model's.
+    """
+    with restoring_weights(editable):
+        for layer, weight in session.original.items():
+            editable.set_weight(layer, weight)
+        yield
+
+
 def add_update(editable: EditableModel, layer: int, update: Update) -> None:
-    """``W <- W + dW`` in float32 or better, whatever W is stored in.
+    """``W <- W + dW``, added in float32 or better.
 
     Raises:
-        ValueError: the update, or the weight it would leave, is not finite.
+        ValueError: the new weight is not finite.
     """
     weight = editable.weight(layer)
     precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -173,29 +175,29 @@ def add_update(editable: EditableModel, layer: int, update: Update) -> None:
 
 
 def check_finite(layer: int, weight: Tensor) -> None:
-    """Refuse a weight, or a change of one, that holds nan or infinity (ValueError)."""
+    """Refuse a weight or weight change with NaN or infinity (ValueError)."""
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"the executor left non-finite values in layer {layer}: nothing was changed")
 
 
 def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams,
-                session: EditSession, shape_in_loop: ShapeUpdate | None = None,
+                session: EditSession, transform: UpdateTransform | None = None,
                 progress: Callable[[int], None] | None = None) -> BatchSolution:
-    """Solve one batch by the base method's closed form, layer after layer.
+    """Solve one batch by the base method's closed form, layer after layer; model and session stay unchanged.
 
     Args:
-        editable: the model, at the weights that the batch starts from; left at them.
-        requests: the tokenised edits.
+        editable: the model with the weights that the batch starts from.
+        requests: the tokenized edits.
         hparams: the method's settings.
-        session: prepared (see ``prepare_session``); not changed.
-        shape_in_loop: applied to each layer's update before the next layer is solved (``projection_stage: layer``).
+        session: prepared (see ``prepare_session``).
+        transform: applied to each layer's update before the next layer is solved (``projection_stage: layer``).
         progress: called with the number of finished target values.
 
     Raises:
         ValueError: a target value or update is not finite.
     """
     seconds = {}
-    with frozen(editable.model), restored_after(editable):
+    with frozen(editable.model), restoring_weights(editable):
         started = time.perf_counter()
         targets = target_values(editable, requests, hparams, progress, session.paths)
         if not bool(torch.isfinite(targets.values).all()):
@@ -213,8 +215,8 @@ def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], h
                 share = (targets.values.to(now.device) - now) / (len(editable.layers) - position)
                 residuals = session.paths[layer].input_change(path_states.to(now.device), share)
                 update: Update = _solve_layer(editable, layer, keys, residuals, hparams, session)
-                if shape_in_loop is not None:
-                    update = shape_in_loop(layer, update)
+                if transform is not None:
+                    update = transform(layer, update)
                 add_update(editable, layer, update)
                 updates[layer] = update
                 if layer != editable.layers[-1]:
@@ -242,7 +244,7 @@ def _solve_densely(editable: EditableModel, layer: int, keys: Tensor, history: K
                    session: EditSession) -> Tensor:
     def moment() -> Tensor:
         file = session.statistics[layer]
-        with unchanged([file]):
+        with ensure_unchanged([file]):
             return load_moment(file.path, editable.d_in(layer)).to(keys.device)
 
     try:

@@ -26,7 +26,7 @@ from ..models.distributed import Replicas, split_balanced
 from ..models.packing import same_states
 from ..models.tokenization import continuation_ids_batch
 from ..utils.messages import kind_and_text
-from .teacher_forcing import Progress
+from ..utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 

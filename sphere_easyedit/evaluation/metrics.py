@@ -13,6 +13,7 @@ from ..datasets.loaders import EditRecord
 from ..models.architecture import max_positions
 from ..models.checks import check_inputs
 from ..runs.schema import FACT_METRICS, MetricName
+from ..utils.progress import Progress
 from .bootstrap import MetricSummary, summary_of
 from .protocols import (
     PROTOCOLS,
@@ -23,7 +24,7 @@ from .protocols import (
     prompts_by_metric,
     tokenize_pairs,
 )
-from .teacher_forcing import Progress, RowScore, score_rows
+from .teacher_forcing import RowScore, score_rows
 
 __all__ = ["CaseScores", "MetricName", "MetricSummary", "Protocol", "evaluate_protocols", "evaluate_records",
            "prompts_by_metric", "summarise"]

@@ -19,7 +19,8 @@ from ..models.architecture import frozen, input_device, max_positions
 from ..models.checks import check_inputs
 from ..models.distributed import Replicas, split_balanced
 from ..models.tokenization import leading_special_ids
-from .teacher_forcing import TOKENS_PER_LOGITS, Progress, fast_token_budget
+from ..utils.progress import Progress
+from .teacher_forcing import TOKENS_PER_LOGITS, fast_token_budget
 
 _LOGITS_CHUNK = 64  # positions converted to float32 at once: a whole window would take 0.25 GB for Llama 3
 # An article's title in WikiText. Formulas and legends leave such lines too, but after a word.

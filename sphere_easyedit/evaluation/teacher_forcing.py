@@ -9,7 +9,7 @@ target token is predicted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
@@ -22,8 +22,7 @@ from ..models.batching import group_by_class, length_class, padded_batches
 from ..models.distributed import Replicas, merge_parts, split_contiguous
 from ..models.packing import attending_packed, pack_with_prefixes, packs_exactly
 from ..models.replay import pad_rows
-
-Progress = Callable[[int, int], None]
+from ..utils.progress import Progress
 
 # Tokens in a batch. On a CPU, the hidden states of many more do not fit in its caches.
 _CPU_TOKENS = 1024

@@ -26,10 +26,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..datasets.loaders import EditRecord
+from ..utils.progress import Progress
 from .bootstrap import MetricSummary, summary_of
 from .generation import generate_continuations
 from .references import References
-from .teacher_forcing import Progress
 
 WORDS: Final = "regex-treebank"
 _CLITIC = r"n['\u2019]t\b|['\u2019](?:s|m|d|re|ve|ll)\b"

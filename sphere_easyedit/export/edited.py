@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..editing.checkpoints import choose_kept, put_weights, resumable, session_path
+from ..editing.checkpoints import choose_checkpoint, load_weights, resumable, session_path
 from ..editing.session import EditSession
-from ..editing.solve import restored_after
+from ..editing.solve import restoring_weights
 from ..hparams import SPHEREHyperParams
 from ..models.offload import writable_parameter
 from ..runs.config import package_versions
@@ -137,7 +137,7 @@ class ExportableRun:
             self._described: dict[str, Any] = dict(self._config["run"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} holds no run that can be exported: config.yaml lacks {error}") from error
-        self.num_edits = choose_kept(path, at, "nothing can be exported")
+        self.num_edits = choose_checkpoint(path, at, "nothing can be exported")
         dtypes = (self._config.get("model") or {}).get("dtypes") or []
         self.dtype = str(dtypes[0]).removeprefix("torch.") if len(dtypes) == 1 else None
 
@@ -153,9 +153,9 @@ class ExportableRun:
         editable = self.hparams.editable(model)
         self._check_base(model)
         fingerprint = base_fingerprint(model)
-        with restored_after(editable):
+        with restoring_weights(editable):
             before = {layer: editable.parameter(layer).detach().to("cpu", copy=True) for layer in editable.layers}
-            put_weights(editable, self._run.checkpoints, self.num_edits)
+            load_weights(editable, self._run.checkpoints, self.num_edits)
             changes = tuple(WeightChange(editable.parameter_name(layer), editable.is_transposed(layer), before[layer],
                                          editable.parameter(layer).detach().to("cpu", copy=True))
                             for layer in editable.layers)

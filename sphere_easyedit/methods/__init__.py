@@ -1,1 +1,1 @@
-"""Base methods: one file each, registered by name."""
+"""Base methods, one file each; see ``base`` for how to add one."""

@@ -1,4 +1,4 @@
-"""AlphaEdit (arXiv 2410.02355): keys projected on the null space of old knowledge."""
+"""AlphaEdit (arXiv 2410.02355): projects keys on the null space of preserved knowledge."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..models.architecture import EditableModel
 from .base import Method
-from .covariance import filed_null_space, load_null_space
+from .covariance import load_null_space, stored_null_space
 from .solvers import KeyHistory, KeyMetric, NullSpace, NullSpaceMetric, plain_alphaedit_keys
-from .statistics_origin import StatisticsFile
+from .statistics_fingerprint import StatisticsFile
 from .tensor_store import TensorStore
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class AlphaEdit(Method):
             logger.info("P_loc %s does not exist: the null space is computed from the keys' second moment", path)
         share = hparams.nullspace_share
         threshold = None if share is not None else hparams.nullspace_threshold
-        return {layer: filed_null_space(file.path, editable.d_in(layer), threshold, share, editable.device(layer),
+        return {layer: stored_null_space(file.path, editable.d_in(layer), threshold, share, editable.device(layer),
                                         store) for layer, file in statistics.items()}
 
     def solve_densely(self, metric: KeyMetric | None, moment: Callable[[], Tensor], keys: Tensor, history: KeyHistory,

@@ -1,4 +1,27 @@
-"""What a base method is: the class to subclass for a method of one's own."""
+"""Base class of the locate-then-edit methods that SPHERE can be applied to.
+
+To add a method, subclass MEMIT or AlphaEdit (or ``Method``, for another way to weigh keys), set ``name``, override what
+differs, and register the class. ``base_alg: ScaledMEMIT`` then selects this one::
+
+    class ScaledMEMIT(MEMIT):
+        name = "ScaledMEMIT"
+        default_alpha = 0.5
+
+        def restrain(self, update, weight, hparams):
+            return scaled(update, 0.9)  # core.suppression.scaled
+
+    sphere_easyedit.register_method(ScaledMEMIT)
+
+One batch uses a method in this order:
+
+1. ``needs_statistics`` and ``key_metrics``, before a session's first batch: derive from the second moments of keys how
+   each layer's keys are weighed.
+2. The solve, for each layer: ``dW = R (adjusted keys)^T`` (see ``solvers``). ``solve_densely`` is its fallback. Earlier
+   batches' keys count if ``keeps_keys``.
+3. ``restrain`` changes each layer's update, then SPHERE projects it.
+4. ``restrain_whole_change`` changes the weights that are evaluated and saved, then SPHERE projects them; only if
+   ``restrains_whole_change``, and instead of step 3.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +35,7 @@ from torch import Tensor
 from ..core.updates import Update
 from ..models.architecture import EditableModel
 from .solvers import KeyHistory, KeyMetric
-from .statistics_origin import StatisticsFile
+from .statistics_fingerprint import StatisticsFile
 from .tensor_store import TensorStore
 
 if TYPE_CHECKING:
@@ -20,25 +43,21 @@ if TYPE_CHECKING:
 
 
 class Method(ABC):
-    """A locate-then-edit method ``dW = R (adjusted keys)^T`` that SPHERE can be put on top of.
-
-    Subclass it (or MEMIT or AlphaEdit, which differ in how they weigh keys), set what differs and register the class
-    with ``sphere_easyedit.register_method``; hyperparameters then select it by ``base_alg``. Instances have no state.
+    """A locate-then-edit method ``dW = R (adjusted keys)^T``. Instances have no state.
 
     Attributes:
-        name: value of ``base_alg``.
-        default_alpha: alpha where hyperparameters give none.
-        default_stage: ``projection_stage`` where they give none.
-        required: hyperparameters it needs besides the optimiser's; of each group one must be given.
+        name: value of ``base_alg`` that selects the method.
+        default_alpha: default of ``alpha``.
+        default_stage: default of ``projection_stage``.
+        required: hyperparameters that must be given besides the optimiser's; one of each group.
         always_keeps_keys: earlier keys count in every solve, whatever ``keep_previous_keys`` says.
-        uses_null_space: keys are weighed by a null-space projection rather than by their covariance.
-        is_low_rank: weights change by ``R K^T`` alone, so that Gram matrices can be carried from batch to batch. False
-            where ``restrain`` or ``restrain_whole_change`` gives dense changes.
-        restrains_whole_change: ``restrain_whole_change`` shapes the weights that are evaluated and saved.
-        edits_as: the method whose weights it edits on with, if those that are evaluated are all that differs from it.
-        offered_to_easyedit: EasyEdit lacks it, so ``register`` gives it to EasyEdit under its own name, without SPHERE.
-        reads_target_values: EasyEdit's function of this name reads target values, optimised as ours are, from files.
-        starting_values: its hyperparameters in a starting file.
+        uses_null_space: keys are weighed by a null-space projection, not by their covariance.
+        is_low_rank: every change is ``R K^T``, so Gram matrices are kept from batch to batch. Set it to False if
+            ``restrain`` or ``restrain_whole_change`` returns dense changes.
+        restrains_whole_change: ``restrain_whole_change`` is called.
+        offered_to_easyedit: EasyEdit lacks the method, so ``register`` adds it there, without SPHERE.
+        reads_target_values: EasyEdit's function of this name can read our target values from its cache files.
+        starting_values: its hyperparameters in a starting file (``sphere-easyedit hparams``).
     """
 
     name: str
@@ -49,18 +68,17 @@ class Method(ABC):
     uses_null_space: ClassVar[bool] = False
     is_low_rank: ClassVar[bool] = True
     restrains_whole_change: ClassVar[bool] = False
-    edits_as: ClassVar[str | None] = None
     offered_to_easyedit: ClassVar[bool] = False
     reads_target_values: ClassVar[bool] = False
     starting_values: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @property
     def default_principal_space(self) -> str:
-        """``principal_space`` where hyperparameters give none."""
+        """Default of ``principal_space``."""
         return "pretrained" if self.restrains_whole_change else "current"
 
     def missing(self, hparams: SPHEREHyperParams) -> list[str]:
-        """Required hyperparameters that are not given, alternatives in brackets."""
+        """Required hyperparameters that are missing, with alternatives in brackets."""
         groups = [group for group in self.required if all(getattr(hparams, name) is None for name in group)]
         return [first + (f" (or {', '.join(others)})" if others else "") for first, *others in groups]
 
@@ -69,17 +87,17 @@ class Method(ABC):
         return self.always_keeps_keys or bool(hparams.keep_previous_keys)
 
     def needs_statistics(self, hparams: SPHEREHyperParams) -> bool:
-        """Whether the second moments of keys must be collected."""
+        """Whether ``key_metrics`` needs the second moments of keys."""
         return True
 
     @abstractmethod
     def key_metrics(self, editable: EditableModel, hparams: SPHEREHyperParams,
                     statistics: Mapping[int, StatisticsFile], store: TensorStore) -> dict[int, KeyMetric | None]:
-        """How keys are weighed, by layer; None for a layer whose batches are to be solved densely.
+        """How keys are weighed, by layer; None for a layer to solve by ``solve_densely``.
 
         Args:
-            statistics: files with the second moments of keys, by layer; empty where none are needed.
-            store: where what is derived from them is kept.
+            statistics: files with the second moments of keys, by layer; empty unless ``needs_statistics``.
+            store: where to keep large tensors.
 
         Raises:
             ValueError: a file does not fit the model.
@@ -88,12 +106,13 @@ class Method(ABC):
     @abstractmethod
     def solve_densely(self, metric: KeyMetric | None, moment: Callable[[], Tensor], keys: Tensor, history: KeyHistory,
                       hparams: SPHEREHyperParams) -> Tensor:
-        """Adjusted keys ``(d_in, n)`` by the plain closed form, where the one in the space of keys fails.
+        """Adjusted keys ``(d_in, n)`` by the plain closed form in the space of d_in, where the solve in the space of
+        keys fails.
 
         Args:
-            metric: the layer's, as ``key_metrics`` gave it.
+            metric: the layer's metric from ``key_metrics``.
             moment: reads the second moment of the layer's keys ``(d_in, d_in)`` float32, on the keys' device.
-            keys: the batch's ``(d_in, n)``.
+            keys: the batch's keys ``(d_in, n)``.
             history: earlier keys.
 
         Raises:
@@ -101,18 +120,18 @@ class Method(ABC):
         """
 
     def restrain(self, update: Update, weight: Tensor, hparams: SPHEREHyperParams) -> Update:
-        """What is kept of one layer's update, before SPHERE; the update itself if all of it is.
+        """Restrain one layer's update, before SPHERE projects it; by default the update is returned unchanged.
 
         Args:
-            update: in factors, or dense ``(d_out, d_in)``.
+            update: ``LowRankUpdate``, or dense ``(d_out, d_in)`` (``core.updates.dense`` converts either).
             weight: ``(d_out, d_in)`` before the update.
         """
         return update
 
     def restrain_whole_change(self, change: Tensor, original: Tensor, hparams: SPHEREHyperParams) -> Tensor:
-        """What is kept of the whole change since the pretrained weight, in the weights that are evaluated and saved.
+        """Restrain the whole change since the pretrained weight, in the weights that are evaluated and saved.
 
-        Editing goes on from the unrestrained ones. Called only where ``restrains_whole_change``.
+        The next batch starts from the unrestrained weights. Called only if ``restrains_whole_change``.
 
         Args:
             change: ``W - W0`` ``(d_out, d_in)``.
@@ -122,7 +141,7 @@ class Method(ABC):
 
 
 class WrappedMethod(Method):
-    """A method that EasyEdit alone has: all that is known of it here is the updates that it makes."""
+    """A method that only EasyEdit implements; SPHERE sees just its updates."""
 
     def __init__(self, name: str) -> None:
         self.name = name

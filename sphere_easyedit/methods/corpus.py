@@ -1,4 +1,4 @@
-"""Text for statistics: a local file, a data set by name, or what the model itself generates."""
+"""Reads or generates the text that statistics are collected from: a local file, a data set, or the model's own text."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GENERATED = "generated"
-GENERATED_LENGTH = 128  # tokens of a generated text: enough for varied keys, short enough to stay on the subject
+GENERATED_LENGTH = 128  # tokens of a generated text: long enough for varied keys, short enough to stay coherent
 GENERATED_AT_ONCE = 100
-# The names EasyEdit uses, and what they stand for on the hub.
+# EasyEdit's names of data sets, with the hub's name and configuration.
 _HUB_NAMES = {
     "wikipedia": ("wikimedia/wikipedia", "20231101.en"),
     "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
@@ -36,7 +36,7 @@ _REMEDY = "set mom2_dataset to a local .txt or .jsonl file, or to 'generated' fo
 
 
 def corpus_name(hparams: SPHEREHyperParams) -> str:
-    """Name of a text source in statistics files: a file's stem, else the name; generated text is told by its seed."""
+    """Name of the text source in statistics paths: file stem, data set, or for generated text its seed and length."""
     dataset = hparams.mom2_dataset
     if dataset == GENERATED:
         return f"{GENERATED}-seed{hparams.seed}-t{min(hparams.mom2_max_length, GENERATED_LENGTH)}"
@@ -45,7 +45,7 @@ def corpus_name(hparams: SPHEREHyperParams) -> str:
 
 
 def text_source(hparams: SPHEREHyperParams) -> Path | list[str | None] | None:
-    """Where text comes from: a local file, a data set of the hub with its configuration, or None: the model."""
+    """The text source: a local file, a hub data set with its configuration, or None for generated text."""
     dataset = hparams.mom2_dataset
     if dataset == GENERATED:
         return None
@@ -54,13 +54,13 @@ def text_source(hparams: SPHEREHyperParams) -> Path | list[str | None] | None:
 
 
 def text_length(editable: EditableModel, hparams: SPHEREHyperParams) -> int:
-    """At how many tokens a text is cut: ``mom2_max_length``, or the model's context where that is less."""
+    """Maximum tokens of a text: ``mom2_max_length``, at most the model's context."""
     return min(hparams.mom2_max_length, max_positions(editable.config) or hparams.mom2_max_length)
 
 
 def token_sequences(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams, max_length: int
                     ) -> list[list[int]]:
-    """Up to ``mom2_n_samples`` texts of at most ``max_length`` tokens each, drawn by the seed.
+    """Token ids of up to ``mom2_n_samples`` texts, each truncated to ``max_length`` tokens, drawn with the seed.
 
     Raises:
         ValueError: the source does not exist, can't be reached, or holds no text.
@@ -81,29 +81,21 @@ def _read_texts(hparams: SPHEREHyperParams, samples: int) -> list[str]:
         if not source.is_file():
             raise ValueError(f"mom2_dataset {dataset!r} is no file; {_REMEDY}")
         texts = list(_file_texts(source))
-        _refuse_none(texts, dataset)
         order = np.random.default_rng(seed).permutation(len(texts))[:samples]
-        return [texts[i] for i in order]
-    texts = _hub_texts(dataset, samples, seed)
-    _refuse_none(texts, dataset)
+        texts = [texts[i] for i in order]
+    else:
+        texts = _hub_texts(dataset, samples, seed)
+    if not texts:
+        raise ValueError(f"mom2_dataset {dataset!r} holds no text; {_REMEDY}")
     return texts
 
 
-def _refuse_none(texts: list[str], dataset: str) -> None:
-    if not texts:
-        raise ValueError(f"mom2_dataset {dataset!r} holds no text; {_REMEDY}")
-
-
 def _file_texts(path: Path) -> Iterator[str]:
-    """Paragraphs of a .txt file (separated by line breaks), or the ``text`` fields of a .jsonl file."""
+    """Lines of a .txt file, or the ``text`` fields of a .jsonl file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text ({error}): convert it") from error
-    yield from _texts_of_lines(path, text.splitlines())
-
-
-def _texts_of_lines(path: Path, lines: list[str]) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -128,7 +120,7 @@ def _hub_texts(dataset: str, samples: int, seed: int) -> list[str]:
     try:
         stream = datasets.load_dataset(name, config, split="train", streaming=True)
         return _take_texts((record["text"] for record in stream.shuffle(seed=seed)), samples)
-    except Exception as error:  # offline, unknown name, no such column: all end the same way for the user
+    except Exception as error:  # offline, unknown name, missing column
         raise ValueError(f"mom2_dataset {dataset!r} ({name}) can't be read: {error}; {_REMEDY}") from error
 
 
@@ -145,7 +137,7 @@ def _take_texts(texts: Iterable[str], samples: int) -> list[str]:
 @torch.no_grad()
 def _generate(editable: EditableModel, tok: PreTrainedTokenizerBase, samples: int, length: int, seed: int
               ) -> list[list[int]]:
-    """Sample texts from the model at temperature 1 from its start token."""
+    """Texts sampled from the model at temperature 1, starting with its start token."""
     starts = [tok.bos_token_id, tok.eos_token_id, tok.pad_token_id]
     start = next((token for token in starts if token is not None), 0)
     device = editable.input_device
@@ -165,7 +157,7 @@ def _generate(editable: EditableModel, tok: PreTrainedTokenizerBase, samples: in
 
 
 class _Steps(StoppingCriteria):
-    """Counts the steps of generation for a progress bar, and never stops it."""
+    """Reports generation steps to a progress bar; never stops generation."""
 
     def __init__(self, remaining: RemainingTime) -> None:
         self._remaining = remaining
@@ -177,5 +169,5 @@ class _Steps(StoppingCriteria):
 
 
 def _until_end(ids: list[int], eos: int | None) -> list[int]:
-    """A generated text without the padding behind its end."""
+    """A generated text without the padding after its end token."""
     return ids[: ids.index(eos, 1) + 1] if eos is not None and eos in ids[1:] else ids

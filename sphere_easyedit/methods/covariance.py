@@ -1,12 +1,12 @@
-"""Second moments of keys, and the null space they leave.
+"""Collects and stores second moments of keys, and derives AlphaEdit's null space and MEMIT's Cholesky factor from them.
 
 ``C`` is the uncentered second moment ``E[k k^T]`` of the down-projection's input over the tokens of a text sample.
-Files have EasyEdit's layout (``{stats_dir}/{model}/{dataset}_stats/{module}_{dtype}_mom2_{samples}.npz``) and are
-read and written as they are; what those that we write were collected from lies beside them (see ``origins``).
+Files have EasyEdit's layout, ``{stats_dir}/{model}/{dataset}_stats/{module}_{dtype}_mom2_{samples}.npz``, and are
+exchangeable with EasyEdit's; those that we write have a fingerprint beside them (see ``statistics_fingerprint``).
 
-What takes long to derive from C lies beside its file: the null space, ``..._null_space_{rule}.safetensors``, and for
-wide layers MEMIT's Cholesky factor of C, ``..._cholesky.safetensors``. Each names the digest of the statistics it came
-from and of its own tensors, and is made anew where one of them differs.
+Results that are slow to derive from C are stored beside its file: the null space
+(``..._null_space_{rule}.safetensors``) and, for wide layers, the Cholesky factor (``..._cholesky.safetensors``). Each
+holds the digest of the statistics and of its own tensors, and is derived again if one of them differs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,14 @@ from ..utils.messages import kind_and_text
 from ..utils.remaining_time import RemainingTime
 from .corpus import corpus_name, text_length, token_sequences
 from .solvers import CholeskyFactor, NullSpace
-from .statistics_origin import Finding, Origins, StatisticsFile, contents_of, unchanged, write_origin
+from .statistics_fingerprint import (
+    FileCheck,
+    StatisticsFile,
+    StatisticsFingerprints,
+    array_checksums,
+    ensure_unchanged,
+    write_fingerprint,
+)
 from .tensor_store import TensorStore
 
 if TYPE_CHECKING:
@@ -44,27 +51,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# EasyEdit's reader asks for the class that wrote the file.
+# Name of the class that wrote the file, which EasyEdit's reader checks.
 _EASYEDIT_CLASS = "easyeditor.util.runningstats.SecondMoment()"
 TOKENS_AT_ONCE = 8192
 _LOCK = ".collecting.lock"
 _DERIVED_FORMAT = "sphere-easyedit derived statistics 1"
-# Narrower factors are made in about the time that reading one takes (0.1 s).
-FACTOR_FILED_FROM = 2048
-_TOTALS = "sums of outer products"  # kept on each process until they are added up
+# Narrower factors are computed about as fast as they are read (0.1 s).
+MIN_STORED_FACTOR_SIZE = 2048
+_TOTALS = "sums of outer products"  # each process keeps its own until they are added up
 
 
 def model_folder(editable: EditableModel) -> str:
-    """The model's name in paths of statistics: the last component of its own path."""
+    """Name of the model in statistics paths: the last component of its own path."""
     path = str(editable.config._name_or_path).rstrip("/")
     name = path.rsplit("/", maxsplit=1)[-1]
-    if name in (".", ".."):  # a folder's name that would lead out of stats_dir
+    if name in (".", ".."):  # as a folder name it would lead out of stats_dir
         name = Path(path).resolve().name
     return name or "model"
 
 
 def moment_path(editable: EditableModel, hparams: SPHEREHyperParams, layer: int) -> Path:
-    """Where the second moment of a layer's keys is kept, as EasyEdit names it."""
+    """EasyEdit's path of the second moment of a layer's keys."""
     module = editable.names.rewrite_module_tmp.format(layer)
     name = f"{module}_{hparams.mom2_dtype}_mom2_{hparams.mom2_n_samples}.npz"
     return Path(hparams.stats_dir) / model_folder(editable) / f"{corpus_name(hparams)}_stats" / name
@@ -81,20 +88,21 @@ def load_moment(path: Path, d_in: int) -> Tensor:
             total, count = np.asarray(stored["mom2.mom2"], dtype=np.float64), int(stored["mom2.count"].item())
     except Exception as error:  # zipfile, zlib and NumPy's headers fail in more ways than can be listed
         raise ValueError(f"{path} is no statistics file of EasyEdit's layout ({kind_and_text(error)}); remove "
-                         "it to have it collected anew") from error
+                         "it to have it collected again") from error
     if total.shape != (d_in, d_in):
         raise ValueError(f"{path} holds a second moment of shape {total.shape}, the layer's keys need "
                          f"{(d_in, d_in)}: it belongs to another model; set stats_dir or remove the file")
     if count <= 0 or not np.isfinite(total).all():
-        raise ValueError(f"{path} holds non-finite entries or no samples; remove it to have it collected anew")
+        raise ValueError(f"{path} holds non-finite entries or no samples; remove it to have it collected again")
     return (torch.from_numpy(total) / count).float()
 
 
-def save_moment(path: Path, total: Tensor, count: int, samples: int, origin: Mapping[str, Any] | None = None) -> None:
-    """Write a sum of ``k k^T`` over ``count`` tokens so that EasyEdit reads it as its own.
+def save_moment(path: Path, total: Tensor, count: int, samples: int, fingerprint: Mapping[str, Any] | None = None
+                ) -> None:
+    """Write a sum of ``k k^T`` over ``count`` tokens in EasyEdit's format.
 
     Args:
-        origin: what it was collected from, to be written beside it.
+        fingerprint: written beside it, if given (see ``StatisticsFingerprints.expected``).
     """
     with atomic_write(path) as temporary:
         with temporary.open("wb") as stream:
@@ -104,92 +112,91 @@ def save_moment(path: Path, total: Tensor, count: int, samples: int, origin: Map
                 "mom2.mom2": total.cpu().numpy(),
                 "sample_size": np.array(samples),
             })
-        if origin is not None:
-            path.unlink(missing_ok=True)  # at no time is it there beside the new one's fingerprint
-            write_origin(path, contents_of(temporary), origin)
+        if fingerprint is not None:
+            path.unlink(missing_ok=True)  # so that the old file is never beside the new one's fingerprint
+            write_fingerprint(path, array_checksums(temporary), fingerprint)
 
 
 def second_moments(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams
                    ) -> dict[int, Tensor]:
-    """``C`` of every edited layer ``(d_in, d_in)`` float32 on the CPU: read from file, else collected and filed.
+    """``C`` of every edited layer ``(d_in, d_in)`` float32 on the CPU, read from file or collected and stored.
 
     Raises:
         ValueError: a file does not fit, or there is no text to collect from.
     """
     files = statistics_files(editable, tok, hparams)
-    with unchanged(files.values()):
+    with ensure_unchanged(files.values()):
         return {layer: load_moment(file.path, editable.d_in(layer)) for layer, file in files.items()}
 
 
 def statistics_files(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams
                      ) -> dict[int, StatisticsFile]:
-    """Files with the second moments of every edited layer.
+    """Files with the second moments of every edited layer; missing or outdated ones are collected.
 
-    Those that are missing, or that were collected from something else than they would be now, are collected: the edited
-    weights must be the unedited ones. Files without a fingerprint are taken as they are.
+    The edited weights must be the unedited ones. A file is outdated if its fingerprint does not match the model, the
+    text or the settings; files without a fingerprint are used as they are.
 
-    Of processes that miss the same ones at once, the first collects them and the others wait for it (see
-    ``files.locked``, also about NFS). Where all are there and fit, nothing is locked or written: their folder may be
-    read-only.
+    If several processes need the same files, the first collects them while the others wait (see ``files.locked``, also
+    about NFS). If all files fit, nothing is locked or written, so their folder may be read-only.
 
     Raises:
-        ValueError: there is no text to collect from, a layer's keys can't be told by token, or files can't be written
-            where they belong.
+        ValueError: there is no text to collect from, a layer's keys can't be assigned to tokens, or files can't be
+            written to ``stats_dir``.
     """
     paths = {layer: moment_path(editable, hparams, layer) for layer in editable.layers}
-    origins = Origins(editable, hparams, tok)
+    fingerprints = StatisticsFingerprints(editable, hparams, tok)
     folder = paths[editable.layers[0]].parent
-    found = {layer: origins.examine(path, layer) for layer, path in paths.items()}
-    if not all(finding.fits and finding.settled for finding in found.values()):
+    checks = {layer: fingerprints.check(path, layer) for layer, path in paths.items()}
+    if not all(check.fits and check.consistent for check in checks.values()):
         try:
             with locked(folder / _LOCK, f"collecting statistics in {folder}"):
                 remove_partial_files(folder)  # of a process killed while it wrote
-                found = {layer: origins.examine(path, layer) for layer, path in paths.items()}
-                unfit = {layer: path for layer, path in paths.items() if not found[layer].fits}
-                _say_what_is_replaced(folder, found)
-                if unfit:
-                    _collect(editable, tok, hparams, unfit, origins)
-                    found |= {layer: origins.examine(path, layer) for layer, path in unfit.items()}
+                checks = {layer: fingerprints.check(path, layer) for layer, path in paths.items()}
+                outdated = {layer: path for layer, path in paths.items() if not checks[layer].fits}
+                _warn_of_replacement(folder, checks)
+                if outdated:
+                    _collect(editable, tok, hparams, outdated, fingerprints)
+                    checks |= {layer: fingerprints.check(path, layer) for layer, path in outdated.items()}
         except OSError as error:
             raise ValueError(f"statistics of the model's keys are missing, or of another model or text, and can't be "
-                             f"filed in {folder} ({error}): set stats_dir to a folder that can be written, or make room"
+                             f"written to {folder} ({error}): set stats_dir to a writable folder, or free disk space"
                              ) from error
-    for reason in dict.fromkeys(reason for finding in found.values() for reason in finding.unknown):
-        of = [layer for layer, finding in found.items() if reason in finding.unknown]
-        logger.info("the statistics of layers %s in %s are taken as they are: what is there %s", of, folder, reason)
-    files = {layer: finding.file for layer, finding in found.items() if finding.file is not None}
+    for reason in dict.fromkeys(reason for check in checks.values() for reason in check.unknown):
+        layers = [layer for layer, check in checks.items() if reason in check.unknown]
+        logger.info("the statistics of layers %s in %s are used without a check: the file %s", layers, folder, reason)
+    files = {layer: check.file for layer, check in checks.items() if check.file is not None}
     if len(files) < len(paths):
-        raise ValueError(f"statistics in {folder} were removed by another process as soon as they were filed: give "
+        raise ValueError(f"statistics in {folder} were removed by another process right after they were written: give "
                          "each model and each text a stats_dir of its own")
     return files
 
 
 def moment_on_file(editable: EditableModel, hparams: SPHEREHyperParams, layer: int) -> Tensor | None:
-    """``C`` of one layer ``(d_in, d_in)`` float32 on the CPU; None where there is no file of this model's statistics.
+    """``C`` of one layer ``(d_in, d_in)`` float32 on the CPU; None if there is no file, or it is another model's.
 
     Raises:
         ValueError: the file is damaged.
     """
     path = moment_path(editable, hparams, layer)
-    found = Origins(editable, hparams).examine(path, layer)
-    if found.differences:
-        logger.warning("%s is left out: it was collected from %s", path, " and ".join(found.differences))
-    if found.file is None or not found.fits:
+    check = StatisticsFingerprints(editable, hparams).check(path, layer)
+    if check.differences:
+        logger.warning("%s is left out: it was collected from %s", path, " and ".join(check.differences))
+    if check.file is None or not check.fits:
         return None
-    with unchanged([found.file]):
+    with ensure_unchanged([check.file]):
         return load_moment(path, editable.d_in(layer))
 
 
-def _say_what_is_replaced(folder: Path, found: Mapping[int, Finding]) -> None:
-    for differences in dict.fromkeys(finding.differences for finding in found.values() if finding.differences):
-        layers = [layer for layer, finding in found.items() if finding.differences == differences]
-        logger.warning("the statistics of layers %s in %s were collected from %s: they are collected anew and "
+def _warn_of_replacement(folder: Path, checks: Mapping[int, FileCheck]) -> None:
+    for differences in dict.fromkeys(check.differences for check in checks.values() if check.differences):
+        layers = [layer for layer, check in checks.items() if check.differences == differences]
+        logger.warning("the statistics of layers %s in %s were collected from %s: they are collected again and "
                        "replaced. To keep both, give each a stats_dir of its own", layers, folder,
                        " and ".join(differences))
 
 
 def _collect(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
-             paths: dict[int, Path], origins: Origins) -> None:
+             paths: dict[int, Path], fingerprints: StatisticsFingerprints) -> None:
     with frozen(editable.model):
         logger.info("collecting the second moments of keys in layers %s from up to %d texts of %s", sorted(paths),
                     hparams.mom2_n_samples, hparams.mom2_dataset)
@@ -202,14 +209,14 @@ def _collect(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPH
                            editable.d_in(thin[0]))
         totals = _sum_outer_products(editable, sequences, sorted(paths))
     dtype = getattr(torch, hparams.mom2_dtype)
-    filed = {layer: total.to(dtype) for layer, total in totals.items()}
-    too_large = [layer for layer, total in filed.items() if not bool(torch.isfinite(total).all())]
+    totals = {layer: total.to(dtype) for layer, total in totals.items()}
+    too_large = [layer for layer, total in totals.items() if not bool(torch.isfinite(total).all())]
     if too_large:
         raise ValueError(f"the second moments of layers {too_large} do not fit mom2_dtype {hparams.mom2_dtype} (or the "
                          "model's states are not finite): set mom2_dtype to float32")
     for layer, path in paths.items():
-        save_moment(path, filed[layer], tokens, hparams.mom2_n_samples, origins.of(layer))
-    logger.info("second moments of layers %s are kept in %s", sorted(paths), next(iter(paths.values())).parent)
+        save_moment(path, totals[layer], tokens, hparams.mom2_n_samples, fingerprints.expected(layer))
+    logger.info("second moments of layers %s are stored in %s", sorted(paths), next(iter(paths.values())).parent)
 
 
 @torch.no_grad()
@@ -218,28 +225,28 @@ def _sum_outer_products(editable: EditableModel, sequences: Sequence[Sequence[in
     """Sums of ``k k^T`` over all tokens, float64 ``(d_in, d_in)`` by layer, in one pass for all layers."""
     replicas = Replicas.of(editable.model)
     if replicas is None:
-        return _sum_here(editable, sequences, layers)
+        return _sum_locally(editable, sequences, layers)
     parts = split_balanced([len(sequence) for sequence in sequences], replicas.world_size)
-    replicas.run(_sum_share, [([sequences[place] for place in part], layers) for part in parts])
-    # A job of its own: it would wait for ever for a process whose sums failed.
+    replicas.run(_sum_share, [([sequences[i] for i in part], layers) for part in parts])
+    # A separate job, since the reduction would wait forever for a process whose sums failed.
     replicas.run(_add_up, [()] * replicas.world_size)
     totals: dict[int, Tensor] = replicas.store.pop(_TOTALS)
     return totals
 
 
-def _sum_share(here: Replicas, sequences: Sequence[Sequence[int]], layers: list[int]) -> None:
-    here.store[_TOTALS] = _sum_here(here.editable, sequences, layers)
+def _sum_share(replica: Replicas, sequences: Sequence[Sequence[int]], layers: list[int]) -> None:
+    replica.store[_TOTALS] = _sum_locally(replica.editable, sequences, layers)
 
 
-def _add_up(here: Replicas) -> None:
-    """The sum over processes takes the place of the leader's own; the others forget theirs."""
-    for total in here.store[_TOTALS].values():
-        here.sum_to_leader(total)
-    if here.process.rank:
-        del here.store[_TOTALS]
+def _add_up(replica: Replicas) -> None:
+    """Add the sums of all processes up on the leader; the other processes drop theirs."""
+    for total in replica.store[_TOTALS].values():
+        replica.sum_to_leader(total)
+    if replica.process.rank:
+        del replica.store[_TOTALS]
 
 
-def _sum_here(editable: EditableModel, sequences: Sequence[Sequence[int]], layers: list[int]) -> dict[int, Tensor]:
+def _sum_locally(editable: EditableModel, sequences: Sequence[Sequence[int]], layers: list[int]) -> dict[int, Tensor]:
     totals = {layer: torch.zeros(editable.d_in(layer), editable.d_in(layer), dtype=torch.float64,
                                  device=editable.device(layer)) for layer in layers}
     mask = torch.zeros(0, 0, dtype=torch.long)
@@ -258,7 +265,7 @@ def _sum_here(editable: EditableModel, sequences: Sequence[Sequence[int]], layer
 
     handles = [add(layer) for layer in layers]
     batches = _batches(sequences, length_class(editable.config))
-    sizes = [len(batch) * max(map(len, batch)) for batch in batches]  # tokens, padding included: what time goes by
+    sizes = [len(batch) * max(map(len, batch)) for batch in batches]  # tokens, padding included
     try:
         with RemainingTime("statistics", sum(sizes), "token") as remaining:
             for count, (batch, size) in enumerate(zip(batches, sizes, strict=True), start=1):
@@ -269,8 +276,8 @@ def _sum_here(editable: EditableModel, sequences: Sequence[Sequence[int]], layer
                     if runs[layer] != count:
                         raise ValueError(f"{editable.names.rewrite_module_tmp.format(layer)} ran "
                                          f"{runs[layer] - count + 1} times in a forward pass, not once: its keys can't "
-                                         "be told by token. Edit a layer whose feed-forward network calls it once")
-                totals[layers[-1]][0, 0].item()  # waits for the device, so that the time is the work's
+                                         "be assigned to tokens. Edit a layer whose feed-forward network calls it once")
+                totals[layers[-1]][0, 0].item()  # waits for the device, so that the time estimate is right
                 remaining.update(size)
     finally:
         for handle in handles:
@@ -278,26 +285,26 @@ def _sum_here(editable: EditableModel, sequences: Sequence[Sequence[int]], layer
     return totals
 
 
-def _batches(sequences: Sequence[Sequence[int]], kind: Callable[[int], int]) -> list[list[Sequence[int]]]:
+def _batches(sequences: Sequence[Sequence[int]], class_of: Callable[[int], int]) -> list[list[Sequence[int]]]:
     batches: list[list[Sequence[int]]] = []
     for sequence in sorted(sequences, key=len):
         if (not batches or (len(batches[-1]) + 1) * len(sequence) > TOKENS_AT_ONCE
-                or kind(len(batches[-1][0])) != kind(len(sequence))):
+                or class_of(len(batches[-1][0])) != class_of(len(sequence))):
             batches.append([])
         batches[-1].append(sequence)
     return batches
 
 
 def null_space(moment: Tensor, threshold: float | None = None, share: float | None = None) -> NullSpace:
-    """The directions that keys hardly use, and the projection P0 on them (AlphaEdit), float32.
+    """AlphaEdit's null space of C: the directions with small eigenvalues, float32.
 
     Args:
         moment: C ``(d_in, d_in)``.
-        threshold: keep eigenvectors whose eigenvalue is below it; or
-        share: keep this share of the dimensions, those of the smallest eigenvalues.
+        threshold: the eigenvectors with smaller eigenvalues span it; or
+        share: this share of the dimensions, those of the smallest eigenvalues, spans it.
 
     Raises:
-        ValueError: nothing is left to keep.
+        ValueError: the null space is empty.
     """
     width, kept = len(moment), _dimensions_kept(moment, threshold, share)
     complement = kept > width // 2
@@ -306,10 +313,10 @@ def null_space(moment: Tensor, threshold: float | None = None, share: float | No
 
 
 def null_space_basis(moment: Tensor, threshold: float | None = None, share: float | None = None) -> Tensor:
-    """Orthonormal basis ``V`` ``(d_in, q)`` of that null space, however wide: ``P0 = V V^T``.
+    """Orthonormal basis ``V`` ``(d_in, q)`` of the null space: ``P0 = V V^T`` (arguments as for ``null_space``).
 
     Raises:
-        ValueError: nothing is left to keep.
+        ValueError: the null space is empty.
     """
     return _eigenvectors(moment, 0, _dimensions_kept(moment, threshold, share))
 
@@ -322,7 +329,7 @@ def _dimensions_kept(moment: Tensor, threshold: float | None, share: float | Non
     width = len(moment)
     if share is not None:
         return max(1, int(share * width))
-    assert threshold is not None  # the hyperparameters ask for one of the two
+    assert threshold is not None  # hyperparameters give one of the two
     shifted = moment.to(working_dtype(width), copy=True)
     shifted.diagonal().sub_(threshold)
     kept = _negative_eigenvalues(shifted)
@@ -334,11 +341,11 @@ def _dimensions_kept(moment: Tensor, threshold: float | None, share: float | Non
 
 
 def _negative_eigenvalues(matrix: Tensor) -> int:
-    """How many there are, by Sylvester's law of inertia: a fraction of the price of the eigenvalues."""
+    """Number of negative eigenvalues, by Sylvester's law of inertia: much cheaper than the eigenvalues."""
     if matrix.is_cuda:
         return int((torch.linalg.eigvalsh(matrix) < 0).sum())
     _, blocks, _ = scipy.linalg.ldl(matrix.numpy())
-    coupled = np.diagonal(blocks, -1) != 0  # a block of two pivots: one eigenvalue of either sign
+    coupled = np.diagonal(blocks, -1) != 0  # a 2 x 2 pivot block has one eigenvalue of each sign
     single = np.ones(len(blocks), dtype=bool)
     single[1:] &= ~coupled
     single[:-1] &= ~coupled
@@ -346,7 +353,7 @@ def _negative_eigenvalues(matrix: Tensor) -> int:
 
 
 def _eigenvectors(moment: Tensor, first: int, last: int) -> Tensor:
-    """Eigenvectors ``(d_in, last - first)`` of the eigenvalues with these numbers, counted upwards from 0."""
+    """Eigenvectors ``(d_in, last - first)`` of the eigenvalues ``first`` to ``last - 1`` in ascending order."""
     matrix = moment.to(working_dtype(len(moment)))
     if first == last:
         return matrix[:, :0].clone()
@@ -357,53 +364,52 @@ def _eigenvectors(moment: Tensor, first: int, last: int) -> Tensor:
     return vectors.contiguous()
 
 
-def filed_null_space(statistics: Path, d_in: int, threshold: float | None, share: float | None,
+def stored_null_space(statistics: Path, d_in: int, threshold: float | None, share: float | None,
                      device: torch.device, store: TensorStore | None = None) -> NullSpace:
-    """``null_space`` of the second moment in a statistics file, kept beside it.
-
-    Where the store has a limit, it is derived on the host.
+    """``null_space`` of a statistics file, stored beside it; computed on the CPU if the store has a memory limit.
 
     Raises:
-        ValueError: the statistics don't fit, or nothing is left to keep.
+        ValueError: the statistics do not fit, or the null space is empty.
     """
     rule = f"below_{threshold!r}" if share is None else f"share_{share!r}"
-    path, origin = _beside(statistics, f"null_space_{rule}"), _origin(statistics, rule)
-    stored = _read_derived(path, origin)
+    path, metadata = _derived_path(statistics, f"null_space_{rule}"), _derived_metadata(statistics, rule)
+    stored = _read_derived(path, metadata)
     for name, complement in (("kept", False), ("left_out", True)):
         if name in stored:
             return NullSpace(stored[name], complement).on(device, store)
-    there = load_moment(statistics, d_in)
-    space = null_space(there if store is not None and store.is_bounded else there.to(device), threshold, share)
-    _write_derived(path, origin, {"left_out" if space.complement else "kept": space.columns})
+    moment = load_moment(statistics, d_in)
+    space = null_space(moment if store is not None and store.is_bounded else moment.to(device), threshold, share)
+    _write_derived(path, metadata, {"left_out" if space.complement else "kept": space.columns})
     return space.on(device, store)
 
 
-def filed_factor(statistics: Path, d_in: int, device: torch.device, store: TensorStore | None = None) -> CholeskyFactor:
-    """The Cholesky factor of the second moment in a statistics file, float64; a wide one is kept beside it.
+def stored_factor(statistics: Path, d_in: int, device: torch.device, store: TensorStore | None = None
+                  ) -> CholeskyFactor:
+    """Cholesky factor of a statistics file's second moment, float64; if d_in >= 2048 it is stored beside the file.
 
-    Reading it back at 4096 takes a fifth of the time of making it; it takes the disk space of C itself.
+    At d_in 4096, reading it takes a fifth of the time of computing it.
 
     Raises:
-        ValueError: the statistics don't fit.
+        ValueError: the statistics do not fit.
         torch.linalg.LinAlgError: the second moment is not positive definite.
     """
-    if d_in < FACTOR_FILED_FROM:
+    if d_in < MIN_STORED_FACTOR_SIZE:
         return CholeskyFactor.of(load_moment(statistics, d_in), device, store)
-    path, origin = _beside(statistics, "cholesky"), _origin(statistics, "cholesky")
-    stored = _read_derived(path, origin)
+    path, metadata = _derived_path(statistics, "cholesky"), _derived_metadata(statistics, "cholesky")
+    stored = _read_derived(path, metadata)
     if stored:
         return CholeskyFactor([stored[f"rows.{i}"] for i in range(len(stored))]).on(device, store)
     factor = CholeskyFactor.of(load_moment(statistics, d_in), device, store)
-    _write_derived(path, origin, {f"rows.{i}": row for i, row in enumerate(factor.rows)})
+    _write_derived(path, metadata, {f"rows.{i}": row for i, row in enumerate(factor.rows)})
     return factor
 
 
-def _beside(statistics: Path, kind: str) -> Path:
-    return statistics.with_name(f"{statistics.stem}_{kind}.safetensors")
+def _derived_path(statistics: Path, name: str) -> Path:
+    return statistics.with_name(f"{statistics.stem}_{name}.safetensors")
 
 
-def _origin(statistics: Path, rule: str) -> dict[str, str]:
-    """What a derived file must say of itself: which statistics, told by their contents, and what was made of them."""
+def _derived_metadata(statistics: Path, rule: str) -> dict[str, str]:
+    """Metadata of a derived file: the digest of the statistics, and what was derived from them."""
     return {"format": _DERIVED_FORMAT, "statistics": sha256_of(statistics), "rule": rule}
 
 
@@ -415,45 +421,45 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read_derived(path: Path, origin: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors of a derived file; none where there is no file, or it is not to be trusted."""
+def _read_derived(path: Path, expected: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors of a derived file; empty if it is missing, outdated or damaged."""
     if not path.exists():
         return {}
     try:
         with safe_open(path, framework="pt") as stored:
             metadata = dict(stored.metadata() or {})
             contents = metadata.pop("contents", None)
-            if metadata != origin:
-                logger.warning("%s was made from other statistics: it is made anew", path)
+            if metadata != expected:
+                logger.warning("%s was made from other statistics: it is derived again", path)
                 return {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
     except Exception as error:  # a header can be damaged in more ways than safetensors has errors for
-        logger.warning("%s can't be read (%s): it is made anew", path, error)
+        logger.warning("%s can't be read (%s): it is derived again", path, error)
         return {}
     if _digest(tensors) != contents:
-        logger.warning("%s is damaged: it is made anew", path)
+        logger.warning("%s is damaged: it is derived again", path)
         return {}
     return tensors
 
 
-def _write_derived(path: Path, origin: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+def _write_derived(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
     on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with atomic_write(path) as temporary:
-            save_file(on_cpu, temporary, metadata={**origin, "contents": _digest(on_cpu)})
-    except (OSError, SafetensorError) as error:  # a folder that others share may not be ours to write
-        logger.warning("%s can't be written (%s): it will be made again in the next session", path, error)
+            save_file(on_cpu, temporary, metadata={**metadata, "contents": _digest(on_cpu)})
+    except (OSError, SafetensorError) as error:  # a shared folder may be read-only
+        logger.warning("%s can't be written (%s): it will be derived again in the next session", path, error)
 
 
 def load_null_space(path: Path, layers: Sequence[int], d_in: int) -> dict[int, NullSpace]:
     """The null spaces in EasyEdit's ``P_loc`` file, float32.
 
     Raises:
-        ValueError: the file is no such tensor, or its matrices are no orthogonal projections.
+        ValueError: the file has another content, or its matrices are no orthogonal projections.
     """
     spaces = {}
     for layer, projection in zip(layers, load_projections(path, layers, d_in), strict=True):
-        space = _thinner(projection.to(working_dtype(d_in)))
+        space = _null_space_of(projection.to(working_dtype(d_in)))
         if space is None:
             raise ValueError(f"P_loc {path}, layer {layer}: no orthogonal projection (its eigenvalues are not 0 and 1)")
         if space.dimensions == 0:
@@ -462,10 +468,10 @@ def load_null_space(path: Path, layers: Sequence[int], d_in: int) -> dict[int, N
     return spaces
 
 
-def _thinner(projection: Tensor) -> NullSpace | None:
-    """The null space of a projection ``(d_in, d_in)``; None if it is no orthogonal projection, to 1e-2.
+def _null_space_of(projection: Tensor) -> NullSpace | None:
+    """The null space that a projection ``(d_in, d_in)`` projects on; None if it is no orthogonal projection, to 1e-2.
 
-    A projection maps random vectors into its range, all of it; so no eigenproblem has to be solved.
+    Random vectors are projected to span the range, so no eigenproblem has to be solved.
     """
     width = len(projection)
     symmetric = (projection + projection.T) / 2
@@ -479,10 +485,10 @@ def _thinner(projection: Tensor) -> NullSpace | None:
         return torch.randn(width, count, generator=generator, dtype=symmetric.dtype)
 
     columns = random_columns(width - kept if complement else kept)
-    for _ in range(2):  # the second time takes out what rounding brought in
+    for _ in range(2):  # the second pass removes rounding errors
         columns = symmetric @ columns if not complement else columns - symmetric @ columns
         columns = torch.linalg.qr(columns).Q
-    # The largest eigenvalue of what is left over, by powers.
+    # Power iteration for the largest eigenvalue of the remainder.
     probe, size = random_columns(8), 0.0
     for _ in range(10):
         inside = columns @ (columns.T @ probe)
@@ -495,17 +501,17 @@ def _thinner(projection: Tensor) -> NullSpace | None:
 
 
 def load_projections(path: Path, layers: Sequence[int], d_in: int) -> Tensor:
-    """What EasyEdit's ``P_loc`` file holds: null-space projections stacked as ``(layers, d_in, d_in)``.
+    """Null-space projections from EasyEdit's ``P_loc`` file, stacked as ``(layers, d_in, d_in)``.
 
     Raises:
-        ValueError: the file is no such tensor.
+        ValueError: the file has another content.
     """
     try:
         stacked = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # whose own text advises to run what is in it
+    except pickle.UnpicklingError as error:  # its own text advises to execute the file
         raise ValueError(f"P_loc {path} can't be read as a plain tensor: it is damaged, or a pickle that holds more "
                          "than tensors, which is not run") from error
-    except Exception as error:  # torch raises many kinds; every one means an unusable or unsafe file
+    except Exception as error:  # torch raises many types, all for unusable or unsafe files
         raise ValueError(f"P_loc {path} can't be read as a plain tensor: {error}") from error
     if not isinstance(stacked, Tensor) or tuple(stacked.shape) != (len(layers), d_in, d_in):
         found = tuple(stacked.shape) if isinstance(stacked, Tensor) else type(stacked).__name__

@@ -1,4 +1,4 @@
-"""MEMIT (arXiv 2210.07229): keys weighed by their covariance."""
+"""MEMIT (arXiv 2210.07229): weighs keys by the inverse of their covariance."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..models.architecture import EditableModel
 from .base import Method
-from .covariance import filed_factor
+from .covariance import stored_factor
 from .solvers import CovarianceMetric, KeyHistory, KeyMetric, plain_memit_keys
-from .statistics_origin import StatisticsFile
+from .statistics_fingerprint import StatisticsFile
 from .tensor_store import TensorStore
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ class MEMIT(Method):
         metrics: dict[int, KeyMetric | None] = {}
         for layer, file in statistics.items():
             try:
-                factor = filed_factor(file.path, editable.d_in(layer), editable.device(layer), store)
+                factor = stored_factor(file.path, editable.d_in(layer), editable.device(layer), store)
                 metrics[layer] = CovarianceMetric(factor, hparams.mom2_update_weight)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 logger.warning("layer %d: the second moment of keys is not positive definite; each batch solves "
-                               "densely. More text (mom2_n_samples) would mend it", layer)
+                               "densely. Collect statistics from more text (mom2_n_samples)", layer)
                 metrics[layer] = None
         return metrics
 

@@ -1,4 +1,4 @@
-"""PRUNE (arXiv 2405.16821): bound the singular values of the whole change since the pretrained weight."""
+"""PRUNE (arXiv 2405.16821): limits the singular values of the whole change since the pretrained weight."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 
 
 class PRUNE(MEMIT):
-    """MEMIT, evaluated and saved with the singular values of its whole change bounded."""
+    """MEMIT, with the singular values of the whole change limited in the weights that are evaluated and saved."""
 
     name = "PRUNE"
     is_low_rank = False
     restrains_whole_change = True
-    edits_as = MEMIT.name
     offered_to_easyedit = True
     starting_values: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {**MEMIT.starting_values, "principal_space": "pretrained", "prune_log_base": None})
@@ -32,7 +31,7 @@ class PRUNE(MEMIT):
 
 
 def prune(change: Tensor, original: Tensor, log_base: float | None = None) -> Tensor:
-    """PRUNE: bring the singular values of a change down to little more than the original weight's largest.
+    """Limit the singular values of a change to little more than the largest one of the original weight.
 
     Singular values s above ``s_max(W0)`` become ``log_b(s) - log_b(s_max) + s_max``; the others stay.
 
@@ -56,8 +55,8 @@ def prune(change: Tensor, original: Tensor, log_base: float | None = None) -> Te
     if not bool(above.any()):
         return change.clone()
     scale = 1.0 if log_base is None else math.log(log_base)
-    shaped = (values.log() - limit.log()) / scale + limit
-    # Only what changes is subtracted: the part below the limit stays exact.
-    surplus = torch.where(above, values - shaped, torch.zeros_like(values))
+    limited = (values.log() - limit.log()) / scale + limit
+    # Only the surplus is subtracted, so that the part below the limit stays exact.
+    surplus = torch.where(above, values - limited, torch.zeros_like(values))
     restrained: Tensor = change - (left * surplus) @ right
     return restrained

@@ -1,4 +1,4 @@
-"""RECT (arXiv 2401.04700): keep the entries of an update that change most relative to their weight."""
+"""RECT (arXiv 2401.04700): keeps the entries of an update that are largest relative to their weight."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .memit import MEMIT
 if TYPE_CHECKING:
     from ..hparams import SPHEREHyperParams
 
-_RECT_EPSILON = 1e-8  # EasyEdit's and the authors': keeps a zero weight from dividing
+_RECT_EPSILON = 1e-8  # EasyEdit's and the authors'; avoids division by zero
 
 
 class RECT(MEMIT):
-    """MEMIT, of whose updates a share of the entries is kept."""
+    """MEMIT, of whose updates only the relatively largest entries are kept."""
 
     name = "RECT"
     is_low_rank = False
@@ -31,9 +31,9 @@ class RECT(MEMIT):
 
 
 def rect(update: Tensor, weight: Tensor, keep: float = 0.4) -> Tensor:
-    """RECT: keep the entries that change most relative to their weight, zero the others.
+    """Keep the entries that are largest relative to their weight, and set the others to zero.
 
-    Kept are those with ``|dW / (W + 1e-8)|`` at or above the value of rank ``int((1 - keep) * numel)``.
+    Entries are kept if ``|dW / (W + 1e-8)|`` is at least the value of rank ``int((1 - keep) * numel)``.
 
     Args:
         update: dW ``(d_out, d_in)``.

@@ -1,4 +1,7 @@
-"""Base methods by name."""
+"""Registry of base methods by name: ``base_alg`` of the hyperparameters is looked up here.
+
+``register_method`` adds a method from outside the package; built-in ones are listed in ``METHODS``.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from .rect import RECT
 
 
 class MethodRegistry:
-    """Methods by name; names are unique.
+    """Methods by unique name.
 
     Args:
-        methods: registered from the start; these can't be removed.
+        methods: the built-in methods, which can't be removed.
     """
 
     def __init__(self, methods: Iterable[type[Method]]) -> None:
@@ -26,20 +29,24 @@ class MethodRegistry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """In the order of registration."""
+        """Names in the order of registration."""
         return tuple(self._methods)
 
     @property
     def offered_to_easyedit(self) -> tuple[str, ...]:
-        """Names of those that EasyEdit lacks and is given by ``register``."""
+        """Names of the methods that ``register`` adds to EasyEdit."""
         return tuple(name for name, method in self._methods.items() if method.offered_to_easyedit)
 
     def add(self, method: type[Method]) -> type[Method]:
-        """Register a method; returns the class, so that it serves as a decorator.
+        """Register a method class, which ``base_alg`` then selects by its ``name``; also usable as a class decorator.
+
+        Args:
+            method: a subclass of ``sphere_easyedit.methods.base.Method``, usually of MEMIT or AlphaEdit; that module's
+                docstring shows how to write one.
 
         Raises:
-            TypeError: it is no subclass of ``Method``, or a part of it is missing.
-            ValueError: it has no name, or its name is taken.
+            TypeError: it is no subclass of ``Method``, or lacks a method.
+            ValueError: it has no name, or the name is taken.
         """
         if not (isinstance(method, type) and issubclass(method, Method)):
             raise TypeError(f"{method!r} is no base method: give a subclass of sphere_easyedit.methods.base.Method")
@@ -57,10 +64,10 @@ class MethodRegistry:
         return method
 
     def remove(self, name: str) -> None:
-        """Forget a method that was added.
+        """Remove a method that was added.
 
         Raises:
-            ValueError: there is none, or it is built in.
+            ValueError: it is unknown or built in.
         """
         self.get(name)
         if name in self._built_in:
@@ -68,14 +75,14 @@ class MethodRegistry:
         del self._methods[name]
 
     def find(self, name: str) -> Method | None:
-        """The method of a name, None if there is none (as for methods that EasyEdit alone has)."""
+        """The method of a name; None if it is unknown, like methods that only EasyEdit has."""
         return self._methods.get(name)
 
     def get(self, name: str) -> Method:
         """The method of a name.
 
         Raises:
-            ValueError: there is none; the message names the nearest, and all.
+            ValueError: it is unknown; the message lists all names and the nearest.
         """
         method = self.find(name)
         if method is None:
@@ -86,30 +93,5 @@ class MethodRegistry:
 
 
 METHODS = MethodRegistry([AlphaEdit, MEMIT, RECT, PRUNE])
-
-
-def register_method(method: type[Method]) -> type[Method]:
-    """Make a base method of one's own known by its name: ``base_alg`` of hyperparameters then selects it.
-
-    Raises:
-        TypeError, ValueError: see ``MethodRegistry.add``.
-    """
-    return METHODS.add(method)
-
-
-def unregister_method(name: str) -> None:
-    """Undo ``register_method``.
-
-    Raises:
-        ValueError: there is no such method, or it is built in.
-    """
-    METHODS.remove(name)
-
-
-def get_method(name: str) -> Method:
-    """A registered base method.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
-    return METHODS.get(name)
+register_method = METHODS.add
+unregister_method = METHODS.remove

@@ -1,24 +1,24 @@
-"""Closed forms of MEMIT and AlphaEdit, solved in the space of the keys. Tensors only.
+"""Solves the closed forms of MEMIT and AlphaEdit in the space of the keys; works on tensors only.
 
-Both methods weigh keys by a symmetric matrix M and solve with a ridge c: with A all keys that count (m earlier ones and
-the batch's own, K),
+Both methods weigh keys by a symmetric matrix M and solve with a ridge c. With A all keys (m earlier ones and the
+batch's own, K),
 
     adjusted keys = (M A A^T + c I)^-1 M K = M A S^-1 E,    S = A^T M A + c I,    dW = R (adjusted keys)^T,
 
 where E picks the batch's columns. MEMIT has ``M = (lambda C)^-1`` and c = 1, which is ``(lambda C + A A^T)^-1 K``;
-AlphaEdit has ``M = P0`` and c = L2. S is as small as the number of keys, and its Cholesky factor for the earlier keys
-is kept and bordered by each batch: O(m^2 n). Once more keys wait in it than M has rows, they are absorbed into M:
+AlphaEdit has ``M = P0`` and c = L2. S has one row a key. Its Cholesky factor for the earlier keys is kept, and each
+batch extends it: O(m^2 n). Once it holds more keys than M has rows, they are absorbed into M:
 
-    (M A A^T + c I)^-1 M  is M of the same equation for the keys to come, with c = 1,
+    (M A A^T + c I)^-1 M  is M of the same equation for later keys, with c = 1,
 
-by one factorisation in the space of d_in, or of the null space where that is thinner. So no system is ever larger than
-that, and over many batches an edit costs O(d_in^2).
+by one factorisation in d_in dimensions, or in those of the null space if these are fewer. So no system grows beyond
+that size, and over many batches an edit costs O(d_in^2).
 
-Precision: null spaces and keys are stored as they come (float32) and multiplied in float64 a block at a time, since S
-is close to singular where keys repeat themselves; factors are float64.
+Precision: null spaces and keys are stored in float32 and multiplied in float64 block by block, since S is nearly
+singular if keys repeat; factors are float64.
 
-Memory: null spaces, factors and earlier keys may be kept on another device than the keys to be solved for (see
-``tensor_store``): they are moved there block by block.
+Memory: null spaces, factors and earlier keys may be stored on another device than the batch's keys (see
+``tensor_store``); they are moved block by block.
 
 Shape legend: d_out, d_in of the weight; n edits in the batch; m earlier keys; q dimensions of the null space.
 """
@@ -38,17 +38,17 @@ from .tensor_store import TensorStore
 
 logger = logging.getLogger(__name__)
 
-# Largest relative residual a solution may leave before the plain solve takes over.
+# Largest relative residual of a solution; above it the plain solve is used.
 _MAX_RESIDUAL = 1e-5
-# Rows of a factor, or columns of keys, that are handled at once: enough for fast products, few to copy or convert.
+# Rows of a factor, or columns of keys, processed at once: large enough for fast products, small to copy or convert.
 BLOCK = 256
-# Random sums of the batch's columns that the residual is taken of: they show its norm to about a third.
+# Random combinations of the batch's columns that estimate the residual's norm, to about a third.
 _PROBES = 16
 
 
 @dataclass(frozen=True)
 class NullSpace:
-    """The projection P0 on a subspace, by orthonormal columns that span it or what it leaves out: whichever are fewer.
+    """The projection P0 on a subspace, by orthonormal columns that span it or its complement, whichever is smaller.
 
     Attributes:
         columns: ``V (d_in, q)`` with ``P0 = V V^T``, or ``N (d_in, d_in - q)`` with ``P0 = I - N N^T``.
@@ -70,7 +70,7 @@ class NullSpace:
         return self.columns.shape[0 if self.complement else 1]
 
     def on(self, device: torch.device, store: TensorStore | None = None) -> NullSpace:
-        """The same on a device, as far as the store's limit allows."""
+        """This on a device, within the store's limit."""
         return replace(self, columns=(store or TensorStore()).put(self.columns, device))
 
     def project(self, keys: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class NullSpace:
         return self.project(keys) if self.complement else _inner(_blocks(self.columns), keys.double())
 
     def lift(self, coordinates: Tensor) -> Tensor:
-        """What has these coordinates: ``V Y`` or ``P0 Y``, ``(d_in, n)`` float64."""
+        """Vectors ``(d_in, n)`` float64 with these coordinates: ``V Y``, or ``P0 Y`` for a complement."""
         return self.project(coordinates) if self.complement else _combined(_blocks(self.columns), coordinates)
 
 
@@ -96,17 +96,17 @@ def _blocks(columns: Tensor) -> tuple[Tensor, ...]:
 
 
 def _wide(block: Tensor, other: Tensor) -> Tensor:
-    """A block in float64 where the other operand is."""
+    """A block in float64 on the other operand's device."""
     return block.to(other.device).double()
 
 
 def _inner(parts: Sequence[Tensor], right: Tensor) -> Tensor:
-    """``A^T right`` float64 of A given by parts ``(d_in, m_i)``, converted one at a time."""
+    """``A^T right`` float64, with A given by parts ``(d_in, m_i)`` that are converted one at a time."""
     return torch.cat([right.new_zeros(0, right.shape[1]), *(_wide(part, right).T @ right for part in parts)])
 
 
 def _combined(parts: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    """``A coefficients`` ``(d_in, n)`` float64 of A given by at least one part."""
+    """``A coefficients`` ``(d_in, n)`` float64, with A given by at least one part."""
     shares = torch.split(coefficients, [part.shape[1] for part in parts])
     total: Tensor = _wide(parts[0], coefficients) @ shares[0]
     for part, share in zip(parts[1:], shares[1:], strict=True):
@@ -115,14 +115,14 @@ def _combined(parts: Sequence[Tensor], coefficients: Tensor) -> Tensor:
 
 
 class CholeskyFactor:
-    """Lower factor L of a positive definite matrix ``L L^T``, which can grow.
+    """Lower Cholesky factor L of a positive definite matrix ``L L^T``, which can be extended. Immutable.
 
-    It is kept as block rows that end at the diagonal: half the memory of a square, and a longer factor shares the block
-    rows of the one it extends. It never changes.
+    It is stored as block rows that end at the diagonal: half the memory of a square matrix, and an extended factor
+    shares the block rows of the original.
 
     Args:
         rows: the i-th is ``(b_i, b_1 + ... + b_i)`` float64.
-        store: where rows that come to it are kept.
+        store: where new rows are stored.
     """
 
     def __init__(self, rows: Sequence[Tensor] = (), store: TensorStore | None = None) -> None:
@@ -130,7 +130,7 @@ class CholeskyFactor:
 
     @classmethod
     def of(cls, matrix: Tensor, device: torch.device | None = None, store: TensorStore | None = None) -> CholeskyFactor:
-        """Factorise a symmetric matrix in float64, on a device (its own if not given).
+        """Factorise a symmetric matrix in float64, on a device (by default its own).
 
         Raises:
             torch.linalg.LinAlgError: it is not positive definite.
@@ -149,16 +149,16 @@ class CholeskyFactor:
     @classmethod
     def of_sum(cls, matrix: list[Tensor], parts: Iterable[Tensor], device: torch.device,
                store: TensorStore | None = None) -> CholeskyFactor:
-        """Factorise ``matrix + sum of Y Y^T`` for parts Y ``(size, k)`` float64; the matrix is used up.
+        """Factorise ``matrix + sum of Y Y^T`` for parts Y ``(size, k)`` float64; the matrix is overwritten.
 
         Args:
             matrix: block rows that end at the diagonal.
-            parts: may be made as they are asked for.
+            parts: the Y; may be a generator.
             device: where it is computed.
-            store: where the factor is kept.
+            store: where the factor is stored.
 
         Raises:
-            torch.linalg.LinAlgError: it is not positive definite, for want of finite entries or by rounding.
+            torch.linalg.LinAlgError: it is not positive definite, because of rounding or non-finite entries.
         """
         for part in parts:
             for row in matrix:
@@ -170,21 +170,21 @@ class CholeskyFactor:
 
     @property
     def size(self) -> int:
-        """Rows of the matrix."""
+        """Number of rows."""
         return self.rows[-1].shape[1] if self.rows else 0
 
     @property
     def nbytes(self) -> int:
-        """Memory taken."""
+        """Size in memory."""
         return sum(row.nbytes for row in self.rows)
 
     def on(self, device: torch.device, store: TensorStore | None = None) -> CholeskyFactor:
-        """The same on a device, as far as the store's limit allows."""
+        """This on a device, within the store's limit."""
         store = store or TensorStore()
         return CholeskyFactor([store.put(row, device) for row in self.rows], store)
 
     def extended(self, row: Tensor) -> CholeskyFactor:
-        """The factor of the matrix with more rows ``(b, size + b)`` and, by symmetry, columns: O(size^2 b).
+        """Factor of the matrix with more rows ``(b, size + b)`` and, by symmetry, columns: O(size^2 b).
 
         Raises:
             torch.linalg.LinAlgError: that matrix is not positive definite.
@@ -198,18 +198,18 @@ class CholeskyFactor:
         fresh = torch.cat([solved, end], dim=1)
         if not self.rows or len(self.rows[-1]) + len(fresh) > BLOCK:
             return CholeskyFactor([*self.rows, self.store.put(fresh)], self.store)
-        last = self.rows[-1].to(fresh.device)  # many thin rows would be slow to solve with
+        last = self.rows[-1].to(fresh.device)  # merged, since many thin rows are slow to solve with
         last = torch.nn.functional.pad(last, (0, len(fresh)))
         return CholeskyFactor([*self.rows[:-1], self.store.put(torch.cat([last, fresh]))], self.store)
 
     def products(self, device: torch.device, scale: float = 1.0) -> list[Tensor]:
-        """Block rows of ``scale L L^T`` that end at the diagonal, computed on ``device`` and kept where L is."""
-        found = []
+        """Block rows of ``scale L L^T`` that end at the diagonal, computed on ``device`` and stored like L."""
+        products = []
         for i, row in enumerate(self.rows):
             here = row.to(device)
             product = torch.cat([here[:, : other.shape[1]] @ other.to(device).T for other in self.rows[: i + 1]], dim=1)
-            found.append(self.store.put(scale * product))
-        return found
+            products.append(self.store.put(scale * product))
+        return products
 
     def solve_lower(self, right: Tensor) -> Tensor:
         """``L^-1 right`` ``(size, n)``."""
@@ -237,12 +237,12 @@ class CholeskyFactor:
 
 
 class KeyMetric(Protocol):
-    """How a method weighs keys: the symmetric M with the ridge c. It never changes.
+    """How a method weighs keys: the symmetric M and the ridge c. Immutable.
 
     Attributes:
         ridge: c.
-        capacity: rows of what ``absorbing`` factorises: more keys than that are cheaper absorbed than kept.
-        nbytes: memory taken.
+        capacity: size of the system that ``absorbing`` factorises; more keys than that are cheaper absorbed.
+        nbytes: size in memory.
     """
 
     ridge: float
@@ -255,9 +255,9 @@ class KeyMetric(Protocol):
         """``M K`` ``(d_in, n)`` float64 of keys ``(d_in, n)``."""
 
     def absorbing(self, parts: Sequence[Tensor], device: torch.device) -> KeyMetric:
-        """The metric ``(M A A^T + c I)^-1 M`` with ridge 1, for which keys A, given by parts, count already.
+        """The metric ``(M A A^T + c I)^-1 M`` with ridge 1, which accounts for keys A, given by parts.
 
-        It is computed on ``device``.
+        Computed on ``device``.
 
         Raises:
             torch.linalg.LinAlgError: its factorisation failed.
@@ -265,14 +265,14 @@ class KeyMetric(Protocol):
 
 
 class NullSpaceMetric:
-    """AlphaEdit's: ``M = P0``, the projection on the null space of old knowledge; c = L2.
+    """AlphaEdit's metric: ``M = P0``, the projection on the null space of preserved knowledge; c = L2.
 
     With keys absorbed ``M = P0 (P0 A A^T P0 + L2 I)^-1 P0``, factorised in P0's coordinates.
 
     Args:
         space: P0.
         l2: the ridge, above 0.
-        store: where what is derived from it is kept.
+        store: where factors are stored.
     """
 
     def __init__(self, space: NullSpace, l2: float, store: TensorStore | None = None) -> None:
@@ -312,7 +312,7 @@ def _scaled_identity(scale: float, size: int, device: torch.device, store: Tenso
 
 
 class CovarianceMetric:
-    """MEMIT's: ``M = (lambda C)^-1`` by the Cholesky factor of C, made once; c = 1.
+    """MEMIT's metric: ``M = (lambda C)^-1``, by the Cholesky factor of C; c = 1.
 
     With keys absorbed ``M = (lambda C + A A^T)^-1``.
 
@@ -339,13 +339,13 @@ class CovarianceMetric:
 
 
 class KeyHistory:
-    """Earlier keys ``(d_in, m)`` of one layer, and the factor of their system S that every solve needs again.
+    """Earlier keys ``(d_in, m)`` of one layer, with the Cholesky factor of their system S. Immutable.
 
-    It never changes; a longer history shares all it can with the one it extends.
+    An extended history shares all it can with the original.
 
     Attributes:
-        metric: how keys are weighed, with those in it that were absorbed; None where that is not known.
-        factor: of S for the keys that wait; None where there is no metric, or the factorisation failed.
+        metric: how keys are weighed, absorbed ones included; None if unknown.
+        factor: of S for the keys not yet absorbed; None without a metric, or if factorising failed.
     """
 
     def __init__(self, keys: Tensor, metric: KeyMetric | None, device: torch.device | None = None,
@@ -353,8 +353,8 @@ class KeyHistory:
         self.metric, self._store = metric, store or TensorStore()
         self.factor = None if metric is None else CholeskyFactor(store=self._store)
         self._absorbed: tuple[Tensor, ...] = ()
-        self._waiting: tuple[Tensor, ...] = ()
-        self._none = keys[:, :0].to(keys.device if device is None else device, copy=True)
+        self._pending: tuple[Tensor, ...] = ()
+        self._empty = keys[:, :0].to(keys.device if device is None else device, copy=True)
         for part in _blocks(keys):
             self._append(part)
 
@@ -366,44 +366,44 @@ class KeyHistory:
 
     @property
     def keys(self) -> Tensor:
-        """All earlier keys ``(d_in, m)``, put together for whoever asks: on the CPU if any of them is there."""
-        parts = (self._none, *self._absorbed, *self._waiting)
-        home = next((part.device for part in parts if part.device.type == "cpu"), self.device)
-        return torch.cat([part.to(home) for part in parts], dim=1)
+        """All earlier keys ``(d_in, m)``, concatenated; on the CPU if any of them is there."""
+        parts = (self._empty, *self._absorbed, *self._pending)
+        device = next((part.device for part in parts if part.device.type == "cpu"), self.device)
+        return torch.cat([part.to(device) for part in parts], dim=1)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
-        return self._none.device
+        """Device that it computes on."""
+        return self._empty.device
 
     @property
     def nbytes(self) -> int:
-        """Memory taken by keys, factor and metric."""
+        """Size of keys, factor and metric in memory."""
         state = 0 if self.metric is None else self.metric.nbytes
         state += 0 if self.factor is None else self.factor.nbytes
-        return state + sum(part.nbytes for part in (*self._absorbed, *self._waiting))
+        return state + sum(part.nbytes for part in (*self._absorbed, *self._pending))
 
     def keys_only(self) -> KeyHistory:
-        """The same keys, without what was derived from them."""
-        found = copy.copy(self)
-        found.metric = found.factor = None
-        return found
+        """The same keys, without factor and metric."""
+        history = copy.copy(self)
+        history.metric = history.factor = None
+        return history
 
     def extended(self, keys: Tensor) -> KeyHistory:
-        """This history with more keys ``(d_in, n)`` behind it; only what is new is computed."""
+        """This history with more keys ``(d_in, n)`` appended."""
         longer = copy.copy(self)
         longer._append(keys)
         return longer
 
     def _append(self, keys: Tensor) -> None:
-        # Attributes are replaced, never changed in place: a shorter history may share them.
-        keys = keys.to(self._none)
+        # Attributes are replaced, never changed in place, since the original history shares them.
+        keys = keys.to(self._empty)
         if self.metric is not None and self.factor is not None and keys.shape[1]:
             try:
                 if self.factor.size and self.factor.size + keys.shape[1] > self.metric.capacity:
-                    self.metric = self.metric.absorbing(self._waiting, self.device)
+                    self.metric = self.metric.absorbing(self._pending, self.device)
                     self.factor = CholeskyFactor(store=self._store)
-                    self._absorbed, self._waiting = (*self._absorbed, *self._waiting), ()
+                    self._absorbed, self._pending = (*self._absorbed, *self._pending), ()
                 wide = keys.double()
                 weighed = self.metric.weigh(wide)
                 corner = _corner(wide, weighed, self.metric.ridge)
@@ -411,20 +411,20 @@ class KeyHistory:
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 logger.warning("the factor of %d earlier keys is lost (%s)", self.factor.size + keys.shape[1], error)
                 self.factor = None
-        if self._waiting and self._waiting[-1].shape[1] + keys.shape[1] <= BLOCK:
-            # Many thin parts would be slow to multiply with.
-            keys = torch.cat([self._waiting[-1].to(keys.device), keys], dim=1)
-            self._waiting = self._waiting[:-1]
+        if self._pending and self._pending[-1].shape[1] + keys.shape[1] <= BLOCK:
+            # Merged, since many thin parts are slow to multiply with.
+            keys = torch.cat([self._pending[-1].to(keys.device), keys], dim=1)
+            self._pending = self._pending[:-1]
         if keys.shape[1]:
-            self._waiting = (*self._waiting, self._store.put(keys.contiguous()))
+            self._pending = (*self._pending, self._store.put(keys.contiguous()))
 
     def inner(self, vectors: Tensor) -> Tensor:
-        """``A^T X`` ``(m, n)`` float64 of X ``(d_in, n)`` and the keys that wait, A."""
-        return _inner(self._waiting, vectors)
+        """``A^T X`` ``(m, n)`` float64 for X ``(d_in, n)``, with A the keys not yet absorbed."""
+        return _inner(self._pending, vectors)
 
     def combined(self, coefficients: Tensor) -> Tensor | float:
-        """``A X`` ``(d_in, n)`` float64 of X ``(m, n)`` and the keys that wait, A; 0 where there are none."""
-        return _combined(self._waiting, coefficients) if self._waiting else 0.0
+        """``A X`` ``(d_in, n)`` float64 for X ``(m, n)``, with A the keys not yet absorbed; 0 if there are none."""
+        return _combined(self._pending, coefficients) if self._pending else 0.0
 
 
 def _corner(keys: Tensor, weighed: Tensor, ridge: float) -> Tensor:
@@ -438,11 +438,11 @@ def adjusted_keys(history: KeyHistory, keys: Tensor) -> Tensor | None:
     """``(M A A^T + c I)^-1 M K`` for the batch's keys K and all keys A.
 
     Args:
-        history: earlier keys, or none yet, with the method's M and c.
+        history: earlier keys, with the method's M and c.
         keys: K ``(d_in, n)``.
 
     Returns:
-        ``(d_in, n)`` float64, or None where a factorisation failed or the solution left a residual above 1e-5.
+        ``(d_in, n)`` float64; None if a factorisation failed or the relative residual is above 1e-5.
     """
     metric, factor = history.metric, history.factor
     if metric is None or factor is None:
@@ -454,7 +454,7 @@ def adjusted_keys(history: KeyHistory, keys: Tensor) -> Tensor | None:
     if int(failed):
         logger.warning("Cholesky factorisation of the %d key system failed", factor.size + keys.shape[1])
         return None
-    alone = keys - history.combined(factor.solve_upper(solved))  # what earlier keys do not account for
+    alone = keys - history.combined(factor.solve_upper(solved))  # without the part that earlier keys account for
     mixed = torch.cholesky_solve(alone.T, corner).T  # A S^-1 E (d_in, n)
     solution = metric.weigh(mixed)
     probes = _probes(keys.shape[1], keys.device)
@@ -468,7 +468,7 @@ def adjusted_keys(history: KeyHistory, keys: Tensor) -> Tensor | None:
 
 
 def _probes(count: int, device: torch.device) -> Tensor:
-    """``(count, few)`` by which a matrix with so many columns keeps its Frobenius norm, in expectation or exactly."""
+    """``(count, few)`` that preserves a matrix's Frobenius norm, in expectation or exactly."""
     if count <= _PROBES:
         return torch.eye(count, dtype=torch.float64, device=device)
     coins = torch.randint(0, 2, (count, _PROBES), generator=torch.Generator().manual_seed(0))
@@ -477,7 +477,7 @@ def _probes(count: int, device: torch.device) -> Tensor:
 
 
 def plain_memit_keys(moment: Tensor, weight: float, keys: Tensor, history: KeyHistory | None = None) -> Tensor:
-    """``(lambda C + A A^T)^-1 K`` by one dense solve in the space of d_in, where the factored way fails.
+    """``(lambda C + A A^T)^-1 K`` by one dense solve in d_in dimensions; the fallback of ``adjusted_keys``.
 
     Raises:
         torch.linalg.LinAlgError: the matrix is singular to the precision that C is known to.
@@ -488,7 +488,7 @@ def plain_memit_keys(moment: Tensor, weight: float, keys: Tensor, history: KeyHi
             wide = _wide(part, system)
             system = system + wide @ wide.T
     sizes = torch.linalg.eigvalsh(system).abs()
-    # C comes in float32: below its rounding an eigenvalue is noise, and dividing by it no solution.
+    # C is known to float32: an eigenvalue below its rounding error is noise.
     if not bool(sizes.min() > torch.finfo(torch.float32).eps * sizes.max()):
         raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
             f"eigenvalues between {float(sizes.min()):.1e} and {float(sizes.max()):.1e}")
@@ -497,7 +497,7 @@ def plain_memit_keys(moment: Tensor, weight: float, keys: Tensor, history: KeyHi
 
 
 def plain_alphaedit_keys(space: NullSpace, l2: float, keys: Tensor, history: KeyHistory | None = None) -> Tensor:
-    """``(P0 A A^T + L2 I)^-1 P0 K`` by one dense solve in the space of d_in, where the factored way fails."""
+    """``(P0 A A^T + L2 I)^-1 P0 K`` by one dense solve in d_in dimensions; the fallback of ``adjusted_keys``."""
     outer = keys.double() @ keys.double().T
     if history is not None:
         earlier = _wide(history.keys, outer)

@@ -1,4 +1,4 @@
-"""Keeps what solving carries from batch to batch: on the weight's device up to a limit, else on the host or on disk."""
+"""Stores large tensors on the weight's device up to a memory limit, and the rest in host memory or on disk."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from ..utils.memory_map import mapped_copy
 
 
 class TensorStore:
-    """Keeps tensors on their device up to a limit; the rest goes to the host's memory, or to memory-mapped files.
+    """Stores tensors on their device up to a limit; the rest goes to host memory or to memory-mapped files.
 
-    Computations move a tensor to the device of the other operand block by block, so where it is kept affects memory and
-    speed, not results.
+    Computations move stored tensors to their device block by block, so the location affects memory and speed, not
+    results.
 
     Args:
-        limit: bytes of each device that tensors may take; None for no limit.
-        folder: where files for the rest are made, which the system pages in and out; None for the host's memory. They
-            have no name and are gone with the process.
+        limit: bytes that stored tensors may take on each device; None for no limit.
+        folder: for the memory-mapped files, which are unnamed and vanish with the process; None for host memory.
 
     Raises:
         ValueError: the folder can't be written.
@@ -45,10 +44,10 @@ class TensorStore:
         return self._limit is not None
 
     def put(self, tensor: Tensor, device: torch.device | None = None) -> Tensor:
-        """The tensor on a device (its own if not given) while the limit allows it, else a copy elsewhere.
+        """Store a tensor on a device (by default its own) if the limit allows it, else a copy elsewhere; returns it.
 
         Raises:
-            ValueError: the folder has no room.
+            ValueError: the disk is full.
         """
         device = tensor.device if device is None else device
         if self._limit is None:
@@ -57,7 +56,7 @@ class TensorStore:
         if self._taken[device] + size > self._limit:
             return tensor.cpu() if self._folder is None else _in_file(tensor, self._folder)
         kept = tensor.to(device)
-        kept = kept.clone() if kept._is_view() else kept  # a view would keep all that it is a view of
+        kept = kept.clone() if kept._is_view() else kept  # a view would keep its whole base tensor
         self._taken[device] += size
         weakref.finalize(kept, self._free, device, size)
         return kept
@@ -70,5 +69,5 @@ def _in_file(tensor: Tensor, folder: Path) -> Tensor:
     try:
         return mapped_copy(tensor, folder)
     except OSError as error:
-        raise ValueError(f"state_folder {folder} takes no {tensor.nbytes} bytes more ({error}): make room, or give "
-                         "another folder or more state_memory") from error
+        raise ValueError(f"state_folder {folder} can't hold {tensor.nbytes} more bytes ({error}): free disk space, or "
+                         "give another folder or more state_memory") from error

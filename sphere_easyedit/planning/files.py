@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from ..hparams import SPHEREHyperParams
 from ..methods.corpus import GENERATED, GENERATED_LENGTH
-from ..methods.covariance import FACTOR_FILED_FROM, moment_path
+from ..methods.covariance import MIN_STORED_FACTOR_SIZE, moment_path
 from ..models.architecture import max_positions
 from .memory import DOUBLE, FLOAT, keeps_keys, state_bytes
 from .results import DiskItem, Download
@@ -76,7 +76,7 @@ def disk_items(shape: ModelShape, hparams: SPHEREHyperParams, num_edits: int, st
         each = shape.d_in**2 * getattr(torch, hparams.mom2_dtype).itemsize + _HEADER
         items += [DiskItem(f"statistics of {count} layers", folder, size, present) for count, size, present in (
             (len(there), sum(there), True), (statistics.missing, statistics.missing * each, False)) if count]
-        if hparams.method.uses_null_space or shape.d_in >= FACTOR_FILED_FROM:
+        if hparams.method.uses_null_space or shape.d_in >= MIN_STORED_FACTOR_SIZE:
             items.append(DiskItem("null spaces" if hparams.method.uses_null_space else "factors of C", folder,
                                   state["metrics"] + layers * _HEADER, statistics.metric_is_filed))
     return items

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Final
 
@@ -30,9 +29,8 @@ from .memory import keeps_keys, null_space_columns
 from .results import PlanSettings
 from .sizes import ModelShape, Statistics, Tokens, count_tokens
 
-_STEPS: Final = 3  # gradient steps
-_LONG: Final = 3.0  # seconds from which on a measurement is not repeated
-_EXAMPLES, _NEW_TOKENS = 3, 20  # continuations that an evaluation shows, and tokens of each
+_FEW, _MANY = 3, 6  # gradient steps; the first ones of a call cost more than the others
+_NEW_TOKENS: Final = 20  # of the continuations that an evaluation shows, which run together
 PARTS: Final = ("statistics", "preparation", "target values", "keys and solve", "projection and energy",
                 "evaluation before", "evaluation after")
 
@@ -45,9 +43,10 @@ def run_seconds(editable: EditableModel, tok: PreTrainedTokenizerBase, shape: Mo
     batches = math.ceil(edits / settings.batch_size)
     energy = _timed(lambda: hyperspherical_energy(weight), device)
     projecting = _timed(lambda: _project(weight, hparams, settings.batch_size), device)
-    count, scoring = _grow(lambda count: evaluate_records(editable.model, tok, records[:count]), len(records), device)
+    count, scoring = _several(lambda count: evaluate_records(editable.model, tok, records[:count]), len(records), 5.0,
+                              device)
     token = _timed(lambda: generate_continuations(editable.model, tok, [records[0].edit_prompt], 4), device) / 4
-    evaluation = edits * scoring / count + min(edits, _EXAMPLES) * _NEW_TOKENS * token
+    evaluation = edits * scoring / count + _NEW_TOKENS * token
     found = dict.fromkeys(PARTS, 0.0) | dict.fromkeys(PARTS[-2:], evaluation) | {
         "projection and energy": layers * (batches * projecting + (batches + 1) * energy)}
     if hparams.executor == "native":
@@ -78,10 +77,12 @@ def _native_seconds(editable: EditableModel, tok: PreTrainedTokenizerBase, shape
                 parse_requests([record.request() for record in records[: settings.batch_size]])]
     # A loss that is reached early would end the steps early.
     short, long = (SPHEREHyperParams.from_dict({**hparams.to_dict(), "v_num_grad_steps": steps, "v_lr": 1e-6})
-                   for steps in (1, _STEPS))
-    count, many = _grow(lambda count: optimise_target_values(editable, requests[:count], long), len(requests), device)
+                   for steps in (_FEW, _MANY))
+    # Several edits at once take about half the time of as many single ones.
+    count, many = _several(lambda count: optimise_target_values(editable, requests[:count], long), len(requests), 40.0,
+                           device)
     few = _timed(lambda: optimise_target_values(editable, requests[:count], short), device)
-    step = max(many - few, 0.1 * many) / (_STEPS - 1)
+    step = max(many - few, 0.1 * many) / (_MANY - _FEW)
 
     def read_keys() -> None:
         states = BatchStates(editable, requests[:count], hparams.token_budget)
@@ -94,7 +95,7 @@ def _native_seconds(editable: EditableModel, tok: PreTrainedTokenizerBase, shape
 
     scale, keys = settings.num_edits / count, _timed(read_keys, device)
     return {"statistics": statistics.tokens * collecting, "preparation": preparing,
-            "target values": scale * (few + (hparams.v_num_grad_steps - 1) * step),
+            "target values": scale * (few + (hparams.v_num_grad_steps - _FEW) * step),
             "keys and solve": scale * keys + flop * solve_flops(shape, hparams, settings.num_edits)}
 
 
@@ -106,17 +107,15 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if (seconds := time.perf_counter() - started) > _LONG:
+        if (seconds := time.perf_counter() - started) > 0.5:
             break
     return seconds
 
 
-def _grow(work: Callable[[int], object], most: int, device: torch.device) -> tuple[int, float]:
-    """Run work on more and more items until it takes long enough to tell; returns their number and the seconds."""
-    count = 1
-    while (seconds := _timed(partial(work, count), device)) < _LONG and count < most:
-        count = min(2 * count, most)
-    return count, seconds
+def _several(work: Callable[[int], object], most: int, seconds: float, device: torch.device) -> tuple[int, float]:
+    """Run work on as many items as take this long by the time of one; returns their number and the seconds of all."""
+    count = min(most, max(1, int(seconds / _timed(lambda: work(1), device))))
+    return count, _timed(lambda: work(count), device)
 
 
 def _noise(rows: int, columns: int, device: torch.device) -> Tensor:

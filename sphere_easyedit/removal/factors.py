@@ -1,8 +1,4 @@
-"""Files of fact removal: the factors of every batch's weight change, and a record of the facts removed so far.
-
-A batch's change of a layer is ``dW = V K~^T``, one column an edit (``LowRankUpdate``), stored as it was written: after
-SPHERE's projection and whatever a guard left of it.
-"""
+"""Files of fact removal: the factors ``dW = V K~^T`` of every batch's weight change, and the record of removals."""
 
 from __future__ import annotations
 

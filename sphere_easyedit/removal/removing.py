@@ -21,17 +21,8 @@ from ..hparams import SPHEREHyperParams, check_hparams
 from ..methods.solvers import KeyHistory
 from ..models.checks import default_torch_settings
 from ..utils.locks import exclusive
-from .factors import (
-    Fact,
-    PastRemoval,
-    factors_path,
-    read_batches,
-    read_removals,
-    read_update,
-    still_valid,
-    weights_digest,
-    write_removals,
-)
+from . import factors as files
+from .factors import Fact, PastRemoval, read_removals, still_valid, weights_digest, write_removals
 
 # Roundings of a batch are below eps/2 of the weight, those of a batch that was scaled back below eps: twice that.
 _SAFETY: Final = 2.0
@@ -129,19 +120,16 @@ def weights_without(originals: Mapping[int, Tensor], weights: Mapping[int, Tenso
                     past: Sequence[PastRemoval], case_ids: Sequence[int | str]) -> tuple[dict[int, Tensor], Removal]:
     """The edited weights ``(d_out, d_in)`` without some facts, and the report; changes and writes nothing.
 
-    Args:
-        originals, weights: before the first edit and now, by layer.
-        folder: of the factors of ``num_edits`` edits.
-        past: earlier removals behind these weights.
-        case_ids: cases of the facts; a ValueError if one is not in the weights.
+    ``originals`` and ``weights`` are those before the first edit and now; ``past`` are removals behind the latter.
     """
-    batches = read_batches(folder, num_edits, list(weights))
+    batches = files.read_batches(folder, num_edits, list(weights))
     facts = [fact for batch in batches for fact in batch.facts]
     absent = {fact for entry in past for fact in entry.facts}
     chosen = _chosen(facts, absent, case_ids)
     left, reports = {}, []
     for layer, weight in weights.items():
-        updates = [read_update(factors_path(folder, batch.num_edits), layer, tuple(weight.shape)) for batch in batches]
+        updates = [files.read_update(files.factors_path(folder, batch.num_edits), layer, tuple(weight.shape))
+                   for batch in batches]
         update = LowRankUpdate(*(torch.cat([getattr(one, part) for one in updates], dim=1).to(weight.device)
                                  for part in ("values", "keys", "solved_for")))
         batch, present, removed = (torch.tensor(column, device=weight.device) for column in (

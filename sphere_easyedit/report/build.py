@@ -66,7 +66,7 @@ def write_report(runs: Sequence[str | Path | RunRecords], output: str | Path | N
     check_installed()
     read = [run if isinstance(run, RunRecords) else RunRecords.read(run) for run in runs]
     folder = read[0].directory if output is None else Path(output)
-    place = RunDirectory(folder).place  # mostly a run's own folder, which may be untrusted
+    place = RunDirectory(folder).path_of  # mostly a run's own folder, which may be untrusted
     html, drawn, coordinates = place("report.html"), place("figures"), place("figures/places.json")
     named = named_runs(read)
     figures, notes = figures_of(named, live, coordinates)

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..analysis.correlations import FEWEST, LOG_PERPLEXITY, change_pairs, energy_points, regress
+from ..analysis.correlations import LOG_PERPLEXITY, MIN_POINTS, change_pairs, energy_points, regress
 from ..runs.schema import METRIC_NAMES
 from .figure import SMALL, Choice, Figure, Panel, Row, Spec, by_run, chosen, params, quantitative, shown, tooltip
 from .runs import ReportRun
@@ -31,7 +31,7 @@ def changes_figure(runs: Sequence[ReportRun]) -> Figure | None:
             named = [(label, pair) for label, series in points.items()
                      for pair in change_pairs(series, metric, magnitude=kind == "magnitude")]
             x, y = [pair[0] for _, pair in named], [pair[1] for _, pair in named]
-            if len(named) < FEWEST or len(set(x)) == 1 or len(set(y)) == 1:
+            if len(named) < MIN_POINTS or len(set(x)) == 1 or len(set(y)) == 1:
                 continue  # no change, or too few pairs
             line, row, text = _regression(x, y, metric, kind)
             pairs += [{"run": label, "kind": kind, "x": pair[0], "y": pair[1]} for label, pair in named]

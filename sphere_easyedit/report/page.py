@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import yaml
 
-from ..analysis.arms import title_of
+from ..analysis.labels import dataset_title
 from ..runs.schema import METRIC_NAMES, Estimate, Measurement
 from .cases import COLUMNS, STATES, CaseTable
 from .curves import PERCENT
@@ -31,14 +31,14 @@ def filled(columns: Sequence[str], rows: Sequence[Row]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Table:
+class HtmlTable:
     """Columns and rows of a table on the page."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
 
     @classmethod
-    def of(cls, columns: Sequence[str], rows: Sequence[Row]) -> Table:
+    def of(cls, columns: Sequence[str], rows: Sequence[Row]) -> HtmlTable:
         """A table without the columns that no row has a value in."""
         kept = filled(columns, rows)
         return cls(tuple(columns[index] for index in kept),
@@ -77,8 +77,8 @@ class Page:
             page=self, data=_json(data), colours=SERIES, dashes=dashes(len(self.runs)), states=STATES,
             subjects=_subjects(self.runs), unedited=bool(unedited),
             case_columns=[COLUMNS[index] for index in columns],
-            results=Table.of(_RESULTS, [*unedited, *(_summary(run) for run in self.runs)]),
-            tables={figure.name: Table.of(figure.columns, figure.rows) for figure in self.figures},
+            results=HtmlTable.of(_RESULTS, [*unedited, *(_summary(run) for run in self.runs)]),
+            tables={figure.name: HtmlTable.of(figure.columns, figure.rows) for figure in self.figures},
             details=[_details(run) for run in self.runs], css=_asset("report.css"), js=_asset("report.js"),
             library=_library()))
 
@@ -130,7 +130,7 @@ def _subjects(runs: Sequence[ReportRun]) -> str:
 
 
 def _subject(run: ReportRun) -> str:
-    return f"{run.run.model}, {title_of(run.run.dataset)}"
+    return f"{run.run.model}, {dataset_title(run.run.dataset)}"
 
 
 def _unedited(runs: Sequence[ReportRun]) -> list[Row]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ..analysis.arms import Arm, arms_of, title_of
+from ..analysis.labels import LabelledRun, dataset_title, labelled_runs
 from ..runs.records import PAPER, RunRecords
 from ..runs.schema import CaseId, Estimate, When
 
@@ -60,9 +60,10 @@ def named_runs(runs: Sequence[RunRecords]) -> list[ReportRun]:
     folders = Counter(run.directory.resolve() for run in runs)
     if twice := [str(folder) for folder, count in folders.items() if count > 1]:
         raise ValueError(f"{', '.join(twice)} is named more than once: name each run once")
-    arms = arms_of(runs)
+    arms = labelled_runs(runs)
     labels = [arm.label for arm in arms]
-    subjects: tuple[Callable[[Arm], str], ...] = (lambda arm: title_of(arm.run.dataset), lambda arm: arm.run.model)
+    subjects: tuple[Callable[[LabelledRun], str], ...] = (
+        lambda arm: dataset_title(arm.run.dataset), lambda arm: arm.run.model)
     for subject in subjects:  # even if methods differ: numbers of two models or data sets are not comparable
         if len({subject(arm) for arm in arms}) > 1:
             labels = [f"{label}, {subject(arm)}" for label, arm in zip(labels, arms, strict=True)]

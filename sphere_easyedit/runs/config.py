@@ -1,4 +1,4 @@
-"""What a run is: the content of ``config.yaml``, and whether a run that is to be resumed is the same one."""
+"""The content of ``config.yaml``, and the check that a resumed run has the same settings."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .schema import CONFIG
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("sphere-easyedit", "torch", "transformers", "numpy", "scipy", "safetensors", "tokenizers")
-# Entries of config.yaml's "run" that must be the same where a run is resumed: they decide about bits, or about which
-# numbers stand side by side.
+# Entries of config.yaml's "run" that may not change when a run is resumed: they affect bits, or the comparability of
+# measurements.
 _FIXED: Final = ("records", "batch_size", "checkpoint_every")
-# Hyperparameters that say where things lie, and change no bits.
-_ELSEWHERE: Final = ("device", "stats_dir", "state_memory", "state_folder")
+# Hyperparameters that affect no bits.
+_PLACEMENT: Final = ("device", "stats_dir", "state_memory", "state_folder")
 _FIXED_MEASURES: Final = ("protocols", "before", "cases", "sample", "seed", "text", "text_tokens", "decoding",
                           "references")
 _FIXED_ABILITIES: Final = ("num_fewshot", "limit", "max_new_tokens")
@@ -45,7 +45,7 @@ def run_config(model: nn.Module, hparams: SPHEREHyperParams, run: Mapping[str, A
     """The content of ``config.yaml``: everything resolved, versions, machine.
 
     Args:
-        run: what the run edits and measures.
+        run: settings of what the run edits and measures.
     """
     replicas = Replicas.of(model)
     return {
@@ -62,31 +62,32 @@ def run_config(model: nn.Module, hparams: SPHEREHyperParams, run: Mapping[str, A
 
 
 def check_same_run(run: RunDirectory, config: Mapping[str, Any]) -> bool:
-    """Refuse to go on with other settings than the run began with.
+    """Check that a resumed run has the settings that it began with.
 
     Returns:
-        Whether versions, threads, processes and kind of machine are all the same as then.
+        Whether versions, threads, processes and kind of machine are the same, too.
 
     Raises:
-        ValueError: a setting that decides about bits, or about which numbers stand side by side, is another one.
+        ValueError: a setting that affects bits, or the comparability of measurements, has changed.
     """
     was = run.read_config()
     try:
         hparams_then = SPHEREHyperParams.from_dict(was["hparams"]).to_dict()
         pairs = {f"hyperparameter {name}": (hparams_then.get(name), value)
-                 for name, value in config["hparams"].items() if name not in _ELSEWHERE}
+                 for name, value in config["hparams"].items() if name not in _PLACEMENT}
         pairs |= {name: (was["run"].get(name), config["run"][name]) for name in _FIXED}
         pairs["follows"] = (was["run"].get("follows"), None)  # removed: PRUNE took another run's weights
         pairs |= {f"measure.{name}": (was["run"]["measure"].get(name), config["run"]["measure"][name])
                   for name in _FIXED_MEASURES}
         if "callbacks" in was["run"]:  # older runs did not write them down
             pairs["callbacks"] = (was["run"]["callbacks"], config["run"]["callbacks"])
-        asked, asks = was["run"]["measure"].get("abilities") or {}, config["run"]["measure"]["abilities"]
-        if asked.get("tasks") and asks["tasks"]:
-            pairs |= {f"measure.abilities.{name}": (asked.get(name), asks[name]) for name in _FIXED_ABILITIES}
+        old, new = was["run"]["measure"].get("abilities") or {}, config["run"]["measure"]["abilities"]
+        if old.get("tasks") and new["tasks"]:
+            pairs |= {f"measure.abilities.{name}": (old.get(name), new[name]) for name in _FIXED_ABILITIES}
         versions = was["versions"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{run.path / CONFIG} is no configuration of a run that can be resumed ({error})") from error
+        raise ValueError(f"{run.path / CONFIG} is not the configuration of a run that can be resumed ({error}): give "
+                         "another directory") from error
     differing = [f"{name} was {then!r} and is {now!r}" for name, (then, now) in pairs.items() if then != now]
     if differing:
         raise ValueError(f"{run.path} can't be resumed with other settings: {'; '.join(differing)}. Give the same "
@@ -94,7 +95,7 @@ def check_same_run(run: RunDirectory, config: Mapping[str, Any]) -> bool:
     changed = [f"{name} {versions.get(name)} -> {now}" for name, now in config["versions"].items()
                if versions.get(name) != now]
     machine = {"processes": 1, **(was.get("machine") or {})}
-    # Sums are split among threads, and go to other kernels on another kind of processor.
+    # The order of summation depends on the number of threads and the kind of processor.
     changed += [f"{name} {machine.get(name)} -> {now}" for name, now in config["machine"].items()
                 if machine.get(name) != now]
     if changed:

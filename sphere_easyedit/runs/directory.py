@@ -1,4 +1,4 @@
-"""The files of a run directory, written so that a killed process leaves nothing that can't be gone on from."""
+"""Reads and writes the files of a run directory, so that a run killed at any time can be resumed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _CHUNK = 1 << 16  # bytes
 
 
 class RunDirectory:
-    """One run's files, by their names in DESIGN.md, section 4.
+    """The files of one run (names: see ``runs.schema``).
 
-    A run directory may come from somebody else, so none of its names leads out of it: a symbolic link that does is
-    refused. (The folder of checkpoints may be one, to a larger disk: of that only files of its own names are touched.)
+    A run directory may come from somebody else, so symbolic links out of it are refused. Only the folder of checkpoints
+    may be a link, to a larger disk; there, only checkpoint files are touched.
 
     Args:
-        path: the directory; made when first written to.
+        path: the directory; created on the first write.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,33 +40,32 @@ class RunDirectory:
         return self.path / CHECKPOINTS
 
     def has(self, name: str) -> bool:
-        """Whether a file is there."""
+        """Whether a file exists."""
         return (self.path / name).is_file()
 
-    def place(self, name: str) -> Path:
+    def path_of(self, name: str) -> Path:
         """The path of a file in the directory.
 
         Raises:
-            ValueError: it leads out of the directory, by its name or by a symbolic link.
+            ValueError: the path leaves the directory, by its name or by a symbolic link.
         """
         return path_within(self.path, name, "the run directory")
 
-    def check_places(self) -> None:
-        """Refuse a directory one of whose names leads out of it; to be called before anything is done there.
+    def check_paths(self) -> None:
+        """Check that no file of the directory is a link out of it; call this before anything else.
 
         Raises:
-            ValueError: names the first that does.
+            ValueError: one is.
         """
         for name in FILES:
-            self.place(name)
+            self.path_of(name)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for this process, until the context or the process ends, and clear away what a killed
-        one left half written.
+        """Lock the directory until the context or the process ends, and remove incomplete files of killed processes.
 
         Raises:
-            ValueError: another process runs in it.
+            ValueError: another process holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDONLY)
@@ -85,62 +84,62 @@ class RunDirectory:
         linked = self.checkpoints.is_symlink()
         for folder in (self.path, *(path for path in self.path.iterdir() if path.is_dir() and not path.is_symlink())):
             remove_partial_files(folder)
-        for beginning in _OF_CHECKPOINTS if linked else ():  # other programs may keep theirs on that disk
+        for beginning in _OF_CHECKPOINTS if linked else ():  # the disk may hold other programs' files
             remove_partial_files(self.checkpoints, beginning)
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a whole file, or leave the one before it."""
-        with atomic_write(self.place(name)) as temporary:
+        """Write a file atomically."""
+        with atomic_write(self.path_of(name)) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a whole JSON file."""
+        """Write a JSON file atomically."""
         self.write_text(name, json.dumps(content, indent=1))
 
     def write_lines(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write a whole JSONL file."""
+        """Write a JSONL file atomically."""
         self.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is not JSON.
         """
-        target = self.place(name)
+        target = self.path_of(name)
         try:
             return json.loads(target.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
-            raise ValueError(f"{target} is no JSON ({error}): it was changed by hand or damaged") from error
+            raise ValueError(f"{target} is not JSON ({error}): it was changed by hand or damaged") from error
 
     def read_config(self) -> dict[str, Any]:
         """``config.yaml``'s content.
 
         Raises:
-            ValueError: it is no YAML mapping.
+            ValueError: it is not a YAML mapping.
         """
-        target = self.place(CONFIG)
+        target = self.path_of(CONFIG)
         try:
             text = target.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(f"{target} does not exist: give the directory of a run") from error
         except UnicodeDecodeError as error:
-            raise ValueError(f"{target} is no YAML: {error}") from error
+            raise ValueError(f"{target} is not YAML: {error}") from error
         config = read_yaml(text, str(target))
         if not isinstance(config, dict):
             raise ValueError(f"{self.path / CONFIG} holds {type(config).__name__}, not a mapping")
         return config
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
-        """Add a line to a JSONL file; it is on the disk when this returns."""
+        """Append a line to a JSONL file, and sync it to disk."""
         self.append_text(name, json.dumps(line) + "\n")
 
     def append_text(self, name: str, text: str) -> None:
-        """Add whole lines to a file; they are on the disk when this returns.
+        """Append complete lines to a file, and sync them to disk: all of them, or none if the disk is full.
 
-        A last line that a killed process tore is dropped first. Where there is no room for all of them, none is added.
+        An incomplete last line of a killed process is dropped first.
         """
-        target = self.place(name)
+        target = self.path_of(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("ab+", buffering=0) as stream:
             size = _whole_lines(stream)
@@ -155,42 +154,42 @@ class RunDirectory:
                 raise
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """All whole lines of a JSONL file; none where it is absent. A last line that was torn is left out.
+        """All complete lines of a JSONL file; empty if it is missing. An incomplete last line is left out.
 
         Raises:
-            ValueError: a line before the last is no JSON object.
+            ValueError: a line is not a JSON object.
         """
-        target = self.place(name)
+        target = self.path_of(name)
         if not target.exists():
             return []
-        raw = target.read_bytes().split(b"\n")[:-1]  # what stands behind the last line break is torn, or nothing
+        raw = target.read_bytes().split(b"\n")[:-1]  # after the last line break: nothing, or an incomplete line
         return [_parsed(target, number, text) for number, text in enumerate(raw, start=1)]
 
     def records(self, name: str, kind: type[_R]) -> list[_R]:
-        """All whole lines of a JSONL file as records of ``runs.schema``; none where it is absent.
+        """All complete lines of a JSONL file as records of ``runs.schema``; empty if it is missing.
 
         Raises:
-            ValueError: a line is no such record.
+            ValueError: a line is not such a record.
         """
         return [read_record(kind, line, f"{self.path / name}, line {number}")
                 for number, line in enumerate(self.lines(name), start=1)]
 
     def measurements(self) -> list[Measurement]:
-        """All whole lines of ``metrics.jsonl``.
+        """All complete lines of ``metrics.jsonl``.
 
         Raises:
-            ValueError: a line is no measurement.
+            ValueError: a line is not a measurement.
         """
         return [Measurement.from_dict(line, f"{self.path / METRICS}, line {number}")
                 for number, line in enumerate(self.lines(METRICS), start=1)]
 
     def keep_whole_lines(self, name: str) -> None:
-        """Drop a JSONL file's last line if it was torn."""
-        if self.has(name) and not self.place(name).read_bytes().endswith(b"\n"):
+        """Drop an incomplete last line of a JSONL file."""
+        if self.has(name) and not self.path_of(name).read_bytes().endswith(b"\n"):
             self.write_lines(name, self.lines(name))
 
     def keep_until(self, name: str, num_edits: int) -> None:
-        """Drop a JSONL file's lines of more edits than these; a file that is absent stays so."""
+        """Drop the lines of a JSONL file with more than ``num_edits``, if it exists."""
         if not self.has(name):
             return
         edits = [read_record(Count, line.get("num_edits"), f"{self.path / name}, line {number}: num_edits")
@@ -216,12 +215,12 @@ def _parsed(path: Path, number: int, text: bytes) -> dict[str, Any]:
     """A line of a JSONL file.
 
     Raises:
-        ValueError: it is no JSON object; the message names file and line.
+        ValueError: it is not a JSON object; the message names file and line.
     """
     try:
         line = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number} is no JSON ({error}): it was damaged") from error
+        raise ValueError(f"{path}, line {number} is not JSON ({error}): it was damaged") from error
     if not isinstance(line, dict):
         raise ValueError(f"{path}, line {number} holds {type(line).__name__}, not an object")
     return line

@@ -1,10 +1,8 @@
-"""A run as a process of its own: started with its log, by a local sweep or within a job of submitit.
+"""Starts a run as a separate process with a log, for a local sweep or within a submitit job.
 
-Imports nothing heavy, since a cluster's job starts with it. submitit hands a job to its process as a pickle. That does
-not go against this package's rule that nothing read runs code: the pickle goes from us to ourselves through a folder
-that was made for this one submission, empty and for its owner alone (see ``sweep.cluster``); whoever could change it
-could change the batch script beside it. How a job ended is read from the run directory, not from the pickle that
-submitit leaves.
+Imports nothing heavy, since a cluster job starts with it. submitit passes a job to its process as a pickle, which is
+safe: its folder is created for this submission and only its owner can access it (see ``sweep.slurm``), and whoever
+could change it could also change the batch script. A job's outcome is read from the run directory, not from a pickle.
 """
 
 from __future__ import annotations
@@ -29,14 +27,14 @@ _TAIL_BYTES: Final = 8192
 
 def start_process(command: Sequence[str], log: Path, environment: Mapping[str, str], pass_fds: Sequence[int] = (),
                   cwd: Path | None = None) -> subprocess.Popen[bytes]:
-    """Start ``command`` in a session of its own, so that it is ended with all that it started, and by us alone.
+    """Start ``command`` in a new session, so that signals reach it and all its children, but only from us.
 
     Args:
         command: program and arguments.
-        log: what it says is added here, below a line with the time and the command.
-        environment: all of it.
+        log: its output is appended here, below a line with the time and the command.
+        environment: all environment variables.
         pass_fds: descriptors that it inherits.
-        cwd: its working directory; this process's own if None.
+        cwd: its working directory; None: that of this process.
     """
     with log.open("ab") as stream:
         stream.write(f"# {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z} {shlex.join(command)}\n".encode())
@@ -46,12 +44,12 @@ def start_process(command: Sequence[str], log: Path, environment: Mapping[str, s
 
 
 def environment_of(threads: int) -> dict[str, str]:
-    """This process's environment for a run with so many threads, unless ``OMP_NUM_THREADS`` says another number."""
+    """This process's environment with ``OMP_NUM_THREADS`` set to ``threads``, unless it is set already."""
     return {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **os.environ}
 
 
 def tail(log: Path) -> str:
-    """The log's last lines; empty where there is none."""
+    """The log's last lines; empty if there is no log."""
     if not log.exists():
         return ""
     with log.open("rb") as stream:
@@ -62,19 +60,19 @@ def tail(log: Path) -> str:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class RunJob:
-    """Runs a command to its end; asked to make room (preemption, the end of its time), ends it and is queued again.
+    """A submitit job that runs a command; on preemption or at its time limit it ends the command and is queued again.
 
     Args:
-        command: program and arguments; started again, it goes on where it was (``edit --resume``).
-        log: what it says is added here.
-        summary: file that is there once the command has done its work.
+        command: program and arguments; must resume its work when started again (``edit --resume``).
+        log: its output is appended here.
+        summary: file that exists once the command has finished its work.
         directory: working directory.
-        grace_seconds: that the command has to end when room is to be made.
+        grace_seconds: time between SIGINT and SIGKILL.
     """
 
     def __init__(self, command: Sequence[str], log: Path, summary: Path, directory: Path,
@@ -87,20 +85,20 @@ class RunJob:
         """Run the command.
 
         Raises:
-            RuntimeError: it failed, or its work is not done. For SLURM the job has failed then, and jobs that depend on
-                it are not started.
+            RuntimeError: it failed, or its work is not finished. SLURM then counts the job as failed, and does not
+                start jobs that depend on it.
         """
         command, log, summary, directory, _ = self._settings
         environment = environment_of(int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or cores())
         ours, theirs = os.pipe()
         try:
             try:
-                with _for_this_process_alone():
+                with _job_signals_blocked():
                     process = start_process(command, log, environment, (theirs,), directory)
                     self._running = process, ours
             finally:
                 os.close(theirs)
-            # Not Popen.wait, which holds a lock that `checkpoint`, called by a signal in between, could not have.
+            # Not Popen.wait: it holds a lock, and `checkpoint`, called from a signal handler, would deadlock.
             while process.poll() is None:
                 select.select([ours], [], [], 1.0)
         finally:
@@ -112,14 +110,14 @@ class RunJob:
                                f"{'there' if summary.exists() else 'missing'}: {log} says why")
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit calls when room is to be made, and queues: the same job again."""
+        """Called by submitit on preemption or time limit: end the command, and return the same job to queue again."""
         from submitit.helpers import DelayedSubmission
 
         self._end()
         return DelayedSubmission(RunJob(*self._settings))
 
     def _end(self) -> None:
-        """End the command, if it runs: first so that it undoes a batch under way."""
+        """End the command if it is running: first by SIGINT, so that it undoes the current batch."""
         if self._running is None:
             return
         process, pipe = self._running
@@ -132,10 +130,10 @@ class RunJob:
 
 
 @contextmanager
-def _for_this_process_alone() -> Iterator[None]:
-    """A process that is started in this context does not get the signals that ask a job to make room.
+def _job_signals_blocked() -> Iterator[None]:
+    """Processes started in this context don't receive the signals of preemption and time limit.
 
-    SLURM sends them to all processes of a job. The run would end on its own, and the job be taken as failed before it
+    SLURM sends them to all processes of a job; the run would end by itself, and the job would count as failed before it
     is queued again.
     """
     from submitit import JobEnvironment

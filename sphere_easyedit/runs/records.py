@@ -1,4 +1,4 @@
-"""What a run directory says: its records, and what is derived from them."""
+"""Reads the records of a run directory, and derives method names, trajectories and scores from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from ..callbacks.energy_metrics import EnergyRecord
 from ..callbacks.he_tracker import read_energy_csv
 from ..callbacks.neurons import NeuronRecord
 from ..callbacks.spaces import read_spaces_csv
@@ -25,51 +24,29 @@ from .schema import (
     Estimate,
     Measurement,
     RunDescription,
-    SpaceRecord,
     Summary,
     When,
     read_record,
 )
 
 PAPER: Final = "paper"
-SPHERE: Final = "SPHERE"  # the variant that projects onto the principal space's complement
-# Hyperparameters that two arms of one experiment may differ in: SPHERE's, and where things lie.
+SPHERE: Final = "SPHERE"  # the variant that suppresses the principal space
+# Hyperparameters that two arms of one experiment may differ in: those of SPHERE, device and paths.
 _NOT_COMPARED: Final = frozenset({*SPHERE_ONLY, *REMOVED, "device", "stats_dir", "target_values_dir"})
 _E = TypeVar("_E", bound=Estimate)
 
 
 @dataclass(frozen=True)
-class RunRecords:
-    """A run directory's records. A file that a run writes late or not at all leaves its part empty, or None.
-
-    Attributes:
-        directory: where they were read.
-        config: ``config.yaml`` as it stands, with the mappings ``run`` and ``hparams``.
-        points, abilities: lines of ``metrics.jsonl``, in order, with the metrics that some case has.
-        energy: records of ``energy.csv``, one before the first batch and one a batch.
-        batches: lines of ``edits.jsonl``.
-        summary: ``summary.json``; None while the run has not ended.
-        spaces: lines of ``spaces.csv``.
-    """
-
-    directory: Path
-    config: Mapping[str, Any]
-    points: tuple[Measurement, ...]
-    abilities: tuple[Measurement, ...]
-    energy: tuple[EnergyRecord, ...]
-    batches: tuple[BatchRecord, ...]
-    summary: Summary | None
-    spaces: tuple[SpaceRecord, ...] = ()
+class RunRecords(RunState):
+    """A run directory's records, of a finished or unfinished run; parts that are not written yet are empty or None."""
 
     @classmethod
     def read(cls, directory: str | Path) -> RunRecords:
-        """Read a run directory, of a run that ended or of one under way.
-
-        A last line that was torn while it was being written is left out.
+        """Read a run directory. An incomplete last line is left out.
 
         Raises:
-            ValueError: there is no ``config.yaml`` or ``metrics.jsonl``, or a file does not have its form; the message
-                names file and line.
+            ValueError: there is no ``config.yaml`` or ``metrics.jsonl``, or a file is damaged; the message names file
+                and line.
         """
         files = RunDirectory(Path(directory))
         for name in (schema.CONFIG, schema.METRICS):
@@ -86,13 +63,19 @@ class RunRecords:
 
     @classmethod
     def of(cls, run: RunState) -> RunRecords:
-        """The records of a run of this process."""
-        points = [replace(point, metrics=_measured(point.metrics), abilities=_measured(point.abilities))
-                  if point.metrics or point.abilities else point for point in run.measurements]
-        return cls(run.directory, run.config,
-                   tuple(point for point, given in zip(points, run.measurements, strict=True) if not given.abilities),
-                   tuple(point for point, given in zip(points, run.measurements, strict=True) if given.abilities),
-                   tuple(run.energy), tuple(run.batches), run.summary, tuple(run.spaces))
+        """A copy of the records so far of a run in this process."""
+        return cls(run.directory, run.config, tuple(run.batches), tuple(run.measurements), tuple(run.energy),
+                   tuple(run.spaces), run.summary)
+
+    @cached_property
+    def points(self) -> tuple[Measurement, ...]:
+        """Measurements of facts, in order, without metrics that no case has."""
+        return tuple(replace(one, metrics=_nonempty(one.metrics)) for one in self.measurements if not one.abilities)
+
+    @cached_property
+    def abilities(self) -> tuple[Measurement, ...]:
+        """Measurements of general abilities, in order, without tasks that have no record."""
+        return tuple(replace(one, abilities=_nonempty(one.abilities)) for one in self.measurements if one.abilities)
 
     @property
     def name(self) -> str:
@@ -106,7 +89,7 @@ class RunRecords:
 
     @property
     def base(self) -> str:
-        """The base method: the algorithm, and whether it has earlier keys in its bracket where that is a choice."""
+        """The base method: the algorithm, and whether it uses earlier keys if that is optional."""
         method = METHODS.find(self.algorithm)
         is_choice = method is None or not method.always_keeps_keys
         earlier = self.config["hparams"].get("keep_previous_keys") and is_choice
@@ -114,10 +97,10 @@ class RunRecords:
 
     @cached_property
     def variant(self) -> str | None:
-        """What was done to the base method's updates: None, ``SPHERE``, or a control such as ``random``.
+        """How the base method's updates were changed: None, ``SPHERE``, or a control such as ``random``.
 
-        It is what stands after ``+`` behind the base method in the directory's name (``AlphaEdit+random-seed1`` gives
-        random). Where nothing does, it follows from ``alpha`` and ``suppression`` of the hyperparameters.
+        Taken from the directory's name if it has a suffix after the base method (``AlphaEdit+random-seed1``: random),
+        else from the hyperparameters ``alpha`` and ``suppression``.
         """
         found = re.search(re.escape(self.algorithm) + r"\+([a-z]+(?:\+[a-z]+)*)", self.name, re.IGNORECASE)
         if found is not None:
@@ -135,7 +118,7 @@ class RunRecords:
         return f"{self.base}+{self.variant}{', pretrained space' if pretrained else ''}"
 
     def shares_settings(self, other: RunRecords) -> bool:
-        """Whether two runs differ by nothing but SPHERE and its controls, as far as both configurations tell."""
+        """Whether two runs differ only in SPHERE and its controls, judged by the hyperparameters that both list."""
         ours, theirs = self.config["hparams"], other.config["hparams"]
         return all(ours[name] == theirs[name] for name in ours.keys() & theirs.keys() - _NOT_COMPARED)
 
@@ -146,7 +129,7 @@ class RunRecords:
 
     @property
     def dataset(self) -> str:
-        """The data set's name as the run was told it."""
+        """Name of the data set, as given to the run."""
         return str(self.config["run"].get("dataset") or "unnamed")
 
     @property
@@ -157,28 +140,27 @@ class RunRecords:
 
     @property
     def order_seed(self) -> int | None:
-        """Seed of another order of the same facts, where there is one."""
+        """Seed of a changed order of the same facts, or None."""
         seed = self.config["run"].get("order_seed")
         return None if seed is None else int(seed)
 
     @property
     def draw(self) -> int | str | None:
-        """Which facts came in which order: the seed, and that of another order where there is one."""
+        """Identifies the facts and their order: the seed, and that of a changed order."""
         return self.seed if self.order_seed is None else f"{self.seed}, order {self.order_seed}"
 
     def before(self, protocol: str = PAPER) -> Measurement | None:
-        """The unedited model's point."""
+        """The measurement of the unedited model."""
         return next((p for p in self.points if p.when == "before" and p.protocol == protocol), None)
 
     def after(self, protocol: str = PAPER) -> Measurement | None:
-        """The point at the end, on all edits; None while the run has not ended."""
+        """The measurement after the last edit; None for an unfinished run."""
         return next((p for p in reversed(self.points) if p.when == "after" and p.protocol == protocol), None)
 
     def trajectory(self, protocol: str = PAPER) -> list[Measurement]:
-        """Points measured on all facts so far, or a sample of them, by rising edits: ``during`` and ``after``.
+        """Measurements ``during`` and ``after`` editing, by number of edits.
 
-        Where both were measured at the same number of edits, it is ``after``, completed with what was watched
-        ``during``.
+        For a number of edits with both, the one ``after``, with perplexity and norms from ``during`` if it lacks them.
         """
         by_edits: dict[int, Measurement] = {}
         for when in ("during", "after"):
@@ -200,23 +182,23 @@ class RunRecords:
 
     @cached_property
     def neurons(self) -> NeuronRecord | None:
-        """How the neurons lie before editing and at the latest measurement, read when asked for; None where not kept.
+        """Cosines between neurons before editing and at the latest measurement, read on access; None if not kept.
 
         Raises:
             ValueError: ``neurons.safetensors`` is damaged, or leads out of the directory.
         """
-        path = RunDirectory(self.directory).place(schema.NEURONS)
+        path = RunDirectory(self.directory).path_of(schema.NEURONS)
         return NeuronRecord.read(path) if path.is_file() else None
 
     def scores(self, when: When, num_edits: int, protocol: str = PAPER) -> dict[CaseId, dict[str, float]]:
-        """Scores of one evaluation by case and metric, 0 to 1; a metric that a case lacks is left out.
+        """Scores of one evaluation by case and metric, 0 to 1, without metrics that a case lacks.
 
         Raises:
-            ValueError: there is no such file, it is not of its form, or has none of this protocol.
+            ValueError: there is no such file, it is damaged, or has no scores of this protocol.
         """
         files, name = RunDirectory(self.directory), f"scores/{when}-{num_edits}.jsonl"
         if not files.has(name):
-            raise ValueError(f"{self.directory / name} is not there: the run kept no scores of this point")
+            raise ValueError(f"{self.directory / name} does not exist: the run kept no scores of this measurement")
         cases: dict[CaseId, dict[str, float]] = {}
         for number, line in enumerate(files.lines(name), start=1):
             if line.get("protocol") != protocol:
@@ -225,11 +207,11 @@ class RunRecords:
             if isinstance(case_id, bool) or not isinstance(case_id, CaseId):
                 raise ValueError(f"{where}: case_id is {case_id!r}, not a number or a text")
             if case_id in cases:
-                raise ValueError(f"{where}: case {case_id} comes a second time by the protocol {protocol}")
+                raise ValueError(f"{where}: case {case_id} has two lines of protocol {protocol}")
             cases[case_id] = {name: float(value) for name, value in line.items()
                               if name != "case_id" and isinstance(value, (int, float)) and not isinstance(value, bool)}
         if not cases:
-            raise ValueError(f"{self.directory / name} has no scores by the protocol {protocol}: choose another")
+            raise ValueError(f"{self.directory / name} has no scores of protocol {protocol}: choose another")
         return cases
 
 
@@ -237,7 +219,7 @@ def find_runs(folder: str | Path) -> list[RunRecords]:
     """All runs in or under a folder, by path: directories with a ``config.yaml`` and a ``metrics.jsonl``.
 
     Raises:
-        ValueError: there are none, or one can't be read.
+        ValueError: there are none, or one is damaged.
     """
     found = [path.parent for path in sorted(Path(folder).rglob(schema.METRICS))
              if (path.parent / schema.CONFIG).is_file()]
@@ -248,29 +230,29 @@ def find_runs(folder: str | Path) -> list[RunRecords]:
 
 
 def read_state(files: RunDirectory) -> RunState:
-    """A run as far as its directory says; parts that it has not written are empty.
+    """All records in a run directory; parts that are not written yet are empty.
 
     Raises:
-        ValueError: a file does not have its form; the message names file and line.
+        ValueError: a file is damaged; the message names file and line.
     """
     return RunState(
         files.path, _config(files), files.records(schema.EDITS, BatchRecord), files.measurements(),
-        read_energy_csv(files.place(schema.ENERGY)) if files.has(schema.ENERGY) else (),
-        read_spaces_csv(files.place(schema.SPACES)) if files.has(schema.SPACES) else (),
+        read_energy_csv(files.path_of(schema.ENERGY)) if files.has(schema.ENERGY) else (),
+        read_spaces_csv(files.path_of(schema.SPACES)) if files.has(schema.SPACES) else (),
         read_record(Summary, files.read_json(schema.SUMMARY), str(files.path / schema.SUMMARY))
         if files.has(schema.SUMMARY) else None)
 
 
-def _measured(estimates: Mapping[str, _E]) -> dict[str, _E]:
+def _nonempty(estimates: Mapping[str, _E]) -> dict[str, _E]:
     """Without metrics that no case has."""
-    return {name: found for name, found in estimates.items() if found.n or not math.isnan(found.mean)}
+    return {name: one for name, one in estimates.items() if one.n or not math.isnan(one.mean)}
 
 
 def _config(files: RunDirectory) -> Mapping[str, Any]:
     config = files.read_config()
     for part in ("run", "hparams"):
         if not isinstance(config.get(part), dict):
-            raise ValueError(f"{files.path / schema.CONFIG} has no mapping `{part}`: give a run whose config is whole")
+            raise ValueError(f"{files.path / schema.CONFIG} has no mapping `{part}`: give a run with a complete config")
     read_record(RunDescription, config["run"], f"{files.path / schema.CONFIG}, run")
     return config
 

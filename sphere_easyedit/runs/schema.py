@@ -1,19 +1,19 @@
-"""The files of a run directory and their records: one definition for whatever writes or reads them.
+"""The files of a run directory and their records, defined once for writers and readers.
 
 =======================  ==========================================================================================
 file                     content
 =======================  ==========================================================================================
 ``config.yaml``          mappings ``run``, ``hparams``, ``versions``, ``model``, ``machine`` (see ``run_config``)
-``edits.jsonl``          :class:`BatchRecord`, one a batch
-``metrics.jsonl``        :class:`Measurement`, one an evaluation and protocol
-``energy.csv``           ``callbacks.EnergyRecord``, one row a batch and layer
-``spaces.csv``           :class:`SpaceRecord`, one row a batch and layer
+``edits.jsonl``          :class:`BatchRecord`, one per batch
+``metrics.jsonl``        :class:`Measurement`, one per evaluation and protocol
+``energy.csv``           ``callbacks.EnergyRecord``, one row per batch and layer
+``spaces.csv``           :class:`SpaceRecord`, one row per batch and layer
 ``neurons.safetensors``  ``neurons.NeuronRecord``, of the latest evaluation
-``scores/*.jsonl``       ``metrics.CaseScores``, one a case and protocol; a file an evaluation
-``texts/*.jsonl``        ``text_quality.TextQuality``, one a case; a file an evaluation
-``skipped.jsonl``        :class:`Skipped`, one a fact that was left out
-``cases.jsonl``          :class:`CaseRecord`, one a case, once the run has ended
-``summary.json``         :class:`Summary`, once the run has ended
+``scores/*.jsonl``       ``metrics.CaseScores``, one per case and protocol; a file per evaluation
+``texts/*.jsonl``        ``text_quality.TextQuality``, one per case; a file per evaluation
+``skipped.jsonl``        :class:`Skipped`, one per skipped fact
+``cases.jsonl``          :class:`CaseRecord`, one per case, at the end of the run
+``summary.json``         :class:`Summary`, at the end of the run
 ``examples.json``        continuations ``before`` and ``after`` of the first prompts
 ``conflicts.json``       ``conflicts.ConflictReport``
 ``guard.json``           state of ``drift_guard.DriftGuard``
@@ -40,7 +40,7 @@ CONFLICTS, SCORES, TEXTS = "conflicts.json", "scores", "texts"  # the latter two
 FILES: Final = (CONFIG, EDITS, METRICS, SUMMARY, ENERGY, CASES, EXAMPLES, SPACES, NEURONS, SKIPPED, GUARD, CONFLICTS,
                 SCORES, TEXTS)
 
-# What was measured: all facts before or after, those edited so far, those of the last batch (see `measuring`).
+# Phase of a measurement (see `runs.schedule`).
 When = Literal["before", "during", "last_batch", "after"]
 MetricName = Literal["efficacy", "generalization", "specificity"]
 FACT_METRICS: Final[tuple[MetricName, ...]] = get_args(MetricName)
@@ -69,14 +69,14 @@ StrictCaseId = StrictInt | StrictStr
 
 @dataclass(frozen=True)
 class MeasureDescription:
-    """What ``config.yaml`` says of the measurements, as far as readers need it."""
+    """The part ``run.measure`` of ``config.yaml`` that readers use."""
 
     protocols: list[str] | None = None
 
 
 @dataclass(frozen=True)
 class RunDescription:
-    """The part ``run`` of ``config.yaml``, as far as readers need it: number of facts, and seeds of their draw."""
+    """The part ``run`` of ``config.yaml`` that readers use: number of facts, and seeds of their draw."""
 
     num_edits: Count | None = None
     seed: Count | None = None
@@ -86,11 +86,11 @@ class RunDescription:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over ``n`` cases with its 95% interval (None where there is none); percent for the metrics of a run.
+    """A mean over ``n`` cases with its 95% interval, or None; in percent for the metrics of a run.
 
     Attributes:
-        mean: nan where no case has the metric (``n`` is 0).
-        protocol: how fluency and consistency were measured; None for other metrics.
+        mean: nan if no case has the metric (``n`` is 0).
+        protocol: of fluency and consistency; None for other metrics.
     """
 
     mean: Number
@@ -99,7 +99,7 @@ class Estimate:
     protocol: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """As JSON data."""
         found = {"mean": self.mean if self.n else None, "ci95": None if self.ci95 is None else list(self.ci95),
                  "n": self.n}
         return found if self.protocol is None else found | {"protocol": self.protocol}
@@ -107,7 +107,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class AbilityEstimate(Estimate):
-    """A general ability (see ``abilities.AbilityScore``); the interval is the normal approximation's."""
+    """A general ability (see ``abilities.AbilityScore``), with the normal approximation of the interval."""
 
     ci95: tuple[Number, Number] | None = None
     n: Count = 0
@@ -133,16 +133,16 @@ class BatchRecord:
     """A batch: a line of ``edits.jsonl``.
 
     Attributes:
-        num_edits: edits in the model once the batch has ended.
+        num_edits: edits in the model after the batch.
         case_ids: of its edits.
-        seconds: wall time by part.
-        wall_seconds: wall time in all.
-        losses: last loss of each target value (nats).
+        seconds: wall time by phase.
+        wall_seconds: total wall time.
+        losses: final loss of each target value (nats).
         update_norms: Frobenius norm of each layer's change by this batch.
         energy: hyperspherical energy after it, by layer.
-        efficacy: percent of its facts that the model says right after it, by the run's first protocol; None where it
-            was not measured.
-        strength: share of the batch's change that callbacks let stand.
+        efficacy: percent of its facts that the model predicts right after it, by the run's first protocol; None if not
+            measured.
+        strength: share of the batch's change that callbacks kept.
     """
 
     num_edits: Count
@@ -156,7 +156,7 @@ class BatchRecord:
     strength: Number = 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """As JSON data."""
         return asdict(self)
 
 
@@ -166,15 +166,15 @@ class Measurement:
 
     Attributes:
         num_edits: edits in the model.
-        when: on what it was measured: ``before`` editing; ``during``, on the edits so far or a seeded sample of them;
-            on the ``last_batch`` alone; ``after``, on all of them.
-        protocol: by which the numbers were computed; numbers of two protocols don't compare.
+        when: phase and facts: ``before`` editing; ``during``, the edits so far or a seeded sample of them; the
+            ``last_batch`` alone; ``after``, all of them.
+        protocol: of the metrics; numbers of different protocols are not comparable.
         metrics: by name.
-        perplexity: on held-out text; infinite or nan for a broken model, None where not measured.
+        perplexity: on held-out text; infinite or nan for a broken model, None if not measured.
         update_norms: Frobenius norm of the change since the unedited model, by layer.
-        cases: how many facts were measured; None where it was not written down, and for abilities.
+        cases: number of measured facts; None for abilities, and in older runs.
         abilities: general abilities by task; empty for an evaluation of facts.
-        seconds: wall time; 0 for all but the first of protocols that were measured at once.
+        seconds: wall time; for protocols measured together, only the first has it, the others 0.
     """
 
     num_edits: Count
@@ -189,7 +189,7 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any], where: str) -> Measurement:
-        """Of a line of ``metrics.jsonl``, where metrics stand beside the other entries.
+        """From a line of ``metrics.jsonl``, in which metrics are top-level entries.
 
         Raises:
             ValueError: as ``read_record``.
@@ -214,29 +214,29 @@ class Measurement:
         return found | {"seconds": self.seconds}
 
     def main_metrics(self) -> dict[str, Estimate]:
-        """Those of ``METRIC_NAMES`` that were measured, in their order."""
+        """Measured metrics of ``METRIC_NAMES``, in their order."""
         return {name: self.metrics[name] for name in METRIC_NAMES if name in self.metrics}
 
     def watched(self) -> dict[str, Any]:
-        """What goes with all protocols."""
+        """Perplexity and update norms, which do not depend on the protocol."""
         return {"perplexity": self.perplexity,
                 "update_norms": {str(layer): norm for layer, norm in self.update_norms.items()}}
 
 
 def estimates_to_dict(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, Any]]:
-    """Metrics as JSON takes them."""
+    """Metrics as JSON data."""
     return {name: estimate.to_dict() for name, estimate in estimates.items()}
 
 
 @dataclass(frozen=True)
 class SpaceRecord:
-    """Where one change of one layer's weight lies: a line of ``spaces.csv``.
+    """Share of one change of one layer's weight in the principal space: a line of ``spaces.csv``.
 
     Attributes:
         since, num_edits: edits before and after the change.
         layer: number of the layer.
-        share: of the change's squared Frobenius norm in the principal space, 0 to 1, to 4 digits; nan of no change. By
-            chance it would be ``rank / d_in``.
+        share: share of the change's squared Frobenius norm in the principal space, 0 to 1, to 4 digits; nan for no
+            change. Expected for a random change: ``rank / d_in``.
         rank: of the principal space.
         d_in: width of the weight.
     """
@@ -251,13 +251,13 @@ class SpaceRecord:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A fact that was left out: a line of ``skipped.jsonl``.
+    """A skipped fact: a line of ``skipped.jsonl``.
 
     Attributes:
-        index: among the run's facts, from 0; ``place`` in the file.
+        index: index among the run's facts, from 0; ``place`` in the file.
         case_id: its case.
-        num_edits: edits in the model when it was left out.
-        error: why, in one line.
+        num_edits: edits in the model when it was skipped.
+        error: the reason, on one line.
     """
 
     index: Annotated[int, Field(strict=True, ge=0, validation_alias=AliasChoices("index", "place"))]
@@ -266,7 +266,7 @@ class Skipped:
     error: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """As JSON data."""
         return {"place": self.index, "case_id": self.case_id, "num_edits": self.num_edits, "error": self.error}
 
 
@@ -278,8 +278,8 @@ class CaseRecord:
     """A case of a run that has ended: a line of ``cases.jsonl``.
 
     Attributes:
-        pre, post: scores before and after, by metric from 0 to 1; None where not measured.
-        generations: continuations ``before`` and ``after``; None where none were generated.
+        pre, post: scores before and after editing, by metric from 0 to 1; None if not measured.
+        generations: continuations ``before`` and ``after``; None if not generated.
     """
 
     case_id: StrictCaseId | None = None
@@ -292,7 +292,7 @@ class CaseRecord:
     generations: dict[str, str | None] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """As JSON data."""
         found = asdict(self)
         return found if self.generations is not None else {name: value for name, value in found.items()
                                                            if name != "generations"}
@@ -300,7 +300,7 @@ class CaseRecord:
 
 @dataclass(frozen=True)
 class SkippedCase:
-    """A fact that ``summary.json`` lists as left out, and why."""
+    """A skipped fact in ``summary.json``, with the reason."""
 
     case_id: StrictCaseId
     error: str = ""
@@ -308,17 +308,17 @@ class SkippedCase:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to: ``summary.json``.
+    """Result of a run: ``summary.json``.
 
     Attributes:
         protocol: of ``pre`` and ``post``, the run's first.
         num_edits: edits in the model at the end.
-        num_facts: facts of the run; None in older runs, which left none out.
-        skipped: facts that were left out.
-        stopped: why a callback ended the run; None if none did.
-        pre, post: metrics before editing and after, by name; None where not measured.
+        num_facts: facts of the run, with skipped ones; None in older runs, which skipped none.
+        skipped: skipped facts.
+        stopped: why a callback ended the run, or None.
+        pre, post: metrics before and after editing, by name; None if not measured.
         protocols: ``pre`` and ``post`` of each protocol.
-        watched: ``pre`` and ``post`` of what goes with all protocols: perplexity and update norms.
+        watched: perplexity and update norms ``pre`` and ``post``.
         preparation_seconds, editing_seconds, evaluation_seconds: wall time.
         peak_memory_bytes: of the GPUs that hold the model, else of the process.
         weights_sha256: of the edited weights at the end.
@@ -340,22 +340,22 @@ class Summary:
     weights_sha256: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """As JSON data."""
         pre, post = (None if one is None else estimates_to_dict(one) for one in (self.pre, self.post))
         return {"protocol": self.protocol, **asdict(self), "pre": pre, "post": post,
                 "skipped": [asdict(one) for one in self.skipped]}
 
 
 def read_record(kind: type[_R], data: object, where: str) -> _R:
-    """A record of what a file holds.
+    """Validate parsed JSON.
 
     Args:
-        kind: a class of this module, or any type that pydantic knows.
-        data: as JSON was parsed.
+        kind: a class of this module, or any type that pydantic supports.
+        data: parsed JSON.
         where: file and line, for the error.
 
     Raises:
-        ValueError: it is not of this form; the message says where, what and the value.
+        ValueError: it does not fit; the message gives location, field and value.
     """
     try:
         return TypeAdapter(kind).validate_python(data)
@@ -363,5 +363,5 @@ def read_record(kind: type[_R], data: object, where: str) -> _R:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
         value = "missing" if first["type"] == "missing" else f"{first['input']!r:.80}"
-        told = f"{where}: {field}" if field else where
-        raise ValueError(f"{told} is {value} ({first['msg']}): it was changed by hand or damaged") from error
+        location = f"{where}: {field}" if field else where
+        raise ValueError(f"{location} is {value} ({first['msg']}): it was changed by hand or damaged") from error

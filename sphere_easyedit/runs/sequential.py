@@ -1,8 +1,8 @@
-"""The sequential run: batch after batch into one model, measured on the way, in a directory that can be resumed.
+"""Runs sequential editing: batch after batch into one model, measured along the way, into a run directory.
 
-A killed run goes on from its last checkpoint and ends with the bits of an undisturbed one. For that an undisturbed run,
-too, forgets at each checkpoint what a checkpoint does not hold (``EditSession.settle``), and nothing that decides about
-bits depends on when the process was started.
+A killed run resumes from its last checkpoint and gives the same results, to the bit, as an uninterrupted one. To that
+end each checkpoint also drops, in the running process, what is not saved (``EditSession.drop_derived``), and no result
+depends on when the process was started.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..callbacks.he_tracker import HETracker, read_energy_csv
-from ..callbacks.neurons import NeuronWatch
+from ..callbacks.neurons import NeuronTracker
 from ..callbacks.spaces import SpaceTracker, read_spaces_csv
 from ..datasets.conflicts import find_conflicts
 from ..datasets.loaders import EditRecord, records_fingerprint
@@ -34,11 +34,11 @@ from ..editing.callbacks import (
     RunState,
     StopEditing,
 )
-from ..editing.checkpoints import resumable, save_checkpoint, save_weights, thin_out
-from ..editing.pipeline import apply_sphere_to_model, prepare_method, read_requests
+from ..editing.checkpoints import remove_old_checkpoints, resumable, save_checkpoint, save_weights
+from ..editing.engines import engine_of
+from ..editing.pipeline import apply_sphere_to_model, read_requests
 from ..editing.requests import EditRequest
 from ..editing.session import EditSession, resume_from
-from ..editing.solve import tokenize_batch
 from ..evaluation.generation import generate_continuations
 from ..evaluation.metrics import CaseScores, edit_efficacy
 from ..hparams import SPHEREHyperParams, check_hparams
@@ -46,22 +46,22 @@ from ..models.architecture import EditableModel
 from ..models.checks import check_parameters, check_tokenizer, default_torch_settings
 from ..models.fingerprint import weights_checksum
 from ..utils.messages import kind_and_text
+from ..utils.progress import PhaseProgress
 from . import schema
 from .config import check_same_run, run_config
 from .directory import RunDirectory
-from .faults import OnError, Skips, edit_around_faults, enough_tries
-from .measuring import (
-    DueMeasurement,
-    Measurer,
-    MeasureSettings,
-    Progress,
-    abilities_are_due,
-    passed,
-    point_at,
-    points_after,
-    when_after,
-)
+from .measuring import Measurer
 from .records import read_state
+from .schedule import (
+    DueMeasurement,
+    MeasureSettings,
+    abilities_due,
+    checkpoint_ends,
+    due_measurements,
+    interval_ended,
+    measurement_at,
+    phase_at,
+)
 from .schema import (
     BatchRecord,
     CaseRecord,
@@ -73,28 +73,29 @@ from .schema import (
     estimates_to_dict,
     read_record,
 )
+from .skipping import OnError, SkippedFacts, edit_by_bisection, tries_needed
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run is made of, besides the hyperparameters.
+    """Settings of a run besides the hyperparameters.
 
     Attributes:
         output: run directory; must be empty or absent, unless ``resume``.
         batch_size: edits per batch.
-        examples: number of cases whose greedy continuations are kept from before and after editing.
+        examples: number of cases whose greedy continuations before and after editing are kept.
         described: further entries for ``config.yaml`` (data set, seed, command ...).
         measure: what is measured, and when.
-        resume: go on from the directory's last checkpoint; a directory without one begins from the start.
-        checkpoint_every: least number of edits between two checkpoints. A killed run repeats what it edited since the
+        resume: continue from the directory's last checkpoint; without one, start from the beginning.
+        checkpoint_every: minimum number of edits between two checkpoints. A killed run repeats the edits since its
             last one.
         keep_checkpoints: number of recent checkpoints to keep (0 = all).
-        keep_weights_every: keep the weights (without the session) for good at this interval, in edits; None keeps the
-            last ones only. ``evaluate --at`` and exports start from them.
-        on_error: ``skip`` leaves out edits that can't be made, and lists them in ``summary.json``; ``stop`` ends the
-            run, naming them. Either looks for them by bisection.
+        keep_weights_every: keep the weights (without the session) permanently at this interval, in edits, for
+            ``evaluate --at`` and exports; None keeps only the last ones.
+        on_error: ``skip`` skips edits that can't be made, and lists them in ``summary.json``; ``stop`` ends the run
+            and names them. Both find them by bisection.
     """
 
     output: Path
@@ -120,7 +121,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run found: ``summary.json``'s content, energy records, and the examples' continuations."""
+    """Result of a run: the content of ``summary.json``, energy records, and the examples' continuations."""
 
     summary: dict[str, Any]
     tracker: HETracker
@@ -135,61 +136,60 @@ def run_sequential(
     hparams: SPHEREHyperParams,
     settings: RunSettings,
     callbacks: Sequence[EditCallback] = (),
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> RunResult:
-    """Edit all records into the model in batches and write the run directory (see DESIGN.md, section 4).
+    """Edit all records into the model in batches and write the run directory (files: see ``runs.schema``).
 
     Args:
         model: just loaded, without edits; changed in place.
         tok: its tokenizer.
         records: in the order of editing.
         hparams: method and settings.
-        settings: where to write, how large a batch is, what to measure.
-        callbacks: told of every batch, before it is written down (a batch that one of them undoes leaves no line), of
-            what was measured, and of the run's end.
-        progress: called with a phase ("before", "editing", "during" ...), and how much of it is done.
+        settings: run directory, batch size, and what is measured.
+        callbacks: notified of every batch before it is written (a batch that one of them undoes is not written), of
+            measurements, and of the end of the run. If one raises ``StopEditing``, the run ends there in good order,
+            with measurements and summary of the facts edited so far.
+        progress: called with the phase ("before", "editing", "during" ...) and the units done and in total.
 
     Raises:
-        ValueError: the directory holds files (and ``resume`` was not asked for) or another run than this one, there is
-            nothing to edit, or a batch fails (see ``RunSettings.on_error``); all batches up to the last checkpoint are
-            then in the run directory. ``StopEditing`` of a callback is no failure: the run ends there and is summed
-            up, on the facts edited so far.
+        ValueError: the directory holds files (and ``resume`` is off) or a different run, there is nothing to edit, or a
+            batch fails (see ``RunSettings.on_error``); batches up to the last checkpoint are then in the directory.
     """
     check_hparams(hparams)
     check_tokenizer(tok)
     if not records:
         raise ValueError("there are no records to edit")
     run = RunDirectory(settings.output)
-    run.check_places()
-    goes_on = settings.resume and run.has(schema.CONFIG)
-    if not goes_on and settings.output.exists() and any(settings.output.iterdir()):
+    run.check_paths()
+    resumes = settings.resume and run.has(schema.CONFIG)
+    if not resumes and settings.output.exists() and any(settings.output.iterdir()):
         raise ValueError(f"{settings.output} is not empty: give a new directory for the run"
                          + (", this one holds no run to resume" if settings.resume else ", or resume it"))
     editable = hparams.editable(model)
     check_parameters(model)
-    session = EditSession.of(model)
-    if session.num_edits:
-        raise ValueError(f"the model holds {session.num_edits} edits already: start a run from a model just loaded")
-    # All that can be refused is refused, and what takes long is collected, before anything is measured or changed.
+    if EditSession.of(model).num_edits:
+        raise ValueError(f"the model holds {EditSession.of(model).num_edits} edits already: start a run from a model "
+                         "just loaded")
+    # Everything is checked, and statistics are collected, before anything is measured or changed.
     started = time.perf_counter()
-    work = _Run(editable, tok, records, hparams, settings, run, callbacks, progress or (lambda what, done, total: None))
+    work = _Run(editable, tok, records, hparams, settings, run, callbacks, progress or (lambda *_: None))
     work.prepare()
     preparation_seconds = time.perf_counter() - started
     described = {**settings.described, "num_edits": len(records), "batch_size": settings.batch_size,
                  "protocol": settings.measure.protocols[0], "records": records_fingerprint(records),
                  "checkpoint_every": settings.checkpoint_every,
                  "on_error": settings.on_error,
-                 "callbacks": [dict(found) for one in callbacks if (found := one.deciding()) is not None],
-                 "measure": settings.measure.described()}
+                 "callbacks": [dict(found) for one in callbacks if (found := one.resume_settings()) is not None],
+                 "measure": settings.measure.to_dict()}
     config = run_config(model, hparams, described)
-    if goes_on:
+    if resumes:
         same_versions = check_same_run(run, config)
         if run.has(schema.SUMMARY):
             logger.info("%s is finished: nothing is left to do", settings.output)
             return _finished(run, callbacks, [record.edit_prompt for record in records[: settings.examples]])
     with run.locked():
-        if goes_on:
-            _go_back_to_checkpoint(run, editable, same_versions)
+        if resumes:
+            _restore_checkpoint(run, editable, same_versions)
             config = run.read_config()
         else:
             run.write_text(schema.CONFIG, yaml.safe_dump(config, sort_keys=False))
@@ -199,22 +199,22 @@ def run_sequential(
         return work.complete(config, preparation_seconds)
 
 
-def _go_back_to_checkpoint(run: RunDirectory, editable: EditableModel, same_versions: bool) -> None:
-    """Bring the model to the last checkpoint, and drop what was written of later batches and will be written again.
+def _restore_checkpoint(run: RunDirectory, editable: EditableModel, same_versions: bool) -> None:
+    """Restore the model of the last checkpoint, and drop records of later batches, which are written again.
 
-    Measurements of later batches stand: the batches end in the same bits again, unless other versions compute them.
+    Measurements of later batches are kept, since those batches end with the same bits again, unless versions changed.
     """
     numbers = resumable(run.checkpoints)
     num_edits = numbers[-1] if numbers else 0
     if numbers:
         resume_from(editable, run.checkpoints, num_edits)
     run.keep_until(schema.EDITS, num_edits)
-    run.keep_until(schema.SKIPPED, num_edits - 1)  # with as many edits in the model, the batch after it was tried
+    run.keep_until(schema.SKIPPED, num_edits - 1)  # facts skipped at num_edits belong to the next batch
     run.keep_whole_lines(schema.METRICS)
     if not same_versions:
         run.keep_until(schema.METRICS, num_edits)
-        run.place(schema.NEURONS).unlink(missing_ok=True)  # the next measurement makes it anew
-        for path in [*run.place(schema.SCORES).glob("*.jsonl"), *run.place(schema.TEXTS).glob("*.jsonl")]:
+        run.path_of(schema.NEURONS).unlink(missing_ok=True)  # the next measurement writes it again
+        for path in [*run.path_of(schema.SCORES).glob("*.jsonl"), *run.path_of(schema.TEXTS).glob("*.jsonl")]:
             edits = path.stem.rpartition("-")[2]
             if edits.isdecimal() and int(edits) > num_edits:
                 path.unlink()
@@ -222,36 +222,39 @@ def _go_back_to_checkpoint(run: RunDirectory, editable: EditableModel, same_vers
 
 
 class _Run:
-    """The batches and measurements of one run that are still to be done."""
+    """The remaining batches and measurements of a run. Counts of facts include skipped ones; counts of edits do not."""
 
     def __init__(self, editable: EditableModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord],
                  hparams: SPHEREHyperParams, settings: RunSettings, run: RunDirectory,
-                 callbacks: Sequence[EditCallback], progress: Progress) -> None:
+                 callbacks: Sequence[EditCallback], progress: PhaseProgress) -> None:
         self._editable, self._tok, self._records, self._hparams = editable, tok, records, hparams
         self._settings, self._run, self._observers, self._progress = settings, run, callbacks, progress
-        self._session = EditSession.of(editable.model)
         self._measurer = Measurer(editable, tok, records, settings.measure, run, progress, self._on_measured)
-        self._tracker = HETracker(run.place(schema.ENERGY))
-        self._spaces = SpaceTracker(run.place(schema.SPACES), hparams.gamma, hparams.principal_space == "pretrained")
+        self._tracker = HETracker(run.path_of(schema.ENERGY))
+        self._spaces = SpaceTracker(run.path_of(schema.SPACES), hparams.gamma, hparams.principal_space == "pretrained")
         self._log = _BatchLog(run, self._tracker, self._spaces, self._efficacy)
         self._callbacks = [*callbacks, self._tracker, self._log]
-        self._told = 0  # batches of the log that observers were told of
+        self._notified = 0  # batches of the log that observers were notified of
         self._batch: Sequence[EditRecord] = ()
         self._examples = [record.edit_prompt for record in records[: settings.examples]]
-        total = len(records)
-        self._sizes = [min(settings.batch_size, total - first) for first in range(0, total, settings.batch_size)]
-        self._checkpoints = _checkpoints(self._sizes, settings.checkpoint_every)
-        self._ends = list(itertools.accumulate(self._sizes))
-        self._kept_for_good = {end for end, size in zip(self._ends, self._sizes, strict=True)
-                               if end == total or passed(end, size, settings.keep_weights_every)}
-        self._refused: set[int] = set()
-        self._skips = Skips()
-        self._stopped: str | None = None
-        # The model is the unedited one still: no checkpoint has been put in.
-        self._neurons = NeuronWatch(editable.weights(), hparams.gamma, settings.measure.seed)
+        total, size = len(records), settings.batch_size
+        self._batches = [(first, min(first + size, total)) for first in range(0, total, size)]
+        ends = [end for _, end in self._batches]
+        self._checkpoints = checkpoint_ends(ends, settings.checkpoint_every)
+        self._kept_for_good = {end for first, end in self._batches
+                               if end == total or interval_ended(end, end - first, settings.keep_weights_every)}
+        self._skipped = SkippedFacts()
+        self._refused: set[int] = set()  # skipped before the first batch
+        self._stopped: str | None = None  # why a callback stopped the run
+        # Built now, while the weights are the unedited ones: no checkpoint is restored yet.
+        self._neurons = NeuronTracker(editable.weights(), hparams.gamma, settings.measure.seed)
+
+    @property
+    def _session(self) -> EditSession:
+        return EditSession.of(self._editable.model)
 
     def prepare(self) -> None:
-        """Prepare the session, and find the facts that can't be edited as they stand: refused, or left out.
+        """Prepare the session, and find facts that can't be edited: refuse or skip them.
 
         An error that does not depend on the facts is raised as it is.
         """
@@ -261,15 +264,15 @@ class _Run:
         def read(some: Sequence[EditRecord]) -> list[EditRequest]:
             return read_requests(editable, tok, [record.request() for record in some], session)
 
-        self._refuse(read)  # before statistics are collected, which takes long
-        prepare_method(editable, tok, self._hparams, session, self._settings.batch_size)
-        if self._hparams.executor == "native":
-            self._refuse(lambda some: tokenize_batch(editable, tok, read(some), session))
-        self._refused = {one.index for one in self._skips.in_order()}
+        self._check_facts(read)  # before statistics are collected, which takes long
+        engine = engine_of(self._hparams, session)
+        engine.prepare_run(editable, tok, self._hparams, session, self._settings.batch_size)
+        self._check_facts(lambda some: engine.check_requests(editable, tok, read(some), session))
+        self._refused = {one.index for one in self._skipped.in_order()}
 
-    def _refuse(self, check: Callable[[Sequence[EditRecord]], object]) -> None:
-        """Leave out the facts that a check refuses; raise what it says where one is at fault and none is left out."""
-        indices = [index for index in range(len(self._records)) if index not in self._skips]
+    def _check_facts(self, check: Callable[[Sequence[EditRecord]], object]) -> None:
+        """Skip the facts that a check refuses; raise its error if ``on_error`` is ``stop`` or no fact is left."""
+        indices = [index for index in range(len(self._records)) if index not in self._skipped]
         try:
             check([self._records[index] for index in indices])
         except ValueError:
@@ -279,195 +282,203 @@ class _Run:
                 try:
                     check([self._records[index]])
                 except ValueError as error:
-                    self._skips.add([Skipped(index, self._records[index].case_id, 0, kind_and_text(error))])
-            if self._skips.edited(len(self._records)) == 0:
+                    self._skipped.add([Skipped(index, self._records[index].case_id, 0, kind_and_text(error))])
+            if self._skipped.edited(len(self._records)) == 0:
                 raise
 
     def complete(self, config: Mapping[str, Any], preparation_seconds: float) -> RunResult:
-        """Do what is left, and sum up."""
-        # Going back to a checkpoint exchanged the session.
-        session = self._session = EditSession.of(self._editable.model)
-        run, total = self._run, len(self._records)
-        if session.num_edits == 0 and not run.has(schema.EXAMPLES):
-            self._said_before = self._continuations()
-            run.write_json(schema.EXAMPLES, {"before": self._said_before})
+        """Edit and measure what is left, and write the summary."""
+        run, self._config = self._run, config
+        if self._session.num_edits == 0 and not run.has(schema.EXAMPLES):
+            self._before = self._continuations()
+            run.write_json(schema.EXAMPLES, {"before": self._before})
         else:
-            self._said_before = _examples(run)["before"]
-        self._config = config
-        if session.num_edits:
-            self._tracker.records = read_energy_csv(run.place(schema.ENERGY))
-            self._spaces.records = read_spaces_csv(run.place(schema.SPACES)) if run.has(schema.SPACES) else []
+            self._before = _examples(run)["before"]
+        if self._session.num_edits:
+            self._tracker.records = read_energy_csv(run.path_of(schema.ENERGY))
+            self._spaces.records = read_spaces_csv(run.path_of(schema.SPACES)) if run.has(schema.SPACES) else []
             self._log.batches = run.records(schema.EDITS, BatchRecord)
-            self._told = len(self._log.batches)
-        self._skips.add(run.records(schema.SKIPPED, Skipped))
-        begun = self._skips.tried(session.num_edits, self._ends)
+            self._notified = len(self._log.batches)
+        self._skipped.add(run.records(schema.SKIPPED, Skipped))
+        resumed_at = self._skipped.tried(self._session.num_edits, [end for _, end in self._batches])
         tried = 0
-        for size in (0, *self._sizes):  # the model as it was loaded comes before the first batch
-            if tried + size < begun:  # measured before the checkpoint that the run goes on from
-                tried += size
+        for first, end in [(0, 0), *self._batches]:  # (0, 0): the unedited model
+            if end < resumed_at:  # edited and measured before the checkpoint
                 continue
-            if tried + size > begun:
-                try:
-                    self._edit(tried, size)
-                except StopEditing as stop:
-                    self._stopped = str(stop)
-                    logger.warning("stopped after %d edits: %s", session.num_edits, stop)
-                self._tell_batches()
+            if end > resumed_at:
+                self._edit_or_stop(first, end)
                 if self._stopped is not None:
-                    while self._skips.edited(tried) < session.num_edits:  # halves of a batch that is too large
-                        tried += 1
+                    tried = self._end_early(first)
                     break
-                self._keep(session, tried + size)
-            tried += size
-            self._measure(tried, size, total)
-        if self._stopped is not None:
-            self._end_early(tried)
-        return self._sum_up(preparation_seconds, tried)
+                self._save(end)
+            self._measure(first, end)
+            tried = end
+        return self._summarise(preparation_seconds, tried)
 
-    def _state(self, summary: Summary | None = None) -> RunState:
-        return RunState(self._run.path, self._config, self._log.batches, self._measurer.measurements,
-                        self._tracker.records, self._spaces.records, summary)
+    # Editing
 
-    def _tell_batches(self) -> None:
-        """Tell observers of the batches that ended since the last call, which by now can't be undone any more."""
-        new, self._told = self._log.batches[self._told:], len(self._log.batches)
-        for batch in new:
+    def _edit_or_stop(self, first: int, end: int) -> None:
+        """Edit a batch and notify observers; note the reason if a callback stops the run."""
+        try:
+            self._edit(first, end)
+        except StopEditing as stop:
+            self._stopped = str(stop)
+            logger.warning("stopped after %d edits: %s", self._session.num_edits, stop)
+        new, self._notified = self._log.batches[self._notified:], len(self._log.batches)
+        for batch in new:  # only now, when they can't be undone any more
             for observer in self._observers:
                 observer.on_measured(MeasureEvent(self._state(), batch=batch))
 
-    def _on_measured(self, measurement: Measurement) -> None:
-        for observer in self._observers:
-            observer.on_measured(MeasureEvent(self._state(), measurement=measurement))
-
-    def _measure(self, tried: int, size: int, total: int) -> None:
-        """Measure what is due after a batch of so many facts, ``tried`` of ``total`` in all."""
-        measure = self._settings.measure
-        points = points_after(tried, size, total, measure)
-        for point in points:
-            self._measurer.measure(self._of_the_edited(point, tried))
-        if tried == total or any(point.when == "during" for point in points):
-            self._neurons.write(self._run.place(schema.NEURONS), self._editable.weights(), self._skips.edited(tried))
-        if abilities_are_due(tried, size, total, measure.abilities):
-            self._measurer.measure_abilities(when_after(tried, total), self._skips.edited(tried))
-
-    def _end_early(self, tried: int) -> None:
-        """Keep the weights that a callback stopped at, and measure as after the last batch."""
-        num_edits, measure = self._skips.edited(tried), self._settings.measure
-        if num_edits == 0:
-            raise ValueError(f"the run was stopped before any edit was in the model: {self._stopped}")
-        save_weights(self._editable, self._run.checkpoints, num_edits)
-        if measure.after:
-            self._measurer.measure(self._last_point(tried))
-        self._neurons.write(self._run.place(schema.NEURONS), self._editable.weights(), num_edits)
-        if measure.abilities.tasks:
-            self._measurer.measure_abilities("after", num_edits)
-
-    def _last_point(self, tried: int) -> DueMeasurement:
-        """The measurement after the last batch: on those of the facts measured before that are in the model."""
-        total = len(self._records)
-        return self._of_the_edited(point_at(total, total, self._settings.measure), tried)
-
-    def _of_the_edited(self, point: DueMeasurement, tried: int) -> DueMeasurement:
-        """A point on those of its facts that are in the model once so many were tried; before, on all but refused."""
-        if point.when == "before":
-            return replace(point, cases=tuple(case for case in point.cases if case not in self._refused))
-        return DueMeasurement(point.when, self._skips.edited(tried),
-                              tuple(case for case in point.cases if case < tried and case not in self._skips))
-
-    def _efficacy(self) -> float | None:
-        """Percent of the batch's facts that the model says as it stands, by the first protocol."""
-        try:
-            return edit_efficacy(self._editable.model, self._tok, self._batch, self._settings.measure.protocols[0])
-        except ValueError as error:  # the protocol does not fit the facts
-            logger.debug("no efficacy of this batch: %s", error)
-            return None
-
-    def _edit(self, first: int, size: int) -> None:
-        """Edit the facts from ``first`` on, but for those that were refused; leave out what is at fault, if wanted."""
-        indices = [index for index in range(first, first + size) if index not in self._skips]
+    def _edit(self, first: int, end: int) -> None:
+        """Edit the facts from ``first`` to ``end`` that were not refused, and skip those that fail alone."""
         num_edits = self._session.num_edits
-        faults = edit_around_faults([_Fact(index, self._records[index].case_id) for index in indices],
-                                    lambda some: self._edit_batch(some, first), self._failure, self._settings.on_error)
-        skipped = [Skipped(fact.index, fact.case_id, num_edits, kind_and_text(error)) for fact, error in faults]
+        failing = edit_by_bisection([index for index in range(first, end) if index not in self._skipped],
+                                    lambda some: self._edit_batch(some, first), self._failure, self._settings.on_error,
+                                    lambda index: f"case_id {self._records[index].case_id}")
+        skipped = [Skipped(index, self._records[index].case_id, num_edits, kind_and_text(error))
+                   for index, error in failing]
         for one in skipped:
             logger.warning("case_id %s was left out: %s", one.case_id, one.error)
             self._run.append(schema.SKIPPED, one.to_dict())
-        self._skips.add(skipped)
-        self._check_edited(first + size)
+        self._skipped.add(skipped)
+        self._check_edited(end)
 
     def _check_edited(self, tried: int) -> None:
-        """End a run that has left out every fact so far: all there are, or several with one error.
+        """Raise if every fact so far was skipped: all facts of the run, or several with the same error.
 
-        Batches of one edit have no others to compare with, so what their facts share shows here.
+        With batches of one edit, this is where an error that all facts share is noticed.
         """
-        errors = [one.error for one in self._skips.in_order() if one.index not in self._refused]
+        errors = [one.error for one in self._skipped.in_order() if one.index not in self._refused]
         if not errors or self._session.num_edits:
             return
         total = len(self._records)
-        if tried == total or (len(set(errors)) == 1 and len(errors) >= enough_tries(total)):
+        if tried == total or (len(set(errors)) == 1 and len(errors) >= tries_needed(total)):
             raise ValueError(f"{errors[0]} (so far none of {tried} facts could be edited, of {total}: the run ends)")
 
-    def _edit_batch(self, facts: Sequence[_Fact], first: int) -> None:
+    def _edit_batch(self, indices: Sequence[int], first: int) -> None:
         done = itertools.count(first + 1)
 
         def advance(count: int) -> None:
             for _ in range(count):
                 self._progress("editing", next(done), len(self._records))
 
-        self._batch = [self._records[fact.index] for fact in facts]
+        self._batch = [self._records[index] for index in indices]
         apply_sphere_to_model(self._editable.model, self._tok, [record.request() for record in self._batch],
                               self._hparams, callbacks=self._callbacks, progress=advance)
 
-    def _failure(self, facts: Sequence[_Fact]) -> Exception | None:
-        """What these edits alone raise, tried and undone without anybody watching."""
-        requests = [self._records[fact.index].request() for fact in facts]
+    def _failure(self, indices: Sequence[int]) -> Exception | None:
+        """The error of these edits alone, tried and undone without callbacks."""
+        requests = [self._records[index].request() for index in indices]
         try:
             apply_sphere_to_model(self._editable.model, self._tok, requests, self._hparams, callbacks=[_Undo()])
         except _Undone:
             return None
-        except Exception as error:  # whatever it is, it is their fault
+        except Exception as error:  # any error counts
             return error
         raise AssertionError("_Undo raises after every batch")
 
-    def _keep(self, session: EditSession, tried: int) -> None:
-        """Write what is to be kept of the model as it stands."""
-        folder = self._run.checkpoints
+    def _save(self, tried: int) -> None:
+        """Save a checkpoint, or weights to keep, if one is due."""
+        folder, session = self._run.checkpoints, self._session
         if tried in self._checkpoints:
-            session.settle()
+            session.drop_derived()
             save_checkpoint(self._editable, session, folder)
-            thin_out(folder, self._settings.keep_checkpoints,
-                     {self._skips.edited(end) for end in self._kept_for_good if end <= tried})
+            remove_old_checkpoints(folder, self._settings.keep_checkpoints,
+                                   {self._skipped.edited(end) for end in self._kept_for_good if end <= tried})
         elif tried in self._kept_for_good:
             save_weights(self._editable, folder, session.num_edits)
+
+    def _end_early(self, first: int) -> int:
+        """After a callback stopped the run in the batch from ``first``: save, and measure as after the last batch.
+
+        Returns:
+            Number of facts tried.
+        """
+        tried, num_edits, measure = first, self._session.num_edits, self._settings.measure
+        while self._skipped.edited(tried) < num_edits:  # some of the batch stay if it was edited in halves
+            tried += 1
+        if num_edits == 0:
+            raise ValueError(f"the run was stopped before any edit was in the model: {self._stopped}")
+        save_weights(self._editable, self._run.checkpoints, num_edits)
+        if measure.after:
+            self._measurer.measure(self._last_point(tried))
+        self._neurons.write(self._run.path_of(schema.NEURONS), self._editable.weights(), num_edits)
+        if measure.abilities.tasks:
+            self._measurer.measure_abilities("after", num_edits)
+        return tried
+
+    # Measuring
+
+    def _measure(self, first: int, end: int) -> None:
+        """Measure what is due after the batch of facts from ``first`` to ``end``."""
+        measure, total, num_edits = self._settings.measure, len(self._records), self._skipped.edited(end)
+        points = due_measurements(end, end - first, total, measure)
+        for point in points:
+            self._measurer.measure(self._without_skipped(point, end))
+        if end == total or any(point.when == "during" for point in points):
+            self._neurons.write(self._run.path_of(schema.NEURONS), self._editable.weights(), num_edits)
+        if abilities_due(end, end - first, total, measure.abilities):
+            self._measurer.measure_abilities(phase_at(end, total), num_edits)
+
+    def _last_point(self, tried: int) -> DueMeasurement:
+        """The measurement after the last batch, of those facts measured before that are in the model."""
+        total = len(self._records)
+        return self._without_skipped(measurement_at(total, total, self._settings.measure), tried)
+
+    def _without_skipped(self, point: DueMeasurement, tried: int) -> DueMeasurement:
+        """A point without skipped facts; before editing, without refused ones."""
+        if point.when == "before":
+            return replace(point, cases=tuple(case for case in point.cases if case not in self._refused))
+        return DueMeasurement(point.when, self._skipped.edited(tried),
+                              tuple(case for case in point.cases if case < tried and case not in self._skipped))
+
+    def _efficacy(self) -> float | None:
+        """Percent of the current batch's facts that the model predicts, by the first protocol; None if undefined."""
+        try:
+            return edit_efficacy(self._editable.model, self._tok, self._batch, self._settings.measure.protocols[0])
+        except ValueError as error:  # the protocol does not fit the facts
+            logger.debug("no efficacy of this batch: %s", error)
+            return None
+
+    def _on_measured(self, measurement: Measurement) -> None:
+        for observer in self._observers:
+            observer.on_measured(MeasureEvent(self._state(), measurement=measurement))
 
     def _continuations(self) -> list[str]:
         return generate_continuations(self._editable.model, self._tok, self._examples)
 
-    def _sum_up(self, preparation_seconds: float, tried: int) -> RunResult:
-        run, measure, num_edits = self._run, self._settings.measure, self._skips.edited(tried)
+    # Summary
+
+    def _state(self, summary: Summary | None = None) -> RunState:
+        return RunState(self._run.path, self._config, self._log.batches, self._measurer.measurements,
+                        self._tracker.records, self._spaces.records, summary)
+
+    def _summarise(self, preparation_seconds: float, tried: int) -> RunResult:
+        """Write ``examples.json``, ``cases.jsonl`` and ``summary.json``."""
+        run, measure, num_edits = self._run, self._settings.measure, self._skipped.edited(tried)
         after = self._continuations()
-        generations = list(zip(self._examples, self._said_before, after, strict=True))
+        generations = list(zip(self._examples, self._before, after, strict=True))
         if measure.after:
             self._write_cases(generations, tried)
-        by_protocol = {protocol: (self._measured("before", 0, protocol), self._measured("after", num_edits, protocol))
+        by_protocol = {protocol: {"pre": self._measured("before", 0, protocol),
+                                  "post": self._measured("after", num_edits, protocol)}
                        for protocol in measure.protocols}
-        first = by_protocol[measure.protocols[0]]
+        metrics = {protocol: {name: None if one is None else one.main_metrics() for name, one in found.items()}
+                   for protocol, found in by_protocol.items()}
+        first = measure.protocols[0]
         summary = Summary(
-            num_edits, measure.protocols[0], len(self._records),
-            tuple(SkippedCase(one.case_id, one.error) for one in self._skips.in_order() if one.index < tried),
-            self._stopped, pre=None if first[0] is None else first[0].main_metrics(),
-            post=None if first[1] is None else first[1].main_metrics(),
-            protocols={protocol: {name: None if one is None else estimates_to_dict(one.main_metrics())
-                                  for name, one in zip(("pre", "post"), found, strict=True)}
-                       for protocol, found in by_protocol.items()},
-            watched={name: None if one is None else one.watched()
-                     for name, one in zip(("pre", "post"), first, strict=True)},
+            num_edits, first, len(self._records),
+            tuple(SkippedCase(one.case_id, one.error) for one in self._skipped.in_order() if one.index < tried),
+            self._stopped, metrics[first]["pre"], metrics[first]["post"],
+            protocols={protocol: {name: None if one is None else estimates_to_dict(one) for name, one in found.items()}
+                       for protocol, found in metrics.items()},
+            watched={name: None if one is None else one.watched() for name, one in by_protocol[first].items()},
             preparation_seconds=preparation_seconds,
             editing_seconds=sum(batch.wall_seconds for batch in self._log.batches),
             evaluation_seconds=sum(one.seconds for one in self._measurer.measurements),
             peak_memory_bytes=peak_memory_bytes(self._editable.model),
             weights_sha256=weights_checksum(self._editable))
-        run.write_json(schema.EXAMPLES, {"before": self._said_before, "after": after})
+        run.write_json(schema.EXAMPLES, {"before": self._before, "after": after})
         run.write_json(schema.SUMMARY, summary.to_dict())
         for observer in self._observers:
             observer.on_run_end(self._state(summary))
@@ -478,44 +489,40 @@ class _Run:
                      and (one.when, one.num_edits, one.protocol) == (when, num_edits, protocol)), None)
 
     def _write_cases(self, generations: Sequence[tuple[str, str, str]], tried: int) -> None:
-        measure, total = self._settings.measure, len(self._records)
+        measure = self._settings.measure
         protocol = measure.protocols[0]
-        after = self._last_point(tried)
-        post = self._measurer.scores(after)[protocol]
         before: dict[int, CaseScores] = {}
         if measure.before:
-            point = self._of_the_edited(point_at(0, total, measure), 0)
+            point = self._without_skipped(measurement_at(0, len(self._records), measure), 0)
             before = dict(zip(point.cases, self._measurer.scores(point)[protocol], strict=True))
+        last = self._last_point(tried)
         lines = []
-        for case, is_now in zip(after.cases, post, strict=True):
-            record, was = self._records[case], before.get(case)
-            said = generations[case][1:] if case < len(generations) else None
+        for case, after in zip(last.cases, self._measurer.scores(last)[protocol], strict=True):
+            record = self._records[case]
+            texts: dict[str, str | None] | None = None
+            if case < len(generations):
+                _, text_before, text_after = generations[case]
+                texts = {"before": text_before, "after": text_after}
             lines.append(CaseRecord(
                 record.case_id, record.edit_prompt, record.subject, record.target_new, record.target_true,
-                None if was is None else _scores(was), _scores(is_now),
-                None if said is None else {"before": said[0], "after": said[1]}).to_dict())
+                _fact_metrics(before[case]) if case in before else None, _fact_metrics(after), texts).to_dict())
         self._run.write_lines(schema.CASES, lines)
 
 
-def _checkpoints(sizes: Sequence[int], every: int) -> set[int]:
-    """After how many edits a checkpoint is made: a function of the batches alone, since it decides about bits."""
-    found, done = [0], 0
-    for size in sizes:
-        done += size
-        if done - found[-1] >= every:
-            found.append(done)
-    return {*found[1:], done}
+def _fact_metrics(scores: CaseScores) -> dict[str, float | None]:
+    return {metric: getattr(scores, metric) for metric in schema.FACT_METRICS}
 
 
 def _finished(run: RunDirectory, callbacks: Sequence[EditCallback], examples: Sequence[str]) -> RunResult:
+    """The result of a run that has ended, read from its directory."""
     state = read_state(run)
     tracker = HETracker()
     tracker.records = list(state.energy)
     for callback in callbacks:
         callback.on_run_end(state)
-    said = _examples(run)
+    texts = _examples(run)
     return RunResult(run.read_json(schema.SUMMARY), tracker,
-                     list(zip(examples, said["before"], said["after"], strict=False)))
+                     list(zip(examples, texts["before"], texts["after"], strict=False)))
 
 
 def _examples(run: RunDirectory) -> dict[str, list[str]]:
@@ -523,15 +530,16 @@ def _examples(run: RunDirectory) -> dict[str, list[str]]:
 
 
 class _BatchLog(EditCallback):
-    """Writes ``edits.jsonl``, a line a batch, and lets the batch be watched by what must not count as editing.
+    """Writes ``edits.jsonl``, a line per batch, and runs the space tracker outside the timed part.
 
     Args:
-        run, tracker: where to write, and whose energy.
-        spaces: watches the batch.
-        efficacy: gives percent of the batch's facts that the model says.
+        run: run directory.
+        tracker: source of the energies.
+        spaces: runs before and after each batch.
+        efficacy: returns the percent of the batch's facts that the model predicts.
 
     Attributes:
-        batches: of the run so far.
+        batches: all of the run so far.
     """
 
     def __init__(self, run: RunDirectory, tracker: HETracker, spaces: SpaceTracker,
@@ -554,30 +562,15 @@ class _BatchLog(EditCallback):
         self.batches.append(batch)
 
 
-@dataclass(frozen=True)
-class _Fact:
-    """A fact of the run, as errors name it."""
-
-    index: int
-    case_id: int | str
-
-    def __str__(self) -> str:
-        return f"case_id {self.case_id}"
-
-
 class _Undone(Exception):
-    """A batch that was made to be undone."""
+    """Raised to undo a batch that was only tried."""
 
 
 class _Undo(EditCallback):
-    """Has every batch undone."""
+    """Undoes every batch."""
 
     def on_batch_end(self, event: EditEvent) -> None:
         raise _Undone
-
-
-def _scores(scores: CaseScores) -> dict[str, float | None]:
-    return {metric: getattr(scores, metric) for metric in schema.FACT_METRICS}
 
 
 def peak_memory_bytes(model: nn.Module) -> int:

@@ -6,7 +6,7 @@ import importlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,11 +21,11 @@ from ...models.architecture import frozen, input_device
 from ...models.checks import check_inputs
 from ...utils.locks import exclusive
 from ...utils.messages import nearest
+from ...utils.progress import PhaseProgress
 from .tasks import ABILITY_TASKS, default_folder
 
 logger = logging.getLogger(__name__)
 
-TaskProgress = Callable[[str, int, int], None]  # (task, requests done, requests in total)
 
 # Prefix that selects lm-eval's task of a name that one of ours has, too.
 OFFICIAL: Final = "lm_eval:"
@@ -78,7 +78,7 @@ def general_abilities(
     batch_size: int = 32,
     max_new_tokens: int | None = None,
     seed: int = 0,
-    progress: TaskProgress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> dict[str, AbilityScore]:
     """Measure a model's general abilities by lm-evaluation-harness.
 

@@ -1,14 +1,12 @@
-"""Sweeps: many runs from one YAML file, one process a run, resumable, collected into one table.
+"""Sweeps: many runs from one YAML file, one process per run, resumable, collected into one table.
 
-``spec``: the file; ``grid``: its runs and their names. ``record``: what a sweep's folder keeps of them. ``runs``: the
-processes. ``slurm`` and ``cluster``: runs as jobs of SLURM. Tables of their results are made by
-``analysis.sweep_table``.
+``spec`` reads the file, ``grid`` expands it to runs and names them, ``record`` keeps the runs in the sweep's folder,
+``local`` and ``slurm`` run them. ``analysis.sweep_table`` makes tables of the results.
 """
 
-from .cluster import Submission, submit_sweep, wait_for_jobs
+from .local import RunOutcome, SweepResult, run_sweep
 from .record import Run, Sweep
-from .runs import RunOutcome, SweepResult, run_sweep
-from .slurm import parse_slurm
+from .slurm import Submission, parse_slurm, submit_sweep, wait_for_jobs
 from .spec import load_sweep
 
 __all__ = ["Run", "RunOutcome", "Submission", "Sweep", "SweepResult", "load_sweep", "parse_slurm", "run_sweep",

@@ -1,4 +1,4 @@
-"""Checks of what stands in a sweep's file; each raises ValueError with the place, the value and the remedy."""
+"""Reads a sweep's YAML file and checks its values; errors are ValueErrors with location, value and remedy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file that names no key twice, at any depth, and holds nothing that YAML misreads."""
+    """The mapping in a YAML file; duplicate keys and misleading numbers are refused, environment variables expanded."""
     text = path.read_text(encoding="utf-8")
     content = safe_yaml.read_yaml(text, str(path))
     _refuse_traps(path, yaml.compose(text, Loader=yaml.SafeLoader))
@@ -27,7 +27,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _expanded(value: Any, path: Path) -> Any:
-    """Texts with environment variables in the form ``${NAME}`` replaced by what they stand for."""
+    """Replace ``${NAME}`` in strings by environment variables."""
     if isinstance(value, dict):
         return {key: _expanded(item, path) for key, item in value.items()}
     if isinstance(value, list):
@@ -42,7 +42,7 @@ def _expanded(value: Any, path: Path) -> Any:
 
 
 def _refuse_traps(path: Path, node: yaml.Node | None) -> None:
-    """YAML would silently keep the last of two keys, and read 4:00:00 as a number to base 60."""
+    """Refuse duplicate keys, of which YAML keeps the last, and 4:00:00, which it reads as a number to base 60."""
     if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int" and ":" in node.value:
         raise ValueError(f"{path}, line {node.start_mark.line + 1}: YAML reads {node.value} as a number to base 60: "
                          f'write "{node.value}"')
@@ -60,14 +60,14 @@ def _refuse_traps(path: Path, node: yaml.Node | None) -> None:
 
 
 def check_keys(mapping: Mapping[Any, Any], known: Collection[str], where: str) -> None:
-    """Refuse a key that is not known."""
+    """Refuse unknown keys."""
     for key in mapping:
         if key not in known:
-            raise ValueError(f"{where} knows no {key!r}{suggestion(str(key), known)}")
+            raise ValueError(f"{where} has no setting {key!r}{suggestion(str(key), known)}")
 
 
 def refuse_both(one: Iterable[str], other: Collection[str], where: str, there: str) -> None:
-    """Refuse a name that stands in two places."""
+    """Refuse a name that is in both."""
     if both := [name for name in one if name in other]:
         raise ValueError(f"{both[0]} is given under both {where} and {there}: remove one")
 
@@ -82,14 +82,14 @@ def as_mapping(value: Any, where: str) -> Mapping[Any, Any]:
 
 
 def as_text(value: Any, where: str) -> str:
-    """A text that is not blank."""
+    """A string that is not blank."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where} must be given as a text, not {value!r:.60}")
     return value
 
 
 def as_whole(value: Any, where: str, least: int) -> int:
-    """A whole number from ``least`` on."""
+    """An integer of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{where} is {value!r:.60}: give a whole number of at least {least}")
     return value

@@ -1,4 +1,4 @@
-"""From groups of runs, which differ by axes, to the runs."""
+"""Expands groups of runs along their axes to single runs, and names them."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from ...hparams import SPHERE_ONLY, SPHEREHyperParams
 from .checks import as_list, as_whole, check_keys
 from .record import Run
 
-LONGEST: Final = 120  # characters of a name, seed not counted; file systems take 255 bytes
-_LONGEST_VALUE: Final = 32
+MAX_LENGTH: Final = 120  # of a name without seed, in characters; file systems allow 255 bytes
+_MAX_VALUE_LENGTH: Final = 32
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one method that share all but seeds and axes.
+    """Runs of one method that differ only in seeds and axes.
 
     Attributes:
-        where: in the file, for errors.
-        name: given in place of the one that is made up.
-        settings: a run that the axes change; its name, seed and hyperparameters are still to be filled in.
-        file: hyperparameters of its file.
-        own: these with ``set`` and the method's own, which a made-up name leaves out.
-        told: further settings that a made-up name must tell, as they differ from the top of the file.
-        gamma, alpha: (None,) for ``own``.
-        axes: further hyperparameters with their values.
+        where: location in the file, for errors.
+        name: name given in the file, or None to generate one.
+        settings: template of the runs, without name, seed and hyperparameters.
+        file: hyperparameters of the hyperparameter file.
+        defaults: hyperparameters of the file with ``set`` and the method's changes; a generated name omits them.
+        named: further settings in a generated name, because they differ from the top of the file.
+        gamma, alpha: values; (None,) for those of ``defaults``.
+        axes: values of further hyperparameters.
     """
 
     where: str
     name: str | None
     settings: Run
     file: Mapping[str, Any]
-    own: SPHEREHyperParams
-    told: Mapping[str, Any]
+    defaults: SPHEREHyperParams
+    named: Mapping[str, Any]
     seeds: tuple[int, ...]
     sphere: tuple[bool, ...]
     gamma: tuple[Any, ...]
@@ -50,11 +50,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Arm:
-    """The runs of a group that differ by seed alone.
+    """The runs of a group that differ only in the seed.
 
     Attributes:
         changes: hyperparameters on top of the group's.
-        point: method, sphere, gamma, alpha and axes as far as they play a part, by which ``without`` chooses.
+        point: method, sphere, and those of gamma, alpha and axes that apply; ``exclude`` matches these.
     """
 
     group: Group
@@ -65,7 +65,7 @@ class Arm:
 
 
 def arms_of(group: Group) -> Iterator[Arm]:
-    """Arms in the order of the axes, the last one changing fastest. Without SPHERE its own axes are one point."""
+    """Arms in the order of the axes, the last varying fastest. Axes of SPHERE alone don't apply without it."""
     general = {name: values for name, values in group.axes.items() if name not in SPHERE_ONLY}
     special = {name: values for name, values in group.axes.items() if name in SPHERE_ONLY}
     special = {"gamma": group.gamma, "alpha": group.alpha, **special}
@@ -74,43 +74,44 @@ def arms_of(group: Group) -> Iterator[Arm]:
         for sphere in group.sphere:
             for of_sphere in product(*special.values()) if sphere else [()]:
                 changes = {**common, **(dict(zip(special, of_sphere, strict=True)) if sphere else {"alpha": 0})}
-                own = {name: getattr(group.own, name) for name in ("gamma", "alpha") if changes.get(name, 0) is None}
-                point = {"method": group.settings.method, "sphere": sphere, **changes, **own}
-                changes = {name: value for name, value in changes.items() if name not in own}
+                inherited = {name: getattr(group.defaults, name) for name in ("gamma", "alpha")
+                             if changes.get(name, 0) is None}
+                point = {"method": group.settings.method, "sphere": sphere, **changes, **inherited}
+                changes = {name: value for name, value in changes.items() if name not in inherited}
                 yield Arm(group, sphere, changes, point, group.seeds)
 
 
-def without(arms: list[Arm], exclude: Any, axes: Iterable[str]) -> list[Arm]:
-    """``arms`` without the runs that entries of ``exclude`` describe, each by a value or a list of them for every name.
+def excluding(arms: list[Arm], exclude: Any, axes: Iterable[str]) -> list[Arm]:
+    """``arms`` without the runs that match an entry of ``exclude``: a value or a list of values for each name.
 
     Raises:
-        ValueError: ``exclude`` is no list of mappings, names something unknown, or an entry describes no run.
+        ValueError: ``exclude`` is not a list of mappings, has an unknown name, or an entry matches no run.
     """
     if not isinstance(exclude, list) or not all(isinstance(entry, Mapping) and entry for entry in exclude):
         raise ValueError("exclude must be a list of mappings such as {method: MEMIT, gamma: 0.3}, not "
                          f"{exclude!r:.60}")
     for index, entry in enumerate(exclude):
         check_keys(entry, ("method", "sphere", "seed", "gamma", "alpha", *axes), f"exclude[{index}]")
-        wanted = {name: as_list(value) for name, value in entry.items() if name != "seed"}
+        conditions = {name: as_list(value) for name, value in entry.items() if name != "seed"}
         seeds = [as_whole(seed, f"exclude[{index}].seed", 0) for seed in as_list(entry.get("seed", []))]
         kept, matched = [], False
         for arm in arms:
             left = arm.seeds
-            if all(name in arm.point and arm.point[name] in values for name, values in wanted.items()):
+            if all(name in arm.point and arm.point[name] in values for name, values in conditions.items()):
                 left = tuple(seed for seed in arm.seeds if "seed" in entry and seed not in seeds)
             matched |= left != arm.seeds
             kept += [replace(arm, seeds=left)] if left else []
         if not matched:
-            raise ValueError(f"exclude[{index}] {dict(entry)!r} describes no run of the grid: correct or remove it")
+            raise ValueError(f"exclude[{index}] {dict(entry)!r} matches no run of the grid: correct or remove it")
         arms = kept
     return arms
 
 
 def runs_of(arms: Sequence[Arm], seeds_outermost: bool) -> list[Run]:
-    """The arms' runs with their hyperparameters, checked, and their names.
+    """The arms' runs, with checked hyperparameters and names.
 
     Raises:
-        ValueError: hyperparameters are wrong, two runs are the same or have the same name, or a name is impossible.
+        ValueError: wrong hyperparameters, two equal runs, a duplicate or an invalid name.
     """
     runs = [run for arm in arms for run in _runs(arm)]
     if seeds_outermost:
@@ -121,7 +122,7 @@ def runs_of(arms: Sequence[Arm], seeds_outermost: bool) -> list[Run]:
 
 
 def resolve(file: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> SPHEREHyperParams:
-    """Hyperparameters of a file with changes, as ``edit`` makes them of ``--hparams`` and ``--set``."""
+    """Hyperparameters of a file with changes, as with ``edit --hparams`` and ``--set``."""
     try:
         return SPHEREHyperParams.from_dict({**file, **changes})
     except ValueError as error:
@@ -136,53 +137,53 @@ def _runs(arm: Arm) -> Iterator[Run]:
         raise ValueError(f"{group.where}: gamma {resolved.gamma:g} with alpha {resolved.alpha:g} projects nothing, "
                          "which is `sphere: false`: give both above 0")
     run = replace(group.settings, sphere=arm.sphere, set=given, hyperparameters=resolved.to_dict())
-    name = _made_up(run, group, resolved) if group.name is None else group.name
+    name = _generated_name(run, group, resolved) if group.name is None else group.name
     for seed in arm.seeds:
         yield replace(run, name=f"{name}-seed{seed}", arm=name, seed=seed)
 
 
-def _made_up(run: Run, group: Group, resolved: SPHEREHyperParams) -> str:
+def _generated_name(run: Run, group: Group, resolved: SPHEREHyperParams) -> str:
     head = [run.method, "plain"]
     if run.sphere:
         head[1:] = ["sphere", f"gamma{resolved.gamma:g}", f"alpha{resolved.alpha:g}"]
     others = [name for name in run.set if name not in (("gamma", "alpha") if run.sphere else SPHERE_ONLY)]
-    told = {name: run.value(name) for name in others if run.value(name) != getattr(group.own, name, None)}
-    return compose(head, {**group.told, **told})
+    changed = {name: run.value(name) for name in others if run.value(name) != getattr(group.defaults, name, None)}
+    return compose(head, {**group.named, **changed})
 
 
 def _refuse_duplicates(runs: Sequence[Run]) -> None:
     arms: dict[str, str] = {}
     contents: dict[str, Run] = {}
     for run in runs:
-        content = json.dumps([run.playing(), run.dataset, run.data, run.num_edits, run.batch_size, run.edit],
-                             sort_keys=True, default=repr)
+        content = json.dumps([run.effective_hyperparameters(), run.dataset, run.data, run.num_edits, run.batch_size,
+                              run.edit], sort_keys=True, default=repr)
         other = contents.setdefault(f"{run.seed} {content}", run)
         if other is not run:
             raise ValueError(f"the runs {other.name} and {run.name} are the same: give each value of an axis once, and "
-                             "to an entry of `runs` that is meant with SPHERE alone `sphere: true`")
-        if arms.setdefault(run.arm.casefold(), content) != content:  # directories' names may ignore case
-            raise ValueError(f"two runs that differ would be called {run.arm}: list one of them under `runs` with a "
-                             "`name` of its own")
+                             "to an entry of `runs` meant only with SPHERE add `sphere: true`")
+        if arms.setdefault(run.arm.casefold(), content) != content:  # file systems may ignore case
+            raise ValueError(f"two different runs would be called {run.arm}: list one of them under `runs` with a "
+                             "different `name`")
         if not is_name(run.arm):
-            raise ValueError(f"runs can't be called {run.arm!r}: list them under `runs` with a `name`")
+            raise ValueError(f"{run.arm!r} is not a valid name: list these runs under `runs` with a `name`")
 
 
 def is_name(text: str) -> bool:
-    """Whether runs may have this name. The seed at its end keeps it apart from files beside the run."""
-    return len(text) <= LONGEST and _NAME.fullmatch(text) is not None
+    """Whether this is a valid name of runs. The added seed distinguishes it from other files in the folder."""
+    return len(text) <= MAX_LENGTH and _NAME.fullmatch(text) is not None
 
 
 def compose(parts: Iterable[str], settings: Mapping[str, Any]) -> str:
-    """``parts``, then each setting as NAME=VALUE by the order of names, joined by hyphens and cut to ``LONGEST``."""
+    """``parts`` and NAME=VALUE of each setting, sorted, joined by hyphens and cut to ``MAX_LENGTH``."""
     words = [_clean(part) for part in parts]
     words += [f"{_clean(name)}={_value(settings[name])}" for name in sorted(settings)]
     name = "-".join(words)
-    return name if len(name) <= LONGEST else f"{name[:LONGEST - 9]}-{_digest(name)}"
+    return name if len(name) <= MAX_LENGTH else f"{name[:MAX_LENGTH - 9]}-{_digest(name)}"
 
 
 def _value(value: Any) -> str:
     text = _plain(value)
-    return _clean(text) if len(text) <= _LONGEST_VALUE else _digest(text)
+    return _clean(text) if len(text) <= _MAX_VALUE_LENGTH else _digest(text)
 
 
 def _plain(value: Any) -> str:

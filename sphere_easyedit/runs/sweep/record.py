@@ -1,4 +1,4 @@
-"""A sweep's runs, and the file in its folder that keeps them."""
+"""Runs of a sweep, and the file ``sweep.yaml`` in its folder that records them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from ...utils.files import atomic_write
 from ...utils.yaml import read_yaml
 
 RECORD: Final = "sweep.yaml"
-# Options of `edit` that say what is kept or told of a run, and change no number.
+# Options of `edit` that affect only what is kept or logged, and no number.
 KEEPING: Final = frozenset({"keep-weights-every", "keep-checkpoints", "examples", "share-before", "verbose"})
 
 _HEADER = "# The runs of this sweep, resolved. Written by `sphere-easyedit sweep`, which refuses to change them.\n"
-# Where a run is computed and in which file its hyperparameters stand is not what it computes.
 _MAY_DIFFER = frozenset({"device"})
 
 
@@ -27,15 +26,15 @@ class Run:
     """One run of a sweep: one call of ``sphere-easyedit edit``.
 
     Attributes:
-        name: its directory in the sweep's folder; ``arm`` and the seed.
-        arm: what it has in common with the runs of other seeds.
+        name: its directory in the sweep's folder: ``arm`` and the seed.
+        arm: name shared by runs that differ only in the seed.
         method: the base method's label in the sweep's file.
-        sphere: whether SPHERE is on top; without it ``alpha`` is 0.
-        seed: draws and orders the facts.
+        sphere: whether SPHERE is applied; without it ``alpha`` is 0.
+        seed: seed of the draw and order of the facts.
         hparams: YAML file or short name.
         set: hyperparameters that differ from that file.
-        dataset, data, num_edits, batch_size: as ``edit`` takes them; None where it is given none.
-        edit: further options of ``edit`` by name, without dashes in front; true and false are a flag's.
+        dataset, data, num_edits, batch_size: options of ``edit``; None: not given.
+        edit: further options of ``edit`` by name, without leading dashes; true and false for flags.
         hyperparameters: all of them, resolved.
     """
 
@@ -70,19 +69,19 @@ class Run:
         return found
 
     def value(self, name: str) -> Any:
-        """A hyperparameter, a wrapped method's own included; None where the run has none of that name."""
+        """A hyperparameter, also of a wrapped method; None if the run has none of that name."""
         if name in self.hyperparameters:
             return self.hyperparameters[name]
         return (self.hyperparameters.get("executor_hparams") or {}).get(name)
 
-    def playing(self) -> dict[str, Any]:
-        """The hyperparameters that play a part: without SPHERE all but its own."""
+    def effective_hyperparameters(self) -> dict[str, Any]:
+        """Hyperparameters that have an effect: without SPHERE, all but its own."""
         return {name: value for name, value in self.hyperparameters.items() if self.sphere or name not in SPHERE_ONLY}
 
     def change_from(self, hyperparameters: Mapping[str, Any]) -> str | None:
-        """What differs from hyperparameters that were written down, in words; None for nothing.
+        """Text on the first difference from recorded hyperparameters, or None.
 
-        What was written before a hyperparameter existed lacks it, and says nothing about it.
+        Hyperparameters missing in the record (of an older version) are ignored.
         """
         for name, was in hyperparameters.items():
             now = self.hyperparameters.get(name)
@@ -96,8 +95,8 @@ class Sweep:
     """A sweep.
 
     Attributes:
-        runs: in the order in which they are started. Names are unique, also where case does not count.
-        slurm: what a cluster is asked for, for each run (see ``slurm``). No part of the record: it may change.
+        runs: in the order in which they are started. Names are unique even if case is ignored.
+        slurm: job settings on a cluster (see ``slurm``). Not recorded: they may change.
     """
 
     runs: tuple[Run, ...]
@@ -112,36 +111,36 @@ def write_record(sweep: Sweep, output: Path) -> None:
 
 
 def read_record(output: Path) -> Sweep | None:
-    """What ``write_record`` wrote; None where there is nothing yet.
+    """Read ``sweep.yaml``; None if there is none.
 
     Raises:
-        ValueError: the file is there and is no such record.
+        ValueError: the file is damaged.
     """
     path = output / RECORD
     if not path.exists():
         return None
     try:
         content = read_yaml(path.read_text(encoding="utf-8"), str(path))
-        # Older records say which run's weights a run took (`follows`).
+        # `follows` is a removed setting of older records.
         return Sweep(tuple(Run(**{name: value for name, value in entry.items() if name != "follows"})
                            for entry in content["runs"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no record of a sweep ({error}): give another folder, or remove the file to have "
-                         "it written anew") from error
+        raise ValueError(f"{path} is not a record of a sweep ({error}): give another folder, or remove the file to "
+                         "start a new record") from error
 
 
 def check_only_added(sweep: Sweep, recorded: Sweep, output: Path) -> None:
-    """Refuse a sweep that lacks runs of its folder, or has them with other settings.
+    """Check that a sweep has all recorded runs of its folder, with the same settings.
 
     Raises:
-        ValueError: it does; the message names the run and the setting.
+        ValueError: it does not; the message names the run and the setting.
     """
     by_name = {run.name: run for run in sweep.runs}
     remedy = f"runs can only be added to {output}: restore it, or give another folder"
     for was in recorded.runs:
         now = by_name.get(was.name)
         if now is None:
-            raise ValueError(f"{output} has a run {was.name}, which this sweep no longer has; {remedy}")
+            raise ValueError(f"{output} has a run {was.name}, which is not in this sweep; {remedy}")
         for name in (one.name for one in fields(Run) if one.name not in ("hparams", "hyperparameters")):
             before, after = getattr(was, name), getattr(now, name)
             if before != after:
@@ -151,7 +150,7 @@ def check_only_added(sweep: Sweep, recorded: Sweep, output: Path) -> None:
 
 
 def _yaml(value: Any) -> str:
-    """``value`` in flow style, such that YAML reads the same again."""
-    # A lone scalar is dumped with an end-of-document line. Not allow_unicode, which leaves line breaks such as U+0085.
+    """``value`` as YAML in flow style."""
+    # Scalars end with an end-of-document line. Not allow_unicode, which keeps line breaks such as U+0085.
     text: str = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
     return text.removesuffix("\n...\n").removesuffix("\n")

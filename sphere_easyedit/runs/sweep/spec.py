@@ -1,4 +1,4 @@
-"""A sweep's YAML file.
+"""Reads a sweep's YAML file.
 
 .. code-block:: yaml
 
@@ -10,25 +10,25 @@
     edit: {eval-every: 500, protocol: [paper, rome], eval-before: false}    # further options; a list repeats one
     set: {v_num_grad_steps: 10, context_templates: []}      # hyperparameters of all runs
     seeds: [0, 1]
-    seeds_outermost: true          # all runs of one seed before the next seed's; false: all seeds of a run together
-    methods: [MEMIT, AlphaEdit]    # or with hyperparameters of their own: {MEMIT: {}, AlphaEdit: {L2: 1}}
-    sphere: [false, true]          # false: alpha 0, and gamma and the like play no part
-    gamma: [0.5]                   # not given: the hyperparameter file's own
+    seeds_outermost: true          # order of runs: seed by seed; false: all seeds of an arm together
+    methods: [MEMIT, AlphaEdit]    # or with hyperparameters: {MEMIT: {}, AlphaEdit: {L2: 1}}
+    sphere: [false, true]          # false: alpha 0; SPHERE's other hyperparameters have no effect
+    gamma: [0.5]                   # default: that of the hyperparameter file
     alpha: {AlphaEdit: [0.5], default: [0.8]}               # any axis may differ by method
     axes: {principal_space: [current, pretrained]}          # further hyperparameters to vary
     exclude: [{method: MEMIT, principal_space: pretrained}]
-    runs:                          # alone or after the grid; what one does not say it takes from above
+    runs:                          # further runs, or the only ones; settings not given are those above
       - {name: AlphaEdit-random, method: AlphaEdit, sphere: true, set: {suppression: random}, seeds: [0]}
-    slurm: {partition: gpu, time: "8:00:00", gpus_per_node: 1}      # of each run, for `sweep --launcher`; else unused
+    slurm: {partition: gpu, time: "8:00:00", gpus_per_node: 1}      # for `sweep --launcher slurm`, for each run
 
-An entry of ``runs`` may say all that stands above but methods, exclude, seeds_outermost and slurm. Its ``set`` and
-``edit`` are added to those above; axes above are the grid's alone. A lone value stands for a list of one. Paths are
-relative to the working directory, as everywhere; ``${NAME}`` is an environment variable's value:
+An entry of ``runs`` may have all of these keys but methods, exclude, seeds_outermost and slurm. Its ``set`` and
+``edit`` are added to those above; ``axes`` above apply to the grid only. A single value may replace a list of one.
+Paths are relative to the working directory; ``${NAME}`` is expanded to an environment variable:
 ``${SPHERE_DATA}/zsre.json``.
 
-A run is named METHOD-plain-seedS or METHOD-sphere-gammaG-alphaA-seedS. What differs from the hyperparameter file and
-``set`` stands in front of the seed, so a new axis leaves the names of runs that keep to the file as they are. With a
-``name`` that stands for all but the seed.
+A run is named METHOD-plain-seedS or METHOD-sphere-gammaG-alphaA-seedS. Differences from the hyperparameter file and
+``set`` are added before the seed, so adding an axis keeps the names of existing runs. A given ``name`` replaces all but
+the seed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from ...datasets.loaders import DatasetName
 from ...hparams import SPHEREHyperParams
 from ...utils.messages import suggestion
 from .checks import as_flag, as_list, as_mapping, as_text, as_whole, check_keys, read_yaml, refuse_both
-from .grid import LONGEST, Group, arms_of, is_name, resolve, runs_of, without
+from .grid import MAX_LENGTH, Group, arms_of, excluding, is_name, resolve, runs_of
 from .record import Run, Sweep
 from .slurm import check_slurm
 
@@ -52,26 +52,26 @@ _LISTS = ("seeds", "sphere", "gamma", "alpha")
 _GRID_KEYS = (*_RUN_KEYS, "edit", "set", *_LISTS, "seeds_outermost", "methods", "axes", "exclude", "runs",
               "slurm")
 _ENTRY_KEYS = ("name", "method", *_RUN_KEYS, "edit", "set", *_LISTS, "axes")
-# Options of `edit` and hyperparameters that have a key of their own here, so that there is one place to look for them.
+# Options of `edit` and hyperparameters that have their own key here, and must be given by it.
 _OWN_OPTIONS = MappingProxyType({"hparams": "hparams", "set": "set", "dataset": "dataset", "data": "data",
                                  "num-edits": "num_edits", "batch-size": "batch_size", "seed": "seeds"})
 _OWN_HYPERPARAMETERS = MappingProxyType({"gamma": "gamma", "alpha": "alpha", "cumulative_ratio": "gamma",
                                          "suppression_strength": "alpha"})
-_GIVEN_ANYWAY: Final = ("output", "resume")
+_SET_BY_SWEEP: Final = ("output", "resume")
 
 
 def load_sweep(path: str | Path, edit_options: Collection[str] | None = None) -> Sweep:
-    """Read a sweep's YAML file (see the module's text) and expand it to its runs, everything checked.
+    """Read a sweep's YAML file (format: see this module), check it, and expand it to runs.
 
     Args:
         path: the file.
-        edit_options: names of the options that ``edit`` has, without dashes in front, ``no-`` and all; None lets any
-            pass.
+        edit_options: names of the options of ``edit``, without leading dashes, including ``no-`` forms; None: options
+            are not checked.
 
     Raises:
-        FileNotFoundError: this file, or a hyperparameter file, is not there.
-        ValueError: the file is no YAML; a key, an option or a hyperparameter is unknown (the nearest is named) or
-            wrong; two runs are the same or have the same name; nothing is left to run.
+        FileNotFoundError: this file, or a hyperparameter file, does not exist.
+        ValueError: the file is not YAML; a key, option or hyperparameter is unknown (the nearest is suggested) or
+            wrong; two runs are equal or have the same name; nothing is left to run.
     """
     path = Path(path)
     content = read_yaml(path)
@@ -82,10 +82,10 @@ def load_sweep(path: str | Path, edit_options: Collection[str] | None = None) ->
 
 
 class _Reader:
-    """What the file says, part by part."""
+    """Parses the parts of the file."""
 
     def __init__(self, content: Mapping[str, Any], edit_options: Collection[str] | None) -> None:
-        check_keys(content, _GRID_KEYS, "the sweep")
+        check_keys(content, _GRID_KEYS, "a sweep")
         self._top, self._edit_options = content, edit_options
         self._files: dict[str, dict[str, Any]] = {}  # hyperparameter files that were read
         self._methods = _methods(content.get("methods"))
@@ -104,13 +104,13 @@ class _Reader:
         groups = [self._group(f"method {method}", method, {}, self._axes) for method in self._methods]
         arms = [arm for group in groups for arm in arms_of(group)]
         if self._top.get("exclude") is not None:
-            arms = without(arms, self._top["exclude"], self._axes)
+            arms = excluding(arms, self._top["exclude"], self._axes)
         for where, entry in self._entries.items():
             axes = _hyperparameters(entry.get("axes"), f"{where}.axes")
             found = list(arms_of(self._group(where, entry["method"], entry, axes)))
             if "name" in entry and len(found) > 1:
-                raise ValueError(f"{where} has the name {entry['name']!r} but stands for {len(found)} runs of each "
-                                 "seed: give one value each for sphere, gamma, alpha and axes, or leave the name out")
+                raise ValueError(f"{where} has the name {entry['name']!r} but describes {len(found)} runs of each "
+                                 "seed: give one value each for sphere, gamma, alpha and axes, or omit the name")
             arms += found
         runs = runs_of(arms, as_flag(self._top.get("seeds_outermost", True), "seeds_outermost"))
         if not runs:
@@ -127,17 +127,17 @@ class _Reader:
         edit = edit_above | self._edit(entry.get("edit"), f"{where}.edit")
         given = {name: entry.get(name, self._top.get(name)) for name in _RUN_KEYS}
         settings = _settings(method, given, changed, edit, where)
-        told = {name: entry[name] for name in ("model", "dataset", "num_edits", "batch_size")
+        named = {name: entry[name] for name in ("model", "dataset", "num_edits", "batch_size")
                 if name in entry and entry[name] != self._top.get(name)}
-        told |= {name: value for name, value in edit.items() if value != edit_above.get(name)}
+        named |= {name: value for name, value in edit.items() if value != edit_above.get(name)}
         lists = {name: self._choices(name, self._top.get(name) if entry.get(name) is None else entry[name], method)
                  for name in _LISTS}
         if settings.hparams not in self._files:
             self._files[settings.hparams] = SPHEREHyperParams.from_hparams(settings.hparams).to_dict()
         file = self._files[settings.hparams]
         return Group(
-            where=where, name=_name(entry, where), settings=settings, told=told, file=file,
-            own=resolve(file, common, where),
+            where=where, name=_name(entry, where), settings=settings, named=named, file=file,
+            defaults=resolve(file, common, where),
             seeds=tuple(as_whole(seed, f"{where}: a seed", 0) for seed in lists["seeds"] or (0,)),
             sphere=tuple(as_flag(sphere, f"{where}: sphere") for sphere in lists["sphere"] or (False, True)),
             gamma=lists["gamma"] or (None,), alpha=lists["alpha"] or (None,),
@@ -145,41 +145,41 @@ class _Reader:
         )
 
     def _choices(self, name: str, value: Any, method: str) -> tuple[Any, ...]:
-        """The values of an axis for this method; none where it keeps to its file."""
+        """Values of an axis for this method; empty for that of its hyperparameter file."""
         if isinstance(value, Mapping):
             check_keys(value, (*self._known_methods, "default"), f"{name}, given by method,")
             value = value.get(method, value.get("default"))
         if value == []:
-            raise ValueError(f"{name} is an empty list: give a value, or leave it out")
+            raise ValueError(f"{name} is an empty list: give a value, or omit it")
         return () if value is None else tuple(as_list(value))
 
     def _edit(self, value: Any, where: str) -> dict[str, Any]:
-        """Options of ``edit``; None for those that are not given."""
+        """Options of ``edit``; null removes one given above."""
         found: dict[str, Any] = {}
         for key, item in as_mapping(value, where).items():
             name = as_text(key, where).replace("_", "-")
             if name in _OWN_OPTIONS:
                 raise ValueError(f"{where} holds {key}: give it as `{_OWN_OPTIONS[name]}` beside {where}")
-            if name in _GIVEN_ANYWAY:
-                raise ValueError(f"{where} holds {key}, which each run is given anyway: remove it")
+            if name in _SET_BY_SWEEP:
+                raise ValueError(f"{where} holds {key}, which the sweep sets for each run: remove it")
             if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-                raise ValueError(f"{where} holds {key!r}: give an option's long name without dashes in front")
+                raise ValueError(f"{where} holds {key!r}: give an option's long name without leading dashes")
             if self._edit_options is not None and name not in self._edit_options:
-                raise ValueError(f"{where}: {key} is no option of `sphere-easyedit edit`"
+                raise ValueError(f"{where}: {key} is not an option of `sphere-easyedit edit`"
                                  f"{suggestion(name, self._edit_options)}")
             if name in found:
                 raise ValueError(f"{where} holds {name} in two spellings: remove one")
             if not all(isinstance(part, (str, int, float)) for part in as_list("" if item is None else item)):
                 raise ValueError(f"{where}.{key} is {item!r:.60}: give a text, a number, true or false, or a list")
             if item is False and self._edit_options is not None and f"no-{name}" not in self._edit_options:
-                raise ValueError(f"{where}: {key} is false, but there is no --no-{name}: leave it out, or give null to "
-                                 "undo what stands above")
+                raise ValueError(f"{where}: {key} is false, but there is no --no-{name}: omit it, or give null to "
+                                 "remove it from the settings above")
             found[name] = item
         return found
 
 
 def _methods(value: Any) -> dict[str, dict[str, Any]]:
-    """Hyperparameters of its own for each method."""
+    """Changed hyperparameters by method."""
     if isinstance(value, Mapping):
         return {as_text(name, "methods"): _hyperparameters(own, f"methods.{name}") for name, own in value.items()}
     names = [] if value is None else [as_text(name, "methods") for name in as_list(value)]
@@ -189,7 +189,7 @@ def _methods(value: Any) -> dict[str, dict[str, Any]]:
 
 
 def _entries(value: Any) -> dict[str, Mapping[str, Any]]:
-    """Entries of ``runs`` by where they stand."""
+    """Entries of ``runs`` by location, for errors."""
     if value is not None and not isinstance(value, list):
         raise ValueError(f"runs must be a list of mappings such as {{method: MEMIT}}, not {value!r:.60}")
     entries = {f"runs[{index}]": as_mapping(entry, f"runs[{index}]") for index, entry in enumerate(value or [])}
@@ -209,7 +209,7 @@ def _hyperparameters(value: Any, where: str) -> dict[str, Any]:
 
 def _settings(method: str, given: Mapping[str, Any], changed: Mapping[str, Any], edit: Mapping[str, Any], where: str
               ) -> Run:
-    """A run without a name, seed 0, its hyperparameters still to be resolved."""
+    """Template of a run, without name, seed and hyperparameters."""
     hparams = "{method}/{model}" if given["hparams"] is None else as_text(given["hparams"], f"{where}: hparams")
     if "{model}" in hparams:
         hparams = hparams.replace("{model}", as_text(given["model"], f"{where}: model (or hparams, a file)"))
@@ -230,6 +230,6 @@ def _name(entry: Mapping[str, Any], where: str) -> str | None:
         return None
     name = as_text(entry["name"], f"{where}.name")
     if not is_name(name):
-        raise ValueError(f"{where}.name is {name!r}, which is to be a directory's name: use at most {LONGEST} letters "
-                         "and digits of ASCII, after the first also . _ = + -")
+        raise ValueError(f"{where}.name is {name!r}, which is not a valid directory name: use at most {MAX_LENGTH} "
+                         "ASCII letters and digits, and . _ = + - after the first")
     return name

@@ -1,4 +1,4 @@
-"""What becomes of an update between the solve and the weight: a base method's restraint, and SPHERE's projection."""
+"""Restrains, projects and writes the weight updates of one batch."""
 
 from __future__ import annotations
 
@@ -14,47 +14,45 @@ from ..core.updates import LowRankUpdate, Update, dense
 from ..hparams import SPHEREHyperParams
 from ..models.architecture import EditableModel
 from .gram_matrices import GramMatrices
-from .reviewing import partway
 from .session import EditSession
 from .solve import add_update, check_finite
 
 
-class Shaping:
-    """What becomes of an update between the solve and the weight: RECT's restraint, PRUNE's, and SPHERE's projection.
+class UpdateWriter:
+    """Applies the base method's restraint (RECT, PRUNE) and SPHERE's projection, and writes the result to the weights.
 
-    PRUNE acts on the whole change since the pretrained weight, and only on the weights that are read out; editing goes
-    on from the unrestrained ones.
+    PRUNE restrains the whole change since the pretrained weight, and only in the weights that are evaluated and saved;
+    the next batch starts from the unrestrained weights.
 
     Attributes:
-        unrestrained: PRUNE's weights to go on from after this batch, by layer, on the CPU; else empty.
-        written: the batch's changes as they stand in the weights, by layer, as far as they are of low rank: a column
-            an edit.
+        unrestrained: PRUNE's weights for the next batch to start from, by layer, on the CPU; else empty.
+        written: the batch's low-rank changes as they were written, by layer, one column an edit.
     """
 
     def __init__(self, editable: EditableModel, hparams: SPHEREHyperParams, session: EditSession, grams: GramMatrices
                  ) -> None:
         self._editable, self._hparams, self._session, self._grams = editable, hparams, session, grams
         self._method = hparams.method
-        self._projects = hparams.projects
         self.unrestrained: dict[int, Tensor] = {}
         self.written: dict[int, LowRankUpdate] = {}
 
-    def resume_unrestrained(self) -> None:
-        """Put PRUNE's unrestrained weights in place of those read out."""
+    def load_unrestrained(self) -> None:
+        """Put PRUNE's unrestrained weights of the last batch into the model."""
         for layer, weight in self._session.unrestrained.items():
             self._editable.set_weight(layer, weight)
 
-    def shape(self, layer: int, update: Update) -> Update:
-        """Restrain and project one layer's update; the layer's weight must be the one before the update."""
-        if self._method.restrains_whole_change:
-            return update  # its turn comes with the whole change
-        update = self._method.restrain(update, self._editable.weight(layer), self._hparams)
-        if not self._projects:
-            return update
-        return self._suppressed(layer, update)
+    def restrain_and_project(self, layer: int, update: Update) -> Update:
+        """Restrain and project one layer's update; the model must hold the weight from before the update.
 
-    def _suppressed(self, layer: int, update: Update) -> Update:
-        """The update with its principal part damped, or what stands in its place as a control."""
+        PRUNE's updates are returned as they are (see ``write_restrained_weights``).
+        """
+        if self._method.restrains_whole_change:
+            return update
+        update = self._method.restrain(update, self._editable.weight(layer), self._hparams)
+        return self._project(layer, update) if self._hparams.projects else update
+
+    def _project(self, layer: int, update: Update) -> Update:
+        """``dW (I - alpha U U^T)`` (Eq. 12, 13), or what ``suppression`` or ``compensate`` asks for instead."""
         hparams, space = self._hparams, self._space(layer)
         if hparams.suppression == "random":
             space = PrincipalSpace.spanned_by(random_directions(space, hparams.seed, layer), space.gamma)
@@ -67,10 +65,10 @@ class Shaping:
         return projected
 
     def write(self, layer: int, update: Update, weight: Tensor | None = None) -> None:
-        """Add a shaped update to its layer's weight.
+        """Add a restrained and projected update to its layer's weight.
 
         Args:
-            weight: what this gives, where it is known to the bit.
+            weight: the exact sum, if known; it is then written as it is.
         """
         if weight is not None:
             self._grams.forget(layer)
@@ -81,8 +79,8 @@ class Shaping:
         if isinstance(update, LowRankUpdate) and not self._method.restrains_whole_change:
             self.written[layer] = update
 
-    def read_out(self) -> None:
-        """Replace PRUNE's unrestrained weights, now all written, by the restrained and projected ones."""
+    def write_restrained_weights(self) -> None:
+        """Keep PRUNE's unrestrained weights aside, and restrain and project the whole change in the model."""
         if not self._method.restrains_whole_change:
             return
         for layer in self._editable.layers:
@@ -91,40 +89,45 @@ class Shaping:
             precise = torch.promote_types(weight.dtype, torch.float32)
             original = self._session.original[layer].to(weight.device, precise)
             change = self._method.restrain_whole_change(weight.to(precise) - original, original, self._hparams)
-            if self._projects:
-                change = dense(self._suppressed(layer, change))
+            if self._hparams.projects:
+                change = dense(self._project(layer, change))
             check_finite(layer, change)
             self._editable.set_weight(layer, original + change)
 
     def scale_back(self, before: Mapping[int, Tensor], share: float) -> None:
-        """Keep a share of the change that this batch made to the weights, and to PRUNE's unrestrained ones.
+        """Keep only a share of the batch's change, in the weights and in PRUNE's unrestrained ones.
 
         Args:
-            before: the edited weights ``(d_out, d_in)`` before the batch, by layer.
-            share: above 0 and at most 1.
+            before: weights ``(d_out, d_in)`` before the batch, by layer.
+            share: in (0, 1].
         """
-        for layer, was in before.items():
-            weight = self._editable.weight(layer)
-            self._editable.set_weight(layer, partway(was, weight, share))
+        for layer, old in before.items():
+            self._editable.set_weight(layer, interpolated(old, self._editable.weight(layer), share))
             self._grams.forget(layer)
         self.written = {layer: replace(update, values=share * update.values) for layer, update in self.written.items()}
         for layer, weight in self.unrestrained.items():
-            was = self._session.unrestrained.get(layer, self._session.original[layer])
-            self.unrestrained[layer] = partway(was, weight, share)
+            old = self._session.unrestrained.get(layer, self._session.original[layer])
+            self.unrestrained[layer] = interpolated(old, weight, share)
 
     def _space(self, layer: int) -> PrincipalSpace:
-        """The layer's principal space: of the weight as it stands, or of the original one."""
+        """Principal space of the layer's current or original weight, as ``principal_space`` says."""
         gamma, weight = self._hparams.gamma, self._editable.weight(layer)
-        if not self._method.restrains_whole_change and self._hparams.principal_space == "current":
+        if self._hparams.principal_space == "current":
             gram = self._grams.get(layer)
-            if gram is None:  # of a tall weight
+            if gram is None:  # d_out > d_in
                 return PrincipalSpace.from_weight(weight, gamma)
             space = PrincipalSpace.from_gram(weight, gram, gamma, self._session.ranks.get(layer))
             self._session.ranks[layer] = space.rank
             return space
-        key = f"{layer} {gamma!r}"  # the session outlives the hyperparameters
+        key = f"{layer} {gamma!r}"  # gamma may change within a session
         if key not in self._session.spaces:
             space = PrincipalSpace.from_weight(self._session.original[layer].to(weight.device), gamma)
-            space.directions  # noqa: B018 - formed now, the space no longer refers to the weight
+            space.directions  # noqa: B018 - once computed, the space no longer holds the weight
             self._session.spaces[key] = space
         return self._session.spaces[key]
+
+
+def interpolated(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """``start + share * (end - start)``, computed in float32 at least and rounded once."""
+    precise = torch.promote_types(end.dtype, torch.float32)
+    return torch.lerp(start.to(precise), end.to(precise), share).to(end.dtype)

@@ -1,4 +1,4 @@
-"""Runs side by side: their order, and the names that tables and figures give them."""
+"""Order and labels of runs in tables and figures."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ DATASET_TITLES: Final = MappingProxyType({"counterfact": "CounterFact", "zsre": 
 
 
 @dataclass(frozen=True)
-class Arm:
-    """A run with its name in tables: its method, and its directory's name too where several runs share the method."""
+class LabelledRun:
+    """A run and its label: the method, with the directory's name added if several runs share the method."""
 
     label: str
     run: RunRecords
 
 
-def arms_of(runs: Iterable[RunRecords]) -> list[Arm]:
-    """Runs by model, data set, seed and base method: each base without SPHERE, with it, then its controls."""
+def labelled_runs(runs: Iterable[RunRecords]) -> list[LabelledRun]:
+    """Label runs, ordered by model, data set, seed, base method and variant (plain, SPHERE, controls)."""
     ordered = sorted(runs, key=lambda run: (run.model, run.dataset, -1 if run.seed is None else run.seed,
                                             -1 if run.order_seed is None else run.order_seed, run.base,
                                             _rank(run.variant), run.variant or "", run.name))
     counts = Counter((run.model, run.dataset, run.draw, run.method) for run in ordered)
-    return [Arm(run.method if counts[run.model, run.dataset, run.draw, run.method] == 1
+    return [LabelledRun(run.method if counts[run.model, run.dataset, run.draw, run.method] == 1
                 else f"{run.method} ({run.name})", run) for run in ordered]
 
 
-def title_of(dataset: str) -> str:
-    """A data set's name as it is written in text."""
+def dataset_title(dataset: str) -> str:
+    """A data set's name for display."""
     return DATASET_TITLES.get(dataset, dataset)
 
 

@@ -1,4 +1,4 @@
-"""Running a sweep: one process a run, so many at a time, each going on where it was interrupted."""
+"""Runs a sweep in local processes: one per run, several at a time, each resumed if it was interrupted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROGRAM: Final = (sys.executable, "-m", "sphere_easyedit", "edit")
 _POLL_SECONDS: Final = 0.1
 
 Status = Literal["present", "started", "finished", "failed"]
-OnStatus = Callable[[str, Status, int, int], None]  # (run's name, its new status, runs that have ended, runs in all)
+OnStatus = Callable[[str, Status, int, int], None]  # (name of the run, its new status, runs ended, runs in total)
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class RunOutcome:
     """How a run ended.
 
     Attributes:
-        status: ``present``: it was finished already; else ``finished`` or ``failed``.
-        returncode: exit status of its process, negative for a signal's number; None if it was not started, or as a job.
-        seconds: that the process took; 0 if it was not started. A job's time in the queue counts.
-        log: what it said, this time and before.
-        tail: of a failed run, the log's last lines.
+        status: ``present`` (already finished before), ``finished`` or ``failed``.
+        returncode: exit status of its process, negative for a signal; None if it was not started or ran as a job.
+        seconds: wall time of the process, including a job's time in the queue; 0 if it was not started.
+        log: file with its output, of all attempts.
+        tail: the log's last lines, of a failed run.
     """
 
     name: str
@@ -61,80 +61,86 @@ class SweepResult:
 
     @property
     def failed(self) -> tuple[RunOutcome, ...]:
-        """Those that failed; ``run_sweep`` tries them again."""
+        """Failed runs; ``run_sweep`` tries them again."""
         return tuple(outcome for outcome in self.outcomes if outcome.status == "failed")
 
 
 def run_sweep(sweep: Sweep, output: str | Path, jobs: int = 1, on_status: OnStatus | None = None,
               program: Sequence[str] = PROGRAM, grace_seconds: float = 10.0) -> SweepResult:
-    """Run what of the sweep is not finished; run directories and logs are ``output/NAME`` and ``output/NAME.log``.
+    """Run the unfinished runs of a sweep, with run directories ``output/NAME`` and logs ``output/NAME.log``.
 
-    A run is finished when its ``summary.json`` is there. A failed one does not stop the others. Each process gets
-    ``OMP_NUM_THREADS``, its share of the cores, unless that is set. On SIGINT, SIGTERM and SIGHUP, and on any error,
-    the processes are ended; called again, the sweep goes on.
+    A run with a ``summary.json`` is finished. A failed run does not stop the others. ``OMP_NUM_THREADS`` of each
+    process is its share of the cores, unless it is set already. SIGINT, SIGTERM, SIGHUP and any error end the
+    processes; calling this again resumes the sweep.
 
     Args:
-        sweep: of ``load_sweep``. A folder's sweep may only grow.
+        sweep: from ``load_sweep``. Runs can only be added to a folder's sweep.
         output: the sweep's folder.
-        jobs: processes at a time.
+        jobs: number of processes at a time.
         on_status: called when a run starts or ends.
-        program: what is run, in front of a run's arguments.
-        grace_seconds: that processes have between SIGTERM and SIGKILL.
+        program: command that the run's arguments are appended to.
+        grace_seconds: time between SIGTERM and SIGKILL.
 
     Raises:
-        ValueError: ``jobs`` is below 1, a data file is not there, ``output`` belongs to a sweep with other runs or
-            settings, has a finished run made with other settings, or is in use by another sweep. Nothing was started.
+        ValueError: ``jobs`` is below 1, a data file is missing, or ``output`` belongs to a sweep with other runs or
+            settings, has a finished run with other settings, or is in use by another sweep. Nothing was started.
         KeyboardInterrupt: after SIGINT.
         SystemExit: after SIGTERM or SIGHUP, with 128 and the signal's number.
     """
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}: give 1 or more")
     output = Path(output)
-    with opened(sweep, output) as (present, lock):
+    with open_sweep(sweep, output) as (present, lock):
         waiting = [run for run in sweep.runs if run.name not in present]
         threads = max(1, cores() // max(1, min(jobs, len(waiting))))
-        processes = _Processes(output, tuple(program), threads, lock)
         outcomes: dict[str, RunOutcome] = {}
+        running: list[_Process] = []
 
-        def tell(name: str, status: Status) -> None:
+        def report(name: str, status: Status) -> None:
             if on_status is not None:
                 on_status(name, status, len(outcomes), len(sweep.runs))
 
         for name in (run.name for run in sweep.runs if run.name in present):
             outcomes[name] = RunOutcome(name, "present", None, 0.0, log_of(output, name))
-            tell(name, "present")
-        with _Ending() as ending:
+            report(name, "present")
+        with _DeferredSignals() as deferred:
             try:
-                while (waiting or processes.running) and ending.signal is None:
-                    while waiting and len(processes.running) < jobs:
+                while (waiting or running) and deferred.signal is None:
+                    while waiting and len(running) < jobs:
                         run = waiting.pop(0)
-                        processes.start(run)
-                        tell(run.name, "started")
-                    for outcome in processes.ended():
-                        outcomes[outcome.name] = outcome
-                        tell(outcome.name, outcome.status)
+                        # Processes inherit the lock's descriptor, so it is held until the last of them ends, even if
+                        # this one is killed first.
+                        child = start_process([*program, *run.arguments(output / run.name)], log_of(output, run.name),
+                                              environment_of(threads), (lock,))
+                        running.append(_Process(run.name, child, time.monotonic()))
+                        report(run.name, "started")
+                    for one in [one for one in running if one.popen.poll() is not None]:
+                        running.remove(one)
+                        outcomes[one.name] = outcome_of(output, one.name, one.popen.returncode,
+                                                        time.monotonic() - one.started)
+                        report(one.name, outcomes[one.name].status)
                     time.sleep(_POLL_SECONDS)
             finally:
-                processes.end(grace_seconds)
+                _end(running, grace_seconds)
     return SweepResult(tuple(outcomes[run.name] for run in sweep.runs))
 
 
 @contextmanager
-def opened(sweep: Sweep, output: Path) -> Iterator[tuple[frozenset[str], int]]:
-    """The sweep's folder with its record written, for one process alone.
+def open_sweep(sweep: Sweep, output: Path) -> Iterator[tuple[frozenset[str], int]]:
+    """Lock the sweep's folder, check it, and write its record.
 
     Yields:
-        names of the runs that are finished; the lock's descriptor.
+        Names of the finished runs, and the lock's descriptor.
 
     Raises:
-        ValueError: as ``run_sweep``, before anything was written but the lock.
+        ValueError: as ``run_sweep``; only the lock file was written.
     """
     for run in sweep.runs:
         if run.data is not None and not Path(run.data).is_file():
-            raise ValueError(f"run {run.name}: its data {run.data} is no file (looked for {Path(run.data).absolute()}):"
-                             " correct `data`, which is relative to the working directory")
+            raise ValueError(f"run {run.name}: data file {run.data} does not exist (looked for "
+                             f"{Path(run.data).absolute()}): correct `data`, relative to the working directory")
     for name in (LOCK, *(log_of(output, run.name).name for run in sweep.runs)):
-        path_within(output, name)  # both are written in place, wherever a link leads
+        path_within(output, name)  # they are written in place, so a link must not lead elsewhere
     with _locked(output) as lock:
         recorded = read_record(output)
         if recorded is not None:
@@ -145,12 +151,12 @@ def opened(sweep: Sweep, output: Path) -> Iterator[tuple[frozenset[str], int]]:
 
 
 def log_of(output: Path, name: str) -> Path:
-    """Where a run says what it has to say."""
+    """Log file of a run."""
     return output / f"{name}.log"
 
 
 def outcome_of(output: Path, name: str, returncode: int | None, seconds: float) -> RunOutcome:
-    """How a run ended whose process, or job, ended; a job's exit status need not be known."""
+    """Outcome of a run whose process or job has ended; ``returncode`` is None for a job."""
     log = log_of(output, name)
     done = returncode in (0, None) and _summary(output / name) is not None
     if returncode == 0 and not done:
@@ -159,66 +165,46 @@ def outcome_of(output: Path, name: str, returncode: int | None, seconds: float) 
 
 
 @dataclass(frozen=True)
-class _Child:
-    run: Run
-    process: subprocess.Popen[bytes]
+class _Process:
+    """A running process of a run."""
+
+    name: str
+    popen: subprocess.Popen[bytes]
     started: float
 
     def signal(self, number: signal.Signals) -> None:
-        """To the process and all that it started."""
-        if self.process.returncode is None:  # else its number may be another process's by now
-            with suppress(ProcessLookupError, PermissionError):  # it just ended; macOS says the latter of a zombie
-                os.killpg(self.process.pid, number)
+        """Send a signal to the process and all that it started."""
+        if self.popen.returncode is None:  # else its number may belong to another process by now
+            with suppress(ProcessLookupError, PermissionError):  # just ended; macOS raises the latter for a zombie
+                os.killpg(self.popen.pid, number)
 
 
-class _Processes:
-    """The processes that run, each with its log."""
-
-    def __init__(self, output: Path, program: tuple[str, ...], threads: int, lock: int) -> None:
-        self.running: list[_Child] = []
-        self._output, self._program, self._lock = output, program, lock
-        self._environment = environment_of(threads)
-
-    def start(self, run: Run) -> None:
-        command = [*self._program, *run.arguments(self._output / run.name)]
-        # The lock goes along: it holds until the last process that has it ends, were this one killed before its
-        # children.
-        process = start_process(command, log_of(self._output, run.name), self._environment, (self._lock,))
-        self.running.append(_Child(run, process, time.monotonic()))
-
-    def ended(self) -> list[RunOutcome]:
-        """Outcomes of those that ended since the last call."""
-        ended = [child for child in self.running if child.process.poll() is not None]
-        self.running = [child for child in self.running if child not in ended]
-        return [outcome_of(self._output, child.run.name, child.process.returncode, time.monotonic() - child.started)
-                for child in ended]
-
-    def end(self, grace_seconds: float) -> None:
-        """End all, and wait for them."""
-        for child in self.running:
-            child.signal(signal.SIGTERM)
-        deadline = time.monotonic() + grace_seconds
-        for child in self.running:
-            try:
-                child.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                logger.warning("%s did not end within %g s and is killed", child.run.name, grace_seconds)
-                child.signal(signal.SIGKILL)
-                child.process.wait()
+def _end(processes: Sequence[_Process], grace_seconds: float) -> None:
+    """End processes, and wait for them."""
+    for one in processes:
+        one.signal(signal.SIGTERM)
+    deadline = time.monotonic() + grace_seconds
+    for one in processes:
+        try:
+            one.popen.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            logger.warning("%s did not end within %g s and is killed", one.name, grace_seconds)
+            one.signal(signal.SIGKILL)
+            one.popen.wait()
 
 
-class _Ending:
-    """Notes the signals that ask this process to end; raises what they mean once the block is left.
+class _DeferredSignals:
+    """Notes SIGINT, SIGTERM and SIGHUP inside the block, and raises the exception they stand for at its end.
 
-    Not in the middle of whatever runs, where a process just started would be forgotten. Signals that were ignored
-    (nohup) stay so. Outside the main thread signals can't be caught and are not.
+    Raised at once, they could come between starting a process and noting it. Ignored signals (nohup) stay ignored.
+    Outside the main thread, signals can't be caught and are left alone.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> _Ending:
+    def __enter__(self) -> _DeferredSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) != signal.SIG_IGN:
@@ -239,7 +225,7 @@ class _Ending:
 
 @contextmanager
 def _locked(output: Path) -> Iterator[int]:
-    """The folder for one sweep alone, as long as the context or any process that was given the descriptor lives."""
+    """Lock the folder until the context and every process that inherited the descriptor have ended."""
     output.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -257,11 +243,11 @@ def _locked(output: Path) -> Iterator[int]:
 
 
 def _is_finished(run: Run, folder: Path) -> bool:
-    """Whether the run is done; refuses one that was done with other settings, by whomever."""
+    """Whether the run is finished; a ValueError if it was made with other settings."""
     summary = _summary(folder)
     if summary is None:
         return False
-    remedy = f"{folder} holds a finished run of other settings; remove it, or give another folder"
+    remedy = f"{folder} holds a finished run with other settings; remove it, or give another folder"
     done = summary.get("num_facts", summary.get("num_edits"))  # older runs left no fact out
     if None not in (run.num_edits, done) and done != run.num_edits:
         raise ValueError(f"run {run.name}: num_edits was {done} and is {run.num_edits} now: {remedy}")

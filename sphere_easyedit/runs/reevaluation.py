@@ -1,4 +1,4 @@
-"""Measuring a run again from weights that it kept: other protocols, other facts, general abilities, its weights."""
+"""Measures a run again from the weights that it kept: by other protocols, on other facts, general abilities."""
 
 from __future__ import annotations
 
@@ -12,26 +12,18 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..callbacks.neurons import NeuronRecord, NeuronWatch
+from ..callbacks.neurons import NeuronRecord, NeuronTracker
 from ..callbacks.spaces import SpaceTracker, covers, read_spaces_csv
 from ..datasets.loaders import EditRecord, load_records, records_fingerprint, with_protocol_targets
 from ..editing.callbacks import EditCallback, EditEvent, MeasureEvent, RunState
-from ..editing.checkpoints import put_weights, saved_weights
+from ..editing.checkpoints import load_weights, saved_weights
 from ..editing.session import EditSession
 from ..hparams import SPHEREHyperParams
+from ..utils.progress import PhaseProgress
 from . import schema
 from .directory import RunDirectory
-from .measuring import (
-    AbilitySettings,
-    DueMeasurement,
-    Measurer,
-    MeasureSettings,
-    Progress,
-    abilities_at,
-    measured_at,
-    point_at,
-    when_after,
-)
+from .measuring import Measurer, abilities_at, measured_at
+from .schedule import AbilitySettings, DueMeasurement, MeasureSettings, measurement_at, phase_at
 from .schema import Measurement, Skipped, Summary, read_record
 
 logger = logging.getLogger(__name__)
@@ -45,8 +37,8 @@ class EditedRun:
 
     Attributes:
         hparams: as the run resolved them.
-        records: its facts, in the order of editing, but for those that it left out.
-        last: number of edits that it ended with; that it is to end with while it has not.
+        records: its facts without skipped ones, in the order of editing.
+        last: number of edits at the end; of an unfinished run, the expected number.
 
     Raises:
         ValueError: the directory holds no run or a damaged one, or its data set has changed since.
@@ -65,7 +57,7 @@ class EditedRun:
         if records_fingerprint(records) != fingerprint:
             raise ValueError(f"the facts of {path} are not in its data set any more: {config['run']['data']} has "
                              "changed since")
-        # Refused before editing or left out at it; the summary has both, but only once the run has ended.
+        # skipped.jsonl lacks facts refused before editing; the summary lists both, but only once the run has ended.
         skipped = {one.case_id for one in self.directory.records(schema.SKIPPED, Skipped)}
         summary = self._summary()
         if summary is not None:
@@ -74,50 +66,50 @@ class EditedRun:
         self.last = len(self.records) if summary is None else summary.num_edits
 
     def measure(self, model: nn.Module, tok: PreTrainedTokenizerBase, at: Sequence[int], settings: MeasureSettings,
-                progress: Progress | None = None, callbacks: Sequence[EditCallback] = ()) -> list[Measurement]:
-        """Measure the model after so many edits, and add what is not there to ``metrics.jsonl``.
+                progress: PhaseProgress | None = None, callbacks: Sequence[EditCallback] = ()) -> list[Measurement]:
+        """Measure the model at these numbers of edits, and add new measurements to ``metrics.jsonl``.
 
-        What is there stays, and a warning says where it may be something else than what is asked for now.
+        Existing measurements stay; a warning is logged where they may not match the settings.
 
         Args:
-            model: the model that the run edited, just loaded; left with the weights of the last measurement.
+            model: the model that the run edited, just loaded; ends with the weights of the last measurement.
             tok: its tokenizer.
-            at: numbers of edits whose weights were kept, in any order, or 0 for the unedited model.
-            settings: what to measure. With ``before`` and ``after`` off facts are left alone, and general abilities
-                measured alone.
-            progress: told how far a measurement is.
-            callbacks: told of each measurement (``on_measured``).
+            at: numbers of edits whose weights were kept, in any order; 0 is the unedited model.
+            settings: what to measure. With ``before`` and ``after`` off, only general abilities are measured.
+            progress: called with the phase and the cases done.
+            callbacks: notified of each measurement (``on_measured``).
 
         Returns:
-            The measurements at these numbers of edits, those included that were there before. Protocol ``easyedit``
-            measures the unedited model too, if that was not done.
+            All measurements at these numbers of edits, new and existing. Protocol ``easyedit`` also measures the
+            unedited model, if that is missing.
 
         Raises:
-            ValueError: weights were not kept, or are of another model, or what was measured before is damaged.
+            ValueError: weights were not kept, or are of another model, or existing measurements are damaged.
         """
         editable = self.hparams.editable(model)
-        EditSession.of(model).bind(editable, self.hparams)  # takes note of the original weights
+        EditSession.of(model).bind(editable, self.hparams)  # stores the original weights
         config = self.directory.read_config()
 
-        def tell(measurement: Measurement) -> None:
+        def notify(measurement: Measurement) -> None:
             run = RunState(self.directory.path, config, measurements=measurer.measurements)
             for callback in callbacks:
                 callback.on_measured(MeasureEvent(run, measurement=measurement))
 
-        measurer = Measurer(editable, tok, self.records, settings, self.directory, progress or (lambda *_: None), tell)
-        # The unedited model's scores are what protocol easyedit compares with.
+        measurer = Measurer(editable, tok, self.records, settings, self.directory, progress or (lambda *_: None),
+                            notify)
+        # Protocol easyedit compares with the unedited model's scores.
         numbers = sorted({*at, *([0] if "easyedit" in settings.protocols else [])})
         with self.directory.locked():
             for num_edits in numbers:
                 if num_edits:
-                    put_weights(editable, self.directory.checkpoints, num_edits)
+                    load_weights(editable, self.directory.checkpoints, num_edits)
                 if settings.before or settings.after:
                     point = self._point(num_edits, settings)
                     self._warn_of_facts(point, settings, measurer.measurements)
                     measurer.measure(point)
                 if settings.abilities.tasks:
                     self._warn_of_abilities(num_edits, settings.abilities, measurer.measurements)
-                    measurer.measure_abilities(when_after(num_edits, self.last), num_edits)
+                    measurer.measure_abilities(phase_at(num_edits, self.last), num_edits)
         return [one for one in measurer.measurements if one.num_edits in numbers]
 
     def _summary(self) -> Summary | None:
@@ -131,31 +123,30 @@ class EditedRun:
 
     def _point(self, num_edits: int, settings: MeasureSettings) -> DueMeasurement:
         if num_edits:
-            return point_at(num_edits, self.last, settings)
-        # Whatever facts another point is measured on, protocol easyedit compares them with what is said here.
+            return measurement_at(num_edits, self.last, settings)
+        # Protocol easyedit compares any facts measured later with these scores, so it needs all of them.
         every = replace(settings, cases=None) if "easyedit" in settings.protocols else settings
-        return point_at(0, len(self.records), every)
+        return measurement_at(0, len(self.records), every)
 
     def _warn_of_facts(self, point: DueMeasurement, settings: MeasureSettings, measurements: Sequence[Measurement]
                        ) -> None:
-        """Warn of what a point's measurements keep to, though it is asked for otherwise or can't be told."""
+        """Warn of existing measurements on other facts or texts, or of which that is unknown."""
         scores = self.directory.lines(f"{schema.SCORES}/{point.when}-{point.num_edits}.jsonl")
-        asked = {self.records[case].case_id for case in point.cases}
-        whole = len(asked) == (point.num_edits or len(self.records))
-        for protocol, found in measured_at(measurements, point).items():
+        cases = {self.records[case].case_id for case in point.cases}
+        all_facts = len(cases) == (point.num_edits or len(self.records))
+        for protocol, existing in measured_at(measurements, point).items():
             if protocol not in settings.protocols:
                 continue
-            known = {one.get("case_id") for one in scores if one.get("protocol") == protocol}
-            cases = len(asked) if found.cases is None else found.cases
-            if (cases != len(asked) and not (whole and cases > len(asked))) or (known and not asked <= known):
-                self._warn(f"{protocol} after {point.num_edits} edits", f"on {cases} facts, which are not the "
-                           f"{len(asked)} asked for")
-            if settings.text is not None and found.perplexity is not None:
-                self._warn(f"perplexity after {point.num_edits} edits", "on whatever text it was measured")
-            asked_of_texts = {"fluency": settings.decoding, "consistency": settings.references}
-            for quality, how in asked_of_texts.items():
-                if how is not None and quality in found.metrics:
-                    self._warn(f"{quality} after {point.num_edits} edits", f"by {found.metrics[quality].protocol}")
+            scored = {one.get("case_id") for one in scores if one.get("protocol") == protocol}
+            count = len(cases) if existing.cases is None else existing.cases
+            if (count != len(cases) and not (all_facts and count > len(cases))) or (scored and not cases <= scored):
+                self._warn(f"{protocol} after {point.num_edits} edits", f"on {count} facts, which are not the "
+                           f"{len(cases)} asked for")
+            if settings.text is not None and existing.perplexity is not None:
+                self._warn(f"perplexity after {point.num_edits} edits", "on an unknown text")
+            for quality, setting in (("fluency", settings.decoding), ("consistency", settings.references)):
+                if setting is not None and quality in existing.metrics:
+                    self._warn(f"{quality} after {point.num_edits} edits", f"by {existing.metrics[quality].protocol}")
 
     def _warn_of_abilities(self, num_edits: int, settings: AbilitySettings, measurements: Sequence[Measurement]
                            ) -> None:
@@ -168,32 +159,30 @@ class EditedRun:
         logger.warning("%s has %s already, %s: it stays. Remove its line to have it measured anew",
                        self.directory.path / schema.METRICS, what, how)
 
-    def describe_weights(self, model: nn.Module, progress: Progress | None = None) -> None:
-        """Write ``neurons.safetensors`` of the latest kept weights, and ``spaces.csv`` of the changes between them.
+    def record_weight_changes(self, model: nn.Module, progress: PhaseProgress | None = None) -> None:
+        """Write ``neurons.safetensors`` of the last kept weights, and ``spaces.csv`` of the changes between kept ones.
 
-        For runs made before they wrote these themselves. Where weights were kept after every batch, it is what the run
-        would have written (shares to their last digit); where less often, a line of ``spaces.csv`` tells of several
-        batches.
-        Neurons of no fewer edits, and spaces that tell of every change, stay as they are.
+        For runs of versions that did not write these files. If weights were kept after every batch, the result is what
+        the run would have written (shares up to their last digit); otherwise a line of ``spaces.csv`` covers several
+        batches. Files that are already complete stay unchanged.
 
         Args:
-            model: the model that the run edited, just loaded, or measured since; left unedited.
-            progress: told ("weights", how many of the kept weights are done, and of how many).
+            model: the model that the run edited, just loaded or measured since; ends unedited.
+            progress: called with "weights" and the number of kept weights done.
 
         Raises:
             ValueError: no weights were kept, they are damaged or of another model, or one of the two files is damaged.
         """
-        editable = self.hparams.editable(model)
+        editable, folder = self.hparams.editable(model), self.directory.checkpoints
         session = EditSession.of(model)
         session.bind(editable, self.hparams)
-        folder, report = self.directory.checkpoints, progress or (lambda *_: None)
         kept = saved_weights(folder)
         if not kept:
-            raise ValueError(f"{folder} holds no weights: nothing can be told of them any more")
+            raise ValueError(f"{folder} holds no weights: keep some with keep_weights_every")
 
         def put(num_edits: int) -> None:
             if num_edits:
-                put_weights(editable, folder, num_edits)
+                load_weights(editable, folder, num_edits)
             else:
                 for layer, weight in session.original.items():
                     editable.set_weight(layer, weight)
@@ -202,25 +191,26 @@ class EditedRun:
             return EditEvent(model, editable.weights(), num_edits, 0, ())
 
         with self.directory.locked():
-            spaces = self.directory.place(schema.SPACES)
-            told = spaces.is_file() and covers(read_spaces_csv(spaces), kept[-1])
-            path = self.directory.place(schema.NEURONS)
-            seen = path.is_file() and NeuronRecord.read(path).num_edits >= kept[-1]
-            if told and seen:
+            spaces, neurons = (self.directory.path_of(name) for name in (schema.SPACES, schema.NEURONS))
+            has_spaces = spaces.is_file() and covers(read_spaces_csv(spaces), kept[-1])
+            has_neurons = neurons.is_file() and NeuronRecord.read(neurons).num_edits >= kept[-1]
+            if has_spaces and has_neurons:
                 return
             try:
                 put(0)
-                neurons = None if seen else NeuronWatch(event(0).weights, self.hparams.gamma, self._seed)
+                neuron_tracker = None if has_neurons else NeuronTracker(editable.weights(), self.hparams.gamma,
+                                                                        self._seed)
                 tracker = SpaceTracker(spaces, self.hparams.gamma, self.hparams.principal_space == "pretrained")
                 for done, (since, num_edits) in enumerate(pairwise([0, *kept]), start=1):
-                    if not told:
+                    if not has_spaces:
                         tracker.on_batch_start(event(since))
                     put(num_edits)
-                    if not told:
+                    if not has_spaces:
                         tracker.on_batch_end(event(num_edits))
-                    report("weights", done, len(kept))
-                if neurons is not None:
-                    neurons.write(path, event(kept[-1]).weights, kept[-1])
+                    if progress is not None:
+                        progress("weights", done, len(kept))
+                if neuron_tracker is not None:
+                    neuron_tracker.write(neurons, editable.weights(), kept[-1])
             finally:
                 put(0)
 

@@ -1,8 +1,7 @@
-"""What every gradient step of target values runs, and how: the blocks above the edited one, with delta added to its
-output at the subject's last token.
+"""Forward passes of the target-value optimisation: the blocks above the edited one, with a delta added to its output.
 
-Tokens in front of that one are run once: attention is causal, so their keys and values stay. The tokens from it on are
-packed end to end where the model takes an attention function of ours (see ``packing``), else padded.
+Tokens before the subject's last one are run once: with causal attention their keys and values stay the same. The tokens
+from it on are packed end to end where the model takes our attention function (see ``models.packing``), else padded.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ from .requests import TokenizedPrompt, TokenizedRequest
 logger = logging.getLogger(__name__)
 
 
-# Rows end to end; padded behind keys and values of the tokens in front; padded, with all tokens in every step.
+# Rows end to end; padded, with cached keys and values of the tokens before; padded, with all tokens in every step.
 Layout = Literal["packed", "padded", "whole"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One token row.
+    """Token ids of one prompt, with the target where the row has one.
 
     Attributes:
         edit: index of its edit among those optimised together.
-        context: rows of one context template have one number; the plain prompt's is 0, the drift prompt's -1.
-        ids: all tokens that are read.
-        lookup: which of them is the subject's last.
-        first: from which of them onward ``targets`` are predicted.
-        targets: tokens to be predicted; none for the drift prompt, of which the lookup's prediction counts.
-        weight: of each of these predictions in the edit's mean.
+        context: index of the context template (0: the plain prompt, -1: the drift prompt).
+        ids: all tokens.
+        lookup: index of the subject's last token.
+        first: index of the token that predicts the first of ``targets``.
+        targets: tokens to predict; empty for the drift prompt, whose prediction at the lookup is used.
+        weight: weight of each of these predictions in the edit's loss.
     """
 
     edit: int
@@ -64,62 +63,62 @@ def rows_of(edit: int, request: TokenizedRequest) -> list[Row]:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Where targets are predicted, each ``(n,)``: row, tokens behind that row's lookup, token, edit, and weight in the
-    edit's mean."""
+    """Positions where targets are predicted, each ``(n,)``: row, offset from the row's lookup, target token, edit, and
+    weight in the edit's loss."""
 
     rows: Tensor
-    behind: Tensor
+    offset: Tensor
     tokens: Tensor
     edits: Tensor
     weights: Tensor
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Predictions:
-        """Of rows among which there may be drift prompts."""
-        found = [(i, row.first - row.lookup + j, token, row.edit)
-                 for i, row in enumerate(rows) for j, token in enumerate(row.targets)]
+        """Predictions of rows; drift prompts have none."""
+        positions = [(i, row.first - row.lookup + j, token, row.edit)
+                     for i, row in enumerate(rows) for j, token in enumerate(row.targets)]
         weights = [row.weight for row in rows for _ in row.targets]
-        row, behind, token, edit = _integers(found).view(-1, 4).unbind(dim=1)
-        return cls(row, behind, token, edit, torch.tensor(weights, dtype=torch.float32))
+        row, offset, token, edit = _longs(positions).view(-1, 4).unbind(dim=1)
+        return cls(row, offset, token, edit, torch.tensor(weights, dtype=torch.float32))
 
 
-def _integers(values: Sequence[Any]) -> Tensor:
+def _longs(values: Sequence[Any]) -> Tensor:
     return torch.tensor(values, dtype=torch.long)
 
 
-class _Recorded(ABC):
-    """Rows that are run together, recorded in the blocks above the edited one."""
+class _RowGroup(ABC):
+    """Rows that are run together, with their recorded states in the blocks above the edited one."""
 
     def __init__(self, rows: list[Row], replay: BlockReplay) -> None:
         self.rows, self.replay = rows, replay
         self.predictions = Predictions.of(rows)
-        self.owners = _integers([row.edit for row in rows])
-        self.plain, self.drift = (_integers([i for i, row in enumerate(rows) if row.context == context])
+        self.owners = _longs([row.edit for row in rows])
+        self.plain, self.drift = (_longs([i for i, row in enumerate(rows) if row.context == context])
                                   for context in (0, -1))
 
     @abstractmethod
-    def at(self, hidden: Tensor, rows: Tensor, behind: Tensor | int = 0) -> Tensor:
-        """States ``(n, hidden_size)`` of rows at their lookups, or so many tokens behind."""
+    def at(self, hidden: Tensor, rows: Tensor, offset: Tensor | int = 0) -> Tensor:
+        """States ``(n, hidden_size)`` of rows at their lookups, or at an offset from them."""
 
     @abstractmethod
-    def steered(self, delta: Tensor) -> Tensor:
-        """The edited block's output with each edit's ``delta`` at its rows' lookups."""
+    def add_delta(self, delta: Tensor) -> Tensor:
+        """Output of the edited block with each edit's ``delta`` added at its rows' lookups."""
 
     @abstractmethod
-    def keep(self, edits: set[int]) -> _Recorded:
-        """The rows of some edits only."""
+    def keep(self, edits: set[int]) -> _RowGroup:
+        """Only the rows of these edits."""
 
     def run(self, delta: Tensor, loss_block: int) -> tuple[Tensor, Tensor]:
-        """As ``Steering.run``, of these rows; drift prompts in their order."""
-        seen = self.replay.run(self.steered(delta), stop=loss_block + 1)
+        """``DeltaForward.run`` for these rows, with drift prompts in the order of the rows."""
+        seen = self.replay.run(self.add_delta(delta), stop=loss_block + 1)
         final = seen
         if len(self.drift) and loss_block + 1 < self.replay.stop:
             final = self.replay.run(seen, start=loss_block + 1)
-        return self.at(seen, self.predictions.rows, self.predictions.behind), self.at(final, self.drift)
+        return self.at(seen, self.predictions.rows, self.predictions.offset), self.at(final, self.drift)
 
 
-class _Packed(_Recorded):
-    """Tokens from the lookup on, end to end; needs ``attending_packed`` to be recorded and to be run."""
+class _Packed(_RowGroup):
+    """Rows packed end to end from their lookups on; recorded and run within ``attending_packed``."""
 
     def __init__(self, rows: list[Row], layout: PackedRows, replay: BlockReplay) -> None:
         super().__init__(rows, replay)
@@ -128,11 +127,11 @@ class _Packed(_Recorded):
 
     @classmethod
     def record(cls, editable: EditableModel, rows: list[Row], block: int) -> _Packed:
-        """Run everything once, what rows of one context begin with in common only once for all of them."""
+        """Run all rows once; beginnings that rows of one context share are run once for all of them."""
         fronts = shared_prefixes([row.ids[: row.lookup] for row in rows], [row.context for row in rows])
         packed = pack_with_prefixes([row.ids for row in rows], fronts, editable.input_device, recording=True)
         replay = BlockReplay.record(editable, packed.tokens, block + 1, editable.num_blocks, packed_rows=packed.layout)
-        # Steps need the keys and values in front of lookups, in the blocks above the edited one.
+        # Later passes need the keys and values before the lookups, in the blocks above the edited one.
         table = {layer: packed.layout.recorded[layer] for layer in range(block + 1, editable.num_blocks)}
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids) - rows[i].lookup)
         rows = [rows[i] for i in order]
@@ -144,31 +143,31 @@ class _Packed(_Recorded):
         tokens = [lookup + i for lookup, width in zip(lookups, widths, strict=True) for i in range(width)]
         return cls(rows, kept, select_packed(replay, kept, torch.tensor(tokens)))
 
-    def at(self, hidden: Tensor, rows: Tensor, behind: Tensor | int = 0) -> Tensor:
-        return hidden[0].index_select(0, (self._starts[rows] + behind).to(hidden.device))
+    def at(self, hidden: Tensor, rows: Tensor, offset: Tensor | int = 0) -> Tensor:
+        return hidden[0].index_select(0, (self._starts[rows] + offset).to(hidden.device))
 
-    def steered(self, delta: Tensor) -> Tensor:
+    def add_delta(self, delta: Tensor) -> Tensor:
         hidden = self.replay.hidden
         steps = delta[self.owners.to(delta.device)].to(hidden)
         return hidden[0].index_add(0, self._starts.to(hidden.device), steps).unsqueeze(0)
 
     def keep(self, edits: set[int]) -> _Packed:
-        index = _integers([i for i, row in enumerate(self.rows) if row.edit in edits])
+        index = _longs([i for i, row in enumerate(self.rows) if row.edit in edits])
         layout, tokens = self._layout.select(index)
         return _Packed([self.rows[i] for i in index.tolist()], layout, select_packed(self.replay, layout, tokens))
 
 
-class _Padded(_Recorded):
+class _Padded(_RowGroup):
     """Rows padded to one length."""
 
     def __init__(self, rows: list[Row], cuts: list[int], replay: BlockReplay) -> None:
         super().__init__(rows, replay)
         self._cuts = cuts
-        self._lookups = _integers([row.lookup - cut for row, cut in zip(rows, cuts, strict=True)])
+        self._lookups = _longs([row.lookup - cut for row, cut in zip(rows, cuts, strict=True)])
 
     @classmethod
     def record(cls, editable: EditableModel, rows: list[Row], block: int, use_prefix: bool) -> _Padded:
-        """Run everything once; without ``use_prefix`` every step runs all tokens."""
+        """Run all rows once; without ``use_prefix``, later passes run all tokens again."""
         stop = editable.num_blocks
         cuts = [row.lookup if use_prefix else 0 for row in rows]
         width = max(cuts)
@@ -180,11 +179,11 @@ class _Padded(_Recorded):
                           width)
         return cls(rows, cuts, BlockReplay.record(editable, padded, block + 1, stop, prefix))
 
-    def at(self, hidden: Tensor, rows: Tensor, behind: Tensor | int = 0) -> Tensor:
-        columns = self._lookups[rows] + behind
+    def at(self, hidden: Tensor, rows: Tensor, offset: Tensor | int = 0) -> Tensor:
+        columns = self._lookups[rows] + offset
         return hidden[rows.to(hidden.device), columns.to(hidden.device)]
 
-    def steered(self, delta: Tensor) -> Tensor:
+    def add_delta(self, delta: Tensor) -> Tensor:
         hidden = self.replay.hidden
         index = torch.arange(len(self.rows), device=hidden.device), self._lookups.to(hidden.device)
         steps = delta[self.owners.to(delta.device)].to(hidden)
@@ -196,20 +195,19 @@ class _Padded(_Recorded):
                        self.replay.select(torch.tensor(index)))
 
 
-class Steering:
-    """Rows of some edits, ready to be run again with other deltas.
+class DeltaForward:
+    """Runs the blocks above the edited one on recorded rows, with other deltas each time.
 
     Attributes:
-        edits: those it still has rows of, ascending, as ``run`` gives their drift prompts.
-        predictions: where ``run``'s other states are; of rows that are run together, rows are numbered from 0.
+        edits: indices of the edits that have rows, ascending.
+        predictions: positions of the first result of ``run``; rows are numbered within each group that is run together.
         initial: ``(edits, hidden_size)``, the edited block's output at the lookup of the plain prompt.
-        drift_final: ``(edits, hidden_size)``, the last block's at the lookup of the drift prompt, without a delta.
+        drift_final: ``(edits, hidden_size)``, the last block's output at the lookup of the drift prompt, without delta.
     """
 
-    def __init__(self, parts: Sequence[_Recorded]) -> None:
+    def __init__(self, parts: Sequence[_RowGroup]) -> None:
         self._parts = parts
-        found = [part.predictions for part in parts]
-        self.predictions = Predictions(*(torch.cat([getattr(one, column.name) for one in found])
+        self.predictions = Predictions(*(torch.cat([getattr(part.predictions, column.name) for part in parts])
                                          for column in fields(Predictions)))
         edits = torch.cat([part.owners[part.drift] for part in parts])
         self.edits, self._order = edits.sort()
@@ -219,23 +217,25 @@ class Steering:
 
     @classmethod
     @torch.no_grad()
-    def record(cls, editable: EditableModel, rows: Sequence[Row], block: int, layout: Layout) -> Steering:
-        """Run everything once. Prompts with targets and drift prompts are padded apart, and rows of different kinds
-        (see ``batching.length_class``) are run apart.
+    def record(cls, editable: EditableModel, rows: Sequence[Row], block: int, layout: Layout) -> DeltaForward:
+        """Run all rows once.
+
+        Rows of different length classes (see ``models.batching``) are run apart; padded rows with and without targets,
+        too.
 
         Args:
-            rows: of the edits in order.
+            rows: of all edits in order.
             block: the edited one.
         """
-        kind = length_class(editable.config)
-        parts: list[_Recorded] = []
-        for index in group_by_class([len(row.ids) for row in rows], kind):
+        class_of = length_class(editable.config)
+        parts: list[_RowGroup] = []
+        for index in group_by_class([len(row.ids) for row in rows], class_of):
             alike = [rows[i] for i in index]
             if layout == "packed":
                 parts.append(_Packed.record(editable, alike, block))
                 continue
-            # A prefix runs by itself, as a row of the smallest kind, so only rows of that kind can have one.
-            use_prefix = layout == "padded" and kind(len(alike[0].ids)) == kind(1)
+            # A prefix is run as a row of the smallest length class, so only rows of that class can have one.
+            use_prefix = layout == "padded" and class_of(len(alike[0].ids)) == class_of(1)
             for rewrites in (True, False):
                 some = [row for row in alike if bool(row.targets) == rewrites]
                 if some:
@@ -243,33 +243,31 @@ class Steering:
         return cls(parts)
 
     def run(self, delta: Tensor, loss_block: int) -> tuple[Tensor, Tensor]:
-        """Outputs of ``loss_block`` at the predictions, and of the last block at the drift prompts' lookups.
+        """Outputs of ``loss_block`` at ``predictions``, and of the last block at the lookups of the drift prompts.
 
         Args:
             delta: ``(all edits, hidden_size)``.
-            loss_block: number of a block from the edited one on.
+            loss_block: index of the edited block or a later one.
         """
         seen, final = zip(*(part.run(delta, loss_block) for part in self._parts), strict=True)
         return torch.cat(seen), _joined(final, self._order)
 
-    def keep(self, edits: set[int]) -> Steering:
-        """The rows of some edits only."""
-        return Steering([part.keep(edits) for part in self._parts if not edits.isdisjoint(part.owners.tolist())])
+    def keep(self, edits: set[int]) -> DeltaForward:
+        """Only the rows of these edits."""
+        return DeltaForward([part.keep(edits) for part in self._parts if not edits.isdisjoint(part.owners.tolist())])
 
 
 def _joined(parts: Sequence[Tensor], order: Tensor) -> Tensor:
-    # Parts without drift prompts end at the loss's block, which may be on another device than the last.
+    # Groups without drift prompts end at the loss block, which may be on another device than the last one.
     joined = torch.cat([part.to(parts[-1].device) for part in parts])
     return joined.index_select(0, order.to(joined.device))
 
 
-# --- which of them a model allows ---------------------------------------------------------------------------
-
-def layout_of(editable: EditableModel, requests: Sequence[TokenizedRequest]) -> Layout:
-    """How these edits' rows can be laid out on this model, which must be frozen: the cheapest way that is exact."""
+def choose_layout(editable: EditableModel, requests: Sequence[TokenizedRequest]) -> Layout:
+    """The cheapest layout of these edits' rows that gives exact results on this model, which must be frozen."""
     prompts = [prompt for request in requests for prompt in (request.plain, *request.contexts)]
-    kind = length_class(editable.config)
-    alike = group_by_class([len(prompt.ids) for prompt in prompts], kind)
+    class_of = length_class(editable.config)
+    alike = group_by_class([len(prompt.ids) for prompt in prompts], class_of)
 
     def chosen(choose: Callable[..., int], among: list[int]) -> TokenizedPrompt:
         return prompts[choose(among, key=lambda i: prompts[i].lookup)]
@@ -278,13 +276,13 @@ def layout_of(editable: EditableModel, requests: Sequence[TokenizedRequest]) -> 
     longest = max((prompts[i] for i in most), key=lambda prompt: len(prompt.ids))
     if packing_is_exact(editable, list(dict.fromkeys([chosen(max, most), chosen(min, most), longest]))):
         return "packed"
-    least = [index for index in alike if kind(len(prompts[index[0]].ids)) == kind(1)]
+    least = [index for index in alike if class_of(len(prompts[index[0]].ids)) == class_of(1)]
     return "padded" if least and prefix_is_exact(editable, chosen(max, least[0])) else "whole"
 
 
 @torch.no_grad()
 def packing_is_exact(editable: EditableModel, prompts: Sequence[TokenizedPrompt]) -> bool:
-    """Whether prompts packed behind keys and values of their beginnings give the states of prompts by themselves."""
+    """Whether prompts packed after cached keys and values give the same states as each prompt run alone."""
     stop = editable.num_blocks
     rows = [Row(i, 0, prompt.ids, prompt.lookup, len(prompt.ids) - 1, (0,)) for i, prompt in enumerate(prompts)]
     rows += [Row(i, -1, prompt.ids[: prompt.lookup + 1], prompt.lookup) for i, prompt in enumerate(prompts)]
@@ -294,17 +292,17 @@ def packing_is_exact(editable: EditableModel, prompts: Sequence[TokenizedPrompt]
                             for at in (len(prompt.ids) - 1, prompt.lookup)])
 
     def run() -> Tensor:
-        # All blocks that steps run: each may attend in a way of its own.
-        steering = Steering([_Packed.record(editable, rows, min(editable.layers[-1], stop - 2))])
-        last, lookup = steering.run(torch.zeros_like(steering.initial), stop - 1)
-        return torch.stack([last[steering.predictions.edits.argsort()], lookup], dim=1).flatten(0, 1)
+        # All blocks that the optimisation runs: their attention may differ from block to block.
+        forward = DeltaForward([_Packed.record(editable, rows, min(editable.layers[-1], stop - 2))])
+        last, lookup = forward.run(torch.zeros_like(forward.initial), stop - 1)
+        return torch.stack([last[forward.predictions.edits.argsort()], lookup], dim=1).flatten(0, 1)
 
     return packs_exactly(editable.model, expected, run)
 
 
 @torch.no_grad()
 def prefix_is_exact(editable: EditableModel, prompt: TokenizedPrompt) -> bool:
-    """Whether running the tokens in front through a cache gives what running all of them gives, on this model."""
+    """Whether caching the tokens before the lookup gives the same states as running all tokens, on this model."""
     ids, cut, stop = prompt.ids, prompt.lookup, editable.num_blocks
     if cut == 0:
         return True
@@ -313,7 +311,7 @@ def prefix_is_exact(editable: EditableModel, prompt: TokenizedPrompt) -> bool:
     try:
         cached = prefix_key_values(editable, [ids[:cut]], stop)
         rows = pad_rows([ids[cut:]], device, starts=[cut], prefix_width=cut)
-        # What steps run: blocks that are called again, behind a cache that no longer is the model's.
+        # As in the optimisation: blocks called again, with a cache that the model itself no longer updates.
         replay = BlockReplay.record(editable, rows, min(editable.layers[-1] + 1, stop - 1), stop, prefix=cached)
         split = replay.run(replay.hidden)
     except (TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
