@@ -172,8 +172,8 @@ def phase_at(num_edits: int, total: int) -> When:
 def checkpoint_ends(batch_ends: Sequence[int], every: int) -> set[int]:
     """Batch ends after which a checkpoint is saved: at least ``every`` facts apart, and after the last batch.
 
-    Saving one affects the bits of later edits (``EditSession.drop_derived``), so it must not depend on how often a run was
-    resumed.
+    Saving one affects the bits of later edits (``EditSession.drop_derived``), so it must not depend on how often a
+    run was resumed.
     """
     saved = [0]
     for end in batch_ends:
