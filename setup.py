@@ -51,7 +51,8 @@ setup(
                      "importlib-metadata", "iopath", "matplotlib", "nltk", "omegaconf", "openai",
                      "opencv-python-headless", "pandas", "portalocker", "pyjwt", "qwen-vl-utils", "requests", "rouge",
                      "scikit-learn", "sentence-transformers", "sentencepiece", "timm", "torchvision", "zhipuai"],
-        # Long fuzzing (tests/fuzzers, SPHERE_FUZZ=1), mutants (benchmarks/mutants.py), the audit of what is installed.
+        # Long fuzzing (tests/robustness/fuzzers, SPHERE_FUZZ=1), mutants (benchmarks/mutants.py), the audit of what is
+        # installed.
         "audit": ["atheris>=3", "mutmut>=3.8", "pip-audit>=2.7"],
         "test": ["import-linter>=2", "pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6", "hypothesis>=6.100",
                  "ruff>=0.6", "mypy>=1.10", "markdown-it-py>=2.2", "playwright>=1.40", "scikit-learn>=1.4",

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 import yaml
-from common import machine, peak_memory, spread
-from plain import plain_batch, plain_metrics
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import machine, peak_memory, spread
+from plain import plain_batch, plain_metrics
 from sphere_easyedit import EditSession, SPHEREHyperParams, apply_sphere_to_model
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.easyedit.discovery import HOME

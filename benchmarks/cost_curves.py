@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from solves import L2, SyntheticKeys
 from torch import Tensor
 
+from solves import L2, SyntheticKeys
 from sphere_easyedit import EditSession, PrincipalSpace, SPHEREHyperParams, apply_sphere_to_model
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.methods.solvers import KeyHistory, NullSpace, NullSpaceMetric, adjusted_keys

@@ -25,8 +25,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import machine, peak_memory, spread
 
+from common import machine, peak_memory, spread
 from sphere_easyedit.datasets.loaders import EditRecord, load_records
 from sphere_easyedit.easyedit.discovery import HOME, load_easyedit
 from sphere_easyedit.easyedit.editor import edit_arguments

@@ -24,11 +24,11 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
 
 import torch
 import transformers
+
 from gpu_parity import parity
 from gpu_processes import processes
 from gpu_rows import FULL, ROOT, SMALL, Row
 from gpu_speed import models, speed
-
 from sphere_easyedit.utils.files import atomic_write
 
 PARTS = ("parity", "speed", "models", "processes")

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_rows import GOLDEN, Row, Sizes, compared, difference
 from safetensors.torch import load_file
-from solves import L2, LAMBDA, SyntheticKeys
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from gpu_rows import GOLDEN, Row, Sizes, compared, difference
+from solves import L2, LAMBDA, SyntheticKeys
 from sphere_easyedit import EditSession, PrincipalSpace, SPHEREHyperParams, apply_sphere_to_model, hyperspherical_energy
 from sphere_easyedit.core.hyperspherical import energy_from_gram
 from sphere_easyedit.core.updates import LowRankUpdate

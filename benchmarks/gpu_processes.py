@@ -11,10 +11,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 import yaml
-from gpu_parity import golden_tokenizer, tiny_model, tiny_settings
-from gpu_rows import ROOT, Row, compared, difference, left_out
 from safetensors.torch import load_file
 from torch import Tensor
+
+from gpu_parity import golden_tokenizer, tiny_model, tiny_settings
+from gpu_rows import ROOT, Row, compared, difference, left_out
 
 PART = "processes"
 _EDITS, _BATCH = 8, 4

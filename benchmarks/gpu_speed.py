@@ -12,13 +12,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
 from gpu_parity import ALPHA, GAMMA, golden_tokenizer
 from gpu_rows import Row, Sizes, left_out, measured, wait
 from published_models import MODELS
 from solves import L2, LAMBDA, SyntheticKeys
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-
 from sphere_easyedit import PrincipalSpace, SPHEREHyperParams, apply_sphere_to_model, hyperspherical_energy
 from sphere_easyedit.core.updates import LowRankUpdate
 from sphere_easyedit.datasets.loaders import load_records

@@ -14,10 +14,10 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from common import machine, peak_memory, spread
-from plain import plain_states
 from torch import Tensor
 
+from common import machine, peak_memory, spread
+from plain import plain_states
 from sphere_easyedit import SPHEREHyperParams
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.contexts import generate_contexts

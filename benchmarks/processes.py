@@ -20,9 +20,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common import machine
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import machine
 from sphere_easyedit import SPHEREHyperParams
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.models.distributed import ProcessInfo, Replicas

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from common import machine
 from torch import Tensor
 
+from common import machine
 from sphere_easyedit import PrincipalSpace, hyperspherical_energy
 from sphere_easyedit.core.hyperspherical import energy_from_gram
 from sphere_easyedit.core.updates import LowRankUpdate

@@ -10,7 +10,7 @@ a process of its own and is filed at once, so that a command that was cut short 
     python benchmarks/scaling.py one --model llama3-8b --part "weight, float32" --work-dir /tmp/scaling
 
 Peaks are the growth of the process's high-water mark (VmHWM, reset in front of each step) over what was resident then,
-with malloc's thresholds fixed, as in tests/test_hyperspherical.py; on Linux alone.
+with malloc's thresholds fixed, as in tests/unit/test_hyperspherical.py; on Linux alone.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from common import machine
 from projection import resident_bytes
 from published_models import MODELS, PublishedModel, with_one_weight
-from safetensors.torch import load_file, save_file
 from solves import L2, LAMBDA, SyntheticKeys
-from torch import Tensor
-
 from sphere_easyedit import PrincipalSpace, hyperspherical_energy
 from sphere_easyedit.core.hyperspherical import energy_from_gram
 from sphere_easyedit.core.updates import LowRankUpdate

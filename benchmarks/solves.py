@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 import scipy.fft
 import torch
-from common import machine, peak_memory, spread
 from torch import Tensor
 
+from common import machine, peak_memory, spread
 from sphere_easyedit.methods.solvers import (
     CholeskyFactor,
     CovarianceMetric,

@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import yaml
+
 from common import machine, peak_memory
 from plain import plain_target_value
-
 from sphere_easyedit import SPHEREHyperParams
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.contexts import generate_contexts

@@ -18,8 +18,8 @@ from unittest.mock import patch
 
 import torch
 import yaml
-from common import machine, spread
 
+from common import machine, spread
 from sphere_easyedit import EditCallback, HETracker, SPHEREHyperParams, apply_sphere_to_model
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.gram_matrices import GramMatrices

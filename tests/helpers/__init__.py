@@ -1,0 +1,1 @@
+"""What tests share: tiny models, golden data, processes, records."""
