@@ -25,7 +25,7 @@ import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("projection", "hyperspherical", "editing/solvers", "methods/rect", "methods/prune")
+MODULES = ("core/projection", "core/hyperspherical", "core/tensors", "methods/solvers", "methods/rect", "methods/prune")
 TESTS = ("projection", "hyperspherical", "solvers", "restraints")
 # Left out: what measures memory in a process of its own, where no mutant is active, and what takes seconds.
 LEFT_OUT = ("memory_at", "large_float32", "through_a_model", "dense_solve", "test_singular")
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items):
 def export(work: Path, commit: str) -> None:
     """A commit's tree, with mutmut's settings and fewer examples."""
     work.mkdir(parents=True, exist_ok=True)
-    tests = [work / f"tests/test_{name}.py" for name in TESTS]
+    tests = [work / f"tests/unit/test_{name}.py" for name in TESTS]
     before = [path.read_text() if path.exists() else "" for path in tests]
     archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
@@ -68,8 +68,8 @@ def export(work: Path, commit: str) -> None:
     settings: dict[str, list[str]] = {
         "source_paths": ["sphere_easyedit"],
         "only_mutate": [f"sphere_easyedit/{name}.py" for name in MODULES],
-        "also_copy": ["conftest.py", "hparams"],
-        "pytest_add_cli_args_test_selection": [f"tests/test_{name}.py" for name in TESTS],
+        "also_copy": ["conftest.py", "hparams", "pyproject.toml"],
+        "pytest_add_cli_args_test_selection": [f"tests/unit/test_{name}.py" for name in TESTS],
         "pytest_add_cli_args": ["-p", "no:cacheprovider", "-k", " and ".join(f"not {name}" for name in LEFT_OUT)],
         # The first limit met is of wall time: on a busy machine 3 s more than usual stopped tests that were only slow.
         "timeout_multiplier": ["1.5"],
