@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,6 @@ from .requests import EditRequest
 if TYPE_CHECKING:
     from ..callbacks.energy_metrics import EnergyRecord
     from ..runs.schema import BatchRecord, Measurement, SpaceRecord, Summary
-
 
 _MAX_REVIEWS = 20  # times that one callback may scale back one batch
 
@@ -64,7 +64,7 @@ class EditEvent:
 
 @dataclass(frozen=True)
 class RunState:
-    """Records of a sequential run so far, including those from before it was resumed.
+    """Records of a sequential run so far, including those from before it was resumed; they grow as the run goes on.
 
     Attributes:
         directory: the run directory.
@@ -135,9 +135,14 @@ class EditCallback:
     def resume_settings(self) -> Mapping[str, Any] | None:
         """Settings that a resumed run must share, since they affect the weights or where the run ends.
 
-        None for a callback that only observes.
+        None for a callback that only observes. The hook's former name, ``deciding``, still works.
         """
-        return None
+        former: Callable[[], Mapping[str, Any] | None] | None = getattr(self, "deciding", None)
+        if former is None:
+            return None
+        warnings.warn(f"{type(self).__name__}.deciding is deprecated: rename it to resume_settings",
+                      DeprecationWarning, stacklevel=2)
+        return former()
 
 
 def review_batch(event: EditEvent, callbacks: Sequence[EditCallback], before: Mapping[int, Tensor],

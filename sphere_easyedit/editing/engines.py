@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -155,14 +155,28 @@ class ExecutorEngine(Engine):
             check_finite(layer, weight)
         if progress is not None:
             progress(len(batch.requests))
-        return BatchSolution({layer: _change(weight, editable.weight(layer)) for layer, weight in after.items()},
-                             session.history, None, seconds, after)
+        return BatchSolution(_WeightChanges(editable, after), session.history, None, seconds, after)
 
 
-def _change(after: Tensor, before: Tensor) -> Tensor:
-    """``after - before`` in float32 at least."""
-    precise = torch.promote_types(after.dtype, torch.float32)
-    return after.to(precise) - before.to(precise)
+class _WeightChanges(Mapping[int, Tensor]):
+    """Changes from the model's current weights to given ones, by layer, in float32 at least.
+
+    Computed when read, so that only one layer's dense change is in memory at a time.
+    """
+
+    def __init__(self, editable: EditableModel, after: Mapping[int, Tensor]) -> None:
+        self._editable, self._after = editable, after
+
+    def __getitem__(self, layer: int) -> Tensor:
+        after = self._after[layer]
+        precise = torch.promote_types(after.dtype, torch.float32)
+        return after.to(precise) - self._editable.weight(layer).to(precise)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._after)
+
+    def __len__(self) -> int:
+        return len(self._after)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +52,7 @@ class BatchSolution:
         weights: exact weight that each unmodified update leads to, by layer; empty if that is ``W + dW``.
     """
 
-    updates: dict[int, Update]
+    updates: Mapping[int, Update]
     history: dict[int, KeyHistory]
     target_values: TargetValues | None
     seconds: dict[str, float]

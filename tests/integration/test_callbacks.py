@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_some_layers_only() -> None:
 
 def test_unknown_layer() -> None:
     tracker = sphere.HETracker(layers=[1, 7])
-    with pytest.raises(ValueError, match=r"track layers \[7\], edited are \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"track layers \[7\]: edited layers are \[1, 2\]"):
         run(tracker, [1])
 
 
@@ -245,3 +246,13 @@ def test_hooks_of_the_base_class_do_nothing() -> None:
     callback = sphere.EditCallback()
     assert callback.on_batch_start(event(0)) is None
     assert callback.on_batch_end(event(5)) is None
+    assert callback.resume_settings() is None
+
+
+def test_the_former_name_of_resume_settings_still_works() -> None:
+    class Former(sphere.EditCallback):
+        def deciding(self) -> Mapping[str, Any]:
+            return {"limit": 3}
+
+    with pytest.warns(DeprecationWarning, match=r"Former.deciding is deprecated: rename it to resume_settings"):
+        assert Former().resume_settings() == {"limit": 3}

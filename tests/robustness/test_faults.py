@@ -175,7 +175,7 @@ def test_a_read_only_folder_serves_what_it_has(disk: Disk, tok: PreTrainedTokeni
     assert sphere.EditSession.of(model).num_edits == 1
     other, model = tiny_hparams(disk.folder, base_alg=base_alg, layers=[1, 3]), tiny_model("llama")
     before = state_of(model)
-    with pytest.raises(ValueError, match="set stats_dir to a folder that can be written"):
+    with pytest.raises(ValueError, match="set stats_dir to a writable folder"):
         sphere.apply_sphere_to_model(model, tok, request, other)
     assert unchanged(model, before)
 

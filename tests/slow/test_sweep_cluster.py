@@ -261,7 +261,7 @@ def test_slurm_from_the_command_line(workplace: Path, slurm: Path) -> None:
     assert done.returncode == 1
     assert "AlphaEdit-sphere-seed0: submitted (job 102_1)" in done.stdout
     assert "AlphaEdit-sphere-seed0 failed" in done.stdout
-    for given, message in ((["--slurm", "mem=1"], "give --launcher slurm"), (["--wait"], "belongs to"),
+    for given, message in ((["--slurm", "mem=1"], "give --launcher slurm"), (["--wait"], "needs --launcher slurm"),
                            (["--launcher", "slurm", "--jobs", "2"], "array_parallelism")):
         refused = call_cli(*arguments, *given, cwd=workplace)
         assert refused.returncode == 2

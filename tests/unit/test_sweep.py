@@ -284,3 +284,13 @@ def test_a_flag_is_switched_off_only_where_it_can_be(tmp_path: Path) -> None:
     assert "verbose" not in run.edit
     with pytest.raises(ValueError, match="there is no --no-verbose"):
         load(tmp_path, known, edit={"verbose": False})
+
+
+@pytest.mark.parametrize(("changed", "difference"), [
+    ({"gamma_rule": "share", "space_source": "weight", "energy_budget": None}, None),
+    ({"gamma_rule": "knee"}, "gamma_rule was 'knee' and is None now"), ({"alpha": 0.3}, "alpha was 0.3 and is 0.0 now"),
+])
+def test_records_of_older_versions_name_removed_options(tmp_path: Path, changed: dict[str, Any], difference: str | None
+                                                        ) -> None:
+    run = load(tmp_path).runs[0]
+    assert run.change_from({**run.hyperparameters, **changed}) == difference

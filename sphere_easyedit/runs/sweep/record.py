@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import yaml
 
-from ...hparams import SPHERE_ONLY
+from ...hparams import REMOVED, SPHERE_ONLY
 from ...utils.files import atomic_write
 from ...utils.yaml import read_yaml
 
@@ -81,9 +81,12 @@ class Run:
     def change_from(self, hyperparameters: Mapping[str, Any]) -> str | None:
         """Text on the first difference from recorded hyperparameters, or None.
 
-        Hyperparameters missing in the record (of an older version) are ignored.
+        Hyperparameters missing in the record (of an older version) are ignored, and so are removed ones at the value
+        that they had by default.
         """
         for name, was in hyperparameters.items():
+            if name in REMOVED and was == REMOVED[name][0]:
+                continue
             now = self.hyperparameters.get(name)
             if now != was and name not in _MAY_DIFFER:
                 return f"{name} was {was!r} and is {now!r} now"
