@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, g
 
 import typer
 
+from ..defaults import BATCH_SIZE, FLUENCY_TOKENS
+
 if TYPE_CHECKING:
     from ..hparams import SPHEREHyperParams
     from ..runs.schedule import MeasureSettings
@@ -120,7 +122,7 @@ class DataOptions:
     dataset: Annotated[DataSet, option("Data set to edit.")] = "demo"
     data: Annotated[Path | None, option("File of the data set. If not given, it is looked for in the folder "
                                         "SPHERE_DATA, then downloaded; demo needs none.")] = None
-    batch_size: Annotated[int, option("Number of facts edited at once.", min=1)] = 100
+    batch_size: Annotated[int, option("Number of facts edited at once.", min=1)] = BATCH_SIZE
     seed: Annotated[int | None, option("Seed for drawing and ordering the facts (the file's order if not given).")
                     ] = None
 
@@ -139,7 +141,7 @@ class EvaluationOptions:
     text: Annotated[Path | None, option("Held-out text (.txt, .jsonl) to measure perplexity on.")] = None
     text_tokens: Annotated[int | None, option("Number of tokens of that text to use.", min=1)] = 8192
     fluency: Annotated[bool, option("Measure the fluency of generated text.", "--fluency")] = False
-    fluency_tokens: Annotated[int, option("Number of new tokens per generated text.", min=1)] = 100
+    fluency_tokens: Annotated[int, option("Number of new tokens per generated text.", min=1)] = FLUENCY_TOKENS
     fluency_prompts: Annotated[int | None, option("Generate at most this many texts per fact.", min=1)] = None
     references: Annotated[Path | None, option("Measure the consistency of generated text with these texts: a folder of "
                                               "ROME's files, or a .txt or .jsonl corpus.")] = None

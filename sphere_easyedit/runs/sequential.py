@@ -27,6 +27,7 @@ from ..callbacks.neurons import NeuronTracker
 from ..callbacks.spaces import SpaceTracker, read_spaces_csv
 from ..datasets.conflicts import find_conflicts
 from ..datasets.loaders import EditRecord, records_fingerprint
+from ..defaults import CHECKPOINT_EVERY, KEEP_CHECKPOINTS
 from ..editing.callbacks import (
     EditCallback,
     EditEvent,
@@ -104,8 +105,8 @@ class RunSettings:
     described: dict[str, Any] = field(default_factory=dict)
     measure: MeasureSettings = field(default_factory=MeasureSettings)
     resume: bool = False
-    checkpoint_every: int = 10
-    keep_checkpoints: int = 1
+    checkpoint_every: int = CHECKPOINT_EVERY
+    keep_checkpoints: int = KEEP_CHECKPOINTS
     keep_weights_every: int | None = None
     on_error: OnError = "stop"
 
