@@ -865,7 +865,7 @@ def test_damaged_statistics_are_refused_whatever_lies_beside_them(tmp_path: Path
     statistics = _statistics(tmp_path)
     stored_null_space(statistics, 40, None, 0.9, CPU)
     statistics.write_bytes(statistics.read_bytes()[:-200])
-    with pytest.raises(ValueError, match="no statistics file"):
+    with pytest.raises(ValueError, match="not a statistics file"):
         stored_null_space(statistics, 40, None, 0.9, CPU)
 
 
