@@ -106,7 +106,7 @@ def read_removals(folder: Path) -> list[PastRemoval]:
     try:
         return _validated(_Record, path.read_bytes()).withdrawals
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no record of removals ({one_line(error)}): it was changed by hand or damaged. "
+        raise ValueError(f"{path} is not a record of removals ({one_line(error)}): it was changed by hand or damaged. "
                          "Restore it, or edit anew") from error
 
 

@@ -116,7 +116,7 @@ class EditedRun:
     def _summary(self) -> Summary | None:
         if not self.directory.has(schema.SUMMARY):
             return None
-        where = f"{self.directory.path / schema.SUMMARY} is no summary of a run"
+        where = f"{self.directory.path / schema.SUMMARY} is not a summary of a run"
         summary = read_record(Summary, self.directory.read_json(schema.SUMMARY), where)
         if summary.num_edits < 1:
             raise ValueError(f"{where}: num_edits is {summary.num_edits}: it was changed by hand or damaged")

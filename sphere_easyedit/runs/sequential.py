@@ -148,7 +148,7 @@ def run_sequential(
         hparams: method and settings.
         settings: run directory, batch size, and what is measured.
         callbacks: notified of every batch before it is written (a batch that one of them undoes is not written), of
-            measurements, and of the end of the run. If one raises ``StopEditing``, the run ends there in good order,
+            measurements, and of the end of the run. If one raises ``StopEditing``, the run ends cleanly,
             with measurements and summary of the facts edited so far.
         progress: called with the phase ("before", "editing", "during" ...) and the units done and in total.
 

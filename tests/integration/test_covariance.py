@@ -498,7 +498,7 @@ def test_bad_jsonl_line_is_named(line: str, number: int, tok: PreTrainedTokenize
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 @pytest.mark.parametrize(("content", "message"), [
-    (None, "is no file; set mom2_dataset to"), ('{"text": "café"}\n'.encode("latin-1"), "(?i)utf-?8"),
+    (None, "is not a file; set mom2_dataset to"), ('{"text": "café"}\n'.encode("latin-1"), "(?i)utf-?8"),
     (b"\n  \n", "holds no text; set mom2_dataset to")], ids=["missing", "latin-1", "blank"])
 def test_unusable_text_file(content: bytes | None, message: str, suffix: str, tok: PreTrainedTokenizerBase,
                             tmp_path: Path) -> None:

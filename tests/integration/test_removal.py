@@ -603,7 +603,7 @@ def test_damaged_factors(harm: Callable[[Path], None], match: str, kept: Edited)
                                      '"left": "", "facts": [{"case_id": [], "batch": 1, "column": 0}]}]}'])
 def test_a_damaged_record(content: str, kept: Edited) -> None:
     record_path(kept[2]).write_text(content)
-    with pytest.raises(ValueError, match=r"withdrawn\.json is no record of removals"):
+    with pytest.raises(ValueError, match=r"withdrawn\.json is not a record of removals"):
         remove_facts(*kept, [3])
 
 
