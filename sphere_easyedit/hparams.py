@@ -224,7 +224,7 @@ class SPHEREHyperParams:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is no YAML mapping, or a key or value is wrong.
+            ValueError: the file is not a YAML mapping, or a key or value is wrong.
         """
         file = find_hparams(hparams_name_or_path)
         mapping = read_mapping(file)
@@ -265,7 +265,7 @@ class SPHEREHyperParams:
             if not wrapped or near:
                 hint = f": did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}."
                 hint += "" if wrapped else " Keys of EasyEdit's own methods need `executor: easyedit`"
-                raise ValueError(f"{key!r} (value {value!r}) is no hyperparameter{hint}")
+                raise ValueError(f"{key!r} (value {value!r}) is not a hyperparameter{hint}")
         if unknown:
             nested = given.get("executor_hparams") or {}
             if not isinstance(nested, Mapping):
@@ -316,7 +316,7 @@ class SPHEREHyperParams:
             names: result of ``module_names`` for this model, if known.
 
         Raises:
-            TypeError: it is no model of transformers (see ``checks.check_model``).
+            TypeError: it is not a model of transformers (see ``checks.check_model``).
             ValueError: see ``EditableModel``; or ``v_loss_layer`` is past the last block.
         """
         check_model(model)

@@ -147,7 +147,7 @@ def read_mapping(file: Traversable) -> dict[str, Any]:
     """Read the YAML mapping in a file.
 
     Raises:
-        ValueError: the file is no YAML mapping, or has a key twice.
+        ValueError: the file is not a YAML mapping, or has a key twice.
     """
     try:
         text = file.read_text(encoding="utf-8")

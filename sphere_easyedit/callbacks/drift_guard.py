@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..datasets.records import SLOT, EditRecord
+from ..defaults import GUARD_EARLY, GUARD_ENERGY, GUARD_FACTS, GUARD_NORM, GUARD_WARMUP
 from ..editing.callbacks import EditCallback, EditEvent, StopEditing
 from ..utils.files import atomic_write
 
@@ -85,9 +86,9 @@ class DriftGuard(EditCallback):
     """
 
     def __init__(self, action: Action = "warn", tok: PreTrainedTokenizerBase | None = None, *,
-                 energy: float | None = 2.0, norm: float | None = 1.25, early: float | None = 0.5, warmup: int = 5,
-                 facts: int = 20, seed: int = 0, path: str | Path | None = None,
-                 efficacy_of: EfficacyOf | None = None) -> None:
+                 energy: float | None = GUARD_ENERGY, norm: float | None = GUARD_NORM,
+                 early: float | None = GUARD_EARLY, warmup: int = GUARD_WARMUP, facts: int = GUARD_FACTS,
+                 seed: int = 0, path: str | Path | None = None, efficacy_of: EfficacyOf | None = None) -> None:
         if action not in get_args(Action):
             raise ValueError(f"action is {action!r}: give warn, lower or stop")
         for name, value, most in (("energy", energy, math.inf), ("norm", norm, math.inf), ("early", early, 1.0)):

@@ -11,6 +11,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from rich.markup import escape
 from rich.table import Table
 
+from ..defaults import (
+    CHECKPOINT_EVERY,
+    GUARD_EARLY,
+    GUARD_ENERGY,
+    GUARD_FACTS,
+    GUARD_NORM,
+    GUARD_WARMUP,
+    KEEP_CHECKPOINTS,
+)
 from .common import Consoles, live_line, load_replicas, on_one_line, progress_of, set_up
 from .options import DataOptions, EvaluationOptions, MethodOptions, Quiet, Verbose, option, with_option_groups
 
@@ -78,8 +87,10 @@ class CheckpointOptions:
 
     resume: Annotated[bool, option("Continue the run in --output from its last checkpoint, or start it if there is "
                                    "none.", "--resume")] = False
-    checkpoint_every: Annotated[int, option("Minimum number of edits between checkpoints.", min=1)] = 10
-    keep_checkpoints: Annotated[int, option("Number of recent checkpoints to keep (0 = all).", min=0)] = 1
+    checkpoint_every: Annotated[int, option("Minimum number of edits between checkpoints.", min=1)
+                                ] = CHECKPOINT_EVERY
+    keep_checkpoints: Annotated[int, option("Number of recent checkpoints to keep (0 = all).", min=0)
+                                ] = KEEP_CHECKPOINTS
     keep_weights_every: Annotated[int | None, option("Keep the edited weights permanently after every this many edits.",
                                                      min=1)] = None
     keep_factors: Annotated[bool, option("Keep the factors of each batch's weight change, so that single facts can be "
@@ -95,13 +106,14 @@ class GuardOptions:
     guard: Annotated[Literal["warn", "lower", "stop"] | None, option(
         "Watch for signs of a coming collapse and warn, lower the batch's strength, or stop the run.")] = None
     guard_energy: Annotated[float, option("Limit on a batch's change of hyperspherical energy, as a multiple of the "
-                                          "usual change.")] = 2.0
+                                          "usual change.")] = GUARD_ENERGY
     guard_norm: Annotated[float, option("Limit on the norm of a batch's weight change, as a multiple of the usual "
-                                        "norm.")] = 1.25
-    guard_early: Annotated[float, option("Lowest efficacy of early facts, as a share of their first efficacy.")] = 0.5
-    guard_facts: Annotated[int, option("Number of early facts to watch.", min=1)] = 20
+                                        "norm.")] = GUARD_NORM
+    guard_early: Annotated[float, option("Lowest efficacy of early facts, as a share of their first efficacy.")
+                           ] = GUARD_EARLY
+    guard_facts: Annotated[int, option("Number of early facts to watch.", min=1)] = GUARD_FACTS
     guard_warmup: Annotated[int, option("Number of first batches that define what is usual; the guard acts on later "
-                                        "ones.", min=1)] = 5
+                                        "ones.", min=1)] = GUARD_WARMUP
 
     def callbacks(self, tok: PreTrainedTokenizerBase, output: Path, num_batches: int) -> list[EditCallback]:
         """The guard, if requested; warns if the run has no batch for it to act on."""

@@ -12,7 +12,7 @@ from .options import option
 
 def hparams(
     model: Annotated[str, typer.Argument(help="Folder or hub name of a decoder; only its config is read.")],
-    base_alg: Annotated[str, option("Base method: AlphaEdit, MEMIT, PRUNE, RECT, FT or ROME.")] = "AlphaEdit",
+    base_alg: Annotated[str, option("Base method; an unknown name lists those there are.")] = "AlphaEdit",
     output: Annotated[Path | None, option("File to write (standard output if not given).")] = None,
 ) -> None:
     """Write a starting YAML for a decoder that has none."""

@@ -18,21 +18,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, g
 
 import typer
 
+from ..datasets.records import DatasetName, Protocol
+from ..defaults import BATCH_SIZE, FLUENCY_TOKENS
+
 if TYPE_CHECKING:
     from ..hparams import SPHEREHyperParams
     from ..runs.schedule import MeasureSettings
 
-DataSet = Literal["counterfact", "multi_counterfact", "zsre", "facts", "demo"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Command = Callable[..., None]
-
-
-class Protocol(str, Enum):
-    """How metrics are computed. An enumeration, since typer takes no list of literals."""
-
-    paper = "paper"
-    rome = "rome"
-    easyedit = "easyedit"
+# typer takes a list of an enumeration's members, but none of literals.
+ProtocolName = Enum("ProtocolName", {name: name for name in get_args(Protocol)}, type=str)  # type: ignore[misc]
 
 
 def option(text: str, *names: str, panel: str | None = None, **more: Any) -> Any:
@@ -117,10 +113,10 @@ class DataOptions:
 
     PANEL: ClassVar = "Data"
 
-    dataset: Annotated[DataSet, option("Data set to edit.")] = "demo"
+    dataset: Annotated[DatasetName, option("Data set to edit.")] = "demo"
     data: Annotated[Path | None, option("File of the data set. If not given, it is looked for in the folder "
                                         "SPHERE_DATA, then downloaded; demo needs none.")] = None
-    batch_size: Annotated[int, option("Number of facts edited at once.", min=1)] = 100
+    batch_size: Annotated[int, option("Number of facts edited at once.", min=1)] = BATCH_SIZE
     seed: Annotated[int | None, option("Seed for drawing and ordering the facts (the file's order if not given).")
                     ] = None
 
@@ -131,15 +127,15 @@ class EvaluationOptions:
 
     PANEL: ClassVar = "Evaluation"
 
-    protocol: Annotated[list[Protocol], option("How metrics are computed; repeatable, the first is the summary's.")
-                        ] = field(default_factory=lambda: [Protocol.paper])
+    protocol: Annotated[list[ProtocolName], option("How metrics are computed; repeatable, the first is the summary's.")
+                        ] = field(default_factory=lambda: [ProtocolName("paper")])
     eval_sample: Annotated[int | None, option("Measure at most this many of the facts edited so far, drawn at random "
                                               "(all if not given).", min=1)] = None
     eval_seed: Annotated[int, option("Seed for random samples and confidence intervals.", min=0)] = 0
     text: Annotated[Path | None, option("Held-out text (.txt, .jsonl) to measure perplexity on.")] = None
     text_tokens: Annotated[int | None, option("Number of tokens of that text to use.", min=1)] = 8192
     fluency: Annotated[bool, option("Measure the fluency of generated text.", "--fluency")] = False
-    fluency_tokens: Annotated[int, option("Number of new tokens per generated text.", min=1)] = 100
+    fluency_tokens: Annotated[int, option("Number of new tokens per generated text.", min=1)] = FLUENCY_TOKENS
     fluency_prompts: Annotated[int | None, option("Generate at most this many texts per fact.", min=1)] = None
     references: Annotated[Path | None, option("Measure the consistency of generated text with these texts: a folder of "
                                               "ROME's files, or a .txt or .jsonl corpus.")] = None

@@ -442,7 +442,7 @@ def _partial_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor] | Non
 
 
 def _orthonormal(basis: Tensor) -> Tensor:
-    """Columns made orthonormal, span and order kept; nearly free where they already are."""
+    """Orthonormalise columns, keeping span and order; cheap if they already are."""
     overlap = basis.T @ basis  # (r, r)
     identity = torch.eye(overlap.shape[0], dtype=overlap.dtype, device=overlap.device)
     error = float((overlap - identity).abs().amax())
@@ -460,7 +460,7 @@ def _orthonormal(basis: Tensor) -> Tensor:
 
 
 def _rank_tolerance(weight: Tensor, rounding: float) -> float:
-    """Share of the largest eigenvalue below which one is taken for 0.
+    """Eigenvalues below this share of the largest count as zero.
 
     The larger of two: the common tolerance of a matrix rank, ``max(d_out, d_in) eps`` on singular values of a
     float32 (or float64) matrix, squared; and the noise that rounding leaves on a Gram matrix's eigenvalues.

@@ -68,12 +68,12 @@ def find_conflicts(records: Sequence[EditRecord]) -> ConflictReport:
     prompts = [normalised(record.edit_prompt) for record in records]
     targets = [normalised(record.target_new) for record in records]
     facts = groups_of_equals(zip(prompts, targets, strict=True))
-    asked = contradictions(prompts, targets)
+    contradicting = contradictions(prompts, targets)
     subjects = groups_of_equals(normalised(record.subject) for record in records)
     return ConflictReport(
         records=len(records),
         duplicates=tuple(_conflict(records, group, records[group[0]].edit_prompt) for group in facts),
-        contradictions=tuple(_conflict(records, group, records[group[0]].edit_prompt) for group in asked),
+        contradictions=tuple(_conflict(records, group, records[group[0]].edit_prompt) for group in contradicting),
         repeated_subjects=tuple(_conflict(records, group, records[group[0]].subject) for group in subjects),
     )
 

@@ -78,23 +78,23 @@ def _axis(axes: RawRecord, axis: str, group: Any) -> Iterator[EvaluationPrompt]:
 
 def _pairs(given: RawRecord, prefix: str) -> Iterator[EvaluationPrompt]:
     """Prompts with their answers from two fields of the record; none without such a prompt."""
-    asked, answered = f"{prefix}prompt", f"{prefix}ground_truth"
-    if given.has(asked):
-        for text, answer in _answers(given, asked, answered):
+    prompt_field, answer_field = f"{prefix}prompt", f"{prefix}ground_truth"
+    if given.has(prompt_field):
+        for text, answer in _answers(given, prompt_field, answer_field):
             if answer is None:
-                given.refuse(answered, shown(given.raw[answered]), "an answer that is not blank")
+                given.refuse(answer_field, shown(given.raw[answer_field]), "an answer that is not blank")
             yield EvaluationPrompt(text, answer)
 
 
-def _answers(given: RawRecord, asked: str, answered: str) -> list[tuple[str, str | None]]:
+def _answers(given: RawRecord, prompt_field: str, answer_field: str) -> list[tuple[str, str | None]]:
     """Each prompt with the first of its answers, or None if that is blank."""
-    prompts = _strings(given, asked)
-    answers = given.value(answered, object, "an answer to the prompt")
-    if not isinstance(given.raw[asked], list):
+    prompts = _strings(given, prompt_field)
+    answers = given.value(answer_field, object, "an answer to the prompt")
+    if not isinstance(given.raw[prompt_field], list):
         answers = [answers]
     elif not isinstance(answers, list) or len(answers) != len(prompts):
-        given.refuse(answered, shown(answers), f"a list of {len(prompts)} answers, one per prompt")
-    return [(text, _first(given, answered, answer)) for text, answer in zip(prompts, answers, strict=True)]
+        given.refuse(answer_field, shown(answers), f"a list of {len(prompts)} answers, one per prompt")
+    return [(text, _first(given, answer_field, answer)) for text, answer in zip(prompts, answers, strict=True)]
 
 
 def _strings(given: RawRecord, field: str) -> tuple[str, ...]:

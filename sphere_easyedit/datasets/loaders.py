@@ -23,6 +23,8 @@ from .records import (
     EditRecord,
     EvaluationPrompt,
     MissingDatasetError,
+    Protocol,
+    edits_alt,
     fill,
     records_fingerprint,
     with_protocol_targets,
@@ -33,7 +35,9 @@ __all__ = [
     "EditRecord",
     "EvaluationPrompt",
     "MissingDatasetError",
+    "Protocol",
     "draw_records",
+    "edits_alt",
     "fill",
     "load_facts",
     "load_records",
@@ -132,7 +136,7 @@ def _load_all(dataset: DatasetName, path: Path | None) -> list[EditRecord]:
         if path is not None:
             raise ValueError(
                 f"data set demo ships with the package, but the file {path} was given: leave the file out, "
-                "or name its data set (counterfact, multi_counterfact, zsre, facts)"
+                f"or name its data set ({', '.join(name for name in get_args(DatasetName) if name != 'demo')})"
             )
         from .demo import demo_records
 

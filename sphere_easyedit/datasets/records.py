@@ -7,12 +7,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 DatasetName = Literal["counterfact", "multi_counterfact", "zsre", "facts", "demo"]
+Protocol = Literal["paper", "rome", "easyedit"]  # how edits are measured (see ``evaluation.protocols``)
 
 SLOT: Final = "{}"
-_PROTOCOLS: Final = ("paper", "rome", "easyedit")
 _NAMED: Final = 5  # maximum number of cases that an error names
 
 
@@ -89,6 +89,11 @@ class EditRecord:
         }
 
 
+def edits_alt(protocol: str) -> bool:
+    """Whether a protocol edits in ZsRE's made-up ``target_alt`` rather than the correct answer."""
+    return protocol == "easyedit"
+
+
 def with_protocol_targets(records: Sequence[EditRecord], protocol: str) -> list[EditRecord]:
     """Records with the targets of a protocol.
 
@@ -98,9 +103,9 @@ def with_protocol_targets(records: Sequence[EditRecord], protocol: str) -> list[
     Raises:
         ValueError: the protocol is unknown, or ``easyedit`` is given a ZsRE record without ``target_alt``.
     """
-    if protocol not in _PROTOCOLS:
-        raise ValueError(f"protocol {protocol!r} is not known: choose one of {', '.join(_PROTOCOLS)}")
-    if protocol != "easyedit":
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"protocol {protocol!r} is not known: choose one of {', '.join(get_args(Protocol))}")
+    if not edits_alt(protocol):
         return list(records)
     without = [record.case_id for record in records if record.dataset == "zsre" and not record.target_alt]
     if without:

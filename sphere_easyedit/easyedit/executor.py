@@ -148,8 +148,7 @@ class WrappedExecutor:
         return self._method_hparams(hparams, editable, batch_size)
 
     def _method_hparams(self, hparams: SPHEREHyperParams, editable: EditableModel, batch_size: int) -> Any:
-        """The method's hyperparameter object; facts about the model override its own values, and these override ours.
-        """
+        """The method's hyperparameter object. Precedence: model facts, then the method's values, then ours."""
         ours = dataclasses.asdict(editable.names) | {
             name: value for name, value in hparams.to_dict().items() if value is not None}
         if hparams.rewrite_module_tmp is None and self._reads_prompt:

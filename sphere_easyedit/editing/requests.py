@@ -71,7 +71,7 @@ def request_dicts(requests: object) -> list[dict[str, Any]]:
         A dict for each request, with all of its fields. A ``case_id`` is an int, a str or None.
 
     Raises:
-        ValueError: it is no such iterable, is empty, or a case_id is neither an integer nor a string.
+        ValueError: it is not such an iterable, is empty, or a case_id is neither an integer nor a string.
     """
     if isinstance(requests, Mapping) or _is_record(requests):
         raise ValueError(f"requests is a single {type(requests).__name__}: wrap it in a list")
@@ -150,7 +150,7 @@ def _parse_request(raw: Mapping[str, Any], position: int, case_id: int | str) ->
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{where}: {field} is {value!r}; a non-empty text is needed")
         if not is_unicode(value):
-            raise ValueError(f"{where}: {field} is {value!r}, which holds half a surrogate pair and so is no text: "
+            raise ValueError(f"{where}: {field} is {value!r}, which holds half a surrogate pair and so is not text: "
                              "write the whole character")
         texts[field] = str(value)
     before, after = _split_at_subject(texts["prompt"], texts["subject"], where)

@@ -109,7 +109,7 @@ class EditSession:
         """Store a session on a model object.
 
         Raises:
-            TypeError, ValueError: it is no session; see ``checks.check_model``, too.
+            TypeError, ValueError: it is not a session; see ``checks.check_model``, too.
         """
         check_model(model)
         if not isinstance(session, cls):
@@ -282,7 +282,7 @@ class EditSession:
         with safe_open(path, framework="pt") as stored:
             metadata = stored.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path} is no saved session (format {metadata.get('format')!r})")
+                raise ValueError(f"{path} is not a saved session (format {metadata.get('format')!r})")
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         state = json.loads(metadata["state"])
         session._key, session.contexts = state["key"], state["contexts"]

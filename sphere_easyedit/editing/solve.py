@@ -151,8 +151,7 @@ def restoring_weights(editable: EditableModel) -> Iterator[dict[int, Tensor]]:
 
 @contextmanager
 def unedited(editable: EditableModel, session: EditSession) -> Iterator[None]:
-    """The session's original weights in the model while statistics are collected, since those are the original model's.
-    """
+    """Restore the original weights inside the context: statistics describe the unedited model."""
     with restoring_weights(editable):
         for layer, weight in session.original.items():
             editable.set_weight(layer, weight)

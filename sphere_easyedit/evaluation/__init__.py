@@ -1,1 +1,1 @@
-"""Data sets, metrics and the sequential run."""
+"""Metrics of an edited model, by protocol."""

@@ -39,7 +39,7 @@ def summary_of(values: Sequence[float | None], scale: float = 1.0, seed: int = 0
 
 
 def bootstrap_interval(values: NDArray[np.float64], seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
-    """The 2.5th to the 97.5th percentile of the means of ``values`` drawn anew with replacement.
+    """The 2.5th to the 97.5th percentile of the means of ``values`` resampled with replacement.
 
     Memory is bounded, whatever ``resamples`` and the number of values.
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..datasets.loaders import EditRecord
+from ..datasets.loaders import EditRecord, Protocol
 from ..models.architecture import max_positions
 from ..models.checks import check_inputs
 from ..runs.schema import FACT_METRICS, MetricName
@@ -19,7 +19,6 @@ from .protocols import (
     PROTOCOLS,
     PromptScore,
     PromptTarget,
-    Protocol,
     agreement,
     prompts_by_metric,
     tokenize_pairs,

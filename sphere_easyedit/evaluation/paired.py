@@ -32,7 +32,7 @@ class PairedDifference:
 
 
 def paired_bootstrap(a: Values, b: Values, seed: int = 0, resamples: int = 10_000) -> PairedDifference:
-    """Mean of ``a - b`` with a 95% interval: pairs are drawn anew with replacement, so what both share cancels.
+    """Mean of ``a - b`` with a 95% interval: pairs are resampled with replacement, so what both share cancels.
 
     Memory is bounded, whatever ``resamples`` and the number of pairs.
 

@@ -64,19 +64,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final
 
 from transformers import PreTrainedTokenizerBase
 
-from ..datasets.loaders import EditRecord
+from ..datasets.loaders import EditRecord, Protocol
 from ..models.tokenization import continuation_ids_batch
 from ..runs.schema import MetricName
 from .teacher_forcing import Row, RowScore
-
-Protocol = Literal["paper", "rome", "easyedit"]
 
 
 @dataclass(frozen=True)
@@ -168,6 +166,11 @@ class _EasyEdit(ProtocolRules):
 
 PROTOCOLS: Final[Mapping[Protocol, ProtocolRules]] = MappingProxyType(
     {"paper": _Paper(), "rome": _Rome(), "easyedit": _EasyEdit()})
+
+
+def needing_unedited(protocols: Iterable[Protocol]) -> list[Protocol]:
+    """Those of the protocols that compare with the unedited model's predictions."""
+    return [protocol for protocol in protocols if protocol in PROTOCOLS and PROTOCOLS[protocol].needs_unedited]
 
 
 def prompts_by_metric(record: EditRecord) -> dict[MetricName, list[tuple[str, str]]]:

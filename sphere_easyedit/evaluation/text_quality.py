@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..datasets.loaders import EditRecord
+from ..defaults import FLUENCY_TOKENS
 from ..utils.progress import Progress
 from .bootstrap import MetricSummary, summary_of
 from .generation import generate_continuations
@@ -49,7 +50,7 @@ class Decoding:
         prompts: number of generation prompts to use per case, from the first; None for all.
     """
 
-    max_new_tokens: int = 100
+    max_new_tokens: int = FLUENCY_TOKENS
     top_k: int | None = 5
     seed: int = 0
     prompts: int | None = None

@@ -30,7 +30,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """Rank of the factors."""
         return self.right.shape[0]
 
 

@@ -79,7 +79,7 @@ def _read_texts(hparams: SPHEREHyperParams, samples: int) -> list[str]:
     dataset, seed, source = hparams.mom2_dataset, hparams.seed, text_source(hparams)
     if isinstance(source, Path):
         if not source.is_file():
-            raise ValueError(f"mom2_dataset {dataset!r} is no file; {_REMEDY}")
+            raise ValueError(f"mom2_dataset {dataset!r} is not a file; {_REMEDY}")
         texts = list(_file_texts(source))
         order = np.random.default_rng(seed).permutation(len(texts))[:samples]
         texts = [texts[i] for i in order]
@@ -95,7 +95,7 @@ def _file_texts(path: Path) -> Iterator[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error}): convert it") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -87,7 +87,7 @@ def load_moment(path: Path, d_in: int) -> Tensor:
         with np.load(path, allow_pickle=False) as stored:
             total, count = np.asarray(stored["mom2.mom2"], dtype=np.float64), int(stored["mom2.count"].item())
     except Exception as error:  # zipfile, zlib and NumPy's headers fail in more ways than can be listed
-        raise ValueError(f"{path} is no statistics file of EasyEdit's layout ({kind_and_text(error)}); remove "
+        raise ValueError(f"{path} is not a statistics file of EasyEdit's layout ({kind_and_text(error)}); remove "
                          "it to have it collected again") from error
     if total.shape != (d_in, d_in):
         raise ValueError(f"{path} holds a second moment of shape {total.shape}, the layer's keys need "
@@ -455,13 +455,14 @@ def load_null_space(path: Path, layers: Sequence[int], d_in: int) -> dict[int, N
     """The null spaces in EasyEdit's ``P_loc`` file, float32.
 
     Raises:
-        ValueError: the file has another content, or its matrices are no orthogonal projections.
+        ValueError: the file has another content, or a matrix is not an orthogonal projection.
     """
     spaces = {}
     for layer, projection in zip(layers, load_projections(path, layers, d_in), strict=True):
         space = _null_space_of(projection.to(working_dtype(d_in)))
         if space is None:
-            raise ValueError(f"P_loc {path}, layer {layer}: no orthogonal projection (its eigenvalues are not 0 and 1)")
+            raise ValueError(f"P_loc {path}, layer {layer}: not an orthogonal projection (its eigenvalues are not 0 "
+                             "and 1)")
         if space.dimensions == 0:
             raise ValueError(f"P_loc {path}, layer {layer}: the null space is empty")
         spaces[layer] = space
@@ -469,7 +470,7 @@ def load_null_space(path: Path, layers: Sequence[int], d_in: int) -> dict[int, N
 
 
 def _null_space_of(projection: Tensor) -> NullSpace | None:
-    """The null space that a projection ``(d_in, d_in)`` projects on; None if it is no orthogonal projection, to 1e-2.
+    """The null space that a projection ``(d_in, d_in)`` projects on; None if it is not orthogonal, to 1e-2.
 
     Random vectors are projected to span the range, so no eigenproblem has to be solved.
     """

@@ -45,11 +45,11 @@ class MethodRegistry:
                 docstring shows how to write one.
 
         Raises:
-            TypeError: it is no subclass of ``Method``, or lacks a method.
+            TypeError: it is not a subclass of ``Method``, or lacks a method.
             ValueError: it has no name, or the name is taken.
         """
         if not (isinstance(method, type) and issubclass(method, Method)):
-            raise TypeError(f"{method!r} is no base method: give a subclass of sphere_easyedit.methods.base.Method")
+            raise TypeError(f"{method!r} is not a base method: give a subclass of sphere_easyedit.methods.base.Method")
         if isabstract(method):
             missing = ", ".join(sorted(method.__abstractmethods__))
             raise TypeError(f"{method.__name__} lacks {missing}: define them, or derive it from MEMIT or AlphaEdit")
@@ -88,7 +88,7 @@ class MethodRegistry:
         if method is None:
             near = nearest(name, self.names)
             hint = f": did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{name!r} is no base method; there are {', '.join(self.names)}{hint}")
+            raise ValueError(f"{name!r} is not a base method; there are {', '.join(self.names)}{hint}")
         return method
 
 

@@ -53,7 +53,7 @@ class _Group:
 
     @property
     def stop(self) -> int:
-        """Index behind the last row's last token."""
+        """Index one past the last row's last token."""
         return self.start + len(self.prefix_lengths) * self.width
 
     def mask(self, window: int | None, scores: Tensor) -> Tensor | None:
@@ -262,7 +262,7 @@ class PackedWithPrefixes:
         tokens: all rows end to end.
         layout: the positions of the rows and of their prefixes.
         prefixes: for each row, the indices of its prefix's tokens.
-        starts: for each row, the index of the first token behind its prefix.
+        starts: for each row, the index of the first token after its prefix.
     """
 
     tokens: Rows

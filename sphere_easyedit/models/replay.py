@@ -27,7 +27,7 @@ _MIN_SHARED = 3  # tokens: running a shorter shared prefix separately costs more
 
 
 class _Stop(Exception):
-    """Ends a forward pass behind the last block that is needed."""
+    """Stops a forward pass after the last block needed."""
 
 
 class PackedInput:
@@ -67,7 +67,7 @@ class Rows:
 
 def pad_rows(sequences: Sequence[Sequence[int]], device: torch.device, starts: Sequence[int] | None = None,
              prefix_width: int = 0) -> Rows:
-    """Pad token sequences on the right; row ``i`` starts at position ``starts[i]`` behind a prefix of that length."""
+    """Pad token sequences on the right; row ``i`` starts at position ``starts[i]`` after a prefix of that length."""
     width = max(len(sequence) for sequence in sequences)
     starts = [0] * len(sequences) if starts is None else starts
     input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
@@ -333,7 +333,7 @@ def prefix_key_values(editable: EditableModel, prefixes: Sequence[Sequence[int]]
     finally:
         handle.remove()
     width = max(len(prefix) for prefix in prefixes)
-    ends = stem_width + torch.tensor([len(ids) for ids in rest]).unsqueeze(1)  # (rows, 1): column behind each prefix
+    ends = stem_width + torch.tensor([len(ids) for ids in rest]).unsqueeze(1)  # (rows, 1): column after each prefix
     source = torch.arange(width) - width + ends  # (rows, width): where each aligned token was
     empty = source < (stem_width - stem_lengths).unsqueeze(1)
 

@@ -58,7 +58,9 @@ def state_bytes(shape: ModelShape, hparams: SPHEREHyperParams, num_edits: int) -
 
 
 def activation_bytes(shape: ModelShape, hparams: SPHEREHyperParams, tokens: Tokens, edits: int) -> int:
-    """About the most that a micro-batch of target values holds, of up to ``edits`` edits within ``token_budget``.
+    """Approximate peak bytes of one micro-batch of the target-value optimisation.
+
+    It holds up to ``edits`` edits within ``token_budget``.
 
     For the backward pass each token of a step leaves in a block the inputs of two norms in float32, the factors of the
     activation, and queries, keys and values twice. At the head are logits, their log-softmax and two gradients.

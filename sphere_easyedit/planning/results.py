@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..datasets.loaders import DatasetName
+from ..defaults import BATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class PlanSettings:
     """
 
     num_edits: int
-    batch_size: int = 100
+    batch_size: int = BATCH_SIZE
     dataset: DatasetName = "demo"
     data: Path | None = None
     seed: int | None = None

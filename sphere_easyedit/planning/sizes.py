@@ -127,7 +127,7 @@ def count_tokens(records: Sequence[EditRecord], contexts: Sequence[str] | None) 
         stepped += len(fronts) * count(request.after, request.target) + 1
         predicted += len(fronts) * count(request.target) + 1
     # A prompt and target that occur again are not scored again.
-    pairs = {pair for record in records for asked in prompts_by_metric(record).values() for pair in asked}
+    pairs = {pair for record in records for prompts in prompts_by_metric(record).values() for pair in prompts}
     scored = sum(count(*pair) for pair in pairs)
     return Tokens(*(total / len(records) for total in (read, stepped, predicted, scored)))
 

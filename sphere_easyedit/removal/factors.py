@@ -29,8 +29,7 @@ FACTORS: Final = "factors"  # folder in a run directory
 _FORMAT: Final = "sphere-easyedit factors 1"
 _NAME: Final = re.compile(r"factors-(\d+)\.safetensors")
 _PARTS: Final = ("values", "keys", "solved_for")
-_DENSE: Final = {"RECT": "RECT zeroes single entries of a batch's change",
-                 "PRUNE": "PRUNE restrains the singular values of the whole change since the pretrained weight"}
+_FLOATING: Final = ("F64", "F32", "F16", "BF16")  # dtypes by their names in safetensors headers
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def read_removals(folder: Path) -> list[PastRemoval]:
     try:
         return _validated(_Record, path.read_bytes()).withdrawals
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no record of removals ({one_line(error)}): it was changed by hand or damaged. "
+        raise ValueError(f"{path} is not a record of removals ({one_line(error)}): it was changed by hand or damaged. "
                          "Restore it, or edit anew") from error
 
 
@@ -118,7 +117,10 @@ def write_removals(folder: Path, past: Sequence[PastRemoval]) -> None:
 
 
 def still_valid(past: Sequence[PastRemoval], num_edits: int, weights: Mapping[int, Tensor]) -> list[PastRemoval]:
-    """The removals behind these weights ``(d_out, d_in)``: a rollback or resumed run may have undone the last."""
+    """Recorded removals that these weights ``(d_out, d_in)`` include.
+
+    A rollback or a resumed run may have undone the last ones.
+    """
     kept = [entry for entry in past if entry.num_edits <= num_edits]
     # Removals after the last batch: the weights may be those before them or after.
     digest = weights_digest(weights) if kept and kept[-1].num_edits == num_edits else ""
@@ -136,25 +138,25 @@ class FactorKeeper(EditCallback):
     """
 
     def __init__(self, folder: str | Path, hparams: SPHEREHyperParams) -> None:
-        reason = _DENSE.get(hparams.base_alg)
-        if hparams.executor != "native":
-            reason = f"executor {hparams.executor} returns dense changes"
-        if reason is not None:
-            raise ValueError(f"{reason}, so no fact has a part of its own: facts can be removed after AlphaEdit and "
-                             "MEMIT, solved natively. Choose one of them, or keep no factors")
+        source = f"executor {hparams.executor}" if hparams.executor != "native" else hparams.base_alg
+        if hparams.executor != "native" or not hparams.method.is_low_rank:
+            raise ValueError(f"{source} returns dense changes, so no fact has a part of its own: facts can be removed "
+                             "after AlphaEdit and MEMIT, solved natively. Choose one of them, or keep no factors")
         self.folder, self._method, self._since = Path(folder), hparams.base_alg, 0
+        self._end: int | None = None  # edits after the last batch on file; None before the files were read
 
     def on_batch_start(self, event: EditEvent) -> None:
         """Delete files of batches that were undone; a ValueError if factors of earlier batches are missing."""
         self._since = event.num_edits
-        numbers = _numbers(self.folder)
-        for path in (factors_path(self.folder, number) for number in numbers if number > self._since):
+        later = [number for number in _numbers(self.folder) if number > self._since]
+        for path in (factors_path(self.folder, number) for number in later):
             logger.info("deleting %s: the model holds %d edits", path, self._since)
             path.unlink(missing_ok=True)
             checksum_path(path).unlink(missing_ok=True)
-        last = max((number for number in numbers if number <= self._since), default=0)
-        if last != self._since:
-            raise ValueError(f"the model holds {self._since} edits, but {self.folder} the factors of {last}: keep "
+        if self._end != self._since:  # at the start of a run, or after an undone batch
+            self._end = _end(_contiguous(self.folder, self._since))
+        if self._end != self._since:
+            raise ValueError(f"the model holds {self._since} edits, but {self.folder} the factors of {self._end}: keep "
                              "factors from the first batch on, or not at all")
         past = read_removals(self.folder)
         if (kept := still_valid(past, self._since, event.weights)) != past:
@@ -174,19 +176,34 @@ class FactorKeeper(EditCallback):
             # One entry: several would be written in any order, and the same batch in other bytes.
             temporary.write_bytes(save(tensors, {_FORMAT: json.dumps(asdict(batch))}))
         record_checksum(path, sha256_of(path))
+        self._end = event.num_edits
 
 
 def _numbers(folder: Path) -> list[int]:
     return sorted(int(found[1]) for path in folder.glob("factors-*") if (found := _NAME.fullmatch(path.name)))
 
 
+def _contiguous(folder: Path, num_edits: int) -> list[BatchFactors]:
+    """Batches of the first ``num_edits`` edits up to the first gap or overlap; a ValueError if a file is damaged."""
+    found: list[BatchFactors] = []
+    for number in _numbers(folder):
+        if number > num_edits:
+            break
+        batch = _read(factors_path(folder, number))
+        if batch.since != _end(found):
+            break
+        found.append(batch)
+    return found
+
+
+def _end(batches: Sequence[BatchFactors]) -> int:
+    return batches[-1].num_edits if batches else 0
+
+
 def read_batches(folder: Path, num_edits: int, layers: Sequence[int]) -> list[BatchFactors]:
     """All batches of the first ``num_edits`` edits in order; a ValueError if one is missing or damaged."""
-    found = [_read(factors_path(folder, number)) for number in _numbers(folder) if number <= num_edits]
-    end = 0
-    for batch in found:
-        end = batch.num_edits if batch.since == end else end
-    if end != num_edits or not found:
+    found = _contiguous(folder, num_edits)
+    if (end := _end(found)) != num_edits or not found:
         raise ValueError(f"{folder} holds the factors of {end} edits, of {num_edits} in the model: facts can be "
                          "removed where all were kept from the first batch on (`edit --keep-factors`, or FactorKeeper)")
     for batch in found:
@@ -205,11 +222,23 @@ def _read(path: Path) -> BatchFactors:
     try:
         with safe_open(path, framework="pt") as stored:
             metadata = stored.metadata() or {}
+            held = {name: stored.get_slice(name) for name in stored.keys()}
+            kinds = {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in held.items()}
         batch = _validated(BatchFactors, metadata[_FORMAT])
     except Exception as error:  # a header can be damaged in more ways than safetensors has errors for
         raise _damaged(path, one_line(error)) from error
     if path.name != factors_path(path.parent, batch.num_edits).name:
         raise _damaged(path, f"it is of the batch after {batch.num_edits} edits")
+    count = len(batch.case_ids)
+    if not 0 <= batch.since < batch.num_edits == batch.since + count:
+        raise _damaged(path, f"{count} cases from {batch.since} to {batch.num_edits} edits")
+    if set(kinds) != {f"{part}.{layer}" for part in _PARTS for layer in batch.layers}:
+        raise _damaged(path, f"it holds {', '.join(sorted(kinds)) or 'no tensors'}, not {', '.join(_PARTS)} of layers "
+                             f"{batch.layers}")
+    for name, (dtype, shape) in kinds.items():
+        if dtype not in _FLOATING or len(shape) != 2 or shape[1] != count:
+            raise _damaged(path, f"{name} is {dtype} of shape {tuple(shape)}, not floating-point of {count} columns, "
+                                 "one for each edit")
     return batch
 
 

@@ -6,6 +6,7 @@ remains at the fact's own key, and what goes missing at others', follows from th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from ..utils.locks import exclusive
 from . import factors as files
 from .factors import Fact, PastRemoval, read_removals, still_valid, weights_digest, write_removals
 
+logger = logging.getLogger(__name__)
+_MOSTLY: Final = 0.9  # share of the removed change that must leave the weight, or a warning is logged
 # Roundings of a batch are below eps/2 of the weight, those of a batch that was scaled back below eps: twice that.
 _SAFETY: Final = 2.0
 
@@ -48,7 +51,7 @@ class LayerReport:
     """What removing facts did to a layer, to first order, at the keys k that facts were solved for.
 
     Attributes:
-        residuals: what facts of its batch and later ones put at a removed fact's key, over what it had put there:
+        residuals: Output at the removed fact's key due to its own and later batches, relative to the fact's own.
             ``||sum_j v_j (k~_j . k_i)|| / ||v_i (k~_i . k_i)||``.
         largest, median: change at the keys of the facts that stay, over what they put there:
             ``||sum_i v_i (k~_i . k_j)|| / ||v_j (k~_j . k_j)||``. 0 if none stays.
@@ -120,7 +123,8 @@ def weights_without(originals: Mapping[int, Tensor], weights: Mapping[int, Tenso
                     past: Sequence[PastRemoval], case_ids: Sequence[int | str]) -> tuple[dict[int, Tensor], Removal]:
     """The edited weights ``(d_out, d_in)`` without some facts, and the report; changes and writes nothing.
 
-    ``originals`` and ``weights`` are those before the first edit and now; ``past`` are removals behind the latter.
+    ``originals`` and ``weights`` are those before the first edit and now; ``past`` are removals that the latter
+    include.
     """
     batches = files.read_batches(folder, num_edits, list(weights))
     facts = [fact for batch in batches for fact in batch.facts]
@@ -136,6 +140,9 @@ def weights_without(originals: Mapping[int, Tensor], weights: Mapping[int, Tenso
             [fact.batch for fact in facts], [fact not in absent for fact in facts], [fact in chosen for fact in facts]))
         edits = Edits(update, batch, present, removed, len(batches) + len(past))
         left[layer], report = remove_from(layer, originals[layer], weight, edits)
+        if report.taken < _MOSTLY:
+            logger.warning("layer %d: only %.0f%% of the removed change left the weight, since %s is coarser than the "
+                           "change: edit and remove facts in float32", layer, 100 * report.taken, weight.dtype)
         reports.append(report)
     return left, Removal(tuple(fact for fact in facts if fact in chosen),
                          tuple(fact for fact in facts if fact not in absent | chosen), num_edits, tuple(reports))

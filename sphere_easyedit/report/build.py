@@ -66,8 +66,9 @@ def write_report(runs: Sequence[str | Path | RunRecords], output: str | Path | N
     check_installed()
     read = [run if isinstance(run, RunRecords) else RunRecords.read(run) for run in runs]
     folder = read[0].directory if output is None else Path(output)
-    place = RunDirectory(folder).path_of  # mostly a run's own folder, which may be untrusted
-    html, drawn, coordinates = place("report.html"), place("figures"), place("figures/places.json")
+    path_in_folder = RunDirectory(folder).path_of  # mostly a run's own folder, which may be untrusted
+    html, drawn = path_in_folder("report.html"), path_in_folder("figures")
+    coordinates = path_in_folder("figures/places.json")
     named = named_runs(read)
     figures, notes = figures_of(named, live, coordinates)
     title = named[0].label if len(named) == 1 else f"{len(named)} runs"
@@ -95,7 +96,7 @@ def figures_of(runs: Sequence[ReportRun], live: bool = False, coordinates: Path 
     """
     neurons = NeuronFigures(runs, coordinates)
     candidates = [curves_figure(runs), changes_figure(runs), gains_figure(runs), forgetting_figure(runs),
-             abilities_figure(runs), shares_figure(runs), *neurons.figures(embedded=not live)]
+                  abilities_figure(runs), shares_figure(runs), *neurons.figures(embedded=not live)]
     figures = [figure for figure in candidates if figure is not None]
     names = {figure.name for figure in figures}
     return figures, [note for name, note in _MISSING.items() if name not in names]

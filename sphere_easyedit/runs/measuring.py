@@ -18,11 +18,12 @@ from typing import Final
 
 from transformers import PreTrainedTokenizerBase
 
-from ..datasets.loaders import EditRecord, records_fingerprint
+from ..datasets.loaders import EditRecord, edits_alt, records_fingerprint
 from ..editing.callbacks import change_norms
 from ..editing.session import EditSession
 from ..evaluation.metrics import CaseScores, Protocol, evaluate_protocols, summarise
 from ..evaluation.perplexity import held_out_texts, perplexity
+from ..evaluation.protocols import needing_unedited
 from ..evaluation.references import load_references
 from ..evaluation.text_quality import TextQuality, fluency_protocol, measure_text_quality, summarise_text_quality
 from ..models.architecture import EditableModel
@@ -79,9 +80,9 @@ class Measurer:
         self._editable, self._tok, self._records = editable, tok, records
         self._settings, self._run, self._progress, self._on_measured = settings, run, progress, on_measured
         self._scores: dict[str, dict[tuple[str, int], CaseScores]] = {}  # by file: before editing, and the latest
-        if len(settings.protocols) > 1 and "easyedit" in settings.protocols and any(
-                record.dataset == "zsre" for record in records):
-            raise ValueError(f"protocols are {', '.join(settings.protocols)}, but 'easyedit' edits other targets into "
+        alt = [protocol for protocol in settings.protocols if edits_alt(protocol)]
+        if 0 < len(alt) < len(settings.protocols) and any(record.dataset == "zsre" for record in records):
+            raise ValueError(f"protocols are {', '.join(settings.protocols)}, but {alt[0]!r} edits other targets into "
                              "ZsRE (`alt`) than the rest: measure it in a separate run")
         self._texts = None if settings.text is None else held_out_texts(settings.text)
         self._references = None
@@ -218,11 +219,12 @@ class Measurer:
         return self._scores[name]
 
     def _unedited_scores(self, point: DueMeasurement) -> Mapping[int, CaseScores] | None:
-        """Scores of the unedited model by case_id, for protocol ``easyedit``, which compares with them."""
-        if "easyedit" not in self._settings.protocols or point.when == "before":
+        """Scores of the unedited model by case_id, for protocols that compare with them."""
+        comparing = needing_unedited(self._settings.protocols)
+        if not comparing or point.when == "before":
             return None
         return {case: scores for (protocol, case), scores in self._known_scores(_BEFORE).items()
-                if protocol == "easyedit"}
+                if protocol in comparing}
 
     def _perplexity(self) -> float | None:
         if self._texts is None:

@@ -196,7 +196,7 @@ class RunRecords(RunState):
         Raises:
             ValueError: there is no such file, it is damaged, or has no scores of this protocol.
         """
-        files, name = RunDirectory(self.directory), f"scores/{when}-{num_edits}.jsonl"
+        files, name = RunDirectory(self.directory), f"{schema.SCORES}/{when}-{num_edits}.jsonl"
         if not files.has(name):
             raise ValueError(f"{self.directory / name} does not exist: the run kept no scores of this measurement")
         cases: dict[CaseId, dict[str, float]] = {}

@@ -18,6 +18,7 @@ from ..datasets.loaders import EditRecord, load_records, records_fingerprint, wi
 from ..editing.callbacks import EditCallback, EditEvent, MeasureEvent, RunState
 from ..editing.checkpoints import load_weights, saved_weights
 from ..editing.session import EditSession
+from ..evaluation.protocols import needing_unedited
 from ..hparams import SPHEREHyperParams
 from ..utils.progress import PhaseProgress
 from . import schema
@@ -97,8 +98,8 @@ class EditedRun:
 
         measurer = Measurer(editable, tok, self.records, settings, self.directory, progress or (lambda *_: None),
                             notify)
-        # Protocol easyedit compares with the unedited model's scores.
-        numbers = sorted({*at, *([0] if "easyedit" in settings.protocols else [])})
+        # Some protocols compare with the unedited model's scores.
+        numbers = sorted({*at, *([0] if needing_unedited(settings.protocols) else [])})
         with self.directory.locked():
             for num_edits in numbers:
                 if num_edits:
@@ -115,7 +116,7 @@ class EditedRun:
     def _summary(self) -> Summary | None:
         if not self.directory.has(schema.SUMMARY):
             return None
-        where = f"{self.directory.path / schema.SUMMARY} is no summary of a run"
+        where = f"{self.directory.path / schema.SUMMARY} is not a summary of a run"
         summary = read_record(Summary, self.directory.read_json(schema.SUMMARY), where)
         if summary.num_edits < 1:
             raise ValueError(f"{where}: num_edits is {summary.num_edits}: it was changed by hand or damaged")
@@ -124,8 +125,8 @@ class EditedRun:
     def _point(self, num_edits: int, settings: MeasureSettings) -> DueMeasurement:
         if num_edits:
             return measurement_at(num_edits, self.last, settings)
-        # Protocol easyedit compares any facts measured later with these scores, so it needs all of them.
-        every = replace(settings, cases=None) if "easyedit" in settings.protocols else settings
+        # Such protocols compare any facts measured later with these scores, so they need all of them.
+        every = replace(settings, cases=None) if needing_unedited(settings.protocols) else settings
         return measurement_at(0, len(self.records), every)
 
     def _warn_of_facts(self, point: DueMeasurement, settings: MeasureSettings, measurements: Sequence[Measurement]

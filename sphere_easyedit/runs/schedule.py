@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.metrics import Protocol
+from ..datasets.loaders import Protocol
+from ..evaluation.protocols import needing_unedited
 from ..evaluation.text_quality import Decoding
 from .schema import When
 
@@ -96,12 +97,13 @@ class MeasureSettings:
             raise ValueError(f"protocols are {list(self.protocols)}: name at least one, and none twice")
         if self.references is not None and self.decoding is None:
             raise ValueError(f"references {self.references} are given, but no text is to be generated: give decoding")
-        if "easyedit" in self.protocols and not self.before:
-            raise ValueError("protocol 'easyedit' compares with the unedited model's predictions: measure before "
-                             "editing")
-        if "easyedit" in self.protocols and self.cases is not None and (self.every or self.last_batch):
-            raise ValueError(f"cases is {self.cases}, but protocol 'easyedit' compares every fact measured during "
-                             "editing with the unedited model's prediction: leave it out")
+        comparing = needing_unedited(self.protocols)
+        if comparing and not self.before:
+            raise ValueError(f"protocol {comparing[0]!r} compares with the unedited model's predictions: measure "
+                             "before editing")
+        if comparing and self.cases is not None and (self.every or self.last_batch):
+            raise ValueError(f"cases is {self.cases}, but protocol {comparing[0]!r} compares every fact measured "
+                             "during editing with the unedited model's prediction: leave it out")
 
     def to_dict(self) -> dict[str, Any]:
         """Settings that affect the numbers, as plain values for ``config.yaml``."""

@@ -27,6 +27,7 @@ from ..callbacks.neurons import NeuronTracker
 from ..callbacks.spaces import SpaceTracker, read_spaces_csv
 from ..datasets.conflicts import find_conflicts
 from ..datasets.loaders import EditRecord, records_fingerprint
+from ..defaults import CHECKPOINT_EVERY, KEEP_CHECKPOINTS
 from ..editing.callbacks import (
     EditCallback,
     EditEvent,
@@ -104,8 +105,8 @@ class RunSettings:
     described: dict[str, Any] = field(default_factory=dict)
     measure: MeasureSettings = field(default_factory=MeasureSettings)
     resume: bool = False
-    checkpoint_every: int = 10
-    keep_checkpoints: int = 1
+    checkpoint_every: int = CHECKPOINT_EVERY
+    keep_checkpoints: int = KEEP_CHECKPOINTS
     keep_weights_every: int | None = None
     on_error: OnError = "stop"
 
@@ -147,7 +148,7 @@ def run_sequential(
         hparams: method and settings.
         settings: run directory, batch size, and what is measured.
         callbacks: notified of every batch before it is written (a batch that one of them undoes is not written), of
-            measurements, and of the end of the run. If one raises ``StopEditing``, the run ends there in good order,
+            measurements, and of the end of the run. If one raises ``StopEditing``, the run ends cleanly,
             with measurements and summary of the facts edited so far.
         progress: called with the phase ("before", "editing", "during" ...) and the units done and in total.
 

@@ -26,7 +26,7 @@ class SkippedFacts:
         self._by_index = {one.index: one for one in skipped}
 
     def add(self, skipped: Iterable[Skipped]) -> None:
-        """Add further ones."""
+        """Add skipped facts."""
         self._by_index |= {one.index: one for one in skipped}
 
     def __contains__(self, index: int) -> bool:

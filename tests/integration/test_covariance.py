@@ -498,7 +498,7 @@ def test_bad_jsonl_line_is_named(line: str, number: int, tok: PreTrainedTokenize
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 @pytest.mark.parametrize(("content", "message"), [
-    (None, "is no file; set mom2_dataset to"), ('{"text": "café"}\n'.encode("latin-1"), "(?i)utf-?8"),
+    (None, "is not a file; set mom2_dataset to"), ('{"text": "café"}\n'.encode("latin-1"), "(?i)utf-?8"),
     (b"\n  \n", "holds no text; set mom2_dataset to")], ids=["missing", "latin-1", "blank"])
 def test_unusable_text_file(content: bytes | None, message: str, suffix: str, tok: PreTrainedTokenizerBase,
                             tmp_path: Path) -> None:
@@ -865,7 +865,7 @@ def test_damaged_statistics_are_refused_whatever_lies_beside_them(tmp_path: Path
     statistics = _statistics(tmp_path)
     stored_null_space(statistics, 40, None, 0.9, CPU)
     statistics.write_bytes(statistics.read_bytes()[:-200])
-    with pytest.raises(ValueError, match="no statistics file"):
+    with pytest.raises(ValueError, match="not a statistics file"):
         stored_null_space(statistics, 40, None, 0.9, CPU)
 
 

@@ -237,7 +237,7 @@ def test_a_run_that_stopped_ends_where_it_did(tmp_path: Path, tok: PreTrainedTok
                                      '{"num_edits": 6, "skipped": 1}'])
 def test_a_damaged_summary_is_refused(run: Path, content: str) -> None:
     (run / "summary.json").write_text(content)
-    with pytest.raises(ValueError, match=r"summary\.json is no summary of a run"):
+    with pytest.raises(ValueError, match=r"summary\.json is not a summary of a run"):
         EditedRun(run)
 
 

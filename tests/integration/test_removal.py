@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
@@ -27,6 +30,7 @@ from sphere_easyedit.core.updates import LowRankUpdate
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.callbacks import EditEvent
 from sphere_easyedit.editing.checkpoints import save_checkpoint
+from sphere_easyedit.methods.memit import MEMIT
 from sphere_easyedit.removal import Fact, FactorKeeper, remove_facts, removing
 from sphere_easyedit.removal.factors import (
     PastRemoval,
@@ -324,6 +328,25 @@ def test_a_batch_whose_change_was_lowered(tok: PreTrainedTokenizerBase, hparams_
     assert all(relative_error(weight, original[layer]) < 3e-7 for layer, weight in weights_of(model, hparams).items())
 
 
+@pytest.mark.parametrize(("change", "warned"), [(2.0 ** -10, True), (0.5, False)])
+def test_a_warning_if_little_of_the_change_left(change: float, warned: bool, hparams_of: Make, tmp_path: Path,
+                                                caplog: pytest.LogCaptureFixture) -> None:
+    """Next to 1, bfloat16 has steps of 1/128 and 1/256."""
+    original = torch.ones(2, 3, dtype=torch.bfloat16)
+    weight = (original.float() + change).to(torch.bfloat16)
+    keeper = FactorKeeper(tmp_path, hparams_of())
+    update = LowRankUpdate(torch.full((2, 1), change), torch.ones(3, 1), torch.ones(3, 1))
+    event = EditEvent(nn.Linear(3, 2), {1: original}, 0, 0, ["a"])
+    keeper.on_batch_start(event)
+    keeper.on_batch_end(replace(event, weights={1: weight}, num_edits=1, updates={1: update}))
+    left, done = removing.weights_without({1: original}, {1: weight}, tmp_path, 1, [], ["a"])
+    assert torch.equal(left[1], original)
+    assert done.layers[0].taken == (0.0 if warned else 1.0)
+    assert (caplog.messages == ["layer 1: only 0% of the removed change left the weight, since torch.bfloat16 is "
+                                "coarser than the change: edit and remove facts in float32"]) == warned
+    assert bool(caplog.messages) == warned
+
+
 def test_bfloat16_says_what_its_steps_swallow(tok: PreTrainedTokenizerBase, hparams_of: Make, tmp_path: Path) -> None:
     hparams, model = hparams_of(), tiny_model("llama").to(torch.bfloat16)
     edit(model, tok, hparams, tmp_path)
@@ -464,14 +487,27 @@ def test_a_resumed_run_has_the_factors_of_an_undisturbed_one(at: int, tok: PreTr
 
 
 @pytest.mark.parametrize(("changes", "match"), [
-    ({"base_alg": "RECT"}, "RECT zeroes single entries"),
-    ({"base_alg": "PRUNE"}, "PRUNE restrains the singular values"),
+    ({"base_alg": "RECT"}, "RECT returns dense changes"),
+    ({"base_alg": "PRUNE"}, "PRUNE returns dense changes"),
     ({"base_alg": "MEMIT", "executor": "easyedit"}, "executor easyedit returns dense changes"),
 ])
 def test_methods_without_factors(changes: dict[str, Any], match: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=match):
         FactorKeeper(tmp_path / "factors", tiny_hparams(tmp_path, **changes))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_registered_method_with_dense_changes(tmp_path: Path) -> None:
+    class Dense(MEMIT):
+        name = "Dense"
+        is_low_rank = False
+
+    sphere.register_method(Dense)
+    try:
+        with pytest.raises(ValueError, match="Dense returns dense changes"):
+            FactorKeeper(tmp_path / "factors", tiny_hparams(tmp_path, base_alg="Dense"))
+    finally:
+        sphere.unregister_method("Dense")
 
 
 def test_an_executors_batch_is_undone(tok: PreTrainedTokenizerBase, hparams_of: Make, tmp_path: Path) -> None:
@@ -573,28 +609,74 @@ def exchange(folder: Path) -> None:
     shutil.copy(factors_path(folder, 5), factors_path(folder, 3))
 
 
-def poison(folder: Path) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
+def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> None:
+    """Change the description and tensors of the second batch, without a checksum."""
     path = factors_path(folder, 3)
     with safe_open(path, framework="pt") as stored:
-        metadata = stored.metadata()
-    tensors = load_file(path)
-    tensors["keys.2"][0, 0] = float("nan")
-    save_file(tensors, path, metadata)
-    checksum_path(path).unlink()
+        [(name, text)] = stored.metadata().items()
+    description, tensors = json.loads(text), load_file(path)
+    change(description, tensors)
+    target = factors_path(folder, description["num_edits"])
+    save_file(tensors, target, {name: json.dumps(description)})
+    checksum_path(target).unlink(missing_ok=True)
+
+
+def overlap(folder: Path) -> None:
+    rewrite(folder, lambda description, _: description.update(since=0, num_edits=2))
+
+
+def poison(folder: Path) -> None:
+    rewrite(folder, lambda _, tensors: tensors["keys.2"][0].fill_(float("nan")))
+
+
+def lose_a_case(folder: Path) -> None:
+    rewrite(folder, lambda description, _: description["case_ids"].pop())
+
+
+def start_before_the_first(folder: Path) -> None:
+    rewrite(folder, lambda description, _: description.update(since=-1, case_ids=[1, 2, 3, 4]))
+
+
+def lose_a_tensor(folder: Path) -> None:
+    rewrite(folder, lambda _, tensors: tensors.pop("keys.2"))
+
+
+def add_a_tensor(folder: Path) -> None:
+    rewrite(folder, lambda _, tensors: tensors.update({"keys.3": torch.zeros(80, 2)}))
+
+
+def lose_a_column(folder: Path) -> None:
+    rewrite(folder, lambda _, tensors: tensors.update({"keys.2": tensors["keys.2"][:, :1].contiguous()}))
+
+
+def truncate_to_integers(folder: Path) -> None:
+    rewrite(folder, lambda _, tensors: tensors.update({"values.2": tensors["values.2"].int()}))
 
 
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize(("harm", "match"), [
     (remove_one, "holds the factors of 1 edits, of 5"), (flip_a_byte, "is damaged .its sha256 is not"),
     (cut, "is damaged"), (exchange, "it is of the batch after 5 edits"), (poison, "keys of layer 2 are not finite"),
+    (overlap, "holds the factors of 1 edits, of 5"), (lose_a_case, "1 cases from 1 to 3 edits"),
+    (start_before_the_first, "4 cases from -1 to 3 edits"), (lose_a_tensor, r"it holds keys.1, .* not values, keys"),
+    (add_a_tensor, r"keys.3, .* of layers .1, 2."), (lose_a_column, r"keys.2 is F32 of shape .80, 1., not"),
+    (truncate_to_integers, r"values.2 is I32 of shape .48, 2., not"),
 ])
 def test_damaged_factors(harm: Callable[[Path], None], match: str, kept: Edited) -> None:
     harm(kept[2])
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=match) as raised:
         remove_facts(*kept, [3])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize("harm", [remove_one, overlap])
+def test_a_gap_is_found_before_the_next_batch(harm: Callable[[Path], None], kept: Edited,
+                                              tok: PreTrainedTokenizerBase) -> None:
+    model, hparams, factors = kept
+    harm(factors)
+    with pytest.raises(ValueError, match=r"holds 5 edits, but .* the factors of 1: keep factors from the first"):
+        edit(model, tok, hparams, factors, BATCHES[:1])
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": "other", "withdrawals": []}',
@@ -603,7 +685,7 @@ def test_damaged_factors(harm: Callable[[Path], None], match: str, kept: Edited)
                                      '"left": "", "facts": [{"case_id": [], "batch": 1, "column": 0}]}]}'])
 def test_a_damaged_record(content: str, kept: Edited) -> None:
     record_path(kept[2]).write_text(content)
-    with pytest.raises(ValueError, match=r"withdrawn\.json is no record of removals"):
+    with pytest.raises(ValueError, match=r"withdrawn\.json is not a record of removals"):
         remove_facts(*kept, [3])
 
 

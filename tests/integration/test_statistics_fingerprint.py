@@ -264,7 +264,7 @@ def test_a_text_that_is_not_here(first: tuple[nn.Module, sphere.SPHEREHyperParam
     caplog.set_level(logging.INFO, "sphere_easyedit")
     assert same(moments(model, tok, hparams), found)
     assert "texts.txt, which is not found here" in caplog.text
-    with pytest.raises(ValueError, match="is no file"):  # what does not fit can't be collected anew either
+    with pytest.raises(ValueError, match="is not a file"):  # what does not fit can't be collected anew either
         moments(another(model, "model.embed_tokens.weight"), tok, hparams)
 
 

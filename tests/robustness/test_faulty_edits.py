@@ -354,7 +354,7 @@ def test_runs_of_single_edits_do_not_leave_out_one_fact_after_another(
 
 @pytest.mark.parametrize("on_error", ["skip", "stop"])
 @pytest.mark.parametrize(("settings", "match"), [
-    ({"mom2_dataset": "nowhere.txt"}, "^mom2_dataset 'nowhere.txt' is no file"),
+    ({"mom2_dataset": "nowhere.txt"}, "^mom2_dataset 'nowhere.txt' is not a file"),
     ({"lm_head_module": "head"}, "^LlamaForCausalLM has no module 'head'"),
     ({"v_loss_layer": 9}, "^v_loss_layer is 9, past the model's last block"),
 ], ids=["no statistics", "module names", "loss block"])

@@ -289,7 +289,7 @@ def test_a_module_template_without_a_layer_number_is_refused() -> None:
                                            ("nullspace_treshold", "nullspace_threshold"),
                                            ("suppresion_strength", "suppression_strength")])
 def test_an_unknown_key_is_refused_with_the_nearest_known(key: str, near: str) -> None:
-    with pytest.raises(ValueError, match=f"'{key}' .value 0.5. is no hyperparameter: did you mean '{near}'"):
+    with pytest.raises(ValueError, match=f"'{key}' .value 0.5. is not a hyperparameter: did you mean '{near}'"):
         make(**{key: 0.5})
 
 

@@ -71,12 +71,13 @@ def test_a_removed_method_is_unknown_and_those_built_in_stay(tmp_path: Path) -> 
     sphere.unregister_method("TopRows")
     with pytest.raises(ValueError, match="base_alg is 'TopRows', but built in are AlphaEdit, MEMIT, RECT, PRUNE"):
         tiny_hparams(tmp_path, base_alg="TopRows")
-    with pytest.raises(ValueError, match="'TopRows' is no base method"):
+    with pytest.raises(ValueError, match="'TopRows' is not a base method"):
         sphere.unregister_method("TopRows")
     with pytest.raises(ValueError, match="MEMIT is built in"):
         sphere.unregister_method("MEMIT")
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_and_the_list() -> None:
-    with pytest.raises(ValueError, match="'memitt' is no base method; there are AlphaEdit, .*: did you mean 'MEMIT'"):
+    with pytest.raises(ValueError, match="'memitt' is not a base method; there are AlphaEdit, .*"
+                                         ": did you mean 'MEMIT'"):
         METHODS.get("memitt")

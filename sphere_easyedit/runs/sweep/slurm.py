@@ -194,10 +194,10 @@ def submit_sweep(sweep: Sweep, output: str | Path, settings: Mapping[str, Any] |
                              "as a login node")
     with open_sweep(sweep, output) as (present, _):
         jobs = _read_jobs(output)
-        asked = _jobs(library, output, {name: job for name, job in jobs.items() if name not in present})
-        under_way = {name for name, job in asked.items() if not job.done()}
+        known_jobs = _jobs(library, output, {name: job for name, job in jobs.items() if name not in present})
+        under_way = {name for name, job in known_jobs.items() if not job.done()}
         for name in sorted(under_way):
-            if asked[name].state == "UNKNOWN":
+            if known_jobs[name].state == "UNKNOWN":
                 logger.warning("sacct does not list job %s of %s, so it counts as under way: if it is not, remove %s",
                                jobs[name].job_id, name, output / JOBS)
         if waiting := [run for run in sweep.runs if run.name not in present | under_way]:

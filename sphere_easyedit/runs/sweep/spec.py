@@ -40,6 +40,7 @@ from types import MappingProxyType
 from typing import Any, Final, get_args
 
 from ...datasets.loaders import DatasetName
+from ...defaults import BATCH_SIZE
 from ...hparams import SPHEREHyperParams
 from ...utils.messages import suggestion
 from .checks import as_flag, as_list, as_mapping, as_text, as_whole, check_keys, read_yaml, refuse_both
@@ -220,7 +221,8 @@ def _settings(method: str, given: Mapping[str, Any], changed: Mapping[str, Any],
         name="", arm="", method=method, sphere=False, seed=0, hparams=hparams.replace("{method}", method), set=changed,
         dataset=dataset, data=None if given["data"] is None else as_text(given["data"], f"{where}: data"),
         num_edits=None if given["num_edits"] is None else as_whole(given["num_edits"], f"{where}: num_edits", 1),
-        batch_size=as_whole(100 if given["batch_size"] is None else given["batch_size"], f"{where}: batch_size", 1),
+        batch_size=BATCH_SIZE if given["batch_size"] is None else as_whole(given["batch_size"],
+                                                                           f"{where}: batch_size", 1),
         edit={name: value for name, value in edit.items() if value is not None}, hyperparameters={},
     )
 

@@ -1,0 +1,15 @@
+"""Defaults that the command line shares with the classes it fills. Imports nothing, so that commands start quickly."""
+
+from typing import Final
+
+BATCH_SIZE: Final = 100  # edits
+CHECKPOINT_EVERY: Final = 10  # edits
+KEEP_CHECKPOINTS: Final = 1
+FLUENCY_TOKENS: Final = 100  # new tokens per generated text
+
+# Of the guard (see ``callbacks.drift_guard.DriftGuard``).
+GUARD_ENERGY: Final = 2.0
+GUARD_NORM: Final = 1.25
+GUARD_EARLY: Final = 0.5
+GUARD_FACTS: Final = 20
+GUARD_WARMUP: Final = 5
