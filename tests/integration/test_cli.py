@@ -19,6 +19,7 @@ import yaml
 from typer.testing import CliRunner
 
 from helpers.architectures import architecture_config
+from helpers.command_line import workplace  # noqa: F401 - a fixture
 from helpers.models import tiny_config
 from helpers.paths import REPOSITORY
 from helpers.processes import ENVIRONMENT, call_cli, run_forked

@@ -20,6 +20,7 @@ from helpers.metric_records import (
     AROUND,
     FOLDERS,
     mixed_records,
+    model,  # noqa: F401 - a fixture
     record_of,
     tokenizer,
 )

@@ -20,7 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
 from helpers.models import REQUESTS
-from helpers.offloaded import hparams_for, load, split, stored
+from helpers.offloaded import (
+    hparams_for,
+    load,
+    saved,  # noqa: F401 - a fixture
+    split,
+    stored,
+)
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.checkpoints import save_checkpoint, save_weights
 from sphere_easyedit.editing.session import EditSession, resume_from

@@ -18,7 +18,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.report_runs import ALL
+from helpers.report_runs import (
+    ALL,
+    runs,  # noqa: F401 - a fixture
+)
 from helpers.run_files import write_run
 from sphere_easyedit import PrincipalSpace
 from sphere_easyedit.callbacks.spaces import principal_share

@@ -20,7 +20,7 @@ from sphere_easyedit.runs.records import read_state
 pytest.importorskip("vl_convert", reason="vl-convert-python (the extra `report`) is not installed")
 
 
-def test_edit_leaves_a_report_and_older_runs_get_one(workplace: Path) -> None:  # noqa: F811
+def test_edit_leaves_a_report_and_older_runs_get_one(workplace: Path) -> None:
     done = call_cli("edit", "--hparams", "tiny.yaml", "--num-edits", "4", "--batch-size", "2", "--seed", "1",
                     "--output", "reported", "--set", "v_num_grad_steps=3", "--keep-weights-every", "2", "--report",
                     cwd=workplace)
@@ -44,7 +44,7 @@ def test_edit_leaves_a_report_and_older_runs_get_one(workplace: Path) -> None:  
     assert 'id="spectra"' in (workplace / "elsewhere" / "report.html").read_text(encoding="utf-8")
 
 
-def test_what_is_no_run_is_said_in_one_line(workplace: Path) -> None:  # noqa: F811
+def test_what_is_no_run_is_said_in_one_line(workplace: Path) -> None:
     done = call_cli("report", "absent", cwd=workplace)
     assert done.returncode == 2
     assert done.stderr.startswith("error: absent has no config.yaml")

@@ -73,7 +73,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def html(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def html(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sphere_easyedit.report import write_report
 
     return write_report(runs, tmp_path_factory.mktemp("report"), files=False).html
