@@ -273,7 +273,7 @@ class _Routed(nn.Module):
 
 
 @pytest.mark.parametrize(("how", "message"), [
-    ("some tokens", r"saw states of shape .* rows of .* tokens, not one vector for each token.*shared expert"),
+    ("some tokens", r"saw states of shape .* rows of .* tokens, not one vector per token.*shared expert"),
     ("twice", r"ran 2 times in a forward pass, not once"), ("never", r"ran 0 times in a forward pass, not once")])
 def test_keys_that_can_not_be_told_by_token(how: str, message: str, tok: PreTrainedTokenizerBase, tmp_path: Path,
                                             caplog: pytest.LogCaptureFixture) -> None:
