@@ -19,9 +19,10 @@ failed=0
 .venv/bin/ruff check . || failed=1
 .venv/bin/mypy sphere_easyedit || failed=1
 .venv/bin/lint-imports --no-cache || failed=1
-# A file's tests share what they made, so they stay in one process. Coverage is measured of the folders that compute, in
-# unit and integration tests (tests/conftest.py); what only subprocesses run counts as not covered.
-measured=(core methods editing)
+# A file's tests share what they made, so they stay in one process. Coverage is measured of what computes, in unit and
+# integration tests (tests/conftest.py); what only subprocesses run counts as not covered.
+measured=(core methods editing models.replay models.packing models.output_path models.output_path_discovery
+          models.block_probe)
 .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --cov-report "" \
   "${measured[@]/#/--cov=sphere_easyedit.}" || failed=1
 .venv/bin/python -m coverage report --fail-under 90 || failed=1
