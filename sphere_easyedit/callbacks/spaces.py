@@ -26,7 +26,7 @@ _BLOCK_ELEMENTS: Final = 8 * 2**20  # converted to float64 at once
 
 @dataclass(frozen=True)
 class SpaceShare:
-    """Share of a squared norm that lies in a space; nan if the norm is 0.
+    """Fraction of a squared norm inside a space; nan if the norm is 0.
 
     Attributes:
         share: 0 to 1.

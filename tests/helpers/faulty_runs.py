@@ -21,7 +21,7 @@ def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
 
 
 def checkpointed(folder: Path, hparams: sphere.SPHEREHyperParams, *numbers: int) -> nn.Module:
-    """A model that was edited (roughly: noise was added), with checkpoints after so many edits."""
+    """A model with checkpoints after the given numbers of edits; a small constant is added for each edit."""
     model = tiny_model("llama")
     editable = hparams.editable(model)
     session = sphere.EditSession.of(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 import sphere_easyedit as sphere
+from helpers.golden import GOLDEN
 
 
 def gaussian(seed: int, rows: int, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -60,6 +62,13 @@ def tiny_model(family: str, **changes: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(tiny_config(family, **changes)).eval()
+
+
+def save_tiny_model(folder: Path, family: str, **changes: Any) -> None:
+    """Write a tiny decoder, with the golden tokenizer, as a folder that transformers loads."""
+    tiny_model(family, **changes).save_pretrained(folder)
+    for file in (GOLDEN / "llama" / "tiny-llama").glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
 
 
 def tiny_hparams(folder: Path, **changes: Any) -> sphere.SPHEREHyperParams:

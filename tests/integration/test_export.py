@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from helpers.golden import GOLDEN
-from helpers.models import tiny_hparams, tiny_model
+from helpers.models import save_tiny_model, tiny_hparams, tiny_model
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.checkpoints import load_weights
 from sphere_easyedit.export import (
@@ -86,9 +85,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
             folder = tmp_path_factory.mktemp(name)
             family, changes = FAMILIES[name]
             base = folder / "base"
-            tiny_model(family, **changes).save_pretrained(base)
-            for file in (GOLDEN / "llama" / "tiny-llama").glob("tokenizer*"):
-                shutil.copy(file, base)
+            save_tiny_model(base, family, **changes)
             tok = AutoTokenizer.from_pretrained(base)
             model = AutoModelForCausalLM.from_pretrained(base).eval()
             hparams = tiny_hparams(folder, model_name=str(base), v_num_grad_steps=4)

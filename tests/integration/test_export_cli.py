@@ -12,8 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from helpers.golden import GOLDEN
-from helpers.models import tiny_hparams, tiny_model
+from helpers.models import save_tiny_model, tiny_hparams, tiny_model
 from helpers.processes import run_forked
 from sphere_easyedit.cli.app import app
 from sphere_easyedit.datasets.loaders import load_records
@@ -26,9 +25,7 @@ from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in ``base`` and a run of it in ``run``: two batches of two facts, all weights kept."""
     folder = tmp_path_factory.mktemp("export-cli")
-    tiny_model("gpt2").save_pretrained(folder / "base")
-    for file in (GOLDEN / "llama" / "tiny-llama").glob("tokenizer*"):
-        shutil.copy(file, folder / "base")
+    save_tiny_model(folder / "base", "gpt2")
     model, tok = (auto.from_pretrained(folder / "base") for auto in (AutoModelForCausalLM, AutoTokenizer))
     hparams = tiny_hparams(folder, model_name=str(folder / "base"), v_num_grad_steps=2)
     described = {"dataset": "demo", "data": None, "seed": 0}

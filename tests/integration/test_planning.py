@@ -17,8 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from helpers.golden import GOLDEN
-from helpers.models import tiny_config, tiny_hparams, tiny_model
+from helpers.models import save_tiny_model, tiny_config, tiny_hparams, tiny_model
 from helpers.processes import run_forked
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.delta_forward import rows_of
@@ -299,9 +298,7 @@ def test_settings_that_make_no_sense(changes: dict[str, Any], message: str) -> N
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, its tokenizer and a hyperparameter file."""
     folder = tmp_path_factory.mktemp("plan")
-    tiny_model("llama").save_pretrained(folder / "tiny-llama")
-    for file in (GOLDEN / "llama" / "tiny-llama").glob("tokenizer*"):
-        (folder / "tiny-llama" / file.name).write_bytes(file.read_bytes())
+    save_tiny_model(folder / "tiny-llama", "llama")
     settings = tiny_hparams(folder, model_name="tiny-llama", context_templates=None).to_dict() | {"stats_dir": "stats"}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
     return folder

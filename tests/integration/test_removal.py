@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 
 import sphere_easyedit as sphere
 from helpers.golden import GOLDEN
-from helpers.models import REQUESTS, edited_weights, relative_error, tiny_hparams, tiny_model
+from helpers.models import REQUESTS, edited_weights, relative_error, save_tiny_model, tiny_hparams, tiny_model
 from sphere_easyedit.cli.app import app
 from sphere_easyedit.core.updates import LowRankUpdate
 from sphere_easyedit.datasets.loaders import load_records
@@ -747,9 +747,7 @@ def test_an_error_on_the_way(where: str, error: BaseException, kept: Edited, mon
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in ``base`` and a run of it in ``run``, with factors: two batches of two facts."""
     folder = tmp_path_factory.mktemp("remove-cli")
-    tiny_model("gpt2").save_pretrained(folder / "base")
-    for file in (GOLDEN / "llama" / "tiny-llama").glob("tokenizer*"):
-        shutil.copy(file, folder / "base")
+    save_tiny_model(folder / "base", "gpt2")
     model, tok = (auto.from_pretrained(folder / "base") for auto in (AutoModelForCausalLM, AutoTokenizer))
     hparams = tiny_hparams(folder, model_name=str(folder / "base"), v_num_grad_steps=2)
     run_sequential(model.eval(), tok, load_records("demo", None, 4, 0), hparams, RunSettings(

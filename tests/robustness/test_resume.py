@@ -18,8 +18,7 @@ import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from helpers.golden import GOLDEN
-from helpers.models import tiny_hparams, tiny_model
+from helpers.models import save_tiny_model, tiny_hparams, tiny_model
 from helpers.processes import Started
 from sphere_easyedit import EditCallback, EditEvent, SPHEREHyperParams
 from sphere_easyedit.callbacks.neurons import NeuronRecord
@@ -287,9 +286,7 @@ Start = Callable[[Path], Started]
 def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     """Starts the command line on a tiny model: 24 edits in batches of 3, measured on the way, to a directory."""
     folder = tmp_path_factory.mktemp("command")
-    tiny_model("llama").save_pretrained(folder / "tiny-llama")
-    for file in (GOLDEN / "llama" / "tiny-llama").glob("tokenizer*"):
-        (folder / "tiny-llama" / file.name).write_bytes(file.read_bytes())
+    save_tiny_model(folder / "tiny-llama", "llama")
     settings = tiny_hparams(folder, model_name="tiny-llama", v_num_grad_steps=8).to_dict() | {"stats_dir": "stats"}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
     (folder / "text.txt").write_text(TEXT)

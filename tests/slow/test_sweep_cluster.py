@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers.golden import GOLDEN
-from helpers.models import tiny_hparams, tiny_model
+from helpers.models import save_tiny_model, tiny_hparams
 from helpers.processes import call_cli
 from helpers.sweeps import PROGRAM, calls, is_alive, run_named, sweep_of, wait_for
 from sphere_easyedit.runs.sweep import load_sweep, parse_slurm, submit_sweep, wait_for_jobs
@@ -231,9 +230,7 @@ def test_settings_that_are_refused(given: Any, message: str) -> None:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, its hyperparameter file, and a sweep of two runs."""
     folder = tmp_path_factory.mktemp("cluster")
-    tiny_model("llama").save_pretrained(folder / "tiny-llama")
-    for file in (GOLDEN / "llama" / "tiny-llama").glob("tokenizer*"):
-        (folder / "tiny-llama" / file.name).write_bytes(file.read_bytes())
+    save_tiny_model(folder / "tiny-llama", "llama")
     settings = tiny_hparams(folder, model_name="tiny-llama").to_dict() | {"stats_dir": "stats"}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
     (folder / "sweep.yaml").write_text(yaml.safe_dump({
