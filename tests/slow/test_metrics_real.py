@@ -28,13 +28,13 @@ def slow(logits_of: Callable[[tuple[int, ...]], Tensor], tok: Any, prompt: str, 
     return bool((log_probs.argmax(-1) == wanted).all()), float(log_probs.gather(1, wanted[:, None]).mean())
 
 
-def test_fifty_real_records_case_by_case(data_dir: Path) -> None:
+def test_real_records_case_by_case(data_dir: Path) -> None:
     try:
         model, tok = load_model(SMOLLM2, "cpu", torch.float32)
     except ValueError as error:
         pytest.skip(str(error))
-    records = [replace(record, neighborhood_prompts=record.neighborhood_prompts[:4])  # of ten: minutes of plain calls
-               for record in load_records("counterfact", data_dir / "counterfact.json", 50, seed=3)]
+    records = [replace(record, neighborhood_prompts=record.neighborhood_prompts[:3])  # of ten: minutes of plain calls
+               for record in load_records("counterfact", data_dir / "counterfact.json", 16, seed=3)]
     scores = evaluate_protocols(model, tok, records, ["paper", "rome"])
 
     @functools.lru_cache(maxsize=2)  # two answers of one token ask the model the same
