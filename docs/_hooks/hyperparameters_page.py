@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -23,6 +22,8 @@ the field. A default of "by method" depends on the base method (last table). "ne
 `L2` is needed by AlphaEdit, `mom2_update_weight` by the others. `sphere-easyedit hparams MODEL` writes a complete file.
 """
 _FIRST_HEADING = "Model"
+_KINDS = {"int": "integer", "float": "number", "str": "text", "bool": "true, false", "int | str": "integer or text",
+          "list[int]": "list of integers", "list[str]": "list of texts", "dict[str, Any]": "mapping"}
 _DERIVED = {"base_alg": "`AlphaEdit`", "executor": "`native`", "alpha": "by method", "projection_stage": "by method",
             "principal_space": "by method"}
 
@@ -79,9 +80,8 @@ def _fields() -> Iterator[_Field]:
 def _values(field: _Field) -> str:
     if field.name in hparams._CHOICES:
         return ", ".join(f"`{choice}`" for choice in hparams._CHOICES[field.name])
-    kind = re.sub(r" \| None|[\[(].*", "", field.kind.replace("list[int]", "list of integers").replace(
-        "list[str]", "list of texts").replace("dict[str, Any]", "mapping")).replace("str", "text").replace("bool", "flag")
-    kind = {"int": "integer", "float": "number"}.get(kind, kind).replace("int |", "integer or")
+    kind = field.kind.removesuffix(" | None")
+    kind = _KINDS.get(kind, kind)
     if field.name in hparams._RANGES:
         return f"{kind} in {hparams._RANGES[field.name]}".replace("inf)", "∞)")
     if field.name in hparams._SMALLEST:
