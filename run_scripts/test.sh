@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source run_scripts/setup_venv.sh
-setup_venv demo,eval,report,test
+setup_venv demo,docs,eval,report,test
 
 # The report is tested in a browser; where there is none and none can be installed, those tests skip and say so.
 if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then

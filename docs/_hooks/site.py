@@ -51,4 +51,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
         path = os.path.relpath(os.path.normpath(target), docs.parent)
         return link[0] if path.startswith("docs") else f"`{path}`"
 
-    return _LINK.sub(shown, markdown)
+    # On the site the notebook is a page of its own.
+    return _LINK.sub(shown, markdown).replace("tutorial.ipynb)", "tutorial.md)")
