@@ -20,6 +20,7 @@ _MOST = {"--num-edits": 4, "--batch-size": 2, "--skip": 1, "--eval-cases": 3, "-
 # Models that the documentation names; each is the same tiny Llama here. The first is what short names become.
 MODELS = ("models/tiny-llama", "path/to/model", "gemma", "HuggingFaceTB/SmolLM2-360M")
 _READERS = ("evaluate", "show", "report", "export", "remove")  # commands whose first words are run directories
+_MODULES = ("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module")
 _TEXT = "They say of {0} that the river runs to the sea there, and that the sea near {0} is wide."
 
 
@@ -38,7 +39,8 @@ class StandIns:
         self.data = folder / "data"
         self.data.mkdir()
         for name in ("wikitext_test.txt", "wikitext_train.txt"):
-            (self.data / name).write_text("\n\n".join(_TEXT.format(record.target_new) for record in demo_records()[:8]))
+            paragraphs = [_TEXT.format(record.target_new) for record in demo_records()[:len(_CASES)]]
+            (self.data / name).write_text("\n\n".join(paragraphs))
         (self.data / "counterfact.json").write_text(json.dumps(_counterfact()))
         self._run: Path | None = None
 
@@ -56,9 +58,8 @@ class StandIns:
         return sphere.SPHEREHyperParams.from_dict({
             **read.to_dict(), "model_name": str(self._model), "layers": [1, 2], "v_loss_layer": 3,
             "v_num_grad_steps": 2, "mom2_dataset": "generated", "mom2_n_samples": 12, "mom2_max_length": 24,
-            "stats_dir": str(self._folder / "stats"), "P_loc": None, "nullspace_share": 0.6, "context_templates": ["He said that. {}"],
-            "device": "cpu", **dict.fromkeys(("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp",
-                                              "attn_module_tmp", "ln_f_module", "lm_head_module"))})
+            "stats_dir": str(self._folder / "stats"), "P_loc": None, "nullspace_share": 0.6,
+            "context_templates": ["He said that. {}"], "device": "cpu", **dict.fromkeys(_MODULES)})
 
     def arguments(self, words: Sequence[str], workplace: Path) -> list[str]:
         """A command's words with few edits of the tiny model; run directories that it reads are made."""

@@ -35,6 +35,7 @@ from sphere_easyedit.runs.sweep import load_sweep
 COMMANDS: dict[str, Any] = typer.main.get_group(app).commands
 # A regular expression that finds the command, and why it is parsed only.
 NOT_RUN = {
+    r"tuned/best.yaml": "made by `tune`",
     r"^sphere-easyedit sweep ": "starts processes, and takes hours for the study's files; the file is read",
     r" --abilities ": "lm-eval takes seconds a task: tests/integration/test_abilities.py",
     r" --hparams (FT/|ROME)": "needs EasyEdit's checkout: tests/slow/test_easyedit_checkout.py",
@@ -228,7 +229,8 @@ def _names() -> dict[str, Any]:
     model, tok = sphere.load_model(hparams.model_name)
     base = copy.deepcopy(model)
     sphere.apply_sphere_to_model(model, tok, facts[:1], hparams)
-    return {"sphere": sphere, "Path": Path, "hparams": hparams, "settings": {**hparams.to_dict(), "mom2_update_weight": 20.0}, "model": model,
-            "tok": tok, "requests": [{**fact, "case_id": 117 + number} for number, fact in enumerate(facts)],
+    return {"sphere": sphere, "Path": Path, "hparams": hparams, "model": model, "tok": tok,
+            "settings": {**hparams.to_dict(), "mom2_update_weight": 20.0},
+            "requests": [{**fact, "case_id": 117 + number} for number, fact in enumerate(facts)],
             "prompts": [fact["prompt"] for fact in facts], "subjects": [fact["subject"] for fact in facts],
             "targets": [fact["target_new"] for fact in facts], "base": base}

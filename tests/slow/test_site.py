@@ -1,4 +1,4 @@
-"""The documentation's site is built strictly: no dead link, every page in the navigation, nothing asked of the network."""
+"""The documentation's site is built strictly: no dead link, no page left out, nothing asked of the network."""
 
 from __future__ import annotations
 
