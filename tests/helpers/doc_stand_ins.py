@@ -20,7 +20,8 @@ _MOST = {"--num-edits": 4, "--batch-size": 2, "--skip": 1, "--eval-cases": 3, "-
 # Models that the documentation names; each is the same tiny Llama here. The first is what short names become.
 MODELS = ("models/tiny-llama", "path/to/model", "gemma", "HuggingFaceTB/SmolLM2-360M")
 _READERS = ("evaluate", "show", "report", "export", "remove")  # commands whose first words are run directories
-_MODULES = ("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module")
+_MODULES = ("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module",
+            "lm_head_module")
 _TEXT = "They say of {0} that the river runs to the sea there, and that the sea near {0} is wide."
 
 
