@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from ..models.offload import writable_parameter
 from .card import LayerError
+from .checksums import base_fingerprint, tensors_sha256
 from .edited import EditedWeights, Provenance, WeightChange
 from .factors import Spectrum
-from .fingerprint import base_fingerprint, tensors_sha256
 
 DELTAS: Final = "deltas.safetensors"
 TOLERANCE: Final = 1e-4

@@ -19,7 +19,7 @@ from ..models.offload import writable_parameter
 from ..runs.config import package_versions
 from ..runs.directory import RunDirectory
 from ..runs.schema import SUMMARY, Summary, read_record
-from .fingerprint import base_fingerprint
+from .checksums import base_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -38,8 +38,8 @@ from sphere_easyedit.export import (
     read_deltas,
 )
 from sphere_easyedit.export.card import card_text, code
+from sphere_easyedit.export.checksums import tensors_sha256
 from sphere_easyedit.export.factors import Spectrum
-from sphere_easyedit.export.fingerprint import tensors_sha256
 from sphere_easyedit.export.folders import new_folder
 from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
