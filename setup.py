@@ -61,9 +61,9 @@ setup(
         # Long fuzzing (tests/robustness/fuzzers, SPHERE_FUZZ=1), mutants (benchmarks/mutants.py), the audit of what is
         # installed.
         "audit": ["atheris>=3", "mutmut>=3.8", "pip-audit>=2.7"],
-        "test": ["build>=1.2", "import-linter>=2", "pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6", "hypothesis>=6.100",
+        "test": ["import-linter>=2", "pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6", "hypothesis>=6.100",
                  "ruff>=0.6", "mypy>=1.10", "markdown-it-py>=2.2", "playwright>=1.40", "scikit-learn>=1.4",
-                 "setuptools>=68", "submitit>=1.5", "tensorboard>=2.14", "twine>=5", "wheel"],
+                 "build>=1.2", "setuptools>=68", "submitit>=1.5", "tensorboard>=2.14", "twine>=5", "wheel"],
     },
     entry_points={"console_scripts": ["sphere-easyedit=sphere_easyedit.cli:main"]},
     classifiers=[
