@@ -5,18 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..callbacks.neurons import NeuronRecord, NeuronTracker
-from ..callbacks.spaces import SpaceTracker, covers, read_spaces_csv
 from ..datasets.loaders import EditRecord, load_records, records_fingerprint, with_protocol_targets
-from ..editing.callbacks import EditCallback, EditEvent, MeasureEvent, RunState
-from ..editing.checkpoints import load_weights, saved_weights
+from ..editing.callbacks import EditCallback, MeasureEvent, RunState
+from ..editing.checkpoints import load_weights
 from ..editing.session import EditSession
 from ..evaluation.protocols import needing_unedited
 from ..hparams import SPHEREHyperParams
@@ -52,7 +49,6 @@ class EditedRun:
             self.hparams = SPHEREHyperParams.from_dict(config["hparams"])
             records = _records(config["run"])
             fingerprint = config["run"]["records"]
-            self._seed = int(config["run"].get("measure", {}).get("seed", 0))
         except KeyError as error:
             raise ValueError(f"{path} holds no run that can be measured again: config.yaml lacks {error}") from error
         if records_fingerprint(records) != fingerprint:
@@ -159,61 +155,6 @@ class EditedRun:
     def _warn(self, what: str, how: str) -> None:
         logger.warning("%s has %s already, %s: it stays. Remove its line to have it measured anew",
                        self.directory.path / schema.METRICS, what, how)
-
-    def record_weight_changes(self, model: nn.Module, progress: PhaseProgress | None = None) -> None:
-        """Write ``neurons.safetensors`` of the last kept weights, and ``spaces.csv`` of the changes between kept ones.
-
-        For runs of versions that did not write these files. If weights were kept after every batch, the result is what
-        the run would have written (shares up to their last digit); otherwise a line of ``spaces.csv`` covers several
-        batches. Files that are already complete stay unchanged.
-
-        Args:
-            model: the model that the run edited, just loaded or measured since; ends unedited.
-            progress: called with "weights" and the number of kept weights done.
-
-        Raises:
-            ValueError: no weights were kept, they are damaged or of another model, or one of the two files is damaged.
-        """
-        editable, folder = self.hparams.editable(model), self.directory.checkpoints
-        session = EditSession.of(model)
-        session.bind(editable, self.hparams)
-        kept = saved_weights(folder)
-        if not kept:
-            raise ValueError(f"{folder} holds no weights: keep some with keep_weights_every")
-
-        def put(num_edits: int) -> None:
-            if num_edits:
-                load_weights(editable, folder, num_edits)
-            else:
-                for layer, weight in session.original.items():
-                    editable.set_weight(layer, weight)
-
-        def event(num_edits: int) -> EditEvent:
-            return EditEvent(model, editable.weights(), num_edits, 0, ())
-
-        with self.directory.locked():
-            spaces, neurons = (self.directory.path_of(name) for name in (schema.SPACES, schema.NEURONS))
-            has_spaces = spaces.is_file() and covers(read_spaces_csv(spaces), kept[-1])
-            has_neurons = neurons.is_file() and NeuronRecord.read(neurons).num_edits >= kept[-1]
-            if has_spaces and has_neurons:
-                return
-            try:
-                put(0)
-                neuron_tracker = None if has_neurons else NeuronTracker(editable.weights(), self.hparams.gamma,
-                                                                        self._seed)
-                tracker = SpaceTracker(spaces, self.hparams.gamma, self.hparams.principal_space == "pretrained")
-                for done, (since, num_edits) in enumerate(pairwise([0, *kept]), start=1):
-                    if not has_spaces:
-                        tracker.on_batch_start(event(since))
-                    put(num_edits)
-                    if not has_spaces:
-                        tracker.on_batch_end(event(num_edits))
-                    if progress is not None:
-                        progress("weights", done, len(kept))
-                if neuron_tracker is not None:
-                    neuron_tracker.write(neurons, editable.weights(), kept[-1])
-            finally:
-                put(0)
 
 
 def _records(run: dict[str, Any]) -> list[EditRecord]:
