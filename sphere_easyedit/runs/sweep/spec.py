@@ -16,7 +16,7 @@
     alpha: [0.5, 0.8]
     runs:                          # further runs, or the only ones; settings not given are those above
       - {name: AlphaEdit-random, method: AlphaEdit, sphere: true, set: {suppression: random}, seeds: [0]}
-    slurm: {partition: gpu, time: "8:00:00", gpus_per_node: 1}      # for `sweep --launcher slurm`, for each run
+    slurm: {partition: gpu, time: 480, gpus_per_node: 1}      # for `sweep --launcher slurm`, for each run
 
 An entry of ``runs`` may have all of these keys but methods and slurm. Its ``set`` and ``edit`` are added to those
 above. A single value may replace a list of one. Paths are relative to the working directory; ``${NAME}`` is expanded to
