@@ -21,7 +21,7 @@ from ..utils.progress import PhaseProgress
 from . import schema
 from .directory import RunDirectory
 from .measuring import Measurer, abilities_at, measured_at
-from .schedule import AbilitySettings, DueMeasurement, MeasureSettings, measurement_at, phase_at
+from .schedule import DueMeasurement, MeasureSettings, measurement_at, phase_at
 from .schema import Measurement, Skipped, Summary, read_record
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class EditedRun:
                 progress: PhaseProgress | None = None, callbacks: Sequence[EditCallback] = ()) -> list[Measurement]:
         """Measure the model at these numbers of edits, and add new measurements to ``metrics.jsonl``.
 
-        Existing measurements stay; a warning is logged where they may not match the settings.
+        Existing measurements stay, with a warning, since their settings may have been others.
 
         Args:
             model: the model that the run edited, just loaded; ends with the weights of the last measurement.
@@ -102,10 +102,12 @@ class EditedRun:
                     load_weights(editable, self.directory.checkpoints, num_edits)
                 if settings.before or settings.after:
                     point = self._point(num_edits, settings)
-                    self._warn_of_facts(point, settings, measurer.measurements)
+                    existing = measured_at(measurer.measurements, point)
+                    self._warn(num_edits, [name for name in existing if name in settings.protocols])
                     measurer.measure(point)
                 if settings.abilities.tasks:
-                    self._warn_of_abilities(num_edits, settings.abilities, measurer.measurements)
+                    known = abilities_at(measurer.measurements, num_edits)
+                    self._warn(num_edits, [name for name in known if name in settings.abilities.tasks])
                     measurer.measure_abilities(phase_at(num_edits, self.last), num_edits)
         return [one for one in measurer.measurements if one.num_edits in numbers]
 
@@ -125,36 +127,11 @@ class EditedRun:
         every = replace(settings, cases=None) if needing_unedited(settings.protocols) else settings
         return measurement_at(0, len(self.records), every)
 
-    def _warn_of_facts(self, point: DueMeasurement, settings: MeasureSettings, measurements: Sequence[Measurement]
-                       ) -> None:
-        """Warn of existing measurements on other facts or texts, or of which that is unknown."""
-        scores = self.directory.lines(f"{schema.SCORES}/{point.when}-{point.num_edits}.jsonl")
-        cases = {self.records[case].case_id for case in point.cases}
-        all_facts = len(cases) == (point.num_edits or len(self.records))
-        for protocol, existing in measured_at(measurements, point).items():
-            if protocol not in settings.protocols:
-                continue
-            scored = {one.get("case_id") for one in scores if one.get("protocol") == protocol}
-            count = len(cases) if existing.cases is None else existing.cases
-            if (count != len(cases) and not (all_facts and count > len(cases))) or (scored and not cases <= scored):
-                self._warn(f"{protocol} after {point.num_edits} edits", f"on {count} facts, which are not the "
-                           f"{len(cases)} asked for")
-            if settings.text is not None and existing.perplexity is not None:
-                self._warn(f"perplexity after {point.num_edits} edits", "on an unknown text")
-            for quality, setting in (("fluency", settings.decoding), ("consistency", settings.references)):
-                if setting is not None and quality in existing.metrics:
-                    self._warn(f"{quality} after {point.num_edits} edits", f"by {existing.metrics[quality].protocol}")
-
-    def _warn_of_abilities(self, num_edits: int, settings: AbilitySettings, measurements: Sequence[Measurement]
-                           ) -> None:
-        for task, found in abilities_at(measurements, num_edits).items():
-            if task in settings.tasks:
-                self._warn(f"{task} after {num_edits} edits", f"on {found.n} records, {found.shots} examples, by "
-                           f"{found.protocol}")
-
-    def _warn(self, what: str, how: str) -> None:
-        logger.warning("%s has %s already, %s: it stays. Remove its line to have it measured anew",
-                       self.directory.path / schema.METRICS, what, how)
+    def _warn(self, num_edits: int, existing: Sequence[str]) -> None:
+        if existing:
+            logger.warning("%s has %s after %d edits already, which stays, whatever its settings were. Remove its line "
+                           "to have it measured anew", self.directory.path / schema.METRICS, ", ".join(existing),
+                           num_edits)
 
 
 def _records(run: dict[str, Any]) -> list[EditRecord]:
