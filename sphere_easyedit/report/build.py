@@ -68,8 +68,9 @@ def write_report(runs: Sequence[str | Path | RunRecords], output: str | Path | N
     folder = read[0].directory if output is None else Path(output)
     path_in_folder = RunDirectory(folder).path_of  # mostly a run's own folder, which may be untrusted
     html, drawn = path_in_folder("report.html"), path_in_folder("figures")
+    coordinates = path_in_folder("figures/places.json")
     named = named_runs(read)
-    figures, notes = figures_of(named, live)
+    figures, notes = figures_of(named, live, coordinates)
     title = named[0].label if len(named) == 1 else f"{len(named)} runs"
     page = Page(f"SPHERE: {title}", named, notices_of(named), figures, tables_of(named), notes,
                 REFRESH if live else None).html()
@@ -85,13 +86,15 @@ def check_installed() -> None:
         raise ValueError(f"a report needs {', '.join(missing)}: pip install 'sphere-easyedit[report]'")
 
 
-def figures_of(runs: Sequence[ReportRun], live: bool = False) -> tuple[list[Figure], list[str]]:
+def figures_of(runs: Sequence[ReportRun], live: bool = False, coordinates: Path | None = None
+               ) -> tuple[list[Figure], list[str]]:
     """All figures that the runs have data for, and notes why others are missing.
 
     Args:
         live: leave out the figures that take seconds to compute.
+        coordinates: JSON file that caches t-SNE's coordinates; None for no cache.
     """
-    neurons = NeuronFigures(runs)
+    neurons = NeuronFigures(runs, coordinates)
     candidates = [curves_figure(runs), changes_figure(runs), gains_figure(runs), forgetting_figure(runs),
                   abilities_figure(runs), shares_figure(runs), *neurons.figures(embedded=not live)]
     figures = [figure for figure in candidates if figure is not None]

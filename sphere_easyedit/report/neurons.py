@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..callbacks.neurons import LayerNeurons
+from ..utils.files import atomic_write
 from .figure import Choice, Figure, Panel, Spec, TableRow, chosen, quantitative, tooltip
 from .runs import ReportRun
 
@@ -25,11 +29,13 @@ class NeuronFigures:
 
     Args:
         runs: the report's runs.
+        coordinates: JSON file that caches t-SNE's coordinates (a second a layer to compute); None for no cache.
     """
 
-    def __init__(self, runs: Sequence[ReportRun]) -> None:
+    def __init__(self, runs: Sequence[ReportRun], coordinates: Path | None = None) -> None:
         self.layers: dict[tuple[str, int], LayerNeurons] = {}
         self.edits: dict[str, int] = {}
+        self._coordinates = coordinates
         self._gammas: set[float] = set()
         for run in runs:
             record = run.run.neurons
@@ -98,8 +104,8 @@ class NeuronFigures:
 
     def _embedding(self) -> Figure:
         data, lines = [], []
-        for (label, layer), found in self.layers.items():
-            placed = [(round(float(x), 2), round(float(y), 2)) for x, y in embed(found.cosines)]
+        for (label, layer), placed in self._coordinates_of_layers().items():
+            found = self.layers[label, layer]
             (x, y), (x2, y2) = (tuple(map(list, zip(*placed[side * found.sampled: (side + 1) * found.sampled],
                                                     strict=True))) for side in range(2))
             which = {"run": label, "layer": str(layer)}
@@ -126,6 +132,20 @@ class NeuronFigures:
             "in one embedding of the angles between them; a line joins the two positions of a neuron. Close points are "
             "close in angle; distances between groups have little meaning.",
             [Panel("t-SNE", spec, square=True, height=420)], key=_KEY)
+
+    def _coordinates_of_layers(self) -> dict[tuple[str, int], list[tuple[float, float]]]:
+        """t-SNE coordinates of each layer's sampled neurons: all before editing, then all after."""
+        kept = _cached_coordinates(self._coordinates)
+        used, placed = {}, {}
+        for which, found in self.layers.items():
+            key = hashlib.sha256(found.cosines.tobytes()).hexdigest()[:16]
+            if len(kept.get(key, ())) != 2 * found.sampled:
+                kept[key] = [(round(float(x), 2), round(float(y), 2)) for x, y in embed(found.cosines)]
+            used[key] = placed[which] = kept[key]
+        if self._coordinates is not None:
+            with atomic_write(self._coordinates) as temporary:
+                temporary.write_text(json.dumps(used), encoding="utf-8")
+        return placed
 
     def _histograms(self) -> Figure:
         data = []
@@ -212,6 +232,16 @@ def embed(cosines: NDArray[np.float32]) -> NDArray[np.float64]:
         found: NDArray[np.float64] = TSNE(metric="precomputed", init=start.astype(np.float32), perplexity=perplexity,
                                           random_state=0, n_jobs=1).fit_transform(distances)
     return found
+
+
+def _cached_coordinates(path: Path | None) -> dict[str, list[tuple[float, float]]]:
+    if path is None or not path.is_file():
+        return {}
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return {str(key): [(float(x), float(y)) for x, y in points] for key, points in kept.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}  # damaged or of another form: they are computed again
 
 
 def _by_side(channels: Sequence[str] = ("color", "strokeDash")) -> Spec:

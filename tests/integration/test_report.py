@@ -259,6 +259,19 @@ def test_neighbours_stay_near_in_the_plane() -> None:
     assert np.array_equal(places, embed((unit @ unit.T).astype(np.float32)))
 
 
+def test_places_are_computed_once(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = named_runs([RunRecords.read(runs[0])])
+    places = tmp_path / "places.json"
+    places.write_text("[of another form]")
+    first, _ = figures_of(named, coordinates=places)
+
+    def never(_: object) -> None:
+        raise AssertionError("embedded again")
+
+    monkeypatch.setattr("sphere_easyedit.report.neurons.embed", never)
+    assert figures_of(named, coordinates=places)[0] == first
+
+
 # --- warnings -------------------------------------------------------------------------------------------------
 
 

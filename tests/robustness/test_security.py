@@ -211,7 +211,7 @@ def outside(tmp_path: Path) -> Path:
     """A folder of somebody else's, with what a run would overwrite, remove or tell of."""
     folder = tmp_path / "outside"
     folder.mkdir()
-    for name in ("factors-9.safetensors", "during-9.jsonl", ".x.partial", "energy.csv"):
+    for name in ("factors-9.safetensors", "during-9.jsonl", ".x.partial", "places.json", "energy.csv"):
         (folder / name).write_text("secret,words\n")
     return folder
 
@@ -256,14 +256,15 @@ def test_names_do_not_lead_readers_out(tmp_path: Path, outside: Path, untouched:
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["figures", "report.html"])
+@pytest.mark.parametrize("name", ["figures", "report.html", "figures/places.json"])
 def test_names_do_not_lead_a_report_out(tmp_path: Path, outside: Path, untouched: None, name: str) -> None:
     pytest.importorskip("vl_convert", reason="reports need the extra `report`")
     pytest.importorskip("jinja2", reason="reports need the extra `report`")
     from sphere_easyedit.report import write_report
 
     run = run_with(tmp_path, "tame")
-    (run / name).symlink_to(outside if name == "figures" else outside / "energy.csv")
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(outside if name == "figures" else outside / "places.json")
     with pytest.raises(ValueError, match="leads out of the run directory"):
         write_report([run])
     assert not (run / "report.html").exists() or name == "report.html"
