@@ -129,8 +129,6 @@ class ExportableRun:
 
     def __init__(self, path: Path, at: int | None = None) -> None:
         self._run = RunDirectory(path)
-        if not self._run.has("config.yaml"):
-            raise ValueError(f"{path} holds no run (it has no config.yaml): give the directory of an `edit` run")
         self._config = self._run.read_config()
         try:
             self.hparams = SPHEREHyperParams.from_dict(self._config["hparams"])

@@ -49,10 +49,9 @@ class RunRecords(RunState):
                 and line.
         """
         files = RunDirectory(Path(directory))
-        for name in (schema.CONFIG, schema.METRICS):
-            if not files.has(name):
-                raise ValueError(f"{directory} has no {name}: give the directory of a run, as `edit --output` makes it")
         state = read_state(files)
+        if not files.has(schema.METRICS):
+            raise ValueError(f"{directory} has no {schema.METRICS}: give the directory of a run that has measured")
         _check_unique(files.path / schema.METRICS, [
             # Tasks may be measured one after the other, by one protocol.
             (point.num_edits, point.when, point.protocol, task) for point in state.measurements

@@ -159,8 +159,10 @@ def test_earlier_weights(llama: Made) -> None:
 def test_runs_that_can_t_be_exported(llama: Made, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no weights after 3 edits: kept are 2, 4; .*--keep-weights-every"):
         ExportableRun(llama.path, 3)
-    with pytest.raises(ValueError, match="holds no run"):
+    with pytest.raises(ValueError, match="has no config.yaml: .*as `edit --output` makes it"):
         ExportableRun(tmp_path)
+    with pytest.raises(ValueError, match=f"has no config.yaml: .*such as {llama.path}"):
+        ExportableRun(llama.path.parent)
     (tmp_path / "config.yaml").write_text((llama.path / "config.yaml").read_text())
     with pytest.raises(ValueError, match="kept no weights.*run `edit` again"):
         ExportableRun(tmp_path)

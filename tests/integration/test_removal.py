@@ -802,7 +802,7 @@ def test_mistakes_on_the_command_line(workplace: Path, tmp_path: Path) -> None:
             ((run, "--case", "none", "--output", tmp_path / "out"), "case_id 'none' was not edited"),
             ((run, "--case", cases_of(run)[0], "--output", tmp_path / "taken"), "not empty"),
             ((bare, "--case", cases_of(run)[0], "--output", tmp_path / "out"), "edit --keep-factors"),
-            ((tmp_path, "--case", "1", "--output", tmp_path / "out"), "holds no run")):
+            ((tmp_path, "--case", "1", "--output", tmp_path / "out"), "has no config.yaml")):
         done = call("remove", *arguments)
         assert isinstance(done.exception, ValueError), done.output
         assert match in str(done.exception)
