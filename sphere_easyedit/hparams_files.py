@@ -139,8 +139,8 @@ def find_hparams(name_or_path: str | os.PathLike[str]) -> Traversable:
     bases, models = (sorted({name.split("/")[i] for name in shipped}) for i in (0, 1))
     hint = ("nearest shipped: " + ", ".join(sorted(near)) if near
             else f"shipped are <base>/<model>, bases {', '.join(bases)}, models {', '.join(models)}")
-    raise FileNotFoundError(f"no hyperparameter file {text!r}; {hint}. For another model: sphere-easyedit hparams MODEL "
-                            "--output FILE.yaml")
+    raise FileNotFoundError(f"no hyperparameter file {text!r}; {hint}. For another model: sphere-easyedit hparams "
+                            "MODEL --output FILE.yaml")
 
 
 def read_mapping(file: Traversable) -> dict[str, Any]:

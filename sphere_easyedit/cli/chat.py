@@ -47,15 +47,17 @@ def chat(
     try:
         with TemporaryDirectory(prefix="sphere-chat-") as folder:
             with consoles.err.status("loading the model"):
-                conversation = _begin(run, at, Path(folder), max_new_tokens, consoles)
+                conversation, introduction = _begin(run, at, Path(folder), max_new_tokens)
+            for line in introduction:
+                consoles.print_line(line)
             _Chat(conversation, consoles).loop()
     except Interrupted as interrupted:
         consoles.print_line("")
         raise typer.Exit(interrupted.exit_status) from interrupted
 
 
-def _begin(run: str, at: int | None, folder: Path, max_new_tokens: int, consoles: Consoles) -> Conversation:
-    """Load the model, unedited or with a run's edits, and say how to go on."""
+def _begin(run: str, at: int | None, folder: Path, max_new_tokens: int) -> tuple[Conversation, list[str]]:
+    """Load the model, unedited or with a run's edits; returns the lines to begin with, too."""
     from ..analysis.conversation import Conversation
     from ..export import ExportableRun
     from ..runs.directory import RunDirectory
@@ -73,10 +75,8 @@ def _begin(run: str, at: int | None, folder: Path, max_new_tokens: int, consoles
     if directory.path.is_dir():
         conversation.load(directory.checkpoints, edited.num_edits)
     how = "answers by its chat template" if conversation.is_chat else "has no chat template: it continues your text"
-    consoles.print_line(f"{hparams.model_name}, with {conversation.num_edits} edits, {how}. /help lists commands.")
-    if prompts:
-        consoles.print_line(f"An edited fact: /continue {on_one_line(str(prompts[0]))}")
-    return conversation
+    lines = [f"{hparams.model_name}, with {conversation.num_edits} edits, {how}. /help lists commands."]
+    return conversation, [*lines, *(f"An edited fact: /continue {on_one_line(str(prompt))}" for prompt in prompts[:1])]
 
 
 class _Chat:
@@ -152,7 +152,8 @@ class _Chat:
 
     def _show(self, answers: Iterable[str]) -> None:
         """Show two answers side by side, or one below the other in a narrow terminal."""
-        titles = ("unedited", f"edited ({self._conversation.num_edits} facts)")
+        num_edits = self._conversation.num_edits
+        titles = ("unedited", f"edited ({num_edits} {'fact' if num_edits == 1 else 'facts'})")
         texts = [Text("\n".join(map(on_one_line, text.strip().splitlines()))) for text in answers]
         out = self._consoles.out
         if out.width < _NARROW:
