@@ -156,5 +156,4 @@ class Conversation:
         except Exception as error:  # a template is a program, and may raise anything
             raise ValueError(f"the model's chat template failed ({one_line(error)}): ask by a plain prompt") from error
         # Tokenising adds the special tokens again that a template begins with.
-        front = self._tok.decode(leading_special_ids(self._tok))
-        return text.removeprefix(front)
+        return text.removeprefix(str(self._tok.decode(leading_special_ids(self._tok))))
