@@ -44,7 +44,6 @@ class Conversation:
         max_new_tokens: maximum length of an answer, which is decoded greedily.
 
     Attributes:
-        num_edits: number of facts in the edited weights.
         is_chat: whether the tokenizer has a chat template. Without one, answers are continuations without history.
     """
 

@@ -89,7 +89,7 @@ def main() -> None:
 
 def _print_example(status: object) -> None:
     """End typer's error of usage with an example of the command."""
-    if status == 2 and (examples := EXAMPLES.get(sys.argv[1])):
+    if status == 2 and (examples := EXAMPLES.get("".join(sys.argv[1:2]))):
         print_lines([f"Example: {examples[0]}"], to_stderr=True)
 
 

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from ..analysis.conversation import Conversation
 
 _COMMANDS = MappingProxyType({
-    "/edit": "PROMPT | SUBJECT | TARGET: edit a fact; the subject is a part of the prompt. /edit alone asks for each.",
+    "/edit": "PROMPT | SUBJECT | TARGET: edit a fact; asks for them if not given.",
     "/undo": "take back the last /edit.",
-    "/continue": "TEXT: let both models continue a text, without chat template and history.",
-    "/reset": "forget the conversation.",
+    "/continue": "TEXT: let both models continue a plain text.",
+    "/reset": "forget the conversation, as when it outgrows the model's context.",
     "/help": "list these commands.",
     "/quit": "end (Ctrl-D does, too).",
 })
