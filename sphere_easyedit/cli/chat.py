@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,7 +18,7 @@ from rich.text import Text
 
 from ..utils.messages import suggestion
 from ..utils.signals import Interrupted
-from .common import Consoles, load_for, on_one_line, set_up
+from .common import Consoles, load_for, set_up
 from .options import At, option, read_hparams
 
 if TYPE_CHECKING:
@@ -76,7 +77,12 @@ def _begin(run: str, at: int | None, folder: Path, max_new_tokens: int) -> tuple
         conversation.load(directory.checkpoints, edited.num_edits)
     how = "answers by its chat template" if conversation.is_chat else "has no chat template: it continues your text"
     lines = [f"{hparams.model_name}, with {conversation.num_edits} edits, {how}. /help lists commands."]
-    return conversation, [*lines, *(f"An edited fact: /continue {on_one_line(str(prompt))}" for prompt in prompts[:1])]
+    return conversation, [*lines, *(f"An edited fact: /continue {_printable(str(prompt))}" for prompt in prompts[:1])]
+
+
+def _printable(text: str) -> str:
+    """A text with control characters escaped, which could change the terminal; line breaks and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 class _Chat:
@@ -105,7 +111,7 @@ class _Chat:
         if sys.stdin.isatty():
             return input(question)
         line = input()
-        self._consoles.print_line(question + on_one_line(line))
+        self._consoles.print_line(question + _printable(line))
         return line
 
     def _answer(self, line: str) -> None:
@@ -134,7 +140,7 @@ class _Chat:
 
     def _undo(self, _: str) -> None:
         request = self._conversation.undo()
-        self._consoles.print_line(f"Undone: {on_one_line(request.prompt + request.target)}; the conversation begins "
+        self._consoles.print_line(f"Undone: {_printable(request.prompt + request.target)}; the conversation begins "
                                   "anew.")
 
     def _continue(self, prompt: str) -> None:
@@ -154,7 +160,7 @@ class _Chat:
         """Show two answers side by side, or one below the other in a narrow terminal."""
         num_edits = self._conversation.num_edits
         titles = ("unedited", f"edited ({num_edits} {'fact' if num_edits == 1 else 'facts'})")
-        texts = [Text("\n".join(map(on_one_line, text.strip().splitlines()))) for text in answers]
+        texts = [Text(_printable(text.strip())) for text in answers]
         out = self._consoles.out
         if out.width < _NARROW:
             for title, text in zip(titles, texts, strict=True):

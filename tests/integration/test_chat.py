@@ -124,8 +124,10 @@ def test_a_run_is_talked_to_on_the_command_line(workplace: Path, monkeypatch: py
                  "edited (3 facts)", "Undone: The capital of France is Rome;", "/reset    forget", "new target: Bonn"):
         assert said in done.stdout
     assert "never read" not in done.stdout
-    done = chat(io.StringIO("Hello"), "run", "--at", "1")  # ends without a line break
-    assert (done.returncode, "edited (1 fact)" in done.stdout) == (0, True)
+    done = chat(io.StringIO("Hello\n/edit The capital of France is | France | Rome\n/undo\nHello"), "run", "--at", "1")
+    assert done.returncode == 0, done.stderr
+    _, before, after = done.stdout.split("> Hello\n")  # the last one ends without a line break
+    assert "edited (1 fact)" in after and before.startswith(after)
     done = chat(CtrlC(), "tiny.yaml")
     assert (done.returncode, done.stderr, "with 0 edits" in done.stdout) == (130, "", True)
     shutil.rmtree(workplace / "run" / "checkpoints")
@@ -136,5 +138,5 @@ def test_answers_stand_one_below_the_other_in_a_narrow_terminal(folder: Path, tm
     shown = io.StringIO()
     console, tok = Console(file=shown, width=40), AutoTokenizer.from_pretrained(TOKENIZER)
     talk = Conversation(tiny_model("llama"), tok, tiny_hparams(folder), tmp_path, 1)
-    _Chat(talk, Consoles(console, console))._show(["one\x1b[31m\ntwo", "three"])
-    assert shown.getvalue() == "unedited\none\\u001b[31m\ntwo\nedited (0 facts)\nthree\n"
+    _Chat(talk, Consoles(console, console))._show(['one\x1b[31m\n"two"', "three"])
+    assert shown.getvalue() == "unedited\none\\x1b[31m\n\"two\"\nedited (0 facts)\nthree\n"
