@@ -52,6 +52,8 @@ def chat(
             for line in introduction:
                 consoles.print_line(line)
             _Chat(conversation, consoles).loop()
+    except EOFError:
+        consoles.print_line("")  # the shell's prompt begins a line
     except Interrupted as interrupted:
         consoles.print_line("")
         raise typer.Exit(interrupted.exit_status) from interrupted
@@ -86,7 +88,7 @@ def _printable(text: str) -> str:
 
 
 class _Chat:
-    """Reads lines from standard input and answers them until its end or ``/quit``."""
+    """Reads lines from standard input and answers them."""
 
     def __init__(self, conversation: Conversation, consoles: Consoles) -> None:
         self._conversation, self._consoles = conversation, consoles
@@ -94,17 +96,20 @@ class _Chat:
                          "/help": self._help}
 
     def loop(self) -> None:
-        """Answer line after line; an error is told in one line, and the chat goes on."""
+        """Answer line after line until ``/quit``; an error is told in one line, and the chat goes on.
+
+        Raises:
+            EOFError: at the end of the input.
+        """
         from ..runs.skipping import is_out_of_memory
 
-        with suppress(EOFError):
-            while (line := self._ask("> ").strip()) != "/quit":
-                try:
-                    self._answer(line)
-                except (ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:
-                    if isinstance(error, RuntimeError | MemoryError) and not is_out_of_memory(error):
-                        raise
-                    self._consoles.print_line(f"error: {' '.join(str(error).split())}", "red")
+        while (line := self._ask("> ").strip()) != "/quit":
+            try:
+                self._answer(line)
+            except (ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:
+                if isinstance(error, RuntimeError | MemoryError) and not is_out_of_memory(error):
+                    raise
+                self._consoles.print_line(f"error: {' '.join(str(error).split())}", "red")
 
     def _ask(self, question: str) -> str:
         """A line of standard input; shown, too, if it was not typed."""

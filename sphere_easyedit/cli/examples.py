@@ -47,7 +47,7 @@ class CommandWithExamples(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help and the examples."""
         super().format_help(ctx, formatter)
-        print_lines(["Examples:", *(f"  {example}" for example in EXAMPLES[self.name or ""])])
+        print_lines(["Examples:", *(f"  {example}" for example in EXAMPLES.get(self.name or "", ()))])
 
 
 def print_lines(lines: Iterable[str], to_stderr: bool = False) -> None:

@@ -69,7 +69,7 @@ def test_examples_end_the_help_and_are_understood(name: str) -> None:
         for hint in get_type_hints(original, include_extras=True).values() if original is not None else ():
             if isinstance(hint, type) and is_dataclass(hint):  # refuses options that do not go together
                 hint(**{one.name: params[one.name] for one in fields(hint)})
-        if "hparams" in params:
+        if params.get("hparams") is not None:
             find_hparams(params["hparams"])
 
 
