@@ -78,8 +78,12 @@ def _begin(run: str, at: int | None, folder: Path, max_new_tokens: int) -> tuple
     if directory.path.is_dir():
         conversation.load(directory.checkpoints, edited.num_edits)
     how = "answers by its chat template" if conversation.is_chat else "has no chat template: it continues your text"
-    lines = [f"{hparams.model_name}, with {conversation.num_edits} edits, {how}. /help lists commands."]
+    lines = [f"{hparams.model_name}, with {_facts(conversation.num_edits)} edited, {how}. /help lists commands."]
     return conversation, [*lines, *(f"An edited fact: /continue {_printable(str(prompt))}" for prompt in prompts[:1])]
+
+
+def _facts(number: int) -> str:
+    return "1 fact" if number == 1 else f"{number} facts"
 
 
 def _printable(text: str) -> str:
@@ -163,8 +167,7 @@ class _Chat:
 
     def _show(self, answers: Iterable[str]) -> None:
         """Show two answers side by side, or one below the other in a narrow terminal."""
-        num_edits = self._conversation.num_edits
-        titles = ("unedited", f"edited ({num_edits} {'fact' if num_edits == 1 else 'facts'})")
+        titles = ("unedited", f"edited ({_facts(self._conversation.num_edits)})")
         texts = [Text(_printable(text.strip())) for text in answers]
         out = self._consoles.out
         if out.width < _NARROW:

@@ -118,7 +118,7 @@ def test_a_run_is_talked_to_on_the_command_line(workplace: Path, monkeypatch: py
                             "/edit The capital of France is | France | Rome\n/undo\n/help\n/reset\n"
                             "/edit\nThe capital of France is\nFrance\nBonn\n/quit\nnever read\n"), "run")
     assert done.returncode == 0, done.stderr
-    for said in ("tiny-llama, with 2 edits, has no chat template", "An edited fact: /continue ", "edited (2 facts)",
+    for said in ("tiny-llama, with 2 facts edited, has no chat", "An edited fact: /continue ", "edited (2 facts)",
                  "error: request 0 (case_id 2): subject 'Spain' is not in prompt", "error: nothing to undo",
                  "error: write /edit PROMPT | SUBJECT | TARGET", "error: /edti is no command: did you mean '/edit'?",
                  "edited (3 facts)", "Undone: The capital of France is Rome;", "/reset    forget", "new target: Bonn"):
@@ -127,9 +127,9 @@ def test_a_run_is_talked_to_on_the_command_line(workplace: Path, monkeypatch: py
     done = chat(io.StringIO("Hello\n/edit The capital of France is | France | Rome\n/undo\nHello"), "run", "--at", "1")
     assert done.returncode == 0, done.stderr
     _, before, after = done.stdout.split("> Hello\n")  # the last one ends without a line break
-    assert "edited (1 fact)" in after and before.startswith(after)
+    assert "edited (1 fact)" in after and before.startswith(after.rstrip("\n"))
     done = chat(CtrlC(), "tiny.yaml")
-    assert (done.returncode, done.stderr, "with 0 edits" in done.stdout) == (130, "", True)
+    assert (done.returncode, done.stderr, "with 0 facts edited" in done.stdout) == (130, "", True)
     shutil.rmtree(workplace / "run" / "checkpoints")
     assert "kept no weights" in chat(io.StringIO(), "run").stderr
 
