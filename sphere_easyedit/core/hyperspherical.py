@@ -1,4 +1,4 @@
-"""Hyperspherical energy of a weight matrix, and the bounds the theory puts on its change.
+"""Hyperspherical energy of a weight matrix.
 
 Notation follows SPHERE (arXiv 2510.01172). A weight ``W`` is ``(d_out, d_in)``, the orientation of
 ``nn.Linear``; its rows ``w_i`` are neurons and ``what_i = w_i / ||w_i||`` are points on the unit hypersphere.
@@ -42,14 +42,7 @@ from .tensors import (
     unit_rows,
 )
 
-__all__ = [
-    "DISTANCE_FLOOR",
-    "energy_change_bound",
-    "energy_from_gram",
-    "energy_sensitivity",
-    "hyperspherical_energy",
-    "minimal_update_norm",
-]
+__all__ = ["DISTANCE_FLOOR", "energy_from_gram", "hyperspherical_energy"]
 
 logger = logging.getLogger(__name__)
 
@@ -146,81 +139,6 @@ def energy_from_gram(
         return _reduce(sums, pairs.alive, reduction)
 
 
-def energy_sensitivity(weight: Tensor, chunk_size: int | None = None) -> Tensor:
-    """How fast the energy (s = 1) can change as each neuron moves, in first order.
-
-    ``K_i = (2 / ||w_i||) sum_{j != i} ||what_i - what_j||^-2``. These are the constants of Theorems 2 and 3.
-
-    Args:
-        weight: ``(d_out, d_in)``, rows are neurons.
-        chunk_size: rows per block, None for a default.
-
-    Returns:
-        ``(d_out,)`` float64, in units of energy per unit of weight. 0 for zero rows, which take no part in
-        the energy.
-
-    Raises:
-        ValueError: the weight is not a finite floating 2-D tensor, or chunk_size is out of range.
-    """
-    _check_chunk_size(chunk_size)
-    with torch.no_grad():
-        return _sensitivity(_Rows.of(weight), chunk_size)
-
-
-def energy_change_bound(weight: Tensor, update: Tensor, chunk_size: int | None = None) -> Tensor:
-    """Upper bound on ``|HE(W + dW) - HE(W)|`` (s = 1), first order: ``sum_i K_i ||dw_i||`` (Theorems 2, 3).
-
-    Args:
-        weight: ``(d_out, d_in)``, rows are neurons.
-        update: ``(d_out, d_in)``, the change dW, small against the distances between neurons.
-        chunk_size: rows per block, None for a default.
-
-    Returns:
-        Float64 scalar, dimensionless. ``inf`` where the update moves a zero row: that row gains a direction,
-        the energy jumps, and no bound proportional to the step exists.
-
-    Raises:
-        ValueError: weight or update is not a finite floating 2-D tensor, or their shapes or devices differ.
-    """
-    _check_chunk_size(chunk_size)
-    with torch.no_grad():
-        rows = _Rows.of(weight)
-        _check_update(update, weight)
-        steps = _row_norms(update.detach(), "update")
-        if bool((steps[~rows.alive] > 0).any()):
-            return torch.full((), math.inf, dtype=torch.float64, device=steps.device)
-        return (_sensitivity(rows, chunk_size) * steps).sum()
-
-
-def minimal_update_norm(
-    weight: Tensor, energy_change: float | Tensor, chunk_size: int | None = None
-) -> Tensor:
-    """Least squared Frobenius norm of a small update that changes the energy (s = 1) by a given amount (Theorem 1).
-
-    ``||dW||_F^2 >= dHE^2 / sum_i K_i^2``, by Cauchy-Schwarz on Theorem 3. By the paper's reading, with
-    orthonormal inputs, this is also the least disturbance of what the weight stores.
-
-    Args:
-        weight: ``(d_out, d_in)``, rows are neurons.
-        energy_change: dHE, of either sign; a number or a scalar tensor.
-        chunk_size: rows per block, None for a default.
-
-    Returns:
-        Float64 scalar, in units of weight squared. Zero rows are taken to stay zero. With fewer than two
-        directions the energy cannot change: ``inf`` for any change but 0.
-
-    Raises:
-        ValueError: the weight is not a finite floating 2-D tensor, or energy_change is not one finite number.
-    """
-    _check_chunk_size(chunk_size)
-    change = _checked_number("energy_change", energy_change)
-    with torch.no_grad():
-        capacity = _sensitivity(_Rows.of(weight), chunk_size).square().sum()
-        if change == 0.0:
-            return torch.zeros_like(capacity)
-        return change**2 / capacity  # x / 0 is inf: no update does it
-
-
 # --- rows ---------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +155,8 @@ class _Rows:
     def of(cls, weight: Tensor) -> _Rows:
         check_matrix("weight", weight)
         weight = weight.detach()
-        norms = _row_norms(weight, "weight")
+        norms = row_norms(weight, max(1, _COPY_ELEMENTS // max(1, weight.shape[1])), rescaled=True)
+        check_norms("weight", norms)
         alive = norms > 0
         low, high = _SAFE_NORM
         extreme = bool(((norms > high) | ((norms < low) & alive)).any())
@@ -247,13 +166,6 @@ class _Rows:
     def unit(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """Chosen rows scaled to unit norm, a new tensor; zero rows stay zero."""
         return unit_rows(self.weight, self.norms, index, dtype)
-
-
-def _row_norms(matrix: Tensor, name: str) -> Tensor:
-    """Norm of each row, ``(rows,)`` float64; refuses what is not finite."""
-    norms = row_norms(matrix, max(1, _COPY_ELEMENTS // max(1, matrix.shape[1])), rescaled=True)
-    check_norms(name, norms)
-    return norms
 
 
 def _rows_of_gram(weight: Tensor, gram: Tensor) -> _Rows:
@@ -277,11 +189,6 @@ class _Pairs:
     rows: _Rows | None  # to measure close pairs again; None where there is only a Gram matrix
     near: float  # squared distance under which a pair is close
     floor: float  # least squared distance
-
-
-def _sensitivity(rows: _Rows, chunk_size: int | None) -> Tensor:
-    sums = _weight_pair_sums(rows, 1.0, chunk_size)
-    return torch.where(rows.alive, 2.0 * sums / torch.where(rows.alive, rows.norms, 1.0), 0.0)
 
 
 def _weight_pair_sums(rows: _Rows, power: float, chunk_size: int | None) -> Tensor:
@@ -417,15 +324,6 @@ def _gram_floor(dtype: torch.dtype) -> float:
 # --- checks -------------------------------------------------------------------------------------------------
 
 
-def _check_update(update: Tensor, weight: Tensor) -> None:
-    check_matrix("update", update)
-    if update.shape != weight.shape or update.device != weight.device:
-        raise ValueError(
-            f"update must be {tuple(weight.shape)} on {weight.device} like the weight, got {tuple(update.shape)} on "
-            f"{update.device}; transpose a Conv1D update to (d_out, d_in), or move it"
-        )
-
-
 def _checked_gram(gram: Tensor) -> Tensor:
     check_matrix("gram", gram)
     if gram.shape[0] != gram.shape[1]:
@@ -449,7 +347,10 @@ def _checked_gram(gram: Tensor) -> Tensor:
 
 
 def _check_energy_options(s: float, reduction: str, chunk_size: int | None) -> None:
-    if _checked_number("s", s) <= 0.0:
+    number = as_number(s)
+    if not math.isfinite(number):
+        raise ValueError(f"s must be one finite number, got {s!r}; pass a float")
+    if number <= 0.0:
         raise ValueError(f"s must be above 0, got {s!r}; use s=1.0 for the paper's energy")
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}; 'sum' is the paper's energy")
@@ -463,10 +364,3 @@ def _check_chunk_size(chunk_size: int | None) -> None:
         raise ValueError(
             f"chunk_size must be a whole number of rows, 1 or more, got {chunk_size!r}; None picks one"
         )
-
-
-def _checked_number(name: str, value: float | Tensor) -> float:
-    number = as_number(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be one finite number, got {value!r}; pass a float")
-    return number
