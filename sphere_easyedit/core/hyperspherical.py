@@ -68,9 +68,7 @@ _COPY_ELEMENTS: Final = 4 * 2**20  # elements in a float64 copy of some rows: 32
 _REFINE_ROWS: Final = 256
 
 
-def hyperspherical_energy(
-    weight: Tensor, s: float = 1.0, reduction: Reduction = "sum", chunk_size: int | None = None
-) -> Tensor:
+def hyperspherical_energy(weight: Tensor, s: float = 1.0, reduction: Reduction = "sum") -> Tensor:
     """Hyperspherical energy of a weight's rows (Eq. 5, 6): ``sum over i != j of 1 / ||what_i - what_j||^s``.
 
     Args:
@@ -78,31 +76,25 @@ def hyperspherical_energy(
         s: exponent of the Riesz kernel, above 0; the paper uses 1. From about 38 on, duplicate rows give
             ``inf``.
         reduction: ``"sum"`` over ordered pairs, or ``"mean"`` per ordered pair, which compares across widths.
-        chunk_size: rows per block; None picks one that keeps the working memory at some 200 MiB. The value
-            changes memory and speed only.
 
     Returns:
         Float64 scalar on the weight's device, dimensionless. Zero rows, duplicates: see the module's text.
 
     Raises:
-        ValueError: the weight is not a finite floating 2-D tensor, or s, reduction or chunk_size is out of
-            range.
+        ValueError: the weight is not a finite floating 2-D tensor, or s or reduction is out of range.
 
     Shape legend: d_out neurons (rows), d_in inputs of each.
     """
-    _check_energy_options(s, reduction, chunk_size)
+    _check_energy_options(s, reduction)
     with torch.no_grad():
         rows = _Rows.of(weight)
-        sums = _weight_pair_sums(rows, 0.5 * s, chunk_size)
+        pairs = _Pairs(rows.alive, rows, _near(rows.work), DISTANCE_FLOOR**2)
+        sums = _pair_sums(_weight_cosines(rows), pairs, 0.5 * s)
         return _reduce(sums, rows.alive, reduction)
 
 
 def energy_from_gram(
-    gram: Tensor,
-    s: float = 1.0,
-    reduction: Reduction = "sum",
-    chunk_size: int | None = None,
-    weight: Tensor | None = None,
+    gram: Tensor, s: float = 1.0, reduction: Reduction = "sum", weight: Tensor | None = None
 ) -> Tensor:
     """Hyperspherical energy (Eq. 5, 6) from a raw Gram matrix ``G = W W^T``, at no cost in ``d_in``.
 
@@ -111,7 +103,6 @@ def energy_from_gram(
             half are read. A row whose diagonal entry is 0 (or negative by rounding) counts as a zero row.
         s: exponent of the Riesz kernel, above 0.
         reduction: ``"sum"`` or ``"mean"`` per ordered pair.
-        chunk_size: rows per block, None for a default.
         weight: ``(d_out, d_in)``, the W that gram was computed from. With it, pairs too close for the Gram matrix's
             precision are measured again from the rows, and the result is as exact as
             :func:`hyperspherical_energy`. Without it, distances are floored at ``sqrt(8 eps)`` of gram's
@@ -124,7 +115,7 @@ def energy_from_gram(
         ValueError: gram is not a finite square float32 or float64 matrix with a non-negative diagonal, weight
             does not belong to it by shape or device, or an option is out of range.
     """
-    _check_energy_options(s, reduction, chunk_size)
+    _check_energy_options(s, reduction)
     with torch.no_grad():
         gram = _checked_gram(gram)
         norms = gram.diagonal().to(torch.float64).clamp(min=0.0).sqrt()
@@ -135,7 +126,7 @@ def energy_from_gram(
             near=_near(gram.dtype),
             floor=DISTANCE_FLOOR**2 if rows is not None else _gram_floor(gram.dtype),
         )
-        sums = _pair_sums(_gram_cosines(gram, norms, chunk_size), pairs, 0.5 * s)
+        sums = _pair_sums(_gram_cosines(gram, norms), pairs, 0.5 * s)
         return _reduce(sums, pairs.alive, reduction)
 
 
@@ -191,11 +182,6 @@ class _Pairs:
     floor: float  # least squared distance
 
 
-def _weight_pair_sums(rows: _Rows, power: float, chunk_size: int | None) -> Tensor:
-    pairs = _Pairs(rows.alive, rows, _near(rows.work), DISTANCE_FLOOR**2)
-    return _pair_sums(_weight_cosines(rows, chunk_size), pairs, power)
-
-
 def _pair_sums(cosines: Iterator[tuple[slice, slice, Tensor]], pairs: _Pairs, power: float) -> Tensor:
     """``sum_{j != i} (||what_i - what_j||^2)^-power`` for every i, ``(d_out,)`` float64; 0 for zero rows.
 
@@ -232,19 +218,16 @@ def _exclude(squared: Tensor, i: slice, j: slice, alive: Tensor) -> None:
             mirrored[dead] = math.inf
 
 
-def _weight_cosines(rows: _Rows, chunk_size: int | None) -> Iterator[tuple[slice, slice, Tensor]]:
+def _weight_cosines(rows: _Rows) -> Iterator[tuple[slice, slice, Tensor]]:
     """Cosines between rows, block by block on and above the diagonal."""
     count, width = rows.weight.shape
-    size = chunk_size or _default_block_rows(count, width, rows.work)
-    return cosine_blocks(rows.weight, rows.norms, rows.work, size)
+    return cosine_blocks(rows.weight, rows.norms, rows.work, _block_rows(count, width, rows.work))
 
 
-def _gram_cosines(
-    gram: Tensor, norms: Tensor, chunk_size: int | None
-) -> Iterator[tuple[slice, slice, Tensor]]:
+def _gram_cosines(gram: Tensor, norms: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Cosines as ``cosine_blocks`` gives them, from a raw Gram matrix and the square roots of its diagonal."""
     divisor = torch.where(norms > 0, norms, 1.0)
-    parts = list(blocks(gram.shape[0], chunk_size or _MAX_BLOCK_ROWS // 2))
+    parts = list(blocks(gram.shape[0], _MAX_BLOCK_ROWS // 2))
     for position, i in enumerate(parts):
         for j in parts[position:]:
             yield i, j, gram[i, j].to(torch.float64).div(divisor[i][:, None]).div_(divisor[j][None, :])
@@ -307,7 +290,7 @@ def _shift(block: slice, offset: int) -> slice:
     return slice(block.start + offset, block.stop + offset)
 
 
-def _default_block_rows(count: int, width: int, dtype: torch.dtype) -> int:
+def _block_rows(count: int, width: int, dtype: torch.dtype) -> int:
     """Rows per block: a panel fits its budget; four blocks or more let symmetry save work."""
     fit = _PANEL_BYTES // (max(1, width) * dtype.itemsize)
     return max(1, min(fit, _MAX_BLOCK_ROWS, max(256, -(-count // 4))))
@@ -346,7 +329,7 @@ def _checked_gram(gram: Tensor) -> Tensor:
     return gram
 
 
-def _check_energy_options(s: float, reduction: str, chunk_size: int | None) -> None:
+def _check_energy_options(s: float, reduction: str) -> None:
     number = as_number(s)
     if not math.isfinite(number):
         raise ValueError(f"s must be one finite number, got {s!r}; pass a float")
@@ -354,13 +337,3 @@ def _check_energy_options(s: float, reduction: str, chunk_size: int | None) -> N
         raise ValueError(f"s must be above 0, got {s!r}; use s=1.0 for the paper's energy")
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}; 'sum' is the paper's energy")
-    _check_chunk_size(chunk_size)
-
-
-def _check_chunk_size(chunk_size: int | None) -> None:
-    if chunk_size is None:
-        return
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(
-            f"chunk_size must be a whole number of rows, 1 or more, got {chunk_size!r}; None picks one"
-        )

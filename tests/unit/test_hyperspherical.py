@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -79,33 +78,19 @@ def test_every_dtype_is_as_exact_as_its_entries(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-@pytest.mark.parametrize("chunk_size", [1, 3, 7, 40, 41, 1000])
-def test_chunked_equals_unchunked(dtype: torch.dtype, rel: float, chunk_size: int) -> None:
+@pytest.mark.parametrize("most_rows", [2, 7, 40, 41, 82])
+def test_blocked_equals_unblocked(
+    dtype: torch.dtype, rel: float, most_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = gaussian(4, 41, 23, dtype)
     weight[5] = 0
     weight[17] = weight[2]
     weight[30] = weight[2] * (1 + 1e-3) + 1e-4
     whole = hyperspherical_energy(weight)
-    assert hyperspherical_energy(weight, chunk_size=chunk_size).item() == pytest.approx(whole.item(), rel=rel)
-    gram = weight @ weight.T
-    by_gram = energy_from_gram(gram, chunk_size=chunk_size, weight=weight)
+    monkeypatch.setattr(hyperspherical, "_MAX_BLOCK_ROWS", most_rows)
+    assert hyperspherical_energy(weight).item() == pytest.approx(whole.item(), rel=rel)
+    by_gram = energy_from_gram(weight @ weight.T, weight=weight)
     assert by_gram.item() == pytest.approx(whole.item(), rel=max(rel, 1e-9))  # rounded otherwise than W W^T
-
-
-def test_chunk_size_bounds_the_rows_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, sums = [], hyperspherical._pair_sums
-
-    def noted(cosines: Iterator[tuple[slice, slice, Tensor]], *rest: Any) -> Tensor:
-        blocks = list(cosines)
-        seen.append(max(max(cosine.shape) for _, _, cosine in blocks))
-        return sums(iter(blocks), *rest)
-
-    monkeypatch.setattr(hyperspherical, "_pair_sums", noted)
-    weight = gaussian(44, 10, 4)
-    for size in (3, None):
-        hyperspherical_energy(weight, chunk_size=size)
-        energy_from_gram(weight @ weight.T, chunk_size=size)
-    assert seen == [3] * 2 + [10] * 2
 
 
 @pytest.mark.parametrize(
@@ -120,7 +105,7 @@ def test_chunk_size_bounds_the_rows_worked_on(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_products_are_as_wide_as_they_need_be(dtype: torch.dtype, scale: float, work: torch.dtype) -> None:
     rows = hyperspherical._Rows.of((scale * gaussian(46, 5, 4)).to(dtype))
-    assert {cosine.dtype for _, _, cosine in hyperspherical._weight_cosines(rows, 2)} == {work}
+    assert {cosine.dtype for _, _, cosine in hyperspherical._weight_cosines(rows)} == {work}
 
 
 def test_more_rows_than_a_default_block() -> None:
@@ -143,7 +128,6 @@ def test_sizes_of_blocks_change_nothing(
         monkeypatch.setattr(hyperspherical, name, size)
     for s, energy in expected.items():
         assert hyperspherical_energy(weight, s).item() == pytest.approx(energy, rel=1e-6)
-        assert hyperspherical_energy(weight, s, chunk_size=11).item() == pytest.approx(energy, rel=1e-6)
         assert energy_from_gram(weight @ weight.T, s, weight=weight).item() == pytest.approx(energy, rel=1e-6)
 
 
@@ -161,7 +145,7 @@ def test_sizes_of_blocks_change_nothing(
     ],
 )
 def test_default_block(count: int, width: int, dtype: torch.dtype, rows: int) -> None:
-    assert hyperspherical._default_block_rows(count, width, dtype) == rows
+    assert hyperspherical._block_rows(count, width, dtype) == rows
 
 
 # --- invariances --------------------------------------------------------------------------------------------
@@ -432,19 +416,15 @@ NAN[1, 2] = math.nan
         (hyperspherical_energy, (GOOD, -1.0), "s must be above 0, got -1.0"),
         (hyperspherical_energy, (GOOD, math.nan), "s must be one finite number, got nan"),
         (hyperspherical_energy, (GOOD, 1.0, "max"), "'sum' or 'mean', got 'max'"),
-        (hyperspherical_energy, (GOOD, 1.0, "sum", 0), "chunk_size .* got 0"),
-        (hyperspherical_energy, (GOOD, 1.0, "sum", 2.5), "chunk_size .* got 2.5"),
-        (hyperspherical_energy, (GOOD, 1.0, "sum", True), "chunk_size .* got True"),
-        (energy_from_gram, (GOOD @ GOOD.T, 1.0, "sum", 0), "chunk_size .* got 0"),
         (energy_from_gram, (GOOD @ GOOD.T, 0.0), "s must be above 0, got 0.0"),
         (energy_from_gram, (GOOD @ GOOD.T, 1.0, "max"), "'sum' or 'mean', got 'max'"),
-        (energy_from_gram, (GOOD @ GOOD.T, 1.0, "sum", None, GOOD.long()), "weight must be floating point"),
+        (energy_from_gram, (GOOD @ GOOD.T, 1.0, "sum", GOOD.long()), "weight must be floating point"),
         (energy_from_gram, (GOOD.tolist(),), "gram must be a torch.Tensor, got list"),
         (energy_from_gram, (GOOD,), r"gram must be square, .* \(4, 3\)"),
         (energy_from_gram, (NAN @ NAN.T,), "gram must be finite, but 7 entries are not"),
         (energy_from_gram, (-(GOOD @ GOOD.T),), "squared norms"),
         (energy_from_gram, ((GOOD @ GOOD.T).half(),), "float32 or float64, got torch.float16"),
-        (energy_from_gram, (GOOD @ GOOD.T, 1.0, "sum", None, GOOD[:3]), "weight must be the W of gram"),
+        (energy_from_gram, (GOOD @ GOOD.T, 1.0, "sum", GOOD[:3]), "weight must be the W of gram"),
     ],
 )
 def test_bad_input_is_refused(function: Any, arguments: tuple[Any, ...], message: str) -> None:
