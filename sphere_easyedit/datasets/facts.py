@@ -116,8 +116,8 @@ def _cell(name: str, cell: str, label: str) -> Any:
     if name not in _LISTS:
         return cell
     if cell.startswith("["):
-        raise ValueError(f"{label}, field {name!r}: found {shown(cell)}, expected texts with | between them; lists in JSON "
-                         "belong into a .jsonl file")
+        raise ValueError(f"{label}, field {name!r}: found {shown(cell)}, expected texts with | between them; "
+                         "lists in JSON belong into a .jsonl file")
     items = [item.strip() for item in cell.split("|") if item.strip()]
     return [_neighbour_item(item) for item in items] if name == "neighbours" else items
 
