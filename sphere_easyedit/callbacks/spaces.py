@@ -36,11 +36,6 @@ class SpaceShare:
     share: float
     chance: float
 
-    @property
-    def ratio(self) -> float:
-        """Share over chance."""
-        return self.share / self.chance if self.chance else math.nan
-
 
 def principal_share(rows: Tensor, space: PrincipalSpace) -> SpaceShare:
     """``||M U||_F^2 / ||M||_F^2`` of the rows of M, against ``r / d_in``.

@@ -23,8 +23,9 @@ from sphere_easyedit.analysis.correlations import (
 )
 from sphere_easyedit.callbacks import neurons, spaces
 from sphere_easyedit.callbacks.spaces import principal_share
-from sphere_easyedit.evaluation.paired import paired_bootstrap, paired_gain
+from sphere_easyedit.evaluation.paired import paired_bootstrap
 from study.energy import regress_changes
+from study.gains import paired_gain
 from study.geometry import neuron_geometry
 from study.spectra import moment_share, row_spectrum, update_alignment
 
@@ -295,7 +296,7 @@ def test_shares_are_those_of_the_projection(seed: int, shape: tuple[int, int], g
 def test_random_updates_lie_there_by_chance() -> None:
     space = PrincipalSpace.from_weight(rows(0, 40, 120), 0.5)
     found = principal_share(rows(1, 400, 120), space)
-    assert found.ratio == pytest.approx(1, abs=0.05)
+    assert found.share / found.chance == pytest.approx(1, abs=0.05)
     assert principal_share(space.directions.T, space).share == pytest.approx(1)
     assert principal_share(space.suppress(rows(2, 5, 120), 1.0), space).share == pytest.approx(0, abs=1e-20)
     assert math.isnan(principal_share(torch.zeros(2, 120), space).share)
@@ -332,7 +333,7 @@ def test_known_alignments() -> None:
     update = rows(0, 8, 3) @ rows(1, 3, 30)
     again = update_alignment(update, -2 * update, 1.0)
     assert (again.cosine, again.directions) == (pytest.approx(-1), 3)  # low rank: its row space, and no more
-    assert again.shared.share == pytest.approx(1) and again.shared.ratio == pytest.approx(10)
+    assert again.shared.share == pytest.approx(1) and again.shared.chance == pytest.approx(0.1)
     one, other = torch.zeros(2, 3, 4)
     one[0, 0], other[0, 1] = 1, 1
     apart = update_alignment(one, other)
