@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.projection import PrincipalSpace
+from ..core.tensors import widened
 from ..editing.callbacks import EditCallback, EditEvent
 from ..editing.session import EditSession
 from ..runs.schema import SpaceRecord
@@ -125,9 +126,8 @@ class SpaceTracker(EditCallback):
         """Record the batch."""
         for layer, space in self._spaces.items():
             before = self._before.pop(layer)
-            precise = torch.promote_types(before.dtype, torch.float32)
             try:
-                share = principal_share(event.weights[layer].to(precise) - before.to(precise), space).share
+                share = principal_share(widened(event.weights[layer]) - widened(before), space).share
             except ValueError as error:
                 logger.warning("layer %d: no share of the change from %d to %d edits in the principal space: %s", layer,
                                self._since, event.num_edits, error)

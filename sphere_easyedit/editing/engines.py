@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..core.tensors import widened
 from ..hparams import SPHEREHyperParams
 from ..models.architecture import EditableModel
 from .requests import EditRequest, TokenizedRequest
@@ -168,9 +169,7 @@ class _WeightChanges(Mapping[int, Tensor]):
         self._editable, self._after = editable, after
 
     def __getitem__(self, layer: int) -> Tensor:
-        after = self._after[layer]
-        precise = torch.promote_types(after.dtype, torch.float32)
-        return after.to(precise) - self._editable.weight(layer).to(precise)
+        return widened(self._after[layer]) - widened(self._editable.weight(layer))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._after)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..core.tensors import widened
 from ..core.updates import LowRankUpdate, Update, dense
 from ..hparams import SPHEREHyperParams
 from ..methods.covariance import load_moment, statistics_files
@@ -165,8 +166,7 @@ def add_update(editable: EditableModel, layer: int, update: Update) -> None:
         ValueError: the new weight is not finite.
     """
     weight = editable.weight(layer)
-    precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    changed = (precise + dense(update).to(weight.device)).to(weight.dtype)
+    changed = (widened(weight) + dense(update).to(weight.device)).to(weight.dtype)
     if not bool(torch.isfinite(changed).all()):
         raise ValueError(f"the update of layer {layer} is not finite in {weight.dtype}: nothing was changed. Look at "
                          "the statistics, L2 or mom2_update_weight")
