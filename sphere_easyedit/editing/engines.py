@@ -23,7 +23,6 @@ from .solve import (
     UpdateTransform,
     check_finite,
     prepare_session,
-    restoring_weights,
     solve_batch,
     tokenize_batch,
 )
@@ -146,7 +145,7 @@ class ExecutorEngine(Engine):
     def solve(self, editable: EditableModel, batch: Batch, hparams: SPHEREHyperParams, session: EditSession,
               transform: UpdateTransform | None, progress: Callable[[int], None] | None) -> BatchSolution:
         started = time.perf_counter()
-        with restoring_weights(editable):
+        with editable.restoring(always=True):
             edited, originals = self._function(editable.model, batch.tok, list(batch.given), self._hparams, copy=False,
                                                return_orig_weights=True, **self._arguments)
             _check_scope(editable, edited, originals)

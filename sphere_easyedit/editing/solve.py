@@ -140,20 +140,9 @@ def tokenize_batch(editable: EditableModel, tok: PreTrainedTokenizerBase, reques
 
 
 @contextmanager
-def restoring_weights(editable: EditableModel) -> Iterator[dict[int, Tensor]]:
-    """Copies of the edited weights by layer, restored bit for bit when the context ends."""
-    before = {layer: editable.weight(layer).clone() for layer in editable.layers}
-    try:
-        yield before
-    finally:
-        for layer, weight in before.items():
-            editable.set_weight(layer, weight)
-
-
-@contextmanager
 def unedited(editable: EditableModel, session: EditSession) -> Iterator[None]:
     """Restore the original weights inside the context: statistics describe the unedited model."""
-    with restoring_weights(editable):
+    with editable.restoring(always=True):
         for layer, weight in session.original.items():
             editable.set_weight(layer, weight)
         yield
@@ -196,7 +185,7 @@ def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], h
         ValueError: a target value or update is not finite.
     """
     seconds = {}
-    with frozen(editable.model), restoring_weights(editable):
+    with frozen(editable.model), editable.restoring(always=True):
         started = time.perf_counter()
         targets = target_values(editable, requests, hparams, progress, session.paths)
         if not bool(torch.isfinite(targets.values).all()):
