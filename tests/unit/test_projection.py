@@ -588,9 +588,9 @@ def test_a_likely_rank_is_what_is_solved_for(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_share_passes_gamma_one_whatever_rounding_says() -> None:
     values = torch.tensor([1.0, 1.0 + 1e-7, 0.5], dtype=torch.float64)
-    assert projection._passing_count(values, 2.0, 1.0) == 4
-    assert projection._passing_count(values, 2.0, 0.5) == 2
-    assert projection._passing_count(values, 4.0, 0.9) == 4  # their sum does not pass
+    assert projection.passing_count(values, 2.0, 1.0) == 4
+    assert projection.passing_count(values, 2.0, 0.5) == 2
+    assert projection.passing_count(values, 4.0, 0.9) == 4  # their sum does not pass
 
 
 def test_what_was_solved_for_is_logged(caplog: pytest.LogCaptureFixture) -> None:
