@@ -415,7 +415,7 @@ def test_session_key_is_the_same_however_the_values_were_written() -> None:
 @pytest.mark.parametrize(("text", "message"), [
     ("- 1\n- 2\n", "must be a YAML mapping .* found list"), ("", "found nothing"), ("just text", "found str"),
     ("a: [1", "not readable as YAML"), ("3: 4", "names must be text, found 3"),
-    ("gamma: 0.1\ngamma: 0.2", "gamma given twice"),
+    ("gamma: 0.1\ngamma: 0.2", "line 2: gamma is given twice"),
     ("gamma: !!python/object/apply:os.getcwd []", "not readable"),
 ])
 def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
