@@ -44,14 +44,14 @@ class Decoding:
 
     Attributes:
         max_new_tokens: maximum number of tokens after a prompt; fewer if the model generates an end token.
-        top_k: number of most likely tokens to sample from (5 in ROME).
+        top_k: number of most likely tokens to sample from (5 in ROME); None for greedy decoding.
         seed: of sampling. Together with case_id and the prompt's index in its case it seeds each text, which therefore
             does not depend on other cases.
         prompts: number of generation prompts to use per case, from the first; None for all.
     """
 
     max_new_tokens: int = FLUENCY_TOKENS
-    top_k: int = 5
+    top_k: int | None = 5
     seed: int = 0
     prompts: int | None = None
 
@@ -64,8 +64,9 @@ class Decoding:
 
     def described(self) -> str:
         """A short description for a result's protocol."""
+        how = "greedy" if self.top_k is None else f"top-{self.top_k} seed {self.seed}"
         some = "" if self.prompts is None else f", first {self.prompts} prompts"
-        return f"top-{self.top_k} seed {self.seed}, {self.max_new_tokens} new tokens{some}"
+        return f"{how}, {self.max_new_tokens} new tokens{some}"
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def measure_text_quality(
     decoding = Decoding() if decoding is None else decoding
     prompts = [(record.case_id, index, prompt) for record in records
                for index, prompt in enumerate(record.generation_prompts[: decoding.prompts])]
-    seeds = [(decoding.seed, case_id, index) for case_id, index, _ in prompts]
+    seeds = None if decoding.top_k is None else [(decoding.seed, case_id, index) for case_id, index, _ in prompts]
     continuations = generate_continuations(model, tok, [prompt for _, _, prompt in prompts], decoding.max_new_tokens,
                                            decoding.top_k, seeds, progress)
     all_texts = iter([prompt + added for (_, _, prompt), added in zip(prompts, continuations, strict=True)])

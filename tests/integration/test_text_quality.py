@@ -87,7 +87,7 @@ def test_records_are_measured_by_their_own_texts(model: Any) -> None:
     tok = tokenizer("bos")
     records = load_records("demo", None, 5)
     records[2] = replace(records[2], generation_prompts=())
-    found = measure_text_quality(model, tok, records, decoding=Decoding(12, 1))
+    found = measure_text_quality(model, tok, records, decoding=Decoding(12, None))
     assert [one.case_id for one in found] == [record.case_id for record in records]
     for one, record in zip(found, records, strict=True):
         continuations = generate_continuations(model, tok, record.generation_prompts, 12)
@@ -95,7 +95,7 @@ def test_records_are_measured_by_their_own_texts(model: Any) -> None:
         mean = sum(map(fluency, one.texts)) / len(one.texts) if one.texts else None
         assert one.fluency == (None if mean is None else pytest.approx(mean))
         assert (one.consistency, one.consistency_protocol) == (None, None)
-        assert one.fluency_protocol == "top-1 seed 0, 12 new tokens; words by regex-treebank"
+        assert one.fluency_protocol == "greedy, 12 new tokens; words by regex-treebank"
         assert TextQuality.from_dict(json.loads(json.dumps(one.to_dict()))) == one
     summary = summarise_text_quality(found)
     values = [one.fluency for one in found if one.fluency is not None]
