@@ -18,6 +18,7 @@ from ..core.tensors import widened
 from ..editing.callbacks import EditCallback, EditEvent
 from ..editing.session import EditSession
 from ..runs.schema import SpaceRecord
+from ..utils.csv_files import read_csv
 from ..utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -172,17 +173,7 @@ def read_spaces_csv(path: Path) -> list[SpaceRecord]:
     Raises:
         ValueError: the file has other columns, or an invalid line.
     """
-    with path.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ()) != _COLUMNS:
-            raise ValueError(f"{path} has columns {reader.fieldnames}, a file of spaces has {list(_COLUMNS)}")
-        records = []
-        for row in reader:
-            try:
-                records.append(_record(row))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-    return records
+    return read_csv(path, _COLUMNS, _record)
 
 
 def _record(row: Mapping[str, str]) -> SpaceRecord:

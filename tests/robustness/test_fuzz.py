@@ -426,6 +426,9 @@ FOUND = [  # by fuzzing, kept so that they stay mended
     ("cases.jsonl", _lines([CASES_LINE | {"case_id": {}}]) + b"\n", "line 1: case_id.int is {}"),
     ("cases.jsonl", _lines([CASES_LINE | {"post": {"efficacy": "x"}}]) + b"\n", "line 1: post.efficacy is 'x'"),
     ("cases.jsonl", _lines([CASES_LINE | {"generations": "x"}]) + b"\n", "line 1: generations is 'x'"),
+    ("energy.csv", ENERGY.encode() + b"1" * 200_000, r"energy.csv, line \d: field larger than field limit"),
+    ("spaces.csv", SPACES.encode() + b"1" * 200_000, "spaces.csv, line 2: field larger than field limit"),
+    ("spaces.csv", b"num_edits,layer\n", r"spaces.csv, line 1: its columns are \['num_edits', 'layer'\], not"),
 ]
 
 
