@@ -114,7 +114,7 @@ class NeuronRecord:
             return cls(int(described["num_edits"]), int(described["seed"]), float(described["gamma"]), layers)
         except (OSError, SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} can't be read as a record of neurons ({type(error).__name__}: {error}): remove "
-                             "it; `evaluate --neurons` writes it again from kept weights") from error
+                             "it") from error
 
 
 def _layer(tensors: Mapping[str, NDArray[Any]], layer: str, d_in: int) -> LayerNeurons:

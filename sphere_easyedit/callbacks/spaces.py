@@ -182,10 +182,3 @@ def _record(row: Mapping[str, str]) -> SpaceRecord:
     if not 0 <= record.since < record.num_edits or not 0 <= record.rank <= record.d_in or record.d_in < 1:
         raise ValueError(f"{record} has impossible numbers")
     return record
-
-
-def covers(records: list[SpaceRecord], num_edits: int) -> bool:
-    """Whether the records cover all changes up to ``num_edits`` without gaps."""
-    spans = sorted({(record.since, record.num_edits) for record in records})
-    ends = [0, *(end for _, end in spans)]
-    return all(since == end for (since, _), end in zip(spans, ends[:-1], strict=True)) and ends[-1] >= num_edits

@@ -144,7 +144,6 @@ class EvaluationOptions:
     abilities_data: Annotated[Path | None, option("Folder with the .jsonl files of these four tasks.")] = None
     abilities_shots: Annotated[int, option("Number of examples before each question.", min=0)] = 0
     abilities_limit: Annotated[int | None, option("Ask at most this many questions per task.", min=1)] = None
-    abilities_tokens: Annotated[int | None, option("Generate at most this many new tokens per answer.", min=1)] = None
 
     def settings(self, abilities_every: int | None = None, **when: Any) -> MeasureSettings:
         """The measurement settings.
@@ -159,7 +158,7 @@ class EvaluationOptions:
         protocols: Any = tuple(one.value for one in self.protocol)
         decoding = Decoding(self.fluency_tokens, seed=self.eval_seed, prompts=self.fluency_prompts)
         abilities = AbilitySettings(tuple(self.abilities), abilities_every, self.abilities_data, self.abilities_shots,
-                                    self.abilities_limit, self.abilities_tokens)
+                                    self.abilities_limit)
         return MeasureSettings(
             protocols=protocols, sample=self.eval_sample, seed=self.eval_seed, text=self.text,
             text_tokens=self.text_tokens, decoding=decoding if self.fluency or self.references is not None else None,

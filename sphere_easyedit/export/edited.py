@@ -15,7 +15,7 @@ from ..editing.checkpoints import choose_checkpoint, load_weights, resumable, se
 from ..editing.session import EditSession
 from ..hparams import SPHEREHyperParams
 from ..models.offload import writable_parameter
-from ..runs.config import package_versions
+from ..runs.config import model_dtype, package_versions
 from ..runs.directory import RunDirectory
 from ..runs.schema import SUMMARY, Summary, read_record
 from .checksums import base_fingerprint
@@ -137,8 +137,7 @@ class ExportableRun:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} holds no run that can be exported: config.yaml lacks {error}") from error
         self.num_edits = choose_checkpoint(path, at, "nothing can be exported")
-        dtypes = (self._config.get("model") or {}).get("dtypes") or []
-        self.dtype = str(dtypes[0]).removeprefix("torch.") if len(dtypes) == 1 else None
+        self.dtype = model_dtype(self._config)
 
     def read(self, model: nn.Module) -> EditedWeights:
         """Read the run's weights and those of the unedited model.

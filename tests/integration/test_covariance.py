@@ -449,7 +449,7 @@ def test_texts_are_cut(tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     assert cut == [ids[:6] for ids in whole]
 
 
-@pytest.mark.parametrize(("settings_", "limit"), [({}, 128), ({"mom2_max_length": 9}, 9)])
+@pytest.mark.parametrize(("settings_", "limit"), [({"mom2_max_length": 1024}, 128), ({"mom2_max_length": 9}, 9)])
 def test_length_is_capped_by_setting_and_context(settings_: dict[str, int], limit: int, tok: PreTrainedTokenizerBase,
                                                  tmp_path: Path) -> None:
     """The tiny model's context holds 128 tokens; a text of many more is no reason to fail."""

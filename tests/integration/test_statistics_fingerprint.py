@@ -190,7 +190,7 @@ def lower_case(tok: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 @pytest.mark.parametrize(("settings", "change_tok", "reason"), [
-    ({"mom2_max_length": 5}, None, "tokens of a text 128 in place of 5"),
+    ({"mom2_max_length": 5}, None, "tokens of a text 32 in place of 5"),
     ({"seed": 3}, None, "seed 0 in place of 3"),
     ({}, lower_case, "another tokenizer"),
 ])

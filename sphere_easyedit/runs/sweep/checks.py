@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,6 @@ def check_keys(mapping: Mapping[Any, Any], known: Collection[str], where: str) -
     for key in mapping:
         if key not in known:
             raise ValueError(f"{where} has no setting {key!r}{suggestion(str(key), known)}")
-
-
-def refuse_both(one: Iterable[str], other: Collection[str], where: str, there: str) -> None:
-    """Refuse a name that is in both."""
-    if both := [name for name in one if name in other]:
-        raise ValueError(f"{both[0]} is given under both {where} and {there}: remove one")
 
 
 def as_mapping(value: Any, where: str) -> Mapping[Any, Any]:
