@@ -157,12 +157,6 @@ def read_mapping(file: Traversable) -> dict[str, Any]:
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"{type(content).__name__} {str(content)[:60]!r}"
         raise ValueError(f"{file}: hyperparameters must be a YAML mapping of names to values, found {found}")
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ValueError(f"{file}: {', '.join(twice)} given twice: remove one, since YAML would "
-                         "silently keep the last")
     odd = [key for key in content if not isinstance(key, str)]
     if odd:
         raise ValueError(f"{file}: names must be text, found {odd[0]!r}: put quotes around it or remove it")

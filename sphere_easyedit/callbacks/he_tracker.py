@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..editing.callbacks import EditCallback, EditEvent
+from ..utils.csv_files import read_csv
 from ..utils.files import atomic_write
 from .energy_metrics import EnergyRecord, MetricCorrelation, correlate, owners
 
@@ -137,18 +138,10 @@ def read_energy_csv(path: Path) -> list[EnergyRecord]:
         ValueError: the file has other columns or an invalid line.
     """
     records: list[EnergyRecord] = []
-    with path.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ()) != _COLUMNS:
-            raise ValueError(f"{path} has columns {reader.fieldnames}, an energy file has {list(_COLUMNS)}")
-        for row in reader:
-            try:
-                num_edits, layer = int(row["num_edits"]), int(row["layer"])
-                energy, change = float(row["energy"]), float(row["relative_change"])
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-            if not records or records[-1].num_edits != num_edits:
-                records.append(EnergyRecord(num_edits, {}, {}))
-            records[-1].energy[layer] = energy
-            records[-1].relative_change[layer] = change
+    for num_edits, layer, energy, change in read_csv(path, _COLUMNS, lambda row: (
+            int(row["num_edits"]), int(row["layer"]), float(row["energy"]), float(row["relative_change"]))):
+        if not records or records[-1].num_edits != num_edits:
+            records.append(EnergyRecord(num_edits, {}, {}))
+        records[-1].energy[layer] = energy
+        records[-1].relative_change[layer] = change
     return records

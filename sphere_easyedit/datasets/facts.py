@@ -8,10 +8,10 @@ subject               text                                                      
 target_new            the answer to edit in                                             the same
 target_true           optional: the true answer                                         the same
 case_id               optional: a whole number, in every record or in none              the same
-paraphrases           optional: list of prompts, subject filled in                      ``a | b``, or a JSON list
-generation_prompts    optional: list of beginnings of free text                         ``a | b``, or a JSON list
+paraphrases           optional: list of prompts, subject filled in                      ``a | b``
+generation_prompts    optional: list of beginnings of free text                         ``a | b``
 neighbours            optional: list of ``{"prompt": ..., "target": ...}``; a prompt    ``a => answer | b => answer``;
-                      alone has the target ``target_true``                              ``a`` alone; or a JSON list
+                      alone has the target ``target_true``                              ``a`` alone
 ====================  ================================================================  ================================
 
 Whitespace around texts is dropped. A null or an empty cell counts as a missing field. Unknown fields are refused, so
@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from .json_records import RawRecord, build_records, json_lines, parse_json, read_text, shown
+from .json_records import RawRecord, build_records, json_lines, read_text, shown
 from .records import EditRecord, EvaluationPrompt
 
 FACTS_FILE: Final = ("a .jsonl (one record per line) or .csv (with a header) file of facts with prompt, subject and "
@@ -116,11 +116,8 @@ def _cell(name: str, cell: str, label: str) -> Any:
     if name not in _LISTS:
         return cell
     if cell.startswith("["):
-        try:
-            return parse_json(cell)
-        except ValueError as error:
-            raise ValueError(f"{label}, field {name!r}: found {shown(cell)}, expected a JSON list ({error}) or texts "
-                             "with | between them") from error
+        raise ValueError(f"{label}, field {name!r}: found {shown(cell)}, expected texts with | between them; "
+                         "lists in JSON belong into a .jsonl file")
     items = [item.strip() for item in cell.split("|") if item.strip()]
     return [_neighbour_item(item) for item in items] if name == "neighbours" else items
 

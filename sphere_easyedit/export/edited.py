@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..editing.checkpoints import choose_checkpoint, load_weights, resumable, session_path
 from ..editing.session import EditSession
-from ..editing.solve import restoring_weights
 from ..hparams import SPHEREHyperParams
 from ..models.offload import writable_parameter
 from ..runs.config import model_dtype, package_versions
@@ -150,7 +149,7 @@ class ExportableRun:
         editable = self.hparams.editable(model)
         self._check_base(model)
         fingerprint = base_fingerprint(model)
-        with restoring_weights(editable):
+        with editable.restoring(always=True):
             before = {layer: editable.parameter(layer).detach().to("cpu", copy=True) for layer in editable.layers}
             load_weights(editable, self._run.checkpoints, self.num_edits)
             changes = tuple(WeightChange(editable.parameter_name(layer), editable.is_transposed(layer), before[layer],

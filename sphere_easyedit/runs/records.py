@@ -214,20 +214,6 @@ class RunRecords(RunState):
         return cases
 
 
-def find_runs(folder: str | Path) -> list[RunRecords]:
-    """All runs in or under a folder, by path: directories with a ``config.yaml`` and a ``metrics.jsonl``.
-
-    Raises:
-        ValueError: there are none, or one is damaged.
-    """
-    found = [path.parent for path in sorted(Path(folder).rglob(schema.METRICS))
-             if (path.parent / schema.CONFIG).is_file()]
-    if not found:
-        raise ValueError(f"{folder} holds no run (a directory with {schema.CONFIG} and {schema.METRICS}): give a "
-                         "folder of runs")
-    return [RunRecords.read(path) for path in found]
-
-
 def read_state(files: RunDirectory) -> RunState:
     """All records in a run directory; parts that are not written yet are empty.
 

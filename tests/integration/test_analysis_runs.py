@@ -24,9 +24,10 @@ from sphere_easyedit.analysis.tables import Column, Table
 from sphere_easyedit.callbacks.spaces import principal_share
 from sphere_easyedit.methods.covariance import moment_path, save_moment
 from sphere_easyedit.runs.directory import RunDirectory
-from sphere_easyedit.runs.records import RunRecords, find_runs
+from sphere_easyedit.runs.records import RunRecords
 from sphere_easyedit.runs.schema import Estimate, Summary
 from study.geometry import neuron_geometry
+from study.runs import find_runs
 from study.weights import keys_of_edits, over_layers, stages, weight_tables
 from study_results import ARCHIVE, unpack
 

@@ -8,8 +8,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...utils import yaml as safe_yaml
 from ...utils.messages import suggestion
 
@@ -17,10 +15,8 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; duplicate keys and misleading numbers are refused, environment variables expanded."""
-    text = path.read_text(encoding="utf-8")
-    content = safe_yaml.read_yaml(text, str(path))
-    _refuse_traps(path, yaml.compose(text, Loader=yaml.SafeLoader))
+    """The mapping in a YAML file, with environment variables expanded."""
+    content = safe_yaml.read_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a sweep is a YAML mapping with `methods` or `runs`, found {content!r:.60}")
     return {key: _expanded(value, path) for key, value in content.items()}
@@ -39,24 +35,6 @@ def _expanded(value: Any, path: Path) -> Any:
         raise ValueError(f"{path}: {value!r} names the environment variable {missing[0]}, which is not set: set it, or "
                          "write the path itself")
     return _VARIABLE.sub(lambda match: os.environ[match.group(1)], value)
-
-
-def _refuse_traps(path: Path, node: yaml.Node | None) -> None:
-    """Refuse duplicate keys, of which YAML keeps the last, and 4:00:00, which it reads as a number to base 60."""
-    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int" and ":" in node.value:
-        raise ValueError(f"{path}, line {node.start_mark.line + 1}: YAML reads {node.value} as a number to base 60: "
-                         f'write "{node.value}"')
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise ValueError(f"{path}, line {key.start_mark.line + 1}: {key.value} is given twice: remove one")
-                seen.add(key.value)
-            _refuse_traps(path, value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _refuse_traps(path, value)
 
 
 def check_keys(mapping: Mapping[Any, Any], known: Collection[str], where: str) -> None:
