@@ -34,7 +34,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({command: tupl
     "hparams": ("Qwen/Qwen2.5-0.5B --output qwen.yaml", "models/mine --base-alg MEMIT --output mine.yaml"),
     "stats": ("--hparams AlphaEdit/llama3-8b",),
     "plan": ("--hparams AlphaEdit/llama3-8b --num-edits 2000 --batch-size 100",),
-    "doctor": ("", "--json"),
+    "doctor": ("",),
 }.items()})
 
 # The commands to begin with, as the start page shows them.
