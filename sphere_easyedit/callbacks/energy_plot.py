@@ -28,9 +28,8 @@ def plot_energy(axes: Axes, records: Sequence[EnergyRecord]) -> None:
     if len(layers) > 1:
         means = [sum(record.relative_change.values()) / len(layers) for record in records]
         axes.plot(edits, means, color="black", linewidth=2, label="mean")
-    axes.set(title="Hyperspherical energy", xlabel="edits", ylabel="change relative to the first record")
+    axes.set(title="Hyperspherical energy", ylabel="relative change")
     axes.ticklabel_format(axis="y", scilimits=(-2, 3))
-    axes.grid(alpha=0.3)
     if len(layers) <= 10:
         axes.legend(fontsize="small")
 

@@ -78,8 +78,7 @@ class RunResult:
         plot_energy(axes[1], self.tracker.records)
         if perplexity:
             axes[2].plot(list(perplexity), list(perplexity.values()), marker="o", color="black")
-            axes[2].set(title="Perplexity of held-out text", xlabel="edits")
-            axes[2].grid(alpha=0.3)
+            axes[2].set_title("Perplexity of held-out text")
         figure.suptitle(f"{self.run.model}, {self.run.method}")
         return figure
 
@@ -99,9 +98,9 @@ class RunResult:
             axes.fill_between(edits, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
         batches = [(batch.num_edits, batch.efficacy) for batch in self.run.batches if batch.efficacy is not None]
         if batches:
-            axes.plot(*zip(*batches, strict=True), linestyle=":", color="C0", label="efficacy, batch just edited")
-        axes.set(title=f"Metrics, protocol {self.summary['protocol']}", xlabel="edits", ylabel="%", ylim=(-3, 103))
-        axes.grid(alpha=0.3)
+            axes.plot(*zip(*batches, strict=True), linestyle=":", marker=".", color="C0",
+                      label="efficacy, batch just edited")
+        axes.set(title=f"Metrics, protocol {self.summary['protocol']}", ylabel="%", ylim=(-3, 103))
         axes.legend(fontsize="small")
 
     def _cells(self, one: Measurement) -> Iterator[tuple[str, object]]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _INSTALL: Final = "pip install 'sphere-easyedit[notebook]'"
-_PANEL: Final = (5.2, 3.8)  # inches
+_PANEL: Final = (4.6, 3.4)  # inches
 
 
 def data_frame(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> pandas.DataFrame:
@@ -32,7 +32,7 @@ def data_frame(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> pand
 
 
 def panels(count: int) -> tuple[Figure, list[Axes]]:
-    """A matplotlib figure with plots side by side.
+    """A matplotlib figure with plots side by side, over the number of edits.
 
     pyplot does not keep the figure: a notebook shows it once, as the result of its cell, and it needs no closing.
 
@@ -41,11 +41,16 @@ def panels(count: int) -> tuple[Figure, list[Axes]]:
     """
     try:
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError(f"a plot needs matplotlib, which can't be imported ({error}): {_INSTALL}") from error
     figure, axes = plt.subplots(1, count, figsize=(count * _PANEL[0], _PANEL[1]), squeeze=False,
                                 layout="constrained")
     plt.close(figure)
+    for one in axes[0]:
+        one.set_xlabel("edits")
+        one.xaxis.set_major_locator(MaxNLocator(integer=True))
+        one.grid(alpha=0.3)
     return figure, list(axes[0])
 
 
