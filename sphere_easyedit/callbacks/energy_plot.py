@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..utils.notebook import layer_colours
+from ..utils.notebook import layer_colours, legend_below
 from .energy_metrics import EnergyRecord
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def plot_energy(axes: Axes, records: Sequence[EnergyRecord]) -> None:
     axes.set(title="Hyperspherical energy", ylabel="relative change")
     axes.ticklabel_format(axis="y", scilimits=(-2, 3))
     if len(layers) <= 10:
-        axes.legend(fontsize="small")
+        legend_below(axes)
 
 
 def energy_rows(records: Sequence[EnergyRecord]) -> Iterator[tuple[int, int, float, float]]:

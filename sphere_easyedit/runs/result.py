@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..callbacks.energy_plot import mean_change, plot_energy
 from ..callbacks.he_tracker import HETracker
-from ..utils.notebook import data_frame, html_table, panels
+from ..utils.notebook import data_frame, html_table, legend_below, panels
 from .records import RunRecords
 from .schema import FACT_METRICS, METRIC_NAMES, Estimate, Measurement
 
@@ -101,7 +101,7 @@ class RunResult:
             axes.plot(*zip(*batches, strict=True), linestyle=":", marker=".", color="C0",
                       label="efficacy, batch just edited")
         axes.set(title=f"Metrics, protocol {self.summary['protocol']}", ylabel="%", ylim=(-3, 103))
-        axes.legend(fontsize="small")
+        legend_below(axes)
 
     def _cells(self, one: Measurement) -> Iterator[tuple[str, object]]:
         """One row of ``frame`` by column."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _INSTALL: Final = "pip install 'sphere-easyedit[notebook]'"
-_PANEL: Final = (4.6, 3.4)  # inches
+_PANEL: Final = (4.6, 4.0)  # inches
 
 
 def data_frame(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> pandas.DataFrame:
@@ -52,6 +52,11 @@ def panels(count: int) -> tuple[Figure, list[Axes]]:
         one.xaxis.set_major_locator(MaxNLocator(integer=True))
         one.grid(alpha=0.3)
     return figure, list(axes[0])
+
+
+def legend_below(axes: Axes) -> None:
+    """Add a plot's legend below it, where it hides nothing."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize="small", frameon=False)
 
 
 def html_table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[object]], text_columns: int = 1) -> str:
