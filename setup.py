@@ -48,6 +48,8 @@ setup(
         # compile llama.cpp.
         "demo": ["gguf>=0.10"],
         "report": ["jinja2>=3.1", "scikit-learn>=1.4", "vl-convert-python>=1.8"],
+        # Frames and plots of results (sphere.run, HETracker).
+        "notebook": ["ipykernel>=6.20", "matplotlib>=3.8", "pandas>=2.0"],
         "track": ["accelerate>=0.30", "tensorboard>=2.14", "wandb>=0.17"],
         # lm-eval before 0.4.13 loads tasks and counts records in another way.
         "eval": ["lm-eval>=0.4.13", "datasets>=2.20", "scikit-learn>=1.4"],
@@ -63,7 +65,8 @@ setup(
         "audit": ["atheris>=3", "mutmut>=3.8", "pip-audit>=2.7"],
         "test": ["import-linter>=2", "pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6", "hypothesis>=6.100",
                  "ruff>=0.6", "mypy>=1.10", "markdown-it-py>=2.2", "playwright>=1.40", "scikit-learn>=1.4",
-                 "build>=1.2", "setuptools>=68", "submitit>=1.5", "tensorboard>=2.14", "twine>=5", "wheel"],
+                 "build>=1.2", "ipykernel>=6.20", "matplotlib>=3.8", "nbclient>=0.10", "nbformat>=5.10", "pandas>=2.0",
+                 "setuptools>=68", "submitit>=1.5", "tensorboard>=2.14", "twine>=5", "wheel"],
     },
     entry_points={"console_scripts": ["sphere-easyedit=sphere_easyedit.cli:main"]},
     classifiers=[

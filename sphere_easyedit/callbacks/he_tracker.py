@@ -6,12 +6,18 @@ import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..editing.callbacks import EditCallback, EditEvent
 from ..utils.csv_files import read_csv
 from ..utils.files import atomic_write
+from ..utils.notebook import data_frame, html_table, panels
 from .energy_metrics import EnergyRecord, MetricCorrelation, correlate, owners
+from .energy_plot import energy_rows, plot_energy
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 _COLUMNS = ("num_edits", "layer", "energy", "relative_change")
 
@@ -84,9 +90,40 @@ class HETracker(EditCallback):
         with atomic_write(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(_COLUMNS)
-            for record in self.records:
-                for layer, energy in record.energy.items():
-                    writer.writerow([record.num_edits, layer, repr(energy), repr(record.relative_change[layer])])
+            for num_edits, layer, energy, change in energy_rows(self.records):
+                writer.writerow([num_edits, layer, repr(energy), repr(change)])
+
+    def frame(self) -> pandas.DataFrame:
+        """All records as a pandas frame, one row per record and layer, with the columns of ``to_csv``.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return data_frame(_COLUMNS, energy_rows(self.records))
+
+    def plot(self) -> Figure:
+        """Plot the relative change of energy over the number of edits, by layer. A notebook shows the figure.
+
+        Raises:
+            ValueError: nothing was recorded.
+            ImportError: matplotlib is not installed.
+        """
+        if not self.records or not self.records[0].energy:
+            raise ValueError("the tracker has no records to plot: pass it as a callback to an edit first")
+        figure, (axes,) = panels(1)
+        plot_energy(axes, self.records)
+        return figure
+
+    def _repr_html_(self) -> str:
+        """The first and the last record by layer, as notebooks show them."""
+        if not self.records:
+            return html_table("HETracker: no records yet", (), ())
+        first, last = self.records[0], self.records[-1]
+        return html_table(
+            f"Hyperspherical energy, {len(self.records)} records",
+            ("layer", f"after {first.num_edits} edits", f"after {last.num_edits} edits", "relative change"),
+            [(layer, f"{first.energy[layer]:.6g}", f"{energy:.6g}", f"{last.relative_change[layer]:+.2e}")
+             for layer, energy in last.energy.items()])
 
     def join(self, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Add energies to EasyEdit's metrics, in place.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, g
 import typer
 
 from ..datasets.records import DatasetName, Protocol
-from ..defaults import BATCH_SIZE, FLUENCY_TOKENS
+from ..defaults import BATCH_SIZE, FLUENCY_TOKENS, TEXT_TOKENS
 
 if TYPE_CHECKING:
     from ..hparams import SPHEREHyperParams
@@ -133,7 +133,7 @@ class EvaluationOptions:
                                               "(all if not given).", min=1)] = None
     eval_seed: Annotated[int, option("Seed for random samples and confidence intervals.", min=0)] = 0
     text: Annotated[Path | None, option("Held-out text (.txt, .jsonl) to measure perplexity on.")] = None
-    text_tokens: Annotated[int | None, option("Number of tokens of that text to use.", min=1)] = 8192
+    text_tokens: Annotated[int | None, option("Number of tokens of that text to use.", min=1)] = TEXT_TOKENS
     fluency: Annotated[bool, option("Measure the fluency of generated text.", "--fluency")] = False
     fluency_tokens: Annotated[int, option("Number of new tokens per generated text.", min=1)] = FLUENCY_TOKENS
     fluency_prompts: Annotated[int | None, option("Generate at most this many texts per fact.", min=1)] = None

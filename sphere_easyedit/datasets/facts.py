@@ -35,7 +35,8 @@ FACTS_FILE: Final = ("a .jsonl (one record per line) or .csv (with a header) fil
 
 _NEEDED: Final = ("prompt", "subject", "target_new")
 _LISTS: Final = ("paraphrases", "neighbours", "generation_prompts")
-_KNOWN: Final = (*_NEEDED, "target_true", "case_id", *_LISTS)
+OWN_FIELDS: Final = ("target_true", *_LISTS)  # that EasyEdit's requests do not have
+FIELDS: Final = (*_NEEDED, "target_true", "case_id", *_LISTS)
 
 
 def load_facts(path: Path | str) -> list[EditRecord]:
@@ -55,7 +56,7 @@ def load_facts(path: Path | str) -> list[EditRecord]:
     items = list(_json_items(text, str(path)) if ending == ".jsonl" else _csv_rows(text, str(path)))
     if not items:
         raise ValueError(f"{path}: there is a header and nothing else; expected at least one record")
-    records = build_records(items, str(path), _fact)
+    records = build_records(items, str(path), fact_record)
     numbered = sum("case_id" in item for _, item in items)
     if 0 < numbered < len(items):
         raise ValueError(f"{path}: {numbered} of {len(items)} records have a case_id; give one to each or to none")
@@ -100,13 +101,13 @@ def _csv_rows(text: str, source: str) -> Iterator[tuple[str, Any]]:
 
 def _check_header(header: Sequence[str], source: str) -> None:
     missing = [name for name in _NEEDED if name not in header]
-    unknown = [name for name in header if name not in _KNOWN]
+    unknown = [name for name in header if name not in FIELDS]
     twice = sorted({name for name in header if header.count(name) > 1})
     if missing or unknown or twice:
         wrong = {"lacks": missing, "has the unknown": unknown, "has twice": twice}
         found = "; ".join(f"{what} {', '.join(map(repr, names))}" for what, names in wrong.items() if names)
         raise ValueError(f"{source}: the header {found}: name the columns {', '.join(_NEEDED)} and any of "
-                         f"{', '.join(_KNOWN[len(_NEEDED):])}, with commas between them")
+                         f"{', '.join(FIELDS[len(_NEEDED):])}, with commas between them")
 
 
 def _cell(name: str, cell: str, label: str) -> Any:
@@ -127,10 +128,15 @@ def _neighbour_item(item: str) -> str | dict[str, str]:
     return {"prompt": prompt.strip(), "target": target.strip()} if arrow else item
 
 
-def _fact(given: RawRecord) -> EditRecord:
-    unknown = [name for name in given.raw if name not in _KNOWN]
+def fact_record(given: RawRecord) -> EditRecord:
+    """A record with the fields of such a file.
+
+    Raises:
+        ValueError: a field is missing, unknown or wrong.
+    """
+    unknown = [name for name in given.raw if name not in FIELDS]
     if unknown:
-        given.refuse(unknown[0], shown(given.raw[unknown[0]]), f"no other fields than {', '.join(_KNOWN)}")
+        given.refuse(unknown[0], shown(given.raw[unknown[0]]), f"no other fields than {', '.join(FIELDS)}")
     subject = given.text("subject").strip()
     target_true = given.text("target_true").strip() if given.has("target_true") else None
     return EditRecord(
