@@ -1,25 +1,32 @@
 """Packaging. The YAML files stay at the top level and travel in wheels as ``sphere_easyedit/_hparams``."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 HPARAMS = "sphere_easyedit._hparams"
+# Read, not imported: a build has none of the package's requirements.
+[VERSION] = re.findall(r'^__version__ = "(.+)"$', (ROOT / "sphere_easyedit" / "__init__.py").read_text(), re.MULTILINE)
 
 setup(
     name="sphere-easyedit",
-    version="0.1.0",
-    description="SPHERE for EasyEdit: edit thousands of facts into a language model and keep it sound",
+    version=VERSION,
+    description="Edit facts into a language model, batch after batch, with SPHERE; alone or within EasyEdit",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="the sphere-easyedit authors",
     license="MIT",
+    license_files=["LICENSE"],
+    keywords=["knowledge editing", "model editing", "language models", "SPHERE", "EasyEdit", "AlphaEdit", "MEMIT"],
+    project_urls={"Paper": "https://arxiv.org/abs/2510.01172", "EasyEdit": "https://github.com/zjunlp/EasyEdit"},
     python_requires=">=3.10",
     packages=[*find_packages(include=["sphere_easyedit", "sphere_easyedit.*"]), HPARAMS],
     package_dir={HPARAMS: "hparams"},
     package_data={
         "sphere_easyedit": ["py.typed", "data/*.json", "report/assets/*"],
-        HPARAMS: [str(path.relative_to("hparams")) for path in sorted(Path("hparams").rglob("*.yaml"))],
+        HPARAMS: [str(path.relative_to(ROOT / "hparams")) for path in sorted((ROOT / "hparams").rglob("*.yaml"))],
     },
     install_requires=[
         "accelerate>=0.30",
@@ -41,6 +48,8 @@ setup(
         # compile llama.cpp.
         "demo": ["gguf>=0.10"],
         "report": ["jinja2>=3.1", "scikit-learn>=1.4", "vl-convert-python>=1.8"],
+        # Frames and plots of results (sphere.run, HETracker).
+        "notebook": ["ipykernel>=6.20", "matplotlib>=3.8", "pandas>=2.0"],
         "track": ["accelerate>=0.30", "tensorboard>=2.14", "wandb>=0.17"],
         # lm-eval before 0.4.13 loads tasks and counts records in another way.
         "eval": ["lm-eval>=0.4.13", "datasets>=2.20", "scikit-learn>=1.4"],
@@ -58,8 +67,18 @@ setup(
         "audit": ["atheris>=3", "mutmut>=3.8", "pip-audit>=2.7"],
         "test": ["import-linter>=2", "pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6", "hypothesis>=6.100",
                  "ruff>=0.6", "mypy>=1.10", "markdown-it-py>=2.2", "playwright>=1.40", "scikit-learn>=1.4",
-                 "setuptools>=68", "submitit>=1.5", "tensorboard>=2.14", "wheel"],
+                 "build>=1.2", "ipykernel>=6.20", "matplotlib>=3.8", "nbclient>=0.10", "nbformat>=5.10", "pandas>=2.0",
+                 "setuptools>=68", "submitit>=1.5", "tensorboard>=2.14", "twine>=5", "wheel"],
     },
     entry_points={"console_scripts": ["sphere-easyedit=sphere_easyedit.cli:main"]},
-    classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
 )

@@ -119,8 +119,8 @@ def tiny_settings(folder: Path, **changes: Any) -> SPHEREHyperParams:
     return SPHEREHyperParams.from_dict({
         "model_name": "tiny", "layers": [1, 2], "v_num_grad_steps": 12, "v_lr": 0.5, "v_loss_layer": 3,
         "v_weight_decay": 0.001, "clamp_norm_factor": 4.0, "kl_factor": 0.0625, "L2": 0.1, "mom2_update_weight": 20.0,
-        "nullspace_share": 0.6, "mom2_dataset": "generated", "mom2_n_samples": 12, "stats_dir": str(folder / "stats"),
-        "context_templates": ["He said that. {}"], **changes})
+        "nullspace_share": 0.6, "mom2_dataset": "generated", "mom2_n_samples": 12, "mom2_max_length": 32,
+        "stats_dir": str(folder / "stats"), "context_templates": ["He said that. {}"], **changes})
 
 
 def golden_tokenizer() -> Any:

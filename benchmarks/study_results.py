@@ -21,8 +21,9 @@ from pathlib import Path
 from sphere_easyedit.analysis.labels import labelled_runs
 from sphere_easyedit.report.build import figures_of, write_figures
 from sphere_easyedit.report.runs import named_runs
-from sphere_easyedit.runs.records import RunRecords, find_runs
+from sphere_easyedit.runs.records import RunRecords
 from sphere_easyedit.utils.files import atomic_write
+from study.runs import find_runs
 from study_tables import tables_of, write_tables
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"

@@ -27,10 +27,11 @@ from sphere_easyedit.editing.checkpoints import saved_weights
 from sphere_easyedit.hparams import SPHEREHyperParams
 from sphere_easyedit.models.architecture import EditableModel
 from sphere_easyedit.models.loading import load_model
-from sphere_easyedit.runs.records import PAPER, RunRecords, find_runs
+from sphere_easyedit.runs.records import PAPER, RunRecords
 from sphere_easyedit.utils.files import atomic_write
 from study.comparisons import abilities_table, differences_table, gains_table, results_table
 from study.energy import collapse_table, correlation_table, curves_table, regression_table
+from study.runs import find_runs
 from study.weights import keys_of_edits, over_layers, weight_tables
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .callbacks.he_tracker import HETracker
     from .core.hyperspherical import hyperspherical_energy
     from .core.projection import PrincipalSpace
+    from .datasets.loaders import load_records
     from .easyedit.editor import track
     from .easyedit.plugin import register, unregister
     from .editing.callbacks import EditCallback, EditEvent, StopEditing
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .hparams import SPHEREHyperParams
     from .methods.registry import register_method, unregister_method
     from .models.loading import load_model
+    from .runs.run import run
 
 __version__ = "0.1.0"
 
@@ -32,8 +34,10 @@ __all__ = [
     "apply_sphere_to_model",
     "hyperspherical_energy",
     "load_model",
+    "load_records",
     "register",
     "register_method",
+    "run",
     "track",
     "unregister",
     "unregister_method",
@@ -46,7 +50,7 @@ _HOMES = MappingProxyType({
     "HETracker": ".callbacks.he_tracker", "PrincipalSpace": ".core.projection", "SPHEREHyperParams": ".hparams",
     "StopEditing": ".editing.callbacks",
     "apply_sphere_to_model": ".editing.pipeline", "hyperspherical_energy": ".core.hyperspherical",
-    "load_model": ".models.loading",
+    "load_model": ".models.loading", "load_records": ".datasets.loaders", "run": ".runs.run",
     "register_method": ".methods.registry", "unregister_method": ".methods.registry",
     "register": ".easyedit.plugin", "track": ".easyedit.editor", "unregister": ".easyedit.plugin",
 })

@@ -5,6 +5,7 @@ from typing import Final
 BATCH_SIZE: Final = 100  # edits
 CHECKPOINT_EVERY: Final = 10  # edits
 KEEP_CHECKPOINTS: Final = 1
+TEXT_TOKENS: Final = 8192  # of the held-out text for perplexity
 FLUENCY_TOKENS: Final = 100  # new tokens per generated text
 
 # Of the guard (see ``callbacks.drift_guard.DriftGuard``).

@@ -122,7 +122,7 @@ def find_hparams(name_or_path: str | os.PathLike[str]) -> Traversable:
     """The file of a path (with or without suffix) or of a shipped file's name.
 
     Raises:
-        FileNotFoundError: there is none; the message lists the places searched and similar names.
+        FileNotFoundError: there is none; the message lists similar names.
     """
     text = os.fspath(name_or_path)
     paths = [Path(text)]
@@ -135,12 +135,12 @@ def find_hparams(name_or_path: str | os.PathLike[str]) -> Traversable:
     short = next((text[: -len(s)] for s in _SUFFIXES if text.endswith(s)), text)
     if short in shipped:
         return shipped[short]
-    near = [name for name in shipped if name.lower().endswith("/" + short.lower())] or nearest(short, shipped, count=3)
+    near = [name for name in shipped if short.lower() in name.lower()] or nearest(short, shipped, count=3)
     bases, models = (sorted({name.split("/")[i] for name in shipped}) for i in (0, 1))
     hint = ("nearest shipped: " + ", ".join(sorted(near)) if near
             else f"shipped are <base>/<model>, bases {', '.join(bases)}, models {', '.join(models)}")
-    places = ", ".join(str(place) for place in (*paths, *_shipped_folders()))
-    raise FileNotFoundError(f"no hyperparameter file {text!r}: looked at {places}; {hint}")
+    raise FileNotFoundError(f"no hyperparameter file {text!r}; {hint}. For another model: sphere-easyedit hparams "
+                            "MODEL --output FILE.yaml")
 
 
 def read_mapping(file: Traversable) -> dict[str, Any]:
@@ -157,12 +157,6 @@ def read_mapping(file: Traversable) -> dict[str, Any]:
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"{type(content).__name__} {str(content)[:60]!r}"
         raise ValueError(f"{file}: hyperparameters must be a YAML mapping of names to values, found {found}")
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ValueError(f"{file}: {', '.join(twice)} given twice: remove one, since YAML would "
-                         "silently keep the last")
     odd = [key for key in content if not isinstance(key, str)]
     if odd:
         raise ValueError(f"{file}: names must be text, found {odd[0]!r}: put quotes around it or remove it")

@@ -18,9 +18,11 @@ import numpy as np
 
 from sphere_easyedit.analysis.labels import DATASET_TITLES, LabelledRun, dataset_title
 from sphere_easyedit.analysis.tables import Cell, Column, Table
-from sphere_easyedit.evaluation.paired import PairedDifference, Values, paired_bootstrap, paired_gain
+from sphere_easyedit.evaluation.paired import PairedDifference, Values, paired_bootstrap
 from sphere_easyedit.runs.records import PAPER, SPHERE
 from sphere_easyedit.runs.schema import METRIC_NAMES, CaseId, Measurement
+
+from .gains import paired_gain
 
 logger = logging.getLogger(__name__)
 

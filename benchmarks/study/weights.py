@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,13 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere_easyedit.analysis.labels import LabelledRun
 from sphere_easyedit.analysis.tables import Cell, Column, Table
-from sphere_easyedit.callbacks.spaces import principal_share
+from sphere_easyedit.callbacks.spaces import SpaceShare, principal_share
 from sphere_easyedit.core.projection import PrincipalSpace
 from sphere_easyedit.editing.checkpoints import load_weights, saved_weights
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import parse_requests, tokenize_request
 from sphere_easyedit.hparams import SPHEREHyperParams
-from sphere_easyedit.methods.covariance import moment_on_file
+from sphere_easyedit.methods.covariance import load_moment, moment_path
+from sphere_easyedit.methods.statistics_fingerprint import StatisticsFingerprints, ensure_unchanged
 from sphere_easyedit.models.architecture import EditableModel, frozen, max_positions
 from sphere_easyedit.runs.records import RunRecords
 
@@ -172,6 +174,22 @@ def _spectrum(weight: Tensor) -> tuple[Cell, ...]:
     return found.effective_rank, found.participation, *found.ranks_at.values(), found.d_in
 
 
+def moment_on_file(editable: EditableModel, hparams: SPHEREHyperParams, layer: int) -> Tensor | None:
+    """``C`` of one layer ``(d_in, d_in)`` float32 on the CPU; None if there is no file, or it is another model's.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = moment_path(editable, hparams, layer)
+    check = StatisticsFingerprints(editable, hparams).check(path, layer)
+    if check.differences:
+        logger.warning("%s is left out: it was collected from %s", path, " and ".join(check.differences))
+    if check.file is None or not check.fits:
+        return None
+    with ensure_unchanged([check.file]):
+        return load_moment(path, editable.d_in(layer))
+
+
 def _shares_of_keys(editable: EditableModel, hparams: SPHEREHyperParams, layer: int, weight: Tensor,
                     keys: Tensor | None) -> tuple[Cell, Cell, Cell]:
     """Shares in the weight's principal space: of the second moment, where its file is, and of keys; and by chance."""
@@ -179,6 +197,10 @@ def _shares_of_keys(editable: EditableModel, hparams: SPHEREHyperParams, layer: 
     moment = moment_on_file(editable, hparams, layer)
     of_moment = None if moment is None else moment_share(moment.to(weight.device), space).share
     return of_moment, None if keys is None else principal_share(keys, space).share, space.rank / space.d_in
+
+
+def _ratio(share: SpaceShare) -> float:
+    return share.share / share.chance if share.chance else math.nan
 
 
 class _Path:
@@ -203,11 +225,11 @@ class _Path:
         share = principal_share(update, PrincipalSpace.from_weight(before, self._gamma))
         repeated = None if self._update is None else update_alignment(self._update, update)
         self._last, self._update, self.steps = (num_edits, weight), update, self.steps + 1
-        return (start, num_edits, share.share, share.chance, share.ratio, principal_share(update, self._space).share,
+        return (start, num_edits, share.share, share.chance, _ratio(share), principal_share(update, self._space).share,
                 *((None, None, None) if repeated is None else
                   (repeated.cosine, repeated.shared.share, repeated.shared.chance)))
 
     def whole(self) -> tuple[Cell, ...]:
         """Cells of the change since the beginning."""
         share = principal_share(self._last[1] - self._first[1], self._space)
-        return self._first[0], self._last[0], share.share, share.chance, share.ratio, share.share, None, None, None
+        return self._first[0], self._last[0], share.share, share.chance, _ratio(share), share.share, None, None, None

@@ -130,12 +130,6 @@ def study_case(run: EditedRun, model: nn.Module, tok: PreTrainedTokenizerBase, i
                      len(run.records), continuations, scores, restored)
 
 
-def dtype_of_run(run: EditedRun) -> str | None:
-    """The dtype of the run's model, for ``load_model``; None if it had several."""
-    named = (run.directory.read_config().get("model") or {}).get("dtypes") or []
-    return str(named[0]).removeprefix("torch.") if len(named) == 1 else None
-
-
 def _prompts(record: EditRecord) -> Iterator[tuple[Kind, str]]:
     yield "edit", record.edit_prompt
     for prompt in record.paraphrase_prompts[:_PARAPHRASES]:

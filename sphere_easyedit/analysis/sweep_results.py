@@ -177,24 +177,6 @@ def with_and_without_sphere(runs: Sequence[MeasuredRun]) -> tuple[dict[str, list
     return dict(pairs), alone
 
 
-def same_seeds(runs: Sequence[MeasuredRun], arm: str, reference: str) -> list[Pair]:
-    """Pairs of runs of two arms with equal seeds.
-
-    Raises:
-        ValueError: an arm is unknown, or they share no seed.
-    """
-    by_arm: dict[str, dict[int, MeasuredRun]] = defaultdict(dict)
-    for measured in runs:
-        by_arm[measured.run.arm][measured.run.seed] = measured
-    for name in (arm, reference):
-        if name not in by_arm:
-            raise ValueError(f"the sweep has no arm {name!r}: its arms are {', '.join(by_arm)}")
-    pairs = [(measured, by_arm[reference][seed]) for seed, measured in by_arm[arm].items() if seed in by_arm[reference]]
-    if not pairs:
-        raise ValueError(f"arms {arm} and {reference} share no seed: run one of them with a seed of the other")
-    return pairs
-
-
 def differences(pairs: Sequence[Pair]) -> list[Difference]:
     """Differences of all numbers that both runs of some pair have."""
     keys = dict.fromkeys(key for arm, reference in pairs for key in arm.measurements if key in reference.measurements)

@@ -22,7 +22,6 @@ from .sweep_results import (
     MeasuredRun,
     MetricValue,
     differences,
-    same_seeds,
     with_and_without_sphere,
 )
 from .tables import Cell, Column, Table
@@ -99,15 +98,6 @@ def collect(output: str | Path) -> SweepTable:
                for of_arm in pairs.values() for difference in differences(of_arm)]
     unfinished = tuple(one.run.name for one in measured if not one.finished)
     return SweepTable(tuple(settings), tuple(rows), tuple(changes), unfinished, tuple(alone))
-
-
-def compare(output: str | Path, arm: str, reference: str) -> list[Difference]:
-    """Differences between two arms (run names without the seed), paired by seed.
-
-    Raises:
-        ValueError: as ``collect``; or an arm is unknown, or they share no seed.
-    """
-    return differences(same_seeds(_measured(Path(output)), arm, reference))
 
 
 def _measured(output: Path) -> list[MeasuredRun]:

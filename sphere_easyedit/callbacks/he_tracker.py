@@ -6,11 +6,18 @@ import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..editing.callbacks import EditCallback, EditEvent
+from ..utils.csv_files import read_csv
 from ..utils.files import atomic_write
+from ..utils.notebook import data_frame, html_table, panels
 from .energy_metrics import EnergyRecord, MetricCorrelation, correlate, owners
+from .energy_plot import energy_rows, plot_energy
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 _COLUMNS = ("num_edits", "layer", "energy", "relative_change")
 
@@ -83,9 +90,40 @@ class HETracker(EditCallback):
         with atomic_write(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(_COLUMNS)
-            for record in self.records:
-                for layer, energy in record.energy.items():
-                    writer.writerow([record.num_edits, layer, repr(energy), repr(record.relative_change[layer])])
+            for num_edits, layer, energy, change in energy_rows(self.records):
+                writer.writerow([num_edits, layer, repr(energy), repr(change)])
+
+    def frame(self) -> pandas.DataFrame:
+        """All records as a pandas frame, one row per record and layer, with the columns of ``to_csv``.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return data_frame(_COLUMNS, energy_rows(self.records))
+
+    def plot(self) -> Figure:
+        """Plot the relative change of energy over the number of edits, by layer. A notebook shows the figure.
+
+        Raises:
+            ValueError: nothing was recorded.
+            ImportError: matplotlib is not installed.
+        """
+        if not self.records or not self.records[0].energy:
+            raise ValueError("the tracker has no records to plot: pass it as a callback to an edit first")
+        figure, (axes,) = panels(1)
+        plot_energy(axes, self.records)
+        return figure
+
+    def _repr_html_(self) -> str:
+        """The first and the last record by layer, as notebooks show them."""
+        if not self.records:
+            return html_table("HETracker: no records yet", (), ())
+        first, last = self.records[0], self.records[-1]
+        return html_table(
+            f"Hyperspherical energy, {len(self.records)} records",
+            ("layer", f"after {first.num_edits} edits", f"after {last.num_edits} edits", "relative change"),
+            [(layer, f"{first.energy[layer]:.6g}", f"{energy:.6g}", f"{last.relative_change[layer]:+.2e}")
+             for layer, energy in last.energy.items()])
 
     def join(self, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Add energies to EasyEdit's metrics, in place.
@@ -137,18 +175,10 @@ def read_energy_csv(path: Path) -> list[EnergyRecord]:
         ValueError: the file has other columns or an invalid line.
     """
     records: list[EnergyRecord] = []
-    with path.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ()) != _COLUMNS:
-            raise ValueError(f"{path} has columns {reader.fieldnames}, an energy file has {list(_COLUMNS)}")
-        for row in reader:
-            try:
-                num_edits, layer = int(row["num_edits"]), int(row["layer"])
-                energy, change = float(row["energy"]), float(row["relative_change"])
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-            if not records or records[-1].num_edits != num_edits:
-                records.append(EnergyRecord(num_edits, {}, {}))
-            records[-1].energy[layer] = energy
-            records[-1].relative_change[layer] = change
+    for num_edits, layer, energy, change in read_csv(path, _COLUMNS, lambda row: (
+            int(row["num_edits"]), int(row["layer"]), float(row["energy"]), float(row["relative_change"]))):
+        if not records or records[-1].num_edits != num_edits:
+            records.append(EnergyRecord(num_edits, {}, {}))
+        records[-1].energy[layer] = energy
+        records[-1].relative_change[layer] = change
     return records

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from ..core.projection import FLOAT64_SIDE
+from ..core.projection import FLOAT64_SIDE, passing_count
 from ..core.tensors import check_norms, row_norms, unit_rows
 from ..utils.files import atomic_write
 
@@ -44,8 +44,6 @@ BINS: Final = 400
 _FORMAT: Final = "1"
 _BLOCK_ROWS: Final = 512
 _METADATA: Final = "neurons"
-# Cumulative shares that differ only by rounding are equal, as in `core.projection`.
-_SHARE_ROUNDING: Final = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +114,7 @@ class NeuronRecord:
             return cls(int(described["num_edits"]), int(described["seed"]), float(described["gamma"]), layers)
         except (OSError, SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} can't be read as a record of neurons ({type(error).__name__}: {error}): remove "
-                             "it; `evaluate --neurons` writes it again from kept weights") from error
+                             "it") from error
 
 
 def _layer(tensors: Mapping[str, NDArray[Any]], layer: str, d_in: int) -> LayerNeurons:
@@ -253,15 +251,7 @@ def _distribution(weight: Tensor, unit: Tensor, gamma: float) -> _Distribution:
     found = min(len(values), len(spectrum))  # zero rows are left out; a tall weight has more rows than eigenvalues
     spectrum[:found] = values[:found]
     noise = 8.0 * math.sqrt(max(count, width)) * torch.finfo(gram.dtype).eps
-    return _Distribution(histogram.cpu().numpy(), spectrum.float().cpu().numpy(), _rank(spectrum, count, gamma, noise))
-
-
-def _rank(spectrum: Tensor, total: int, gamma: float, noise: float) -> int:
-    """Rank of the principal space, ``count(cumsum / total <= gamma) + 1`` (Eq. 11), at most the numerical rank.
-
-    The same as ``PrincipalSpace.rank``, in half the time because the eigenvalues are known.
-    """
-    if gamma == 0.0 or not total:
-        return 0
-    passing = int((spectrum.cumsum(0) / total <= gamma + _SHARE_ROUNDING).sum()) + 1
-    return min(passing, int((spectrum > noise * spectrum[0]).sum()))
+    # As `PrincipalSpace.rank` has it, in half the time because the eigenvalues are known.
+    rank = min(passing_count(spectrum, count, gamma), int((spectrum > noise * spectrum[0]).sum())) \
+        if gamma > 0.0 and count else 0
+    return _Distribution(histogram.cpu().numpy(), spectrum.float().cpu().numpy(), rank)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ..core.projection import PrincipalSpace
+from ..core.tensors import widened
 from ..editing.callbacks import EditCallback, EditEvent
 from ..editing.session import EditSession
 from ..runs.schema import SpaceRecord
+from ..utils.csv_files import read_csv
 from ..utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -35,11 +37,6 @@ class SpaceShare:
 
     share: float
     chance: float
-
-    @property
-    def ratio(self) -> float:
-        """Share over chance."""
-        return self.share / self.chance if self.chance else math.nan
 
 
 def principal_share(rows: Tensor, space: PrincipalSpace) -> SpaceShare:
@@ -130,9 +127,8 @@ class SpaceTracker(EditCallback):
         """Record the batch."""
         for layer, space in self._spaces.items():
             before = self._before.pop(layer)
-            precise = torch.promote_types(before.dtype, torch.float32)
             try:
-                share = principal_share(event.weights[layer].to(precise) - before.to(precise), space).share
+                share = principal_share(widened(event.weights[layer]) - widened(before), space).share
             except ValueError as error:
                 logger.warning("layer %d: no share of the change from %d to %d edits in the principal space: %s", layer,
                                self._since, event.num_edits, error)
@@ -177,17 +173,7 @@ def read_spaces_csv(path: Path) -> list[SpaceRecord]:
     Raises:
         ValueError: the file has other columns, or an invalid line.
     """
-    with path.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ()) != _COLUMNS:
-            raise ValueError(f"{path} has columns {reader.fieldnames}, a file of spaces has {list(_COLUMNS)}")
-        records = []
-        for row in reader:
-            try:
-                records.append(_record(row))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-    return records
+    return read_csv(path, _COLUMNS, _record)
 
 
 def _record(row: Mapping[str, str]) -> SpaceRecord:
@@ -196,10 +182,3 @@ def _record(row: Mapping[str, str]) -> SpaceRecord:
     if not 0 <= record.since < record.num_edits or not 0 <= record.rank <= record.d_in or record.d_in < 1:
         raise ValueError(f"{record} has impossible numbers")
     return record
-
-
-def covers(records: list[SpaceRecord], num_edits: int) -> bool:
-    """Whether the records cover all changes up to ``num_edits`` without gaps."""
-    spans = sorted({(record.since, record.num_edits) for record in records})
-    ends = [0, *(end for _, end in spans)]
-    return all(since == end for (since, _), end in zip(spans, ends[:-1], strict=True)) and ends[-1] >= num_edits

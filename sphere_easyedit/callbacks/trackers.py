@@ -23,7 +23,6 @@ FOLDER: Final = "trackers"
 PROJECT: Final = "sphere-easyedit"
 # Entries of config.yaml's "run" that are logged with the hyperparameters.
 _OF_RUN: Final = ("dataset", "num_edits", "batch_size", "seed")
-_PACKAGES: Final = {"comet_ml": "comet-ml"}  # where the package has another name
 
 
 class RunTrackers(EditCallback):
@@ -130,7 +129,7 @@ def check_tracker(name: str) -> None:
     if name not in known:
         raise ValueError(f"tracker {name!r} is not known: choose one of {', '.join(known)}")
     if name not in {str(one) for one in get_available_trackers()}:
-        raise ValueError(f"tracker {name!r} is not installed: pip install {_PACKAGES.get(name, name)}")
+        raise ValueError(f"tracker {name!r} is not installed: pip install {name}")
 
 
 def batch_numbers(batch: BatchRecord, energy_change: Mapping[int, float]) -> dict[str, float]:

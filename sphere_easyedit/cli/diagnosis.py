@@ -10,14 +10,13 @@ import shlex
 import subprocess
 import sys
 import traceback
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -63,7 +62,6 @@ class Item:
     detail: str
     remedy: str | None = None
     required: bool = False
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,6 @@ class Report:
     def ok(self) -> bool:
         """Whether everything required works."""
         return not any(item.required and item.status == "broken" for item in self.items)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as JSON takes it."""
-        return {"ok": self.ok, "items": [asdict(item) for item in self.items]}
 
 
 def examine(stats_dir: Path) -> Report:
@@ -109,11 +103,10 @@ def package_items() -> list[Item]:
     items = [_versioned("Python", python, required, f"make an environment with Python {required}", sys.executable)]
     folder = Path(__file__).resolve().parent.parent
     note = "" if ranges else "; not installed, so version ranges are not checked"
-    facts = {"version": __version__, "path": str(folder), "installed": bool(ranges)}
     error = _import_error("sphere_easyedit.editing.pipeline")
     items.append(Item("Packages", _DISTRIBUTION, "broken", f"does not import: {error}",
-                      "reinstall the package that the error names", True, facts) if error else
-                 Item("Packages", _DISTRIBUTION, "ok", f"{__version__}, {folder}{note}", None, True, facts))
+                      "reinstall the package that the error names", True) if error else
+                 Item("Packages", _DISTRIBUTION, "ok", f"{__version__}, {folder}{note}", None, True))
     for name in _REQUIRED:
         required = ranges.get(name, SpecifierSet())
         try:
@@ -124,8 +117,7 @@ def package_items() -> list[Item]:
     for name, (purpose, remedy) in _OPTIONAL.items():
         present = _is_present(name)
         items.append(Item("Packages", name.replace("_", "-"), "ok" if present else "missing",
-                          "present" if present else f"absent; for {purpose}", None if present else remedy,
-                          facts={"present": present}))
+                          "present" if present else f"absent; for {purpose}", None if present else remedy))
     return items
 
 
@@ -154,7 +146,7 @@ def _versioned(name: str, version: str | None, required: SpecifierSet, remedy: s
     shown = "not installed" if version is None else f"{version}, {where}" if where else version
     return Item("Packages", name, "ok" if fits else "broken",
                 shown if fits or version is None else f"{shown}: {required} is required", None if fits else remedy,
-                required=True, facts={"version": version, "range": str(required) or None})
+                required=True)
 
 
 def _is_present(module: str) -> bool:
@@ -202,8 +194,6 @@ def _imported(package: ModuleType) -> Item:
     root, home = Path(str(package.__file__)).resolve().parent.parent, os.environ.get(_HOME)
     algorithms, ours, sequential = sorted(package.ALG_DICT), wrappable(package), has_sequential_edit(package)
     commit = git_commit(root)
-    facts = {"path": str(root), "sequential_edit": sequential, "commit": commit, "algorithms": algorithms,
-             "wrappable": ours}
     detail = (f"{root}{f' at {commit}' if commit else ''}; {'has' if sequential else 'no'} sequential_edit; "
               f"{len(algorithms)} algorithms: {', '.join(algorithms)}; can be wrapped: {', '.join(ours) or 'none'}")
     remedy = None
@@ -212,7 +202,7 @@ def _imported(package: ModuleType) -> Item:
     elif home and Path(home).resolve() != root:
         detail = f"not the one in {_HOME}={home}: {detail}"
         remedy = f"export {_HOME}={shlex.quote(str(root))}, or the folder of another checkout that holds {_PACKAGE}"
-    return Item("EasyEdit", "EasyEdit", "ok" if remedy is None else "broken", detail, remedy, facts=facts)
+    return Item("EasyEdit", "EasyEdit", "ok" if remedy is None else "broken", detail, remedy)
 
 
 def _not_imported(error: BaseException) -> Item:
@@ -235,9 +225,8 @@ def method_items() -> list[Item]:
     for module, error in unimportable_modules(_PACKAGE).items():
         by_reason.setdefault(kind_and_text(error), {})[module] = error
     return [Item("EasyEdit", ", ".join(errors), "broken",
-                 f"can't be imported (the rest of EasyEdit works): {_described(error)}", import_remedy(error),
-                 facts={"modules": list(errors), "error": reason})
-            for reason, errors in by_reason.items() for error in list(errors.values())[:1]]
+                 f"can't be imported (the rest of EasyEdit works): {_described(error)}", import_remedy(error))
+            for errors in by_reason.values() for error in list(errors.values())[:1]]
 
 
 def import_remedy(error: BaseException) -> str:
@@ -308,13 +297,8 @@ def statistics_items(stats_dir: Path) -> list[Item]:
         if not modules:
             continue
         layers, size = len(set(modules.values())), sum(path.stat().st_size for path in modules)
-        damaged = [path for path in modules if not zipfile.is_zipfile(path)]
-        detail, remedy = f"{layers} layers, {len(modules)} files, {decimal(size)}", None
-        if damaged:
-            detail += f"; not readable: {', '.join(path.name for path in damaged)}"
-            remedy = f"rm {' '.join(shlex.quote(str(path)) for path in damaged)} && {command}"
-        items.append(Item("Statistics", f"{folder.parent.name}, {folder.name.removesuffix('_stats')}",
-                          "broken" if damaged else "ok", detail, remedy, facts={"layers": layers, "bytes": size}))
+        items.append(Item("Statistics", f"{folder.parent.name}, {folder.name.removesuffix('_stats')}", "ok",
+                          f"{layers} layers, {len(modules)} files, {decimal(size)}"))
     return items or [Item("Statistics", "second moments", "missing", f"none in {stats_dir.resolve()}", command)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from .common import set_up
-from .options import AsJson, option
+from .options import option
 
 if TYPE_CHECKING:
     from .diagnosis import Report
@@ -21,20 +20,16 @@ _STATUS_STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 def doctor(
     stats_dir: Annotated[Path, option("Folder where statistics are looked for.")] = Path("data/stats"),
-    as_json: AsJson = False,
 ) -> None:
     """Check what is installed, name what is missing and its remedy; exit status 1 if something required is broken."""
     consoles = set_up()
     from .diagnosis import examine
 
     report = examine(stats_dir)
-    if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        consoles.out.print(_table(report))
-        for item in report.items:
-            if item.remedy is not None:  # below the table, where no border cuts a command
-                consoles.print_line(f"{item.name} ({item.status}): {item.remedy}")
+    consoles.out.print(_table(report))
+    for item in report.items:
+        if item.remedy is not None:  # below the table, where no border cuts a command
+            consoles.print_line(f"{item.name} ({item.status}): {item.remedy}")
     if not report.ok:
         raise typer.Exit(1)
 

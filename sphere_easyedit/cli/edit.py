@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from ..editing.callbacks import EditCallback
     from ..hparams import SPHEREHyperParams
     from ..report.live import LiveReport
+    from ..runs.result import RunResult
     from ..runs.schedule import MeasureSettings
-    from ..runs.sequential import RunResult, RunSettings
+    from ..runs.sequential import RunSettings
 
 logger = logging.getLogger(__name__)
 

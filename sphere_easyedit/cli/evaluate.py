@@ -20,13 +20,10 @@ class RevisitOptions(EvaluationOptions):
                                     "model); repeatable. The last ones if not given.", min=0)
                   ] = field(default_factory=list)
     facts: Annotated[bool, option("Measure the facts; --no-facts measures only what else is asked for.")] = True
-    neurons: Annotated[bool, option("Describe all kept weights for the report, which newer runs do themselves.",
-                                    "--neurons")] = False
 
     def __post_init__(self) -> None:
-        if not (self.facts or self.abilities or self.neurons):
-            raise ValueError("--no-facts leaves nothing to measure: give --abilities TASKS or --neurons, or leave it "
-                             "out")
+        if not (self.facts or self.abilities):
+            raise ValueError("--no-facts leaves nothing to measure: give --abilities TASKS, or leave it out")
 
 
 @with_option_groups
@@ -42,11 +39,7 @@ def evaluate(run: RunFolder, evaluation: RevisitOptions, dtype: Dtype = None, ve
     settings = evaluation.settings(before=evaluation.facts, after=evaluation.facts, cases=evaluation.eval_sample)
     model, tok, leading = load_replicas(edited.hparams, dtype)
     with leading, live_line(consoles, quiet) as line:
-        progress = progress_of(line)
-        measures = evaluation.facts or evaluation.abilities
-        lines = edited.measure(model, tok, numbers, settings, progress, line) if measures else []
-        if evaluation.neurons:
-            edited.record_weight_changes(model, progress)
+        lines = edited.measure(model, tok, numbers, settings, progress_of(line), line)
     for found in lines:
         consoles.print_line(point_text(found))
 

@@ -37,8 +37,7 @@ class ExportOptions:
     output: NewFolder
     kind: Annotated[Literal["model", "deltas", "lora"], option(
         "Export the whole model, the changes made by editing, or these as a LoRA adapter for PEFT.", "--as")] = "model"
-    rank: Annotated[int | None, option("Rank of a LoRA adapter (required), or of deltas (chosen by --tolerance if not "
-                                       "given).", min=1)] = None
+    rank: Annotated[int | None, option("Rank of a LoRA adapter (required).", min=1)] = None
     tolerance: Annotated[float | None, option("For deltas: maximum relative error of each parameter's change (1e-4 if "
                                               "not given).")] = None
     exact: Annotated[bool, option("For deltas: store the edited weights in full, so that apply restores them bit for "
@@ -48,13 +47,13 @@ class ExportOptions:
     max_shard_size: ShardSize = "5GB"
 
     def __post_init__(self) -> None:
-        options = {"--rank": self.rank is not None, "--tolerance": self.tolerance is not None, "--exact": self.exact}
-        given = [name for name, is_given in options.items() if is_given]
-        allowed = {"model": (), "deltas": tuple(options), "lora": ("--rank",)}[self.kind]
-        if ignored := [name for name in given if name not in allowed]:
-            raise ValueError(f"{', '.join(ignored)} has no effect with --as {self.kind}: leave it out")
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other: give one")
+        options = {"--rank": (self.rank is not None, "lora"), "--tolerance": (self.tolerance is not None, "deltas"),
+                   "--exact": (self.exact, "deltas")}
+        for name, (is_given, kind) in options.items():
+            if is_given and kind != self.kind:
+                raise ValueError(f"{name} has no effect with --as {self.kind}: leave it out")
+        if self.exact and self.tolerance is not None:
+            raise ValueError("--tolerance and --exact exclude each other: give one")
         if self.kind == "lora" and self.rank is None:
             raise ValueError("--as lora needs --rank: the run's number of edits gives an exact adapter, a lower "
                              "rank an error that the card states")
@@ -71,7 +70,7 @@ class ExportOptions:
             export_model(self.output, model, tok, edited, dtype, self.max_shard_size)
             return ()
         if self.kind == "deltas":
-            return export_deltas(self.output, edited, rank=self.rank, exact=self.exact, dtype=dtype,
+            return export_deltas(self.output, edited, exact=self.exact, dtype=dtype,
                                  tolerance=TOLERANCE if self.tolerance is None else self.tolerance)
         assert self.rank is not None
         given = () if dtype is None else (dtype,)
@@ -84,10 +83,8 @@ def export(run: RunFolder, options: ExportOptions, at: At = None, verbose: Verbo
     consoles = set_up(verbose)
     from ..export import ExportableRun
     from ..export.folders import check_free
-    from ..export.whole import check_shard_size
 
     check_free(options.output)
-    check_shard_size(options.max_shard_size)
     edited_run = ExportableRun(run, at)
     # On the CPU, since the device does not change the weights' bits.
     model, tok = load(edited_run.hparams.model_name, "cpu", edited_run.dtype)
@@ -109,10 +106,8 @@ def apply(
     from ..export.deltas import read_deltas
     from ..export.exports import export_applied
     from ..export.folders import check_free
-    from ..export.whole import check_shard_size
 
     check_free(output)
-    check_shard_size(max_shard_size)
     changes = read_deltas(deltas)
     base, tok = load(model, "cpu", changes.origin.base_dtype)
     export_applied(output, base, tok, changes, max_shard_size)

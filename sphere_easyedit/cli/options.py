@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, g
 import typer
 
 from ..datasets.records import DatasetName, Protocol
-from ..defaults import BATCH_SIZE, FLUENCY_TOKENS
+from ..defaults import BATCH_SIZE, FLUENCY_TOKENS, TEXT_TOKENS
 
 if TYPE_CHECKING:
     from ..hparams import SPHEREHyperParams
@@ -133,7 +133,7 @@ class EvaluationOptions:
                                               "(all if not given).", min=1)] = None
     eval_seed: Annotated[int, option("Seed for random samples and confidence intervals.", min=0)] = 0
     text: Annotated[Path | None, option("Held-out text (.txt, .jsonl) to measure perplexity on.")] = None
-    text_tokens: Annotated[int | None, option("Number of tokens of that text to use.", min=1)] = 8192
+    text_tokens: Annotated[int | None, option("Number of tokens of that text to use.", min=1)] = TEXT_TOKENS
     fluency: Annotated[bool, option("Measure the fluency of generated text.", "--fluency")] = False
     fluency_tokens: Annotated[int, option("Number of new tokens per generated text.", min=1)] = FLUENCY_TOKENS
     fluency_prompts: Annotated[int | None, option("Generate at most this many texts per fact.", min=1)] = None
@@ -144,7 +144,6 @@ class EvaluationOptions:
     abilities_data: Annotated[Path | None, option("Folder with the .jsonl files of these four tasks.")] = None
     abilities_shots: Annotated[int, option("Number of examples before each question.", min=0)] = 0
     abilities_limit: Annotated[int | None, option("Ask at most this many questions per task.", min=1)] = None
-    abilities_tokens: Annotated[int | None, option("Generate at most this many new tokens per answer.", min=1)] = None
 
     def settings(self, abilities_every: int | None = None, **when: Any) -> MeasureSettings:
         """The measurement settings.
@@ -159,7 +158,7 @@ class EvaluationOptions:
         protocols: Any = tuple(one.value for one in self.protocol)
         decoding = Decoding(self.fluency_tokens, seed=self.eval_seed, prompts=self.fluency_prompts)
         abilities = AbilitySettings(tuple(self.abilities), abilities_every, self.abilities_data, self.abilities_shots,
-                                    self.abilities_limit, self.abilities_tokens)
+                                    self.abilities_limit)
         return MeasureSettings(
             protocols=protocols, sample=self.eval_sample, seed=self.eval_seed, text=self.text,
             text_tokens=self.text_tokens, decoding=decoding if self.fluency or self.references is not None else None,

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 def remove(run: RunFolder, case: Annotated[list[str], option("case_id of a fact to remove; repeatable.")],
            output: NewFolder, verbose: Verbose = False) -> None:
-    """Write the edited weights of an `edit --keep-factors` run without some of its facts, as deltas for `apply`, and
-    show how much of these facts is left, and how far others are moved.
+    """Remove single facts from the edited weights of an `edit --keep-factors` run.
+
+    Writes deltas for `apply`, and shows how much of the removed facts is left, and how far others are moved.
     """
     consoles = set_up(verbose)
     from ..export import ExportableRun, export_deltas

@@ -25,12 +25,13 @@ def show(
 ) -> None:
     """Show continuations of the unedited, the edited and the rolled-back model for one case, side by side."""
     consoles = set_up()
-    from ..analysis.case_study import choose_case, dtype_of_run, study_case
+    from ..analysis.case_study import choose_case, study_case
+    from ..runs.config import model_dtype
     from ..runs.reevaluation import EditedRun
 
     edited = EditedRun(run)
     place, num_edits = choose_case(edited, case, at)
-    model, tok = load_for(edited.hparams, dtype_of_run(edited))
+    model, tok = load_for(edited.hparams, model_dtype(edited.directory.read_config()))
     study = study_case(edited, model, tok, place, num_edits, max_new_tokens)
     if as_json:
         print(json.dumps(study.to_dict(), indent=2))

@@ -28,8 +28,6 @@ class SweepOptions:
                                                           "and return.", panel="Machine")] = "local"
     slurm: Annotated[list[str], option("Resource of each job, added to the file's `slurm`: NAME=VALUE, by sbatch's "
                                        "names; repeatable.", panel="Machine")] = field(default_factory=list)
-    wait: Annotated[bool, option("With --launcher slurm: wait until the jobs have ended.", "--wait", panel="Machine")
-                    ] = False
     collect_only: Annotated[bool, option("Start nothing; only write the tables of the runs that are there.",
                                          "--collect-only")] = False
     quiet: Quiet = False
@@ -38,8 +36,6 @@ class SweepOptions:
         on_slurm = self.launcher == "slurm"
         if self.slurm and not on_slurm:
             raise ValueError("--slurm sets resources of SLURM jobs: give --launcher slurm, too")
-        if self.wait and not on_slurm:
-            raise ValueError("--wait needs --launcher slurm; local runs are always waited for")
         if self.jobs is not None and on_slurm:
             raise ValueError("--jobs applies to --launcher local: for SLURM give --slurm array_parallelism=NUMBER")
 
@@ -67,7 +63,7 @@ def sweep(
 
 def _run(planned: Sweep, options: SweepOptions, consoles: Consoles) -> tuple[RunOutcome, ...]:
     """Run or submit the sweep, and return the runs that failed."""
-    from ..runs.sweep import parse_slurm, run_sweep, submit_sweep, wait_for_jobs
+    from ..runs.sweep import parse_slurm, run_sweep, submit_sweep
 
     def report(name: str, what: str, settled: int, count: int) -> None:
         if not options.quiet:
@@ -79,7 +75,7 @@ def _run(planned: Sweep, options: SweepOptions, consoles: Consoles) -> tuple[Run
     for number, one in enumerate(submissions, 1):
         status = one.status if one.job is None else f"{one.status} (job {one.job})"
         report(one.name, status, number, len(submissions))
-    return wait_for_jobs(planned, options.output, report).failed if options.wait else ()
+    return ()
 
 
 def _options_of_edit(context: typer.Context) -> set[str]:

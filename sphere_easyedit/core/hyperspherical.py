@@ -1,4 +1,4 @@
-"""Hyperspherical energy of a weight matrix, and the bounds the theory puts on its change.
+"""Hyperspherical energy of a weight matrix.
 
 Notation follows SPHERE (arXiv 2510.01172). A weight ``W`` is ``(d_out, d_in)``, the orientation of
 ``nn.Linear``; its rows ``w_i`` are neurons and ``what_i = w_i / ||w_i||`` are points on the unit hypersphere.
@@ -42,14 +42,7 @@ from .tensors import (
     unit_rows,
 )
 
-__all__ = [
-    "DISTANCE_FLOOR",
-    "energy_change_bound",
-    "energy_from_gram",
-    "energy_sensitivity",
-    "hyperspherical_energy",
-    "minimal_update_norm",
-]
+__all__ = ["DISTANCE_FLOOR", "energy_from_gram", "hyperspherical_energy"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +68,7 @@ _COPY_ELEMENTS: Final = 4 * 2**20  # elements in a float64 copy of some rows: 32
 _REFINE_ROWS: Final = 256
 
 
-def hyperspherical_energy(
-    weight: Tensor, s: float = 1.0, reduction: Reduction = "sum", chunk_size: int | None = None
-) -> Tensor:
+def hyperspherical_energy(weight: Tensor, s: float = 1.0, reduction: Reduction = "sum") -> Tensor:
     """Hyperspherical energy of a weight's rows (Eq. 5, 6): ``sum over i != j of 1 / ||what_i - what_j||^s``.
 
     Args:
@@ -85,31 +76,25 @@ def hyperspherical_energy(
         s: exponent of the Riesz kernel, above 0; the paper uses 1. From about 38 on, duplicate rows give
             ``inf``.
         reduction: ``"sum"`` over ordered pairs, or ``"mean"`` per ordered pair, which compares across widths.
-        chunk_size: rows per block; None picks one that keeps the working memory at some 200 MiB. The value
-            changes memory and speed only.
 
     Returns:
         Float64 scalar on the weight's device, dimensionless. Zero rows, duplicates: see the module's text.
 
     Raises:
-        ValueError: the weight is not a finite floating 2-D tensor, or s, reduction or chunk_size is out of
-            range.
+        ValueError: the weight is not a finite floating 2-D tensor, or s or reduction is out of range.
 
     Shape legend: d_out neurons (rows), d_in inputs of each.
     """
-    _check_energy_options(s, reduction, chunk_size)
+    _check_energy_options(s, reduction)
     with torch.no_grad():
         rows = _Rows.of(weight)
-        sums = _weight_pair_sums(rows, 0.5 * s, chunk_size)
+        pairs = _Pairs(rows.alive, rows, _near(rows.work), DISTANCE_FLOOR**2)
+        sums = _pair_sums(_weight_cosines(rows), pairs, 0.5 * s)
         return _reduce(sums, rows.alive, reduction)
 
 
 def energy_from_gram(
-    gram: Tensor,
-    s: float = 1.0,
-    reduction: Reduction = "sum",
-    chunk_size: int | None = None,
-    weight: Tensor | None = None,
+    gram: Tensor, s: float = 1.0, reduction: Reduction = "sum", weight: Tensor | None = None
 ) -> Tensor:
     """Hyperspherical energy (Eq. 5, 6) from a raw Gram matrix ``G = W W^T``, at no cost in ``d_in``.
 
@@ -118,7 +103,6 @@ def energy_from_gram(
             half are read. A row whose diagonal entry is 0 (or negative by rounding) counts as a zero row.
         s: exponent of the Riesz kernel, above 0.
         reduction: ``"sum"`` or ``"mean"`` per ordered pair.
-        chunk_size: rows per block, None for a default.
         weight: ``(d_out, d_in)``, the W that gram was computed from. With it, pairs too close for the Gram matrix's
             precision are measured again from the rows, and the result is as exact as
             :func:`hyperspherical_energy`. Without it, distances are floored at ``sqrt(8 eps)`` of gram's
@@ -131,7 +115,7 @@ def energy_from_gram(
         ValueError: gram is not a finite square float32 or float64 matrix with a non-negative diagonal, weight
             does not belong to it by shape or device, or an option is out of range.
     """
-    _check_energy_options(s, reduction, chunk_size)
+    _check_energy_options(s, reduction)
     with torch.no_grad():
         gram = _checked_gram(gram)
         norms = gram.diagonal().to(torch.float64).clamp(min=0.0).sqrt()
@@ -142,83 +126,8 @@ def energy_from_gram(
             near=_near(gram.dtype),
             floor=DISTANCE_FLOOR**2 if rows is not None else _gram_floor(gram.dtype),
         )
-        sums = _pair_sums(_gram_cosines(gram, norms, chunk_size), pairs, 0.5 * s)
+        sums = _pair_sums(_gram_cosines(gram, norms), pairs, 0.5 * s)
         return _reduce(sums, pairs.alive, reduction)
-
-
-def energy_sensitivity(weight: Tensor, chunk_size: int | None = None) -> Tensor:
-    """How fast the energy (s = 1) can change as each neuron moves, in first order.
-
-    ``K_i = (2 / ||w_i||) sum_{j != i} ||what_i - what_j||^-2``. These are the constants of Theorems 2 and 3.
-
-    Args:
-        weight: ``(d_out, d_in)``, rows are neurons.
-        chunk_size: rows per block, None for a default.
-
-    Returns:
-        ``(d_out,)`` float64, in units of energy per unit of weight. 0 for zero rows, which take no part in
-        the energy.
-
-    Raises:
-        ValueError: the weight is not a finite floating 2-D tensor, or chunk_size is out of range.
-    """
-    _check_chunk_size(chunk_size)
-    with torch.no_grad():
-        return _sensitivity(_Rows.of(weight), chunk_size)
-
-
-def energy_change_bound(weight: Tensor, update: Tensor, chunk_size: int | None = None) -> Tensor:
-    """Upper bound on ``|HE(W + dW) - HE(W)|`` (s = 1), first order: ``sum_i K_i ||dw_i||`` (Theorems 2, 3).
-
-    Args:
-        weight: ``(d_out, d_in)``, rows are neurons.
-        update: ``(d_out, d_in)``, the change dW, small against the distances between neurons.
-        chunk_size: rows per block, None for a default.
-
-    Returns:
-        Float64 scalar, dimensionless. ``inf`` where the update moves a zero row: that row gains a direction,
-        the energy jumps, and no bound proportional to the step exists.
-
-    Raises:
-        ValueError: weight or update is not a finite floating 2-D tensor, or their shapes or devices differ.
-    """
-    _check_chunk_size(chunk_size)
-    with torch.no_grad():
-        rows = _Rows.of(weight)
-        _check_update(update, weight)
-        steps = _row_norms(update.detach(), "update")
-        if bool((steps[~rows.alive] > 0).any()):
-            return torch.full((), math.inf, dtype=torch.float64, device=steps.device)
-        return (_sensitivity(rows, chunk_size) * steps).sum()
-
-
-def minimal_update_norm(
-    weight: Tensor, energy_change: float | Tensor, chunk_size: int | None = None
-) -> Tensor:
-    """Least squared Frobenius norm of a small update that changes the energy (s = 1) by a given amount (Theorem 1).
-
-    ``||dW||_F^2 >= dHE^2 / sum_i K_i^2``, by Cauchy-Schwarz on Theorem 3. By the paper's reading, with
-    orthonormal inputs, this is also the least disturbance of what the weight stores.
-
-    Args:
-        weight: ``(d_out, d_in)``, rows are neurons.
-        energy_change: dHE, of either sign; a number or a scalar tensor.
-        chunk_size: rows per block, None for a default.
-
-    Returns:
-        Float64 scalar, in units of weight squared. Zero rows are taken to stay zero. With fewer than two
-        directions the energy cannot change: ``inf`` for any change but 0.
-
-    Raises:
-        ValueError: the weight is not a finite floating 2-D tensor, or energy_change is not one finite number.
-    """
-    _check_chunk_size(chunk_size)
-    change = _checked_number("energy_change", energy_change)
-    with torch.no_grad():
-        capacity = _sensitivity(_Rows.of(weight), chunk_size).square().sum()
-        if change == 0.0:
-            return torch.zeros_like(capacity)
-        return change**2 / capacity  # x / 0 is inf: no update does it
 
 
 # --- rows ---------------------------------------------------------------------------------------------------
@@ -237,7 +146,8 @@ class _Rows:
     def of(cls, weight: Tensor) -> _Rows:
         check_matrix("weight", weight)
         weight = weight.detach()
-        norms = _row_norms(weight, "weight")
+        norms = row_norms(weight, max(1, _COPY_ELEMENTS // max(1, weight.shape[1])), rescaled=True)
+        check_norms("weight", norms)
         alive = norms > 0
         low, high = _SAFE_NORM
         extreme = bool(((norms > high) | ((norms < low) & alive)).any())
@@ -247,13 +157,6 @@ class _Rows:
     def unit(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """Chosen rows scaled to unit norm, a new tensor; zero rows stay zero."""
         return unit_rows(self.weight, self.norms, index, dtype)
-
-
-def _row_norms(matrix: Tensor, name: str) -> Tensor:
-    """Norm of each row, ``(rows,)`` float64; refuses what is not finite."""
-    norms = row_norms(matrix, max(1, _COPY_ELEMENTS // max(1, matrix.shape[1])), rescaled=True)
-    check_norms(name, norms)
-    return norms
 
 
 def _rows_of_gram(weight: Tensor, gram: Tensor) -> _Rows:
@@ -277,16 +180,6 @@ class _Pairs:
     rows: _Rows | None  # to measure close pairs again; None where there is only a Gram matrix
     near: float  # squared distance under which a pair is close
     floor: float  # least squared distance
-
-
-def _sensitivity(rows: _Rows, chunk_size: int | None) -> Tensor:
-    sums = _weight_pair_sums(rows, 1.0, chunk_size)
-    return torch.where(rows.alive, 2.0 * sums / torch.where(rows.alive, rows.norms, 1.0), 0.0)
-
-
-def _weight_pair_sums(rows: _Rows, power: float, chunk_size: int | None) -> Tensor:
-    pairs = _Pairs(rows.alive, rows, _near(rows.work), DISTANCE_FLOOR**2)
-    return _pair_sums(_weight_cosines(rows, chunk_size), pairs, power)
 
 
 def _pair_sums(cosines: Iterator[tuple[slice, slice, Tensor]], pairs: _Pairs, power: float) -> Tensor:
@@ -325,19 +218,16 @@ def _exclude(squared: Tensor, i: slice, j: slice, alive: Tensor) -> None:
             mirrored[dead] = math.inf
 
 
-def _weight_cosines(rows: _Rows, chunk_size: int | None) -> Iterator[tuple[slice, slice, Tensor]]:
+def _weight_cosines(rows: _Rows) -> Iterator[tuple[slice, slice, Tensor]]:
     """Cosines between rows, block by block on and above the diagonal."""
     count, width = rows.weight.shape
-    size = chunk_size or _default_block_rows(count, width, rows.work)
-    return cosine_blocks(rows.weight, rows.norms, rows.work, size)
+    return cosine_blocks(rows.weight, rows.norms, rows.work, _block_rows(count, width, rows.work))
 
 
-def _gram_cosines(
-    gram: Tensor, norms: Tensor, chunk_size: int | None
-) -> Iterator[tuple[slice, slice, Tensor]]:
+def _gram_cosines(gram: Tensor, norms: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Cosines as ``cosine_blocks`` gives them, from a raw Gram matrix and the square roots of its diagonal."""
     divisor = torch.where(norms > 0, norms, 1.0)
-    parts = list(blocks(gram.shape[0], chunk_size or _MAX_BLOCK_ROWS // 2))
+    parts = list(blocks(gram.shape[0], _MAX_BLOCK_ROWS // 2))
     for position, i in enumerate(parts):
         for j in parts[position:]:
             yield i, j, gram[i, j].to(torch.float64).div(divisor[i][:, None]).div_(divisor[j][None, :])
@@ -400,7 +290,7 @@ def _shift(block: slice, offset: int) -> slice:
     return slice(block.start + offset, block.stop + offset)
 
 
-def _default_block_rows(count: int, width: int, dtype: torch.dtype) -> int:
+def _block_rows(count: int, width: int, dtype: torch.dtype) -> int:
     """Rows per block: a panel fits its budget; four blocks or more let symmetry save work."""
     fit = _PANEL_BYTES // (max(1, width) * dtype.itemsize)
     return max(1, min(fit, _MAX_BLOCK_ROWS, max(256, -(-count // 4))))
@@ -415,15 +305,6 @@ def _gram_floor(dtype: torch.dtype) -> float:
 
 
 # --- checks -------------------------------------------------------------------------------------------------
-
-
-def _check_update(update: Tensor, weight: Tensor) -> None:
-    check_matrix("update", update)
-    if update.shape != weight.shape or update.device != weight.device:
-        raise ValueError(
-            f"update must be {tuple(weight.shape)} on {weight.device} like the weight, got {tuple(update.shape)} on "
-            f"{update.device}; transpose a Conv1D update to (d_out, d_in), or move it"
-        )
 
 
 def _checked_gram(gram: Tensor) -> Tensor:
@@ -448,25 +329,11 @@ def _checked_gram(gram: Tensor) -> Tensor:
     return gram
 
 
-def _check_energy_options(s: float, reduction: str, chunk_size: int | None) -> None:
-    if _checked_number("s", s) <= 0.0:
+def _check_energy_options(s: float, reduction: str) -> None:
+    number = as_number(s)
+    if not math.isfinite(number):
+        raise ValueError(f"s must be one finite number, got {s!r}; pass a float")
+    if number <= 0.0:
         raise ValueError(f"s must be above 0, got {s!r}; use s=1.0 for the paper's energy")
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}; 'sum' is the paper's energy")
-    _check_chunk_size(chunk_size)
-
-
-def _check_chunk_size(chunk_size: int | None) -> None:
-    if chunk_size is None:
-        return
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(
-            f"chunk_size must be a whole number of rows, 1 or more, got {chunk_size!r}; None picks one"
-        )
-
-
-def _checked_number(name: str, value: float | Tensor) -> float:
-    number = as_number(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be one finite number, got {value!r}; pass a float")
-    return number

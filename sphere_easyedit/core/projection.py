@@ -377,7 +377,7 @@ def _principal_eigenpairs(
     for count in _attempts(side, gamma, gram.is_cuda, likely_rank):
         values, vectors = _largest_eigenpairs(gram, count)
         values = values.to(torch.float64).clamp(min=0.0)
-        rank = _passing_count(values, total, gamma)
+        rank = passing_count(values, total, gamma)
         if rank <= len(values) or len(values) == side:
             break
     rank = min(rank, int((values > tolerance * values[0]).sum()))
@@ -387,7 +387,7 @@ def _principal_eigenpairs(
     return values, vectors[:, :rank].contiguous()
 
 
-def _passing_count(values: Tensor, total: float, gamma: float) -> int:
+def passing_count(values: Tensor, total: float, gamma: float) -> int:
     """``count(cumsum / total <= gamma) + 1``; one more than there are values if their sum does not pass gamma."""
     if gamma == 1.0:
         return len(values) + 1  # no share passes 1, whatever rounding says

@@ -58,6 +58,11 @@ def cosine_blocks(
             yield i, j, left @ right.T
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in its own dtype if that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def as_number(value: object) -> float:
     """``value`` as a float; NaN if it is not one number, or a bool."""
     if isinstance(value, bool):

@@ -8,10 +8,10 @@ subject               text                                                      
 target_new            the answer to edit in                                             the same
 target_true           optional: the true answer                                         the same
 case_id               optional: a whole number, in every record or in none              the same
-paraphrases           optional: list of prompts, subject filled in                      ``a | b``, or a JSON list
-generation_prompts    optional: list of beginnings of free text                         ``a | b``, or a JSON list
+paraphrases           optional: list of prompts, subject filled in                      ``a | b``
+generation_prompts    optional: list of beginnings of free text                         ``a | b``
 neighbours            optional: list of ``{"prompt": ..., "target": ...}``; a prompt    ``a => answer | b => answer``;
-                      alone has the target ``target_true``                              ``a`` alone; or a JSON list
+                      alone has the target ``target_true``                              ``a`` alone
 ====================  ================================================================  ================================
 
 Whitespace around texts is dropped. A null or an empty cell counts as a missing field. Unknown fields are refused, so
@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from .json_records import RawRecord, build_records, json_lines, parse_json, read_text, shown
+from .json_records import RawRecord, build_records, json_lines, read_text, shown
 from .records import EditRecord, EvaluationPrompt
 
 FACTS_FILE: Final = ("a .jsonl (one record per line) or .csv (with a header) file of facts with prompt, subject and "
@@ -35,7 +35,8 @@ FACTS_FILE: Final = ("a .jsonl (one record per line) or .csv (with a header) fil
 
 _NEEDED: Final = ("prompt", "subject", "target_new")
 _LISTS: Final = ("paraphrases", "neighbours", "generation_prompts")
-_KNOWN: Final = (*_NEEDED, "target_true", "case_id", *_LISTS)
+OWN_FIELDS: Final = ("target_true", *_LISTS)  # that EasyEdit's requests do not have
+FIELDS: Final = (*_NEEDED, "target_true", "case_id", *_LISTS)
 
 
 def load_facts(path: Path | str) -> list[EditRecord]:
@@ -55,7 +56,7 @@ def load_facts(path: Path | str) -> list[EditRecord]:
     items = list(_json_items(text, str(path)) if ending == ".jsonl" else _csv_rows(text, str(path)))
     if not items:
         raise ValueError(f"{path}: there is a header and nothing else; expected at least one record")
-    records = build_records(items, str(path), _fact)
+    records = build_records(items, str(path), fact_record)
     numbered = sum("case_id" in item for _, item in items)
     if 0 < numbered < len(items):
         raise ValueError(f"{path}: {numbered} of {len(items)} records have a case_id; give one to each or to none")
@@ -100,13 +101,13 @@ def _csv_rows(text: str, source: str) -> Iterator[tuple[str, Any]]:
 
 def _check_header(header: Sequence[str], source: str) -> None:
     missing = [name for name in _NEEDED if name not in header]
-    unknown = [name for name in header if name not in _KNOWN]
+    unknown = [name for name in header if name not in FIELDS]
     twice = sorted({name for name in header if header.count(name) > 1})
     if missing or unknown or twice:
         wrong = {"lacks": missing, "has the unknown": unknown, "has twice": twice}
         found = "; ".join(f"{what} {', '.join(map(repr, names))}" for what, names in wrong.items() if names)
         raise ValueError(f"{source}: the header {found}: name the columns {', '.join(_NEEDED)} and any of "
-                         f"{', '.join(_KNOWN[len(_NEEDED):])}, with commas between them")
+                         f"{', '.join(FIELDS[len(_NEEDED):])}, with commas between them")
 
 
 def _cell(name: str, cell: str, label: str) -> Any:
@@ -116,11 +117,8 @@ def _cell(name: str, cell: str, label: str) -> Any:
     if name not in _LISTS:
         return cell
     if cell.startswith("["):
-        try:
-            return parse_json(cell)
-        except ValueError as error:
-            raise ValueError(f"{label}, field {name!r}: found {shown(cell)}, expected a JSON list ({error}) or texts "
-                             "with | between them") from error
+        raise ValueError(f"{label}, field {name!r}: found {shown(cell)}, expected texts with | between them; "
+                         "lists in JSON belong into a .jsonl file")
     items = [item.strip() for item in cell.split("|") if item.strip()]
     return [_neighbour_item(item) for item in items] if name == "neighbours" else items
 
@@ -130,10 +128,15 @@ def _neighbour_item(item: str) -> str | dict[str, str]:
     return {"prompt": prompt.strip(), "target": target.strip()} if arrow else item
 
 
-def _fact(given: RawRecord) -> EditRecord:
-    unknown = [name for name in given.raw if name not in _KNOWN]
+def fact_record(given: RawRecord) -> EditRecord:
+    """A record with the fields of such a file.
+
+    Raises:
+        ValueError: a field is missing, unknown or wrong.
+    """
+    unknown = [name for name in given.raw if name not in FIELDS]
     if unknown:
-        given.refuse(unknown[0], shown(given.raw[unknown[0]]), f"no other fields than {', '.join(_KNOWN)}")
+        given.refuse(unknown[0], shown(given.raw[unknown[0]]), f"no other fields than {', '.join(FIELDS)}")
     subject = given.text("subject").strip()
     target_true = given.text("target_true").strip() if given.has("target_true") else None
     return EditRecord(

@@ -30,7 +30,7 @@ Layout = Literal["packed", "padded", "whole"]
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """Token ids of one prompt, with the target where the row has one.
 
     Attributes:
@@ -52,13 +52,13 @@ class Row:
     weight: float = 1.0
 
 
-def rows_of(edit: int, request: TokenizedRequest) -> list[Row]:
+def rows_of(edit: int, request: TokenizedRequest) -> list[PromptRow]:
     """An edit's rows: the plain prompt, the prompt in each context, the drift prompt."""
     prompts = [request.plain, *request.contexts]
     weight = 1.0 / (len(request.target_ids) * len(prompts))
-    rewriting = [Row(edit, context, prompt.ids + request.target_ids[:-1], prompt.lookup, len(prompt.ids) - 1,
+    rewriting = [PromptRow(edit, context, prompt.ids + request.target_ids[:-1], prompt.lookup, len(prompt.ids) - 1,
                      request.target_ids, weight) for context, prompt in enumerate(prompts)]
-    return [*rewriting, Row(edit, -1, request.drift.ids, request.drift.lookup)]
+    return [*rewriting, PromptRow(edit, -1, request.drift.ids, request.drift.lookup)]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Predictions:
     weights: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> Predictions:
+    def of(cls, rows: Sequence[PromptRow]) -> Predictions:
         """Predictions of rows; drift prompts have none."""
         positions = [(i, row.first - row.lookup + j, token, row.edit)
                      for i, row in enumerate(rows) for j, token in enumerate(row.targets)]
@@ -89,7 +89,7 @@ def _longs(values: Sequence[Any]) -> Tensor:
 class _RowGroup(ABC):
     """Rows that are run together, with their recorded states in the blocks above the edited one."""
 
-    def __init__(self, rows: list[Row], replay: BlockReplay) -> None:
+    def __init__(self, rows: list[PromptRow], replay: BlockReplay) -> None:
         self.rows, self.replay = rows, replay
         self.predictions = Predictions.of(rows)
         self.owners = _longs([row.edit for row in rows])
@@ -120,13 +120,13 @@ class _RowGroup(ABC):
 class _Packed(_RowGroup):
     """Rows packed end to end from their lookups on; recorded and run within ``attending_packed``."""
 
-    def __init__(self, rows: list[Row], layout: PackedRows, replay: BlockReplay) -> None:
+    def __init__(self, rows: list[PromptRow], layout: PackedRows, replay: BlockReplay) -> None:
         super().__init__(rows, replay)
         self._layout = layout
         self._starts = layout.starts  # the lookups
 
     @classmethod
-    def record(cls, editable: EditableModel, rows: list[Row], block: int) -> _Packed:
+    def record(cls, editable: EditableModel, rows: list[PromptRow], block: int) -> _Packed:
         """Run all rows once; beginnings that rows of one context share are run once for all of them."""
         fronts = shared_prefixes([row.ids[: row.lookup] for row in rows], [row.context for row in rows])
         packed = pack_with_prefixes([row.ids for row in rows], fronts, editable.input_device, recording=True)
@@ -160,13 +160,13 @@ class _Packed(_RowGroup):
 class _Padded(_RowGroup):
     """Rows padded to one length."""
 
-    def __init__(self, rows: list[Row], cuts: list[int], replay: BlockReplay) -> None:
+    def __init__(self, rows: list[PromptRow], cuts: list[int], replay: BlockReplay) -> None:
         super().__init__(rows, replay)
         self._cuts = cuts
         self._lookups = _longs([row.lookup - cut for row, cut in zip(rows, cuts, strict=True)])
 
     @classmethod
-    def record(cls, editable: EditableModel, rows: list[Row], block: int, use_prefix: bool) -> _Padded:
+    def record(cls, editable: EditableModel, rows: list[PromptRow], block: int, use_prefix: bool) -> _Padded:
         """Run all rows once; without ``use_prefix``, later passes run all tokens again."""
         stop = editable.num_blocks
         cuts = [row.lookup if use_prefix else 0 for row in rows]
@@ -217,7 +217,7 @@ class DeltaForward:
 
     @classmethod
     @torch.no_grad()
-    def record(cls, editable: EditableModel, rows: Sequence[Row], block: int, layout: Layout) -> DeltaForward:
+    def record(cls, editable: EditableModel, rows: Sequence[PromptRow], block: int, layout: Layout) -> DeltaForward:
         """Run all rows once.
 
         Rows of different length classes (see ``models.batching``) are run apart; padded rows with and without targets,
@@ -284,8 +284,8 @@ def choose_layout(editable: EditableModel, requests: Sequence[TokenizedRequest])
 def packing_is_exact(editable: EditableModel, prompts: Sequence[TokenizedPrompt]) -> bool:
     """Whether prompts packed after cached keys and values give the same states as each prompt run alone."""
     stop = editable.num_blocks
-    rows = [Row(i, 0, prompt.ids, prompt.lookup, len(prompt.ids) - 1, (0,)) for i, prompt in enumerate(prompts)]
-    rows += [Row(i, -1, prompt.ids[: prompt.lookup + 1], prompt.lookup) for i, prompt in enumerate(prompts)]
+    rows = [PromptRow(i, 0, prompt.ids, prompt.lookup, len(prompt.ids) - 1, (0,)) for i, prompt in enumerate(prompts)]
+    rows += [PromptRow(i, -1, prompt.ids[: prompt.lookup + 1], prompt.lookup) for i, prompt in enumerate(prompts)]
     whole = [BlockReplay.record(editable, pad_rows([prompt.ids], editable.input_device), stop - 1, stop).final[0]
              for prompt in prompts]
     expected = torch.stack([states[at] for states, prompt in zip(whole, prompts, strict=True)

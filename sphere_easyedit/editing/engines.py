@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..core.tensors import widened
 from ..hparams import SPHEREHyperParams
 from ..models.architecture import EditableModel
 from .requests import EditRequest, TokenizedRequest
@@ -22,7 +23,6 @@ from .solve import (
     UpdateTransform,
     check_finite,
     prepare_session,
-    restoring_weights,
     solve_batch,
     tokenize_batch,
 )
@@ -145,7 +145,7 @@ class ExecutorEngine(Engine):
     def solve(self, editable: EditableModel, batch: Batch, hparams: SPHEREHyperParams, session: EditSession,
               transform: UpdateTransform | None, progress: Callable[[int], None] | None) -> BatchSolution:
         started = time.perf_counter()
-        with restoring_weights(editable):
+        with editable.restoring(always=True):
             edited, originals = self._function(editable.model, batch.tok, list(batch.given), self._hparams, copy=False,
                                                return_orig_weights=True, **self._arguments)
             _check_scope(editable, edited, originals)
@@ -168,9 +168,7 @@ class _WeightChanges(Mapping[int, Tensor]):
         self._editable, self._after = editable, after
 
     def __getitem__(self, layer: int) -> Tensor:
-        after = self._after[layer]
-        precise = torch.promote_types(after.dtype, torch.float32)
-        return after.to(precise) - self._editable.weight(layer).to(precise)
+        return widened(self._after[layer]) - widened(self._editable.weight(layer))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._after)

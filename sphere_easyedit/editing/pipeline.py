@@ -110,7 +110,7 @@ def _edit_batch(
         for callback in callbacks:
             callback.on_batch_start(event)
 
-        with editable.restored_on_error() as before:
+        with editable.restoring() as before:
             # 2. Compute keys and target values, and solve. At stage "layer", each layer's update is restrained and
             # projected before the next layer is solved.
             writer = UpdateWriter(editable, hparams, session, grams)

@@ -214,7 +214,7 @@ class EditSession:
         model = editable.model
         attached = vars(model).get(_ATTRIBUTE)
         try:
-            with editable.restored_on_error():
+            with editable.restoring():
                 restored = self._session_at(editable, to, checkpoints)
         finally:
             vars(model).pop(_ATTRIBUTE, None)

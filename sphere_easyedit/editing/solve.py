@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..core.tensors import widened
 from ..core.updates import LowRankUpdate, Update, dense
 from ..hparams import SPHEREHyperParams
 from ..methods.covariance import load_moment, statistics_files
@@ -139,20 +140,9 @@ def tokenize_batch(editable: EditableModel, tok: PreTrainedTokenizerBase, reques
 
 
 @contextmanager
-def restoring_weights(editable: EditableModel) -> Iterator[dict[int, Tensor]]:
-    """Copies of the edited weights by layer, restored bit for bit when the context ends."""
-    before = {layer: editable.weight(layer).clone() for layer in editable.layers}
-    try:
-        yield before
-    finally:
-        for layer, weight in before.items():
-            editable.set_weight(layer, weight)
-
-
-@contextmanager
 def unedited(editable: EditableModel, session: EditSession) -> Iterator[None]:
     """Restore the original weights inside the context: statistics describe the unedited model."""
-    with restoring_weights(editable):
+    with editable.restoring(always=True):
         for layer, weight in session.original.items():
             editable.set_weight(layer, weight)
         yield
@@ -165,8 +155,7 @@ def add_update(editable: EditableModel, layer: int, update: Update) -> None:
         ValueError: the new weight is not finite.
     """
     weight = editable.weight(layer)
-    precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    changed = (precise + dense(update).to(weight.device)).to(weight.dtype)
+    changed = (widened(weight) + dense(update).to(weight.device)).to(weight.dtype)
     if not bool(torch.isfinite(changed).all()):
         raise ValueError(f"the update of layer {layer} is not finite in {weight.dtype}: nothing was changed. Look at "
                          "the statistics, L2 or mom2_update_weight")
@@ -196,7 +185,7 @@ def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], h
         ValueError: a target value or update is not finite.
     """
     seconds = {}
-    with frozen(editable.model), restoring_weights(editable):
+    with frozen(editable.model), editable.restoring(always=True):
         started = time.perf_counter()
         targets = target_values(editable, requests, hparams, progress, session.paths)
         if not bool(torch.isfinite(targets.values).all()):

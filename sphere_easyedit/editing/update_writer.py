@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.projection import PrincipalSpace
 from ..core.suppression import compensated, frobenius_norm, random_directions, scaled, suppressed
+from ..core.tensors import widened
 from ..core.updates import LowRankUpdate, Update, dense
 from ..hparams import SPHEREHyperParams
 from ..models.architecture import EditableModel
@@ -86,9 +87,8 @@ class UpdateWriter:
         for layer in self._editable.layers:
             weight = self._editable.weight(layer)
             self.unrestrained[layer] = weight.to("cpu", copy=True)
-            precise = torch.promote_types(weight.dtype, torch.float32)
-            original = self._session.original[layer].to(weight.device, precise)
-            change = self._method.restrain_whole_change(weight.to(precise) - original, original, self._hparams)
+            original = widened(self._session.original[layer].to(weight.device))
+            change = self._method.restrain_whole_change(widened(weight) - original, original, self._hparams)
             if self._hparams.projects:
                 change = dense(self._project(layer, change))
             check_finite(layer, change)
@@ -129,5 +129,4 @@ class UpdateWriter:
 
 def interpolated(start: Tensor, end: Tensor, share: float) -> Tensor:
     """``start + share * (end - start)``, computed in float32 at least and rounded once."""
-    precise = torch.promote_types(end.dtype, torch.float32)
-    return torch.lerp(start.to(precise), end.to(precise), share).to(end.dtype)
+    return torch.lerp(widened(start), widened(end), share).to(end.dtype)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .bootstrap import bootstrap_interval, percentile_interval
+from .bootstrap import bootstrap_interval
 
 Values = Sequence[float | None] | NDArray[np.float64]
 
@@ -45,35 +43,13 @@ def paired_bootstrap(a: Values, b: Values, seed: int = 0, resamples: int = 10_00
         ValueError: the two differ in length or aren't 1-D, a value is infinite, no pair has both values, or
             resamples is below 1.
     """
-    left, right = _pairs(a, b)
+    left, right = paired_values(a, b)
     differences = left - right
     interval = bootstrap_interval(differences, seed, resamples)
     return PairedDifference(float(differences.mean()), None if len(differences) == 1 else interval, len(differences))
 
 
-def paired_gain(a: Values, b: Values, seed: int = 0, resamples: int = 10_000) -> PairedDifference:
-    """Relative gain ``100 (mean a / mean b - 1)`` in percent, with a 95% interval as in ``paired_bootstrap``.
-
-    It is nan where b's mean is 0; the interval alone is None where resamples in which b's mean is 0 reach into it.
-
-    Args and raises: as ``paired_bootstrap``.
-    """
-    left, right = _pairs(a, b)
-
-    def gains(drawn: NDArray[Any]) -> NDArray[np.float64]:
-        found: NDArray[np.float64] = 100 * (left[drawn].mean(axis=1) / right[drawn].mean(axis=1) - 1)
-        return found
-
-    n, base = len(left), float(right.mean())
-    with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = percentile_interval(gains, n, seed, resamples)
-    if base == 0:
-        return PairedDifference(math.nan, None, n)
-    interval = (low, high) if n > 1 and np.isfinite([low, high]).all() else None
-    return PairedDifference(100 * (float(left.mean()) / base - 1), interval, n)
-
-
-def _pairs(a: Values, b: Values) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def paired_values(a: Values, b: Values) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Both series, checked, without the pairs that miss a value."""
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.ndim != 1 or left.shape != right.shape:

@@ -74,7 +74,7 @@ from transformers import PreTrainedTokenizerBase
 from ..datasets.loaders import EditRecord, Protocol
 from ..models.tokenization import continuation_ids_batch
 from ..runs.schema import MetricName
-from .teacher_forcing import Row, RowScore
+from .teacher_forcing import RowScore, TargetRow
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,8 @@ def agreement(predicted: Sequence[int], unedited: Sequence[int]) -> float:
     return _fraction([one == other for one, other in zip(predicted, unedited, strict=True)])
 
 
-def tokenize_pairs(tok: PreTrainedTokenizerBase, pairs: Mapping[PromptTarget, str], context: int | None) -> list[Row]:
+def tokenize_pairs(tok: PreTrainedTokenizerBase, pairs: Mapping[PromptTarget, str], context: int | None
+                   ) -> list[TargetRow]:
     """Tokenize pairs, in their order.
 
     Args:
@@ -201,7 +202,7 @@ def tokenize_pairs(tok: PreTrainedTokenizerBase, pairs: Mapping[PromptTarget, st
     others = [pair for pair in pairs if not pair.easyedit_tokens]
     continued = iter(continuation_ids_batch(tok, [pair.prompt for pair in others],
                                             [" " + pair.target for pair in others]))
-    rows = [next(easyedit) if pair.easyedit_tokens else Row(*next(continued)) for pair in pairs]
+    rows = [next(easyedit) if pair.easyedit_tokens else TargetRow(*next(continued)) for pair in pairs]
     for row, (pair, name) in zip(rows, pairs.items(), strict=True):
         where = f"{name} prompt {pair.prompt[:80]!r}"
         # A blank target still has the token of the space in front of it.
@@ -217,7 +218,7 @@ def tokenize_pairs(tok: PreTrainedTokenizerBase, pairs: Mapping[PromptTarget, st
     return rows
 
 
-def _easyedit_rows(tok: PreTrainedTokenizerBase, pairs: Sequence[PromptTarget]) -> Iterator[Row]:
+def _easyedit_rows(tok: PreTrainedTokenizerBase, pairs: Sequence[PromptTarget]) -> Iterator[TargetRow]:
     """The tokens of prompt and target together, split where EasyEdit splits them."""
     if not pairs:
         return
@@ -226,7 +227,7 @@ def _easyedit_rows(tok: PreTrainedTokenizerBase, pairs: Sequence[PromptTarget]) 
     padding = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
     for prompt, whole in zip(prompts, wholes, strict=True):
         start = len(prompt) + whole.count(padding) - prompt.count(padding)
-        yield Row(list(whole[:start]), list(whole[start:]))
+        yield TargetRow(list(whole[:start]), list(whole[start:]))
 
 
 def _fraction(hits: Sequence[bool]) -> float:

@@ -5,8 +5,6 @@ Consistency is the cosine of TF-IDF vectors. The **protocol** names the source o
 ``rome``
     ROME's: Wikipedia texts about things with the edit's new property (``attribute_snippets.json``), with the published
     vocabulary and weights (``tfidf_vocab.json``, ``idf.npy``).
-``rome-fitted``
-    The same texts, with a vocabulary fitted to all of them, as ROME's code does without the two files.
 ``corpus:NAME``
     Paragraphs of any text that contain the edit's new target, with a vocabulary fitted to all paragraphs.
 """
@@ -59,7 +57,7 @@ def load_references(path: Path | str, records: Sequence[EditRecord]) -> Referenc
 
     Args:
         path: a file; or a folder with ``attribute_snippets.json``, ``counterfact.json`` (relation and target ids of the
-            records, matched by prompt, subject and new target), and optionally ``idf.npy`` and ``tfidf_vocab.json``.
+            records, matched by prompt, subject and new target), ``idf.npy`` and ``tfidf_vocab.json``.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -67,7 +65,7 @@ def load_references(path: Path | str, records: Sequence[EditRecord]) -> Referenc
     """
     path = Path(path)
     if path.is_dir():
-        protocol, texts, vectorizer = _from_rome(path, records)
+        protocol, texts, vectorizer = "rome", *_from_rome(path, records)
     else:
         protocol, texts, vectorizer = _from_corpus(path, records)
     if not texts:
@@ -76,22 +74,16 @@ def load_references(path: Path | str, records: Sequence[EditRecord]) -> Referenc
     return References(protocol, texts, vectorizer)
 
 
-def _from_rome(folder: Path, records: Sequence[EditRecord]) -> tuple[str, dict[int, str], Any]:
+def _from_rome(folder: Path, records: Sequence[EditRecord]) -> tuple[dict[int, str], Any]:
     ids = _ids(folder / _FACTS)
     of_record = {record.case_id: ids.get((record.prompt, record.subject, record.target_new)) for record in records}
     wanted = set(of_record.values())
     found: dict[tuple[str, str], list[str]] = {}
-    everything: list[str] = []
-    fitted = not (folder / _VOCABULARY).exists() or not (folder / _WEIGHTS).exists()
     for key, texts in _snippets(folder / _SNIPPETS):
         if key in wanted:
             found.setdefault(key, []).extend(texts)
-        if fitted:
-            everything += texts
     joined = {case_id: " ".join(found[key]) for case_id, key in of_record.items() if key is not None and key in found}
-    if fitted:
-        return "rome-fitted", joined, _fitted(everything, folder / _SNIPPETS)
-    return "rome", joined, _published(folder / _VOCABULARY, folder / _WEIGHTS)
+    return joined, _published(folder / _VOCABULARY, folder / _WEIGHTS)
 
 
 def _ids(facts: Path) -> dict[tuple[str, str, str], tuple[str, str]]:

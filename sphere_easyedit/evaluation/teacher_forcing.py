@@ -34,7 +34,7 @@ _MIN_SHARED_PREFIX = 2  # tokens: running fewer of them again is cheaper than a 
 
 
 @dataclass(frozen=True)
-class Row:
+class TargetRow:
     """Token ids of a prompt and its target."""
 
     prompt: list[int]
@@ -84,7 +84,7 @@ class RowScore:
 
 
 def score_rows(
-    model: nn.Module, rows: Sequence[Row], token_budget: int | None = None, progress: Progress | None = None,
+    model: nn.Module, rows: Sequence[TargetRow], token_budget: int | None = None, progress: Progress | None = None,
     log_probs_for: Collection[int] = (),
 ) -> list[RowScore]:
     """Score every row, in the rows' order.
@@ -110,11 +110,12 @@ def score_rows(
     return merge_parts(indices, replicas.run(_score_share, shares, progress))
 
 
-def _score_share(replicas: Replicas, rows: Sequence[Row], token_budget: int, log_probs_for: set[int]) -> list[RowScore]:
+def _score_share(replicas: Replicas, rows: Sequence[TargetRow], token_budget: int, log_probs_for: set[int]
+                 ) -> list[RowScore]:
     return _score_rows(replicas.editable.model, rows, token_budget, replicas.progress, log_probs_for)
 
 
-def _score_rows(model: nn.Module, rows: Sequence[Row], token_budget: int, progress: Progress | None,
+def _score_rows(model: nn.Module, rows: Sequence[TargetRow], token_budget: int, progress: Progress | None,
                 log_probs_for: set[int]) -> list[RowScore]:
     scores: dict[int, RowScore] = {}
     lengths = [len(row.input_ids) for row in rows]
@@ -131,7 +132,7 @@ def _score_rows(model: nn.Module, rows: Sequence[Row], token_budget: int, progre
     return [scores[index] for index in range(len(rows))]
 
 
-def _scores(rows: Sequence[Row], batch: _Batch, logits: Tensor, log_probs_for: set[int]) -> dict[int, RowScore]:
+def _scores(rows: Sequence[TargetRow], batch: _Batch, logits: Tensor, log_probs_for: set[int]) -> dict[int, RowScore]:
     """Scores by row index, from the logits ``(positions, vocabulary)`` at the positions of all sequences in turn."""
     predicted = logits.argmax(dim=-1).tolist()
     columns: dict[int, list[int]] = {}  # by row, the indices of its positions in ``logits``
@@ -167,7 +168,7 @@ def fast_token_budget(device_type: str) -> int:
     return _CPU_TOKENS if device_type == "cpu" else _GPU_TOKENS
 
 
-def _sequences(rows: Sequence[Row], indices: Sequence[int]) -> list[_Sequence]:
+def _sequences(rows: Sequence[TargetRow], indices: Sequence[int]) -> list[_Sequence]:
     """Sequences to run for the rows at these indices, sorted so that those with a common prefix are neighbours."""
     sequences: list[_Sequence] = []
     # In this order a row comes right after the rows that it is a prefix of.

@@ -33,6 +33,7 @@ from .generation import generate_continuations
 from .references import References
 
 WORDS: Final = "regex-treebank"
+_TOP_K: Final = 5
 _CLITIC = r"n['\u2019]t\b|['\u2019](?:s|m|d|re|ve|ll)\b"
 _COMPOUND = r"\w+(?:[-.,:/'\u2019]\w+)*"  # words and numbers with these characters inside
 _WORD = re.compile(rf"{_CLITIC}|{_COMPOUND}?(?={_CLITIC})|{_COMPOUND}|\.{{2,}}|--+|\S", re.IGNORECASE)
@@ -40,23 +41,21 @@ _WORD = re.compile(rf"{_CLITIC}|{_COMPOUND}?(?={_CLITIC})|{_COMPOUND}|\.{{2,}}|-
 
 @dataclass(frozen=True)
 class Decoding:
-    """How text is generated.
+    """How text is generated, by sampling from the 5 most likely tokens as ROME does.
 
     Attributes:
         max_new_tokens: maximum number of tokens after a prompt; fewer if the model generates an end token.
-        top_k: number of most likely tokens to sample from (5 in ROME); None for greedy decoding.
         seed: of sampling. Together with case_id and the prompt's index in its case it seeds each text, which therefore
             does not depend on other cases.
         prompts: number of generation prompts to use per case, from the first; None for all.
     """
 
     max_new_tokens: int = FLUENCY_TOKENS
-    top_k: int | None = 5
     seed: int = 0
     prompts: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("max_new_tokens", self.max_new_tokens), ("top_k", self.top_k), ("prompts", self.prompts)):
+        for name, value in (("max_new_tokens", self.max_new_tokens), ("prompts", self.prompts)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: give 1 or more")
         if self.seed < 0:
@@ -64,9 +63,8 @@ class Decoding:
 
     def described(self) -> str:
         """A short description for a result's protocol."""
-        how = "greedy" if self.top_k is None else f"top-{self.top_k} seed {self.seed}"
         some = "" if self.prompts is None else f", first {self.prompts} prompts"
-        return f"{how}, {self.max_new_tokens} new tokens{some}"
+        return f"top-{_TOP_K} seed {self.seed}, {self.max_new_tokens} new tokens{some}"
 
 
 @dataclass(frozen=True)
@@ -138,9 +136,9 @@ def measure_text_quality(
     decoding = Decoding() if decoding is None else decoding
     prompts = [(record.case_id, index, prompt) for record in records
                for index, prompt in enumerate(record.generation_prompts[: decoding.prompts])]
-    seeds = None if decoding.top_k is None else [(decoding.seed, case_id, index) for case_id, index, _ in prompts]
+    seeds = [(decoding.seed, case_id, index) for case_id, index, _ in prompts]
     continuations = generate_continuations(model, tok, [prompt for _, _, prompt in prompts], decoding.max_new_tokens,
-                                           decoding.top_k, seeds, progress)
+                                           _TOP_K, seeds, progress)
     all_texts = iter([prompt + added for (_, _, prompt), added in zip(prompts, continuations, strict=True)])
     qualities = []
     for record in records:

@@ -1,9 +1,9 @@
 """Exports of a run's edited weights: the whole model, deltas to the base model, or a LoRA adapter (docs/EXPORT.md)."""
 
+from .checksums import base_fingerprint
 from .deltas import Deltas, apply_deltas, read_deltas
 from .edited import EditedWeights, ExportableRun, Provenance, WeightChange
 from .exports import export_adapter, export_applied, export_deltas, export_model
-from .fingerprint import base_fingerprint
 
 __all__ = [
     "Deltas",

@@ -2,7 +2,7 @@
 
 Each edited parameter W is stored in one of two ways:
 
-- ``factors``: ``left @ right``, in the parameter's orientation, of a given rank or the smallest within a tolerance.
+- ``factors``: ``left @ right``, in the parameter's orientation, of the smallest rank within a tolerance.
   ``W_0 + left @ right`` then approximates W with an error that the file states. It can't equal W bit for bit: the
   rounding of W after each batch is part of the change and has full rank, and a product of matrices rounds differently
   from machine to machine.
@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from ..models.offload import writable_parameter
 from .card import LayerError
+from .checksums import base_fingerprint, tensors_sha256
 from .edited import EditedWeights, Provenance, WeightChange
 from .factors import Spectrum
-from .fingerprint import base_fingerprint, tensors_sha256
 
 DELTAS: Final = "deltas.safetensors"
 TOLERANCE: Final = 1e-4
@@ -64,12 +64,11 @@ class Deltas:
         return (before.detach().cpu().double() + left @ right).to(before.dtype)
 
 
-def compute_deltas(edited: EditedWeights, *, rank: int | None = None, tolerance: float = TOLERANCE, exact: bool = False,
+def compute_deltas(edited: EditedWeights, *, tolerance: float = TOLERANCE, exact: bool = False,
                    dtype: torch.dtype | None = None) -> Deltas:
     """Factorize the change of each edited parameter.
 
     Args:
-        rank: of all factors; None for the smallest within the tolerance.
         tolerance: maximum relative Frobenius error of a parameter's change, above 0 and below 1.
         exact: store the edited parameters themselves; ``apply_deltas`` then restores them bit for bit.
         dtype: of the factors; None for float32, or the parameter's dtype if that is wider.
@@ -77,20 +76,20 @@ def compute_deltas(edited: EditedWeights, *, rank: int | None = None, tolerance:
     Raises:
         ValueError: arguments exclude each other or are out of range, or a change is not finite.
     """
-    if exact and (rank is not None or dtype is not None):
-        raise ValueError("exact stores the edited parameters themselves: leave rank and dtype out")
+    if exact and dtype is not None:
+        raise ValueError("exact stores the edited parameters themselves: leave dtype out")
     if not 0.0 < tolerance < 1.0:
         raise ValueError(f"tolerance is {tolerance}: give a relative error above 0 and below 1")
     layers: list[LayerError] = []
     tensors: dict[str, Tensor] = {}
     for change in edited.changes:
-        layer, stored = _encode(change, rank, tolerance, exact, dtype)
+        layer, stored = _encode(change, tolerance, exact, dtype)
         layers.append(layer)
         tensors |= {f"{side}.{layer.name}": tensor for side, tensor in stored.items()}
     return Deltas(edited.provenance, tuple(layers), tensors)
 
 
-def _encode(change: WeightChange, rank: int | None, tolerance: float, exact: bool, dtype: torch.dtype | None
+def _encode(change: WeightChange, tolerance: float, exact: bool, dtype: torch.dtype | None
             ) -> tuple[LayerError, dict[str, Tensor]]:
     before, after = change.before, change.after
     difference = after.double() - before.double()
@@ -102,15 +101,12 @@ def _encode(change: WeightChange, rank: int | None, tolerance: float, exact: boo
         return as_weight
     dtype = dtype or torch.promote_types(after.dtype, torch.float32)
     spectrum = Spectrum(difference)
-    if rank is None:
-        smallest = spectrum.rank_within(tolerance)
-        if smallest * sum(after.shape) * dtype.itemsize >= after.numel() * after.element_size():
-            return as_weight
-        factors = spectrum.factors(smallest, dtype)
-        if factors.relative_error > tolerance:  # by rounding of the factors, which the spectrum does not include
-            return as_weight
-    else:
-        factors = spectrum.factors(rank, dtype)
+    smallest = spectrum.rank_within(tolerance)
+    if smallest * sum(after.shape) * dtype.itemsize >= after.numel() * after.element_size():
+        return as_weight
+    factors = spectrum.factors(smallest, dtype)
+    if factors.relative_error > tolerance:  # by rounding of the factors, which the spectrum does not include
+        return as_weight
     return (LayerError(change.name, "factors", factors.rank, factors.relative_error, norm),
             {"left": factors.left, "right": factors.right})
 

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from ..editing.checkpoints import choose_checkpoint, load_weights, resumable, session_path
 from ..editing.session import EditSession
-from ..editing.solve import restoring_weights
 from ..hparams import SPHEREHyperParams
 from ..models.offload import writable_parameter
-from ..runs.config import package_versions
+from ..runs.config import model_dtype, package_versions
 from ..runs.directory import RunDirectory
 from ..runs.schema import SUMMARY, Summary, read_record
-from .fingerprint import base_fingerprint
+from .checksums import base_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +128,6 @@ class ExportableRun:
 
     def __init__(self, path: Path, at: int | None = None) -> None:
         self._run = RunDirectory(path)
-        if not self._run.has("config.yaml"):
-            raise ValueError(f"{path} holds no run (it has no config.yaml): give the directory of an `edit` run")
         self._config = self._run.read_config()
         try:
             self.hparams = SPHEREHyperParams.from_dict(self._config["hparams"])
@@ -138,8 +135,7 @@ class ExportableRun:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} holds no run that can be exported: config.yaml lacks {error}") from error
         self.num_edits = choose_checkpoint(path, at, "nothing can be exported")
-        dtypes = (self._config.get("model") or {}).get("dtypes") or []
-        self.dtype = str(dtypes[0]).removeprefix("torch.") if len(dtypes) == 1 else None
+        self.dtype = model_dtype(self._config)
 
     def read(self, model: nn.Module) -> EditedWeights:
         """Read the run's weights and those of the unedited model.
@@ -153,7 +149,7 @@ class ExportableRun:
         editable = self.hparams.editable(model)
         self._check_base(model)
         fingerprint = base_fingerprint(model)
-        with restoring_weights(editable):
+        with editable.restoring(always=True):
             before = {layer: editable.parameter(layer).detach().to("cpu", copy=True) for layer in editable.layers}
             load_weights(editable, self._run.checkpoints, self.num_edits)
             changes = tuple(WeightChange(editable.parameter_name(layer), editable.is_transposed(layer), before[layer],

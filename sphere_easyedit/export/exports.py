@@ -13,7 +13,7 @@ from .card import LayerError, write_card
 from .deltas import TOLERANCE, Deltas, apply_deltas, compute_deltas, write_deltas
 from .edited import EditedWeights
 from .folders import check_free, new_folder
-from .whole import MAX_SHARD_SIZE, check_shard_size, write_model
+from .whole import MAX_SHARD_SIZE, write_model
 
 
 def export_model(folder: Path, model: nn.Module, tok: PreTrainedTokenizerBase, edited: EditedWeights,
@@ -31,7 +31,6 @@ def export_model(folder: Path, model: nn.Module, tok: PreTrainedTokenizerBase, e
     Raises:
         ValueError: the folder is not empty, or ``max_shard_size`` is not a size.
     """
-    check_shard_size(max_shard_size)
     with new_folder(folder) as temporary:
         edited.copy_into(model)
         if dtype is not None:
@@ -41,8 +40,8 @@ def export_model(folder: Path, model: nn.Module, tok: PreTrainedTokenizerBase, e
                    note="" if dtype is None else f"All parameters were rounded to {str(dtype).removeprefix('torch.')}.")
 
 
-def export_deltas(folder: Path, edited: EditedWeights, *, rank: int | None = None, tolerance: float = TOLERANCE,
-                  exact: bool = False, dtype: torch.dtype | None = None) -> tuple[LayerError, ...]:
+def export_deltas(folder: Path, edited: EditedWeights, *, tolerance: float = TOLERANCE, exact: bool = False,
+                  dtype: torch.dtype | None = None) -> tuple[LayerError, ...]:
     """Write deltas to the base model; see ``compute_deltas`` for the arguments.
 
     Returns:
@@ -52,7 +51,7 @@ def export_deltas(folder: Path, edited: EditedWeights, *, rank: int | None = Non
         ValueError: the folder is not empty, or as ``compute_deltas`` does.
     """
     check_free(folder)  # before the computation
-    deltas = compute_deltas(edited, rank=rank, tolerance=tolerance, exact=exact, dtype=dtype)
+    deltas = compute_deltas(edited, tolerance=tolerance, exact=exact, dtype=dtype)
     with new_folder(folder) as temporary:
         write_deltas(temporary, deltas)
         write_card(temporary, "deltas", deltas.origin, deltas.layers)
@@ -88,7 +87,6 @@ def export_applied(folder: Path, model: nn.Module, tok: PreTrainedTokenizerBase,
     Raises:
         ValueError: the folder is not empty, ``max_shard_size`` is not a size, or the model is not the deltas' base.
     """
-    check_shard_size(max_shard_size)
     with new_folder(folder) as temporary:
         apply_deltas(model, deltas)
         write_model(temporary, model, tok, max_shard_size)

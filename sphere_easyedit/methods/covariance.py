@@ -171,22 +171,6 @@ def statistics_files(editable: EditableModel, tok: PreTrainedTokenizerBase, hpar
     return files
 
 
-def moment_on_file(editable: EditableModel, hparams: SPHEREHyperParams, layer: int) -> Tensor | None:
-    """``C`` of one layer ``(d_in, d_in)`` float32 on the CPU; None if there is no file, or it is another model's.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = moment_path(editable, hparams, layer)
-    check = StatisticsFingerprints(editable, hparams).check(path, layer)
-    if check.differences:
-        logger.warning("%s is left out: it was collected from %s", path, " and ".join(check.differences))
-    if check.file is None or not check.fits:
-        return None
-    with ensure_unchanged([check.file]):
-        return load_moment(path, editable.d_in(layer))
-
-
 def _warn_of_replacement(folder: Path, checks: Mapping[int, FileCheck]) -> None:
     for differences in dict.fromkeys(check.differences for check in checks.values() if check.differences):
         layers = [layer for layer, check in checks.items() if check.differences == differences]

@@ -194,15 +194,17 @@ class EditableModel:
         self.parameter(layer).copy_(self.orient(layer, value))
 
     @contextmanager
-    def restored_on_error(self) -> Iterator[dict[int, Tensor]]:
-        """Copies of the edited weights by layer, restored bit for bit if the context ends in an error."""
+    def restoring(self, always: bool = False) -> Iterator[dict[int, Tensor]]:
+        """Copies of the edited weights by layer, restored bit for bit if the context ends in an error, or always."""
         before = {layer: weight.clone() for layer, weight in self.weights().items()}
+        restored = True
         try:
             yield before
-        except BaseException:  # interrupts too
-            for layer, weight in before.items():
-                self.set_weight(layer, weight)
-            raise
+            restored = always
+        finally:  # also after an interrupt
+            if restored:
+                for layer, weight in before.items():
+                    self.set_weight(layer, weight)
 
     @property
     def hidden_size(self) -> int:

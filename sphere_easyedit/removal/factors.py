@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.updates import LowRankUpdate
 from ..editing.callbacks import EditCallback, EditEvent
-from ..export.fingerprint import tensors_sha256
+from ..export.checksums import tensors_sha256
 from ..hparams import SPHEREHyperParams
 from ..utils.files import atomic_write, checksum_path, record_checksum, recorded_checksum, sha256_of
 from ..utils.messages import one_line

@@ -110,7 +110,7 @@ def remove_facts(model: nn.Module, hparams: SPHEREHyperParams, factors: str | Pa
         past = still_valid(read_removals(folder), made, weights)
         left, done = weights_without(session.original, weights, folder, made, past, case_ids)
         history = _without_keys(session.history, done)
-        with editable.restored_on_error():
+        with editable.restoring():
             for layer, weight in left.items():
                 editable.set_weight(layer, weight)
             session.commit(editable, 0, history, session.unrestrained, {})

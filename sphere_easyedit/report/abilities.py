@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .figure import Figure, Panel, Row, by_run, line_layers, params, quantitative, shown, tooltip
+from .figure import Figure, Panel, TableRow, by_run, line_layers, params, quantitative, shown, tooltip
 from .runs import ReportRun, interval_of
 
 
@@ -39,7 +39,7 @@ def abilities_figure(runs: Sequence[ReportRun]) -> Figure | None:
             "x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, **by_run(labels), **offset}})
         panels.append(Panel(titles[key], {"data": {"values": data}, "params": params(labels), "transform": [shown()],
                                    "layer": layers}))
-    rows: list[Row] = [(row["run"], titles[key], row["edits"], f"{row['mean']:.1f}",
+    rows: list[TableRow] = [(row["run"], titles[key], row["edits"], f"{row['mean']:.1f}",
                         f"{row['low']:.1f} to {row['high']:.1f}", row["n"])
                        for key, data in sorted(by_task.items()) for row in data]
     return Figure(

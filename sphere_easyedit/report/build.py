@@ -34,8 +34,8 @@ _MISSING: Final = MappingProxyType({
     "gains": "No comparison of base methods: it needs finished runs with and without SPHERE on the same facts.",
     "forgetting": "No forgetting: it needs the scores of evaluations, in a run's `scores/`.",
     "abilities": "No general abilities: `edit --abilities` or `evaluate --abilities` measure them.",
-    "shares": "No shares in the principal space: `evaluate --neurons` computes them from kept weights.",
-    "heatmaps": "No figures of neurons: `evaluate --neurons` computes them from kept weights.",
+    "shares": "No shares in the principal space: the run has no spaces.csv, which `edit` writes.",
+    "heatmaps": "No figures of neurons: the run has no neurons.safetensors, which `edit` writes.",
 })
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..analysis.correlations import LOG_PERPLEXITY, MIN_POINTS, change_pairs, energy_points, regress
 from ..runs.schema import METRIC_NAMES
-from .figure import SMALL, Choice, Figure, Panel, Row, Spec, by_run, chosen, params, quantitative, shown, tooltip
+from .figure import SMALL, Choice, Figure, Panel, Spec, TableRow, by_run, chosen, params, quantitative, shown, tooltip
 from .runs import ReportRun
 
 _METRICS: Final = (*METRIC_NAMES, LOG_PERPLEXITY)
@@ -22,7 +22,7 @@ def changes_figure(runs: Sequence[ReportRun]) -> Figure | None:
     choice = Choice("kind", "Change of HE", _KINDS)
     points = {run.label: energy_points(run.run, run.protocol) for run in runs}
     panels: list[Panel] = []
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     descriptions: list[str] = []
     for metric in _METRICS:
         pairs: list[dict[str, Any]] = []
@@ -52,7 +52,7 @@ def changes_figure(runs: Sequence[ReportRun]) -> Figure | None:
 
 
 def _regression(x: Sequence[float], y: Sequence[float], metric: str, kind: str
-                ) -> tuple[list[dict[str, Any]], Row, str]:
+                ) -> tuple[list[dict[str, Any]], TableRow, str]:
     """A regression: its line with the band, its row of the table, and its description."""
     fit = regress(x, y)
     slope = f"{fit.slope:.3g}"

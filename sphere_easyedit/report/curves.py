@@ -14,8 +14,8 @@ from .figure import (
     Choice,
     Figure,
     Panel,
-    Row,
     Spec,
+    TableRow,
     by_run,
     chosen,
     line_layers,
@@ -199,8 +199,8 @@ def _by_layer_panel(runs: Sequence[ReportRun], data: Sequence[dict[str, Any]], t
                          "layer": line_layers([run.label for run in runs], encoding, tips, small_points=True)})
 
 
-def _rows(run: ReportRun) -> list[Row]:
-    rows: list[Row] = []
+def _rows(run: ReportRun) -> list[TableRow]:
+    rows: list[TableRow] = []
     for point in _points(run):
         change = run.run.energy_changes.get(point.num_edits)
         energy = f"{mean_change(change):+.2e}" if change else ""

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 Spec = dict[str, Any]
-Row = tuple[object, ...]
+TableRow = tuple[object, ...]
 
 SCHEMA: Final = "https://vega.github.io/schema/vega-lite/v6.json"  # an identifier; nothing is fetched
 HEIGHT: Final = 230  # pixels of a panel's plot
@@ -91,7 +91,7 @@ class Figure:
     key: tuple[tuple[str, str], ...] = ()
     scale: tuple[float, float] | None = None
     columns: tuple[str, ...] = ()
-    rows: tuple[Row, ...] = ()
+    rows: tuple[TableRow, ...] = ()
 
 
 def params(labels: Sequence[str], choices: Iterable[Choice] = ()) -> list[Spec]:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from .figure import Figure, Panel, Row, line_layers, params, quantitative, shown, tooltip
+from .figure import Figure, Panel, TableRow, line_layers, params, quantitative, shown, tooltip
 from .runs import ReportRun
 
 _BINS: Final = 12
@@ -38,7 +38,7 @@ def forgetting_figure(runs: Sequence[ReportRun]) -> Figure | None:
         ("Right after its batch", right_after, "edited", "edits")) if data]
     if not panels:
         return None
-    rows: list[Row] = [(row["run"], f"{row['from']:,} to {row['to']:,}", f"{row['mean']:.1f}", row["n"])
+    rows: list[TableRow] = [(row["run"], f"{row['from']:,} to {row['to']:,}", f"{row['mean']:.1f}", row["n"])
                        for row in by_age]
     return Figure(
         "forgetting", "Forgetting",

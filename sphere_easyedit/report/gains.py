@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from ..runs.records import SPHERE
-from .figure import HEIGHT, Figure, Panel, Row, Spec, by_run, params, quantitative, shown, tooltip
+from .figure import HEIGHT, Figure, Panel, Spec, TableRow, by_run, params, quantitative, shown, tooltip
 from .runs import ReportRun, interval_of
 
 _METRICS: Final = ("efficacy", "generalization", "specificity")
@@ -31,7 +31,7 @@ def gains_figure(runs: Sequence[ReportRun]) -> Figure | None:
     compared = [(member, group) for group, members in enumerate(kept) for member in members]
     if not compared:
         return None
-    panels, rows = [], list[Row]()
+    panels, rows = [], list[TableRow]()
     for metric in _METRICS:
         data: list[dict[str, Any]] = []
         for position, (member, group) in enumerate(compared):

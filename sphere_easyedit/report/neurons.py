@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..callbacks.neurons import LayerNeurons
 from ..utils.files import atomic_write
-from .figure import Choice, Figure, Panel, Row, Spec, chosen, quantitative, tooltip
+from .figure import Choice, Figure, Panel, Spec, TableRow, chosen, quantitative, tooltip
 from .runs import ReportRun
 
 SIDES: Final = ("before", "after")
@@ -170,7 +170,7 @@ class NeuronFigures:
         spec["transform"].append({"filter": "true"})
         pairs = "; ".join(f"{label}, layer {layer}: {int(found.histogram[0].sum()):,}"
                           for (label, layer), found in list(self.layers.items())[:1])
-        rows: list[Row] = [(label, layer, name, f"{_mean(found.histogram[side]):+.4f}",
+        rows: list[TableRow] = [(label, layer, name, f"{_mean(found.histogram[side]):+.4f}",
                             f"{_spread(found.histogram[side]):.4f}", f"{_above(found.histogram[side]):.3g}")
                            for (label, layer), found in self.layers.items() for side, name in enumerate(SIDES)]
         return self._figure(

@@ -15,7 +15,7 @@ from ..analysis.labels import dataset_title
 from ..runs.schema import METRIC_NAMES, Estimate, Measurement
 from .cases import COLUMNS, STATES, CaseTable
 from .curves import PERCENT
-from .figure import SERIES, Figure, Row, dashes, on_page
+from .figure import SERIES, Figure, TableRow, dashes, on_page
 from .notices import Notice
 from .runs import ReportRun
 
@@ -24,7 +24,7 @@ _RESULTS: Final = ("run", "edits", *(f"{name}, %" if name in PERCENT else name f
                    "s an edit")
 
 
-def filled(columns: Sequence[str], rows: Sequence[Row]) -> list[int]:
+def filled(columns: Sequence[str], rows: Sequence[TableRow]) -> list[int]:
     """Indices of the columns in which a row has a value; all columns if there are no rows."""
     return [index for index in range(len(columns))
             if not rows or any(row[index] is not None and row[index] != "" for row in rows)]
@@ -35,10 +35,10 @@ class HtmlTable:
     """Columns and rows of a table on the page."""
 
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
 
     @classmethod
-    def of(cls, columns: Sequence[str], rows: Sequence[Row]) -> HtmlTable:
+    def of(cls, columns: Sequence[str], rows: Sequence[TableRow]) -> HtmlTable:
         """A table without the columns that no row has a value in."""
         kept = filled(columns, rows)
         return cls(tuple(columns[index] for index in kept),
@@ -110,7 +110,7 @@ def _json(data: Mapping[str, Any]) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _summary(run: ReportRun) -> Row:
+def _summary(run: ReportRun) -> TableRow:
     """A run's row in the table of results: its last measurement."""
     before, points = run.run.before(run.protocol), run.run.trajectory(run.protocol)
     last = points[-1] if points else before
@@ -133,13 +133,13 @@ def _subject(run: ReportRun) -> str:
     return f"{run.run.model}, {dataset_title(run.run.dataset)}"
 
 
-def _unedited(runs: Sequence[ReportRun]) -> list[Row]:
+def _unedited(runs: Sequence[ReportRun]) -> list[TableRow]:
     """Rows of the unedited models: one per model, data set and protocol, on the facts of the first run that has it."""
     found: dict[tuple[str, str], ReportRun] = {}
     for run in runs:
         if run.run.before(run.protocol) is not None:
             found.setdefault((_subject(run), run.protocol), run)
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for (subject, _), run in found.items():
         point = run.run.before(run.protocol)
         if point is not None and (point.metrics or point.perplexity is not None):

@@ -14,16 +14,9 @@ from ..runs.schema import CaseId, Estimate, When
 
 
 @dataclass(frozen=True)
-class ReportRun:
-    """A run with a label that is unique in the report.
+class ReportRun(LabelledRun):
+    """A run with a label that is unique in the report, for legends and tables."""
 
-    Attributes:
-        label: its name in legends and tables.
-        run: its records.
-    """
-
-    label: str
-    run: RunRecords
     _scores: dict[tuple[When, int], Mapping[CaseId, Mapping[str, float]]] = field(
         default_factory=dict, init=False, repr=False, compare=False)  # as read so far
 

@@ -27,7 +27,7 @@ _FIXED: Final = ("records", "batch_size", "checkpoint_every")
 _PLACEMENT: Final = ("device", "stats_dir", "state_memory", "state_folder")
 _FIXED_MEASURES: Final = ("protocols", "before", "cases", "sample", "seed", "text", "text_tokens", "decoding",
                           "references")
-_FIXED_ABILITIES: Final = ("num_fewshot", "limit", "max_new_tokens")
+_FIXED_ABILITIES: Final = ("num_fewshot", "limit")
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
@@ -39,6 +39,12 @@ def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return versions
+
+
+def model_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that a run's model was loaded in, for ``load_model``; None if it had several."""
+    dtypes = (config.get("model") or {}).get("dtypes") or []
+    return str(dtypes[0]).removeprefix("torch.") if len(dtypes) == 1 else None
 
 
 def run_config(model: nn.Module, hparams: SPHEREHyperParams, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +90,7 @@ def check_same_run(run: RunDirectory, config: Mapping[str, Any]) -> bool:
         old, new = was["run"]["measure"].get("abilities") or {}, config["run"]["measure"]["abilities"]
         if old.get("tasks") and new["tasks"]:
             pairs |= {f"measure.abilities.{name}": (old.get(name), new[name]) for name in _FIXED_ABILITIES}
+            pairs["measure.abilities.max_new_tokens"] = (old.get("max_new_tokens"), None)  # a removed setting
         versions = was["versions"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{run.path / CONFIG} is not the configuration of a run that can be resumed ({error}): give "

@@ -122,13 +122,18 @@ class RunDirectory:
         try:
             text = target.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise ValueError(f"{target} does not exist: give the directory of a run") from error
+            raise ValueError(f"{self.path} has no {CONFIG}: give the directory of a run, {self._near_run()}") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{target} is not YAML: {error}") from error
         config = read_yaml(text, str(target))
         if not isinstance(config, dict):
             raise ValueError(f"{self.path / CONFIG} holds {type(config).__name__}, not a mapping")
         return config
+
+    def _near_run(self) -> str:
+        """Text of an error that names a run in the directory, if there is one."""
+        inside = sorted(path.parent for path in self.path.glob(f"*/{CONFIG}"))
+        return f"such as {inside[-1]}" if inside else "as `edit --output` makes it"
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Append a line to a JSONL file, and sync it to disk."""

@@ -49,10 +49,9 @@ class RunRecords(RunState):
                 and line.
         """
         files = RunDirectory(Path(directory))
-        for name in (schema.CONFIG, schema.METRICS):
-            if not files.has(name):
-                raise ValueError(f"{directory} has no {name}: give the directory of a run, as `edit --output` makes it")
         state = read_state(files)
+        if not files.has(schema.METRICS):
+            raise ValueError(f"{directory} has no {schema.METRICS}: give the directory of a run that has measured")
         _check_unique(files.path / schema.METRICS, [
             # Tasks may be measured one after the other, by one protocol.
             (point.num_edits, point.when, point.protocol, task) for point in state.measurements
@@ -213,20 +212,6 @@ class RunRecords(RunState):
         if not cases:
             raise ValueError(f"{self.directory / name} has no scores of protocol {protocol}: choose another")
         return cases
-
-
-def find_runs(folder: str | Path) -> list[RunRecords]:
-    """All runs in or under a folder, by path: directories with a ``config.yaml`` and a ``metrics.jsonl``.
-
-    Raises:
-        ValueError: there are none, or one is damaged.
-    """
-    found = [path.parent for path in sorted(Path(folder).rglob(schema.METRICS))
-             if (path.parent / schema.CONFIG).is_file()]
-    if not found:
-        raise ValueError(f"{folder} holds no run (a directory with {schema.CONFIG} and {schema.METRICS}): give a "
-                         "folder of runs")
-    return [RunRecords.read(path) for path in found]
 
 
 def read_state(files: RunDirectory) -> RunState:

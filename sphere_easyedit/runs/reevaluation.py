@@ -5,18 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..callbacks.neurons import NeuronRecord, NeuronTracker
-from ..callbacks.spaces import SpaceTracker, covers, read_spaces_csv
 from ..datasets.loaders import EditRecord, load_records, records_fingerprint, with_protocol_targets
-from ..editing.callbacks import EditCallback, EditEvent, MeasureEvent, RunState
-from ..editing.checkpoints import load_weights, saved_weights
+from ..editing.callbacks import EditCallback, MeasureEvent, RunState
+from ..editing.checkpoints import load_weights
 from ..editing.session import EditSession
 from ..evaluation.protocols import needing_unedited
 from ..hparams import SPHEREHyperParams
@@ -24,7 +21,7 @@ from ..utils.progress import PhaseProgress
 from . import schema
 from .directory import RunDirectory
 from .measuring import Measurer, abilities_at, measured_at
-from .schedule import AbilitySettings, DueMeasurement, MeasureSettings, measurement_at, phase_at
+from .schedule import DueMeasurement, MeasureSettings, measurement_at, phase_at
 from .schema import Measurement, Skipped, Summary, read_record
 
 logger = logging.getLogger(__name__)
@@ -52,7 +49,6 @@ class EditedRun:
             self.hparams = SPHEREHyperParams.from_dict(config["hparams"])
             records = _records(config["run"])
             fingerprint = config["run"]["records"]
-            self._seed = int(config["run"].get("measure", {}).get("seed", 0))
         except KeyError as error:
             raise ValueError(f"{path} holds no run that can be measured again: config.yaml lacks {error}") from error
         if records_fingerprint(records) != fingerprint:
@@ -70,7 +66,7 @@ class EditedRun:
                 progress: PhaseProgress | None = None, callbacks: Sequence[EditCallback] = ()) -> list[Measurement]:
         """Measure the model at these numbers of edits, and add new measurements to ``metrics.jsonl``.
 
-        Existing measurements stay; a warning is logged where they may not match the settings.
+        Existing measurements stay, with a warning, since their settings may have been others.
 
         Args:
             model: the model that the run edited, just loaded; ends with the weights of the last measurement.
@@ -106,10 +102,12 @@ class EditedRun:
                     load_weights(editable, self.directory.checkpoints, num_edits)
                 if settings.before or settings.after:
                     point = self._point(num_edits, settings)
-                    self._warn_of_facts(point, settings, measurer.measurements)
+                    existing = measured_at(measurer.measurements, point)
+                    self._warn(num_edits, [name for name in existing if name in settings.protocols])
                     measurer.measure(point)
                 if settings.abilities.tasks:
-                    self._warn_of_abilities(num_edits, settings.abilities, measurer.measurements)
+                    known = abilities_at(measurer.measurements, num_edits)
+                    self._warn(num_edits, [name for name in known if name in settings.abilities.tasks])
                     measurer.measure_abilities(phase_at(num_edits, self.last), num_edits)
         return [one for one in measurer.measurements if one.num_edits in numbers]
 
@@ -129,91 +127,11 @@ class EditedRun:
         every = replace(settings, cases=None) if needing_unedited(settings.protocols) else settings
         return measurement_at(0, len(self.records), every)
 
-    def _warn_of_facts(self, point: DueMeasurement, settings: MeasureSettings, measurements: Sequence[Measurement]
-                       ) -> None:
-        """Warn of existing measurements on other facts or texts, or of which that is unknown."""
-        scores = self.directory.lines(f"{schema.SCORES}/{point.when}-{point.num_edits}.jsonl")
-        cases = {self.records[case].case_id for case in point.cases}
-        all_facts = len(cases) == (point.num_edits or len(self.records))
-        for protocol, existing in measured_at(measurements, point).items():
-            if protocol not in settings.protocols:
-                continue
-            scored = {one.get("case_id") for one in scores if one.get("protocol") == protocol}
-            count = len(cases) if existing.cases is None else existing.cases
-            if (count != len(cases) and not (all_facts and count > len(cases))) or (scored and not cases <= scored):
-                self._warn(f"{protocol} after {point.num_edits} edits", f"on {count} facts, which are not the "
-                           f"{len(cases)} asked for")
-            if settings.text is not None and existing.perplexity is not None:
-                self._warn(f"perplexity after {point.num_edits} edits", "on an unknown text")
-            for quality, setting in (("fluency", settings.decoding), ("consistency", settings.references)):
-                if setting is not None and quality in existing.metrics:
-                    self._warn(f"{quality} after {point.num_edits} edits", f"by {existing.metrics[quality].protocol}")
-
-    def _warn_of_abilities(self, num_edits: int, settings: AbilitySettings, measurements: Sequence[Measurement]
-                           ) -> None:
-        for task, found in abilities_at(measurements, num_edits).items():
-            if task in settings.tasks:
-                self._warn(f"{task} after {num_edits} edits", f"on {found.n} records, {found.shots} examples, by "
-                           f"{found.protocol}")
-
-    def _warn(self, what: str, how: str) -> None:
-        logger.warning("%s has %s already, %s: it stays. Remove its line to have it measured anew",
-                       self.directory.path / schema.METRICS, what, how)
-
-    def record_weight_changes(self, model: nn.Module, progress: PhaseProgress | None = None) -> None:
-        """Write ``neurons.safetensors`` of the last kept weights, and ``spaces.csv`` of the changes between kept ones.
-
-        For runs of versions that did not write these files. If weights were kept after every batch, the result is what
-        the run would have written (shares up to their last digit); otherwise a line of ``spaces.csv`` covers several
-        batches. Files that are already complete stay unchanged.
-
-        Args:
-            model: the model that the run edited, just loaded or measured since; ends unedited.
-            progress: called with "weights" and the number of kept weights done.
-
-        Raises:
-            ValueError: no weights were kept, they are damaged or of another model, or one of the two files is damaged.
-        """
-        editable, folder = self.hparams.editable(model), self.directory.checkpoints
-        session = EditSession.of(model)
-        session.bind(editable, self.hparams)
-        kept = saved_weights(folder)
-        if not kept:
-            raise ValueError(f"{folder} holds no weights: keep some with keep_weights_every")
-
-        def put(num_edits: int) -> None:
-            if num_edits:
-                load_weights(editable, folder, num_edits)
-            else:
-                for layer, weight in session.original.items():
-                    editable.set_weight(layer, weight)
-
-        def event(num_edits: int) -> EditEvent:
-            return EditEvent(model, editable.weights(), num_edits, 0, ())
-
-        with self.directory.locked():
-            spaces, neurons = (self.directory.path_of(name) for name in (schema.SPACES, schema.NEURONS))
-            has_spaces = spaces.is_file() and covers(read_spaces_csv(spaces), kept[-1])
-            has_neurons = neurons.is_file() and NeuronRecord.read(neurons).num_edits >= kept[-1]
-            if has_spaces and has_neurons:
-                return
-            try:
-                put(0)
-                neuron_tracker = None if has_neurons else NeuronTracker(editable.weights(), self.hparams.gamma,
-                                                                        self._seed)
-                tracker = SpaceTracker(spaces, self.hparams.gamma, self.hparams.principal_space == "pretrained")
-                for done, (since, num_edits) in enumerate(pairwise([0, *kept]), start=1):
-                    if not has_spaces:
-                        tracker.on_batch_start(event(since))
-                    put(num_edits)
-                    if not has_spaces:
-                        tracker.on_batch_end(event(num_edits))
-                    if progress is not None:
-                        progress("weights", done, len(kept))
-                if neuron_tracker is not None:
-                    neuron_tracker.write(neurons, editable.weights(), kept[-1])
-            finally:
-                put(0)
+    def _warn(self, num_edits: int, existing: Sequence[str]) -> None:
+        if existing:
+            logger.warning("%s has %s after %d edits already, which stays, whatever its settings were. Remove its line "
+                           "to have it measured anew", self.directory.path / schema.METRICS, ", ".join(existing),
+                           num_edits)
 
 
 def _records(run: dict[str, Any]) -> list[EditRecord]:

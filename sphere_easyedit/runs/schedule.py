@@ -36,7 +36,7 @@ class AbilitySettings:
         tasks: names; empty: no abilities are measured.
         every: also measure at this interval, in edits; None: only before and after.
         data: folder with the files of the four built-in tasks.
-        num_fewshot, limit, max_new_tokens, batch_size: see ``general_abilities``.
+        num_fewshot, limit, batch_size: see ``general_abilities``.
     """
 
     tasks: tuple[str, ...] = ()
@@ -44,13 +44,12 @@ class AbilitySettings:
     data: Path | None = None
     num_fewshot: int = 0
     limit: int | None = None
-    max_new_tokens: int | None = None
     batch_size: int = 32
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``general_abilities``."""
         return {"data": self.data, "num_fewshot": self.num_fewshot, "limit": self.limit,
-                "max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+                "batch_size": self.batch_size}
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,7 @@ class MeasureSettings:
             "decoding": None if self.decoding is None else self.decoding.described(),
             "references": None if self.references is None else str(self.references),
             "abilities": {"tasks": list(self.abilities.tasks), "every": self.abilities.every,
-                          "num_fewshot": self.abilities.num_fewshot, "limit": self.abilities.limit,
-                          "max_new_tokens": self.abilities.max_new_tokens},
+                          "num_fewshot": self.abilities.num_fewshot, "limit": self.abilities.limit},
         }
 
 

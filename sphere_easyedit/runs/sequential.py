@@ -52,7 +52,8 @@ from . import schema
 from .config import check_same_run, run_config
 from .directory import RunDirectory
 from .measuring import Measurer
-from .records import read_state
+from .records import RunRecords, read_state
+from .result import RunResult
 from .schedule import (
     DueMeasurement,
     MeasureSettings,
@@ -114,19 +115,10 @@ class RunSettings:
         for name, value, least in (("batch_size", self.batch_size, 1), ("checkpoint_every", self.checkpoint_every, 1),
                                    ("keep_checkpoints", self.keep_checkpoints, 0), ("examples", self.examples, 0),
                                    ("keep_weights_every", self.keep_weights_every or 1, 1)):
-            if value < least:
-                raise ValueError(f"{name} is {value}; give at least {least}")
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; give a whole number, at least {least}")
         if self.on_error not in get_args(OnError):
             raise ValueError(f"on_error is {self.on_error!r}: give stop or skip")
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Result of a run: the content of ``summary.json``, energy records, and the examples' continuations."""
-
-    summary: dict[str, Any]
-    tracker: HETracker
-    generations: list[tuple[str, str, str]]  # prompt, before, after
 
 
 @default_torch_settings()
@@ -169,8 +161,8 @@ def run_sequential(
     editable = hparams.editable(model)
     check_parameters(model)
     if EditSession.of(model).num_edits:
-        raise ValueError(f"the model holds {EditSession.of(model).num_edits} edits already: start a run from a model "
-                         "just loaded")
+        raise ValueError(f"the model holds {EditSession.of(model).num_edits} edits already: load it again, or "
+                         "undo them with EditSession.of(model).rollback(0)")
     # Everything is checked, and statistics are collected, before anything is measured or changed.
     started = time.perf_counter()
     work = _Run(editable, tok, records, hparams, settings, run, callbacks, progress or (lambda *_: None))
@@ -481,9 +473,10 @@ class _Run:
             weights_sha256=weights_checksum(self._editable))
         run.write_json(schema.EXAMPLES, {"before": self._before, "after": after})
         run.write_json(schema.SUMMARY, summary.to_dict())
+        state = self._state(summary)
         for observer in self._observers:
-            observer.on_run_end(self._state(summary))
-        return RunResult(summary.to_dict(), self._tracker, generations)
+            observer.on_run_end(state)
+        return RunResult(summary.to_dict(), self._tracker, generations, RunRecords.of(state))
 
     def _measured(self, when: When, num_edits: int, protocol: str) -> Measurement | None:
         return next((one for one in self._measurer.measurements if not one.abilities
@@ -523,7 +516,7 @@ def _finished(run: RunDirectory, callbacks: Sequence[EditCallback], examples: Se
         callback.on_run_end(state)
     texts = _examples(run)
     return RunResult(run.read_json(schema.SUMMARY), tracker,
-                     list(zip(examples, texts["before"], texts["after"], strict=False)))
+                     list(zip(examples, texts["before"], texts["after"], strict=False)), RunRecords.of(state))
 
 
 def _examples(run: RunDirectory) -> dict[str, list[str]]:

@@ -19,7 +19,8 @@ def read_yaml(text: str, source: str) -> Any:
         source: its name in errors.
 
     Raises:
-        ValueError: it is not valid YAML, refers to itself, or is too large with aliases expanded ("billion laughs").
+        ValueError: it is not valid YAML, has a key twice (YAML would keep the last) or a number to base 60 such
+            as 4:00:00, refers to itself, or is too large with aliases expanded ("billion laughs").
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -34,14 +35,23 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Number of values in a node with all aliases expanded."""
+    """Number of values in a node with all aliases expanded; refuses keys given twice and numbers to base 60."""
     if id(node) in known:
         if known[id(node)] == 0:
             raise ValueError(f"the value in line {node.start_mark.line + 1} contains itself by an alias (*name)")
         return known[id(node)]
     known[id(node)] = 0
     children: list[yaml.Node] = []
+    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int" and ":" in node.value:
+        raise ValueError(f"line {node.start_mark.line + 1}: YAML reads {node.value} as a number to base 60: "
+                         f'write "{node.value}"')
     if isinstance(node, yaml.MappingNode):
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    raise ValueError(f"line {key.start_mark.line + 1}: {key.value} is given twice: remove one")
+                keys.add(key.value)
         children = [part for pair in node.value for part in pair]
     elif isinstance(node, yaml.SequenceNode):
         children = node.value

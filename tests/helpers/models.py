@@ -76,6 +76,7 @@ def tiny_hparams(folder: Path, **changes: Any) -> sphere.SPHEREHyperParams:
     settings = {"model_name": "tiny", "layers": [1, 2], "v_num_grad_steps": 12, "v_lr": 0.5, "v_loss_layer": 3,
                 "v_weight_decay": 0.001, "clamp_norm_factor": 4.0, "kl_factor": 0.0625, "L2": 0.1,
                 "mom2_update_weight": 20.0, "nullspace_share": 0.6, "mom2_dataset": "generated", "mom2_n_samples": 12,
+                "mom2_max_length": 32,  # texts of 128 tokens take a second more in each test that collects its own
                 "stats_dir": str(folder / "stats"), "context_templates": ["He said that. {}"], **changes}
     return sphere.SPHEREHyperParams.from_dict(settings)
 

@@ -33,7 +33,6 @@ from sphere_easyedit.evaluation.abilities.tasks import (
     ABILITY_TASKS,
     last_number,
     marked_number,
-    roc_auc,
     squad_normalised,
     word_f1,
 )
@@ -109,14 +108,12 @@ def test_choices_are_those_of_plain_log_probabilities(
         margins.append(second - first)
     right = [(margin > 0) == gold for gold, margin in zip(golds, margins, strict=True)]
     share = sum(right) / len(right)
-    pairs = [(gold, margin) for gold, margin in zip(golds, margins, strict=True)]
-    ordered = [high > low for gold, high in pairs if gold for other, low in pairs if not other]
     assert 0 < sum(golds) < len(golds)
     assert (found.task, found.metric, found.n, found.shots) == (name, "acc", len(PLACES), 0)
     assert found.mean == pytest.approx(100 * share)
     assert found.stderr == pytest.approx(100 * math.sqrt(share * (1 - share) / (len(right) - 1)))
-    assert found.extra["auc"] == pytest.approx(100 * sum(ordered) / len(ordered))
-    assert found.extra["f1"] == pytest.approx(100 * _weighted_f1([(gold, margin > 0) for gold, margin in pairs]))
+    pairs = [(gold, margin > 0) for gold, margin in zip(golds, margins, strict=True)]
+    assert found.extra == {"f1": pytest.approx(100 * _weighted_f1(pairs))}
 
 
 def _weighted_f1(pairs: Sequence[tuple[int, int]]) -> float:
@@ -137,7 +134,7 @@ def test_answers_do_not_depend_on_the_batch(tok: PreTrainedTokenizerBase, data: 
     assert few == general_abilities(model, tok, data=data, limit=3, max_new_tokens=SHORT, batch_size=32)
     assert few["gsm8k"].protocol.endswith(f"sphere-easyedit tasks, up to {SHORT} new tokens")
     assert few["gsm8k"].protocol.startswith("lm-eval 0.")
-    assert json.loads(json.dumps(few["gsm8k"].to_dict()))["extra"] == {"strict": 0.0}
+    assert json.loads(json.dumps(few["gsm8k"].to_dict()))["extra"] == {}
 
 
 def _greedy(model: nn.Module, tok: PreTrainedTokenizerBase, prompt: str, most: int) -> list[int]:
@@ -209,10 +206,9 @@ def test_a_number_is_found_however_it_is_written(whole: int, places: int, before
 def test_scores_of_gsm8k_and_natural_questions() -> None:
     score = ABILITY_TASKS["gsm8k"].score
     record = {"answer": "6+6=<<6+6=12>>12\n#### 1,212"}
-    assert score(record, " 6+6=12\n#### 1212") == {"exact_match": 1, "strict": 1}
-    assert score(record, " 12 and 1200, that is $1,212.00.") == {"exact_match": 1, "strict": 0}
-    assert score(record, "#### 1212\nThat was question 3") == {"exact_match": 0, "strict": 1}
-    assert score(record, "") == {"exact_match": 0, "strict": 0}
+    assert score(record, " 6+6=12\n#### 1212") == {"exact_match": 1}
+    assert score(record, " 12 and 1200, that is $1,212.00.") == {"exact_match": 1}
+    assert score(record, "#### 1212\nThat was question 3") == score(record, "") == {"exact_match": 0}
     score = ABILITY_TASKS["natural_questions"].score
     record = {"answers": ["November 2 , 2016", "The Red Other", "A+"]}
     assert score(record, " november 2, 2016.") == {"exact_match": 1, "f1": 1, "contains": 1}
@@ -225,11 +221,6 @@ def test_scores_of_gsm8k_and_natural_questions() -> None:
     assert (squad_normalised("*"), squad_normalised("The"), squad_normalised("")) == ("*", "the", "")
 
 
-def test_scores_that_are_not_finite_have_no_auc() -> None:
-    assert math.isnan(roc_auc([(0, 1.0), (1, math.nan)]))
-    assert roc_auc([(0, 1.0), (1, 1.0), (1, 2.0)]) == 0.75  # a tie counts half
-
-
 @settings(deadline=None)
 @given(st.lists(st.sampled_from("abc")), st.lists(st.sampled_from("abc")))
 def test_word_f1_is_symmetric_and_bounded(one: list[str], other: list[str]) -> None:
@@ -237,10 +228,6 @@ def test_word_f1_is_symmetric_and_bounded(one: list[str], other: list[str]) -> N
     assert word_f1(first, second) == word_f1(second, first)
     assert 0 <= word_f1(first, second) <= 1
     assert (word_f1(first, second) == 1) == (sorted(one) == sorted(other))
-
-
-def test_auc_is_left_out_where_all_records_are_of_one_class(tok: PreTrainedTokenizerBase, data: Path) -> None:
-    assert set(general_abilities(tiny_model("llama"), tok, ["boolq"], data, limit=1)["boolq"].extra) == {"f1"}
 
 
 def test_examples_come_from_other_records_and_by_the_seed(

@@ -1,16 +1,13 @@
-"""From run directories to the study's tables: reading, comparing, Markdown and CSV."""
+"""Reading run directories: records, energy along a run, labels, Markdown and CSV, and the weights of the study."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,24 +15,22 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from helpers.models import REQUESTS, tiny_hparams, tiny_model
-from helpers.paths import REPOSITORY
 from helpers.run_files import metric, write_run
 from sphere_easyedit import PrincipalSpace
 from sphere_easyedit.analysis.collapse import Collapse, collapse_of
 from sphere_easyedit.analysis.correlations import energy_correlations, energy_points
-from sphere_easyedit.analysis.labels import LabelledRun, labelled_runs
+from sphere_easyedit.analysis.labels import labelled_runs
 from sphere_easyedit.analysis.tables import Column, Table
 from sphere_easyedit.callbacks.spaces import principal_share
 from sphere_easyedit.methods.covariance import moment_path, save_moment
 from sphere_easyedit.runs.directory import RunDirectory
-from sphere_easyedit.runs.records import RunRecords, find_runs
+from sphere_easyedit.runs.records import RunRecords
 from sphere_easyedit.runs.schema import Estimate, Summary
-from study.comparisons import abilities_table, differences_table, gains_table, results_table
-from study.energy import collapse_table, correlation_table, curves_table, regression_table
 from study.geometry import neuron_geometry
+from study.runs import find_runs
 from study.weights import keys_of_edits, over_layers, stages, weight_tables
+from study_results import ARCHIVE, unpack
 
-SCRIPT = REPOSITORY / "benchmarks" / "study_tables.py"
 METRIC_NAMES = ("efficacy", "generalization", "specificity")
 
 
@@ -166,21 +161,7 @@ def test_energy_is_followed_to_the_collapse(tmp_path: Path) -> None:
     assert whole["efficacy"].signed.energy.rho == pytest.approx(-0.942857, abs=1e-5)
     assert early["efficacy"].signed.energy.rho == pytest.approx(-0.8)
     assert whole["log_perplexity"].signed.energy.n == 5
-
-    row, = rows_of(collapse_table(labelled_runs([run])))
-    assert (row["edits"], row["collapses at"], row["sign"]) == (600, 500, "efficacy")
-    assert row["HE change before"] == pytest.approx(0.01) and row["|HE change| there"] == pytest.approx(0.0375)
-    assert row["HE change at the end"] == pytest.approx(0.015) and row["perplexity ratio at the end"] == math.inf
-    table = {row["metric"]: row for row in rows_of(correlation_table(labelled_runs([run])))}
-    assert table["efficacy"]["rho HE before collapse"] == pytest.approx(-0.8)
-    assert table["efficacy"]["n steps of HE"] == 5 and table["specificity"]["rho |HE|"] == pytest.approx(-1)
-
-
-def test_a_run_that_holds_has_no_collapse(tmp_path: Path) -> None:
-    arms = labelled_runs([RunRecords.read(write_run(tmp_path / "run"))])
-    row, = rows_of(collapse_table(arms))
-    assert (row["collapses at"], row["HE change there"]) == (None, None)
-    assert not any("before collapse" in column.name for column in correlation_table(arms).columns)
+    assert collapse_of(RunRecords.read(write_run(tmp_path / "holds"))) is None
 
 
 def test_energy_that_is_not_finite_is_no_point(tmp_path: Path) -> None:
@@ -190,63 +171,22 @@ def test_energy_that_is_not_finite_is_no_point(tmp_path: Path) -> None:
     assert [point.num_edits for point in energy_points(RunRecords.read(folder))] == [100, 200]
 
 
-def test_curves_have_every_point(tmp_path: Path) -> None:
-    rows = rows_of(curves_table(labelled_runs([RunRecords.read(write_run(tmp_path / "run"))])))
-    assert [(row["edits"], row["when"]) for row in rows] == [
-        (0, "before"), (100, "during"), (100, "last_batch"), (200, "during"), (300, "after")]
-    assert rows[0]["HE change"] == 0 and rows[0]["update norm"] is None
-    assert rows[3]["HE change"] == pytest.approx(0.005) and rows[3]["|HE change|"] == pytest.approx(0.015)
-    assert rows[3]["update norm"] == 4 and rows[3]["perplexity ratio"] == 21 / 20
-    assert rows[3]["efficacy"] == Estimate(80.0, (79.0, 81.0), 8)
-
-
-def test_regressions_pool_runs(tmp_path: Path) -> None:
-    one = RunRecords.read(write_run(tmp_path / "one", efficacy=[90, 80, 72, 60], perplexity=[20] * 4))
-    two = RunRecords.read(write_run(tmp_path / "two", alpha=0.5, efficacy=[90, 85, 82, 80], perplexity=[20] * 4))
-    rows = [row for row in rows_of(regression_table(labelled_runs([one, two])))
-            if (row["metric"], row["energy"]) == ("efficacy", "HE step")]
-    assert [(row["method"], row["pairs"]) for row in rows] == [("all runs", 6), ("MEMIT", 3), ("MEMIT+SPHERE", 3)]
-    assert rows[0]["data set"] == "CounterFact" and isinstance(rows[0]["slope"], Estimate)
-
-
-@pytest.mark.parametrize("file", sorted((REPOSITORY / "docs" / "results").rglob("metrics.jsonl")),
-                         ids=lambda file: file.parent.name)
-def test_published_runs_still_open(file: Path) -> None:
+def test_published_runs_still_open(tmp_path: Path) -> None:
     """Runs of older versions are read, and their lines written again as they stand."""
-    run = RunRecords.read(file.parent)
-    assert run.points and run.batches and run.energy and run.summary is not None
-    for name, records in (("metrics.jsonl", RunDirectory(file.parent).measurements()), ("edits.jsonl", run.batches)):
-        lines = [json.loads(line) for line in (file.parent / name).read_text().splitlines()]
-        for line, record in zip(lines, records, strict=True):
-            again = json.loads(json.dumps(record.to_dict()))
-            assert {key: again[key] for key in line} == line
+    unpack(ARCHIVE, tmp_path)
+    runs = find_runs(tmp_path)
+    assert len(runs) > 30
+    for run in runs:
+        assert run.points and run.batches and run.energy and run.summary is not None
+        for name, records in (("metrics.jsonl", RunDirectory(run.directory).measurements()),
+                              ("edits.jsonl", run.batches)):
+            lines = [json.loads(line) for line in (run.directory / name).read_text().splitlines()]
+            for line, record in zip(lines, records, strict=True):
+                again = json.loads(json.dumps(record.to_dict()))
+                assert {key: again[key] for key in line} == line
 
 
-# --- arms side by side ----------------------------------------------------------------------------------------
-
-
-def arms_with_scores(folder: Path) -> list[LabelledRun]:
-    """MEMIT by itself, with SPHERE (a tenth better on each case) and with a control as good; and a ZsRE run."""
-    rng = np.random.default_rng(0)
-    base = {case: {name: float(rng.uniform(0.2, 0.8)) for name in METRIC_NAMES} for case in range(40)}
-    better = {case: {name: 1.1 * value for name, value in values.items()} for case, values in base.items()}
-    write_run(folder / "a", scores=base)
-    write_run(folder / "b", alpha=0.8, scores=better)
-    write_run(folder / "c", alpha=0.8, suppression="random", scores=dict(reversed(list(better.items()))))
-    write_run(folder / "d", dataset="zsre", efficacy=[50.0, 40.0], perplexity=[20, 20])
-    return labelled_runs(find_runs(folder))
-
-
-def test_results_have_the_papers_form(tmp_path: Path) -> None:
-    table = results_table(arms_with_scores(tmp_path))
-    assert [row[:3] for row in table.rows] == [
-        ("tiny", "unedited", None), ("tiny", "MEMIT", 0), ("tiny", "MEMIT+SPHERE", 0), ("tiny", "MEMIT+random", 0)]
-    rows = rows_of(table)
-    assert rows[1]["CounterFact efficacy"] == Estimate(70.0, (69.0, 71.0), 8)
-    assert (rows[1]["ZsRE edits"], rows[1]["ZsRE efficacy"].mean, rows[2]["ZsRE efficacy"]) == (200, 40.0, None)
-    assert rows[0]["CounterFact specificity"].mean == 20.0
-    assert not any("fluency" in column.name for column in table.columns)
-    assert "| tiny | MEMIT | 0 | 300 | 70.0 (69.0 to 71.0) |" in table.to_markdown()
+# --- labels ----------------------------------------------------------------------------------------
 
 
 def test_runs_that_share_a_method_are_told_apart(tmp_path: Path) -> None:
@@ -257,32 +197,21 @@ def test_runs_that_share_a_method_are_told_apart(tmp_path: Path) -> None:
         "MEMIT+SPHERE (one)", "MEMIT+SPHERE (two)", "MEMIT+SPHERE"]
 
 
-def test_differences_are_paired_over_cases(tmp_path: Path) -> None:
-    arms = arms_with_scores(tmp_path)
-    with_base, with_control = rows_of(differences_table(arms, resamples=500))
-    assert (with_base["method"], with_base["against"], with_base["edits"]) == ("MEMIT+SPHERE", "MEMIT", 300)
-    mean = 100 * np.mean([values["efficacy"] for values in arms[0].run.scores("after", 300).values()])
-    difference = with_base["efficacy"]
-    assert difference.mean == pytest.approx(0.1 * mean) and difference.n == 40
-    assert difference.ci95[1] - difference.ci95[0] < 2  # each by itself is spread over 60 points
-    assert (with_control["against"], with_control["efficacy"].mean, with_control["efficacy"].ci95) == (
-        "MEMIT+random", 0.0, (0.0, 0.0))  # matched by case, in whatever order
-    gain, = rows_of(gains_table(arms, resamples=500))
-    assert gain["efficacy"].mean == pytest.approx(10) and gain["efficacy"].ci95 == pytest.approx((10, 10))
-    assert gain["mean of efficacy, generalization, specificity"] == pytest.approx(10)
+def test_another_order_is_another_experiment(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, alpha=alpha, scores={1: {"efficacy": 1.0}, 2: {"efficacy": 0.0}})
+               for name, alpha in (("a", 0.0), ("b", 0.8), ("c", 0.0))]
+    config = yaml.safe_load((folders[2] / "config.yaml").read_text())
+    config["run"]["order_seed"] = 1
+    (folders[2] / "config.yaml").write_text(yaml.safe_dump(config))
+    arms = labelled_runs([RunRecords.read(folder) for folder in folders])
+    assert [(arm.label, arm.run.draw) for arm in arms] == [("MEMIT", 0), ("MEMIT+SPHERE", 0), ("MEMIT", "0, order 1")]
 
 
-def test_runs_of_other_seeds_are_not_compared(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", scores={1: {"efficacy": 1.0}})
-    write_run(tmp_path / "b", alpha=0.8, seed=1, scores={1: {"efficacy": 1.0}})
-    write_run(tmp_path / "c", alpha=0.8, efficacy=[1.0], perplexity=[20], scores={1: {"efficacy": 1.0}})
-    assert differences_table(labelled_runs(find_runs(tmp_path))).rows == ()
-
-
-def test_abilities_are_listed_by_edits(tmp_path: Path) -> None:
-    rows = rows_of(abilities_table(labelled_runs([RunRecords.read(write_run(tmp_path / "run"))])))
-    assert [(row["edits"], row["gsm8k"].mean, row["gsm8k"].n) for row in rows] == [(0, 40, 50), (300, 20, 50)]
-    assert rows[0]["gsm8k"].ci95 == pytest.approx((39.02, 40.98))  # of the standard error
+def test_earlier_keys_are_another_base_method(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, alpha=alpha, keep_previous_keys=keys, scores={1: {"efficacy": 1.0}})
+               for name, alpha, keys in (("a", 0.0, False), ("b", 0.8, True), ("c", 0.0, True))]
+    arms = labelled_runs([RunRecords.read(folder) for folder in folders])
+    assert [arm.label for arm in arms] == ["MEMIT", "MEMIT, earlier keys", "MEMIT, earlier keys+SPHERE"]
 
 
 def test_abilities_may_be_measured_one_after_the_other(tmp_path: Path) -> None:
@@ -374,62 +303,3 @@ def test_weights_are_described_in_the_right_orientation(tmp_path: Path, family: 
     assert len(whole.rows) == 3 and (first_step["from"], first_step["to"], first_step["layers"]) == (0, 100, 2)
     assert first_step["times chance"] == pytest.approx((updates[0]["times chance"] + updates[1]["times chance"]) / 2)
     assert first_step["cosine with the step before"] is None
-
-
-def test_a_broken_checkpoint_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    hparams = tiny_hparams(tmp_path)
-    editable = hparams.editable(tiny_model("llama"))
-    folder = write_run(tmp_path / "run")
-    (folder / "checkpoints").mkdir()
-    weights = {editable.parameter_name(1): torch.full((48, 80), math.nan),
-               editable.parameter_name(2): editable.weight(2).clone()}
-    save_file(weights, folder / "checkpoints" / "weights-100.safetensors")
-    geometry, _, updates = weight_tables(labelled_runs([RunRecords.read(folder)]), lambda run: (editable, hparams))
-    assert len(geometry.rows) == 3 and len(updates.rows) == 1
-    assert "layer 1 holds nan or infinity" in caplog.text
-
-
-# --- the script -----------------------------------------------------------------------------------------------
-
-
-def test_the_script_writes_all_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arms_with_scores(tmp_path / "runs")
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "runs"), "--output", str(tmp_path / "out"),
-                                      "--resamples", "200"])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-    text = (tmp_path / "out" / "tables.md").read_text()
-    assert text.startswith("Made by `python ")
-    for title in ("After the last edit", "SPHERE minus another arm", "Relative gain", "Where runs collapse",
-                  "Rank correlation", "General abilities"):
-        assert f"### {title}" in text
-    assert {path.stem for path in (tmp_path / "out").glob("*.csv")} == {
-        "results", "differences", "gains", "collapse", "correlations", "regressions", "abilities", "curves"}
-    with (tmp_path / "out" / "curves.csv").open(newline="") as stream:
-        assert len(list(csv.DictReader(stream))) == 3 * 5 + 4
-
-
-def test_another_order_is_another_experiment(tmp_path: Path) -> None:
-    folders = [write_run(tmp_path / name, alpha=alpha, scores={1: {"efficacy": 1.0}, 2: {"efficacy": 0.0}})
-               for name, alpha in (("a", 0.0), ("b", 0.8), ("c", 0.0))]
-    config = yaml.safe_load((folders[2] / "config.yaml").read_text())
-    config["run"]["order_seed"] = 1
-    (folders[2] / "config.yaml").write_text(yaml.safe_dump(config))
-    arms = labelled_runs([RunRecords.read(folder) for folder in folders])
-    assert [(arm.label, arm.run.draw) for arm in arms] == [("MEMIT", 0), ("MEMIT+SPHERE", 0), ("MEMIT", "0, order 1")]
-    assert [row["against"] for row in rows_of(differences_table(arms, resamples=10))] == ["MEMIT"]
-
-
-def test_earlier_keys_are_another_base_method(tmp_path: Path) -> None:
-    folders = [write_run(tmp_path / name, alpha=alpha, keep_previous_keys=keys, scores={1: {"efficacy": 1.0}})
-               for name, alpha, keys in (("a", 0.0, False), ("b", 0.8, True), ("c", 0.0, True))]
-    arms = labelled_runs([RunRecords.read(folder) for folder in folders])
-    assert [arm.label for arm in arms] == ["MEMIT", "MEMIT, earlier keys", "MEMIT, earlier keys+SPHERE"]
-    assert [row["against"] for row in rows_of(differences_table(arms, resamples=10))] == ["MEMIT, earlier keys"]
-
-
-def test_runs_with_other_settings_are_not_compared(tmp_path: Path) -> None:
-    folders = [write_run(tmp_path / name, base="AlphaEdit", alpha=alpha, L2=strength, device=device,
-                         scores={1: {"efficacy": 1.0}})
-               for name, alpha, strength, device in (("a", 0.0, 1, "cpu"), ("b", 0.5, 1, None), ("c", 0.0, 10, "cpu"))]
-    rows = rows_of(differences_table(labelled_runs([RunRecords.read(folder) for folder in folders]), resamples=10))
-    assert [row["against"] for row in rows] == ["AlphaEdit (a)"]

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from helpers.models import edited_weights, tiny_hparams, tiny_model
 from helpers.paths import TESTS
 from sphere_easyedit.analysis import case_study
-from sphere_easyedit.analysis.case_study import choose_case, dtype_of_run, study_case
+from sphere_easyedit.analysis.case_study import choose_case, study_case
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.checkpoints import load_weights
 from sphere_easyedit.evaluation.generation import generate_continuations
@@ -131,7 +131,3 @@ def test_a_run_without_weights_is_refused(run_path: Path, tmp_path: Path) -> Non
     run = EditedRun(tmp_path)
     with pytest.raises(ValueError, match="kept no weights.*run `edit` again"):
         choose_case(run, str(run.records[0].case_id))
-
-
-def test_the_model_is_loaded_as_the_run_had_it(run_path: Path) -> None:
-    assert dtype_of_run(EditedRun(run_path)) == "float32"

@@ -18,7 +18,7 @@ from helpers.metric_records import AROUND, tokenizer
 from helpers.models import tiny_model
 from sphere_easyedit.evaluation.generation import generate_continuations
 from sphere_easyedit.evaluation.perplexity import perplexity
-from sphere_easyedit.evaluation.teacher_forcing import Row, score_rows
+from sphere_easyedit.evaluation.teacher_forcing import TargetRow, score_rows
 from sphere_easyedit.models.architecture import max_positions
 
 OLD = Version(transformers.__version__) < Version("5")
@@ -283,7 +283,7 @@ def test_prompts_generate_together_and_equal_ones_once(llama: Any) -> None:
 def test_within_an_outer_inference_mode(model_type: str) -> None:
     """The same values, and a model that can be trained afterwards."""
     model, tok = model_of(model_type), tokenizer("plain")
-    rows = [Row([5, 6, 7], [8, 9]), Row([5, 6], [9]), Row([20, 21, 22, 23], [24])]
+    rows = [TargetRow([5, 6, 7], [8, 9]), TargetRow([5, 6], [9]), TargetRow([20, 21, 22, 23], [24])]
 
     def all_values() -> tuple[Any, ...]:
         return (score_rows(model, rows, log_probs_for=range(3)), generate_continuations(model, tok, PROMPTS, 4),

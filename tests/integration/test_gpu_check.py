@@ -63,7 +63,7 @@ def test_without_a_gpu_it_says_what_to_do(check: ModuleType, monkeypatch: pytest
 def test_what_fails_shows_and_the_rest_goes_on(check: ModuleType, monkeypatch: pytest.MonkeyPatch,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     def wrong(*_: object) -> Iterator[object]:
-        yield check.Row("parity", "HE", "1.0e-01", "at most 1e-06", "FAILED")
+        yield check.TargetRow("parity", "HE", "1.0e-01", "at most 1e-06", "FAILED")
 
     def broken(*_: object) -> Iterator[object]:
         raise RuntimeError("CUDA error: out of |memory|")

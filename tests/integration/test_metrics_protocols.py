@@ -22,7 +22,7 @@ from sphere_easyedit.evaluation.metrics import (
     evaluate_records,
     summarise,
 )
-from sphere_easyedit.evaluation.teacher_forcing import Row, score_rows
+from sphere_easyedit.evaluation.teacher_forcing import TargetRow, score_rows
 
 ALL: tuple[Protocol, ...] = ("paper", "rome", "easyedit")
 
@@ -104,7 +104,7 @@ def test_rome_refuses_what_has_no_true_target(llama: Any) -> None:
 
 
 def test_log_probabilities_of_chosen_rows(llama: Any) -> None:
-    rows = [Row([5, 6, 7], [8, 9]), Row([5, 6, 7], [10]), Row([5, 6], [7, 8]), Row([4], [3])]
+    rows = [TargetRow([5, 6, 7], [8, 9]), TargetRow([5, 6, 7], [10]), TargetRow([5, 6], [7, 8]), TargetRow([4], [3])]
     scores = score_rows(llama, rows, log_probs_for=[1, 2])
     plain = score_rows(llama, rows)
     assert [score.log_probs is None for score in scores] == [True, False, False, True]

@@ -35,7 +35,6 @@ from sphere_easyedit.models.fingerprint import model_fingerprint
 from sphere_easyedit.models.loading import load_model
 from sphere_easyedit.models.module_discovery import module_names
 from sphere_easyedit.models.offload import (
-    offloaded_names,
     offloaded_weight,
     parameter_values,
     writable_parameter,
@@ -53,6 +52,10 @@ MORE = [{"prompt": "{} was born in", "subject": "Ada Lovelace", "target_new": "B
 def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def offloaded(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters() if offloaded_weight(model, name) is not None]
 
 
 def same(first: dict[int, Tensor], second: dict[int, Tensor]) -> bool:
@@ -345,7 +348,7 @@ def test_a_pass_that_broke_off_leaves_its_weight_where_nobody_reads_it(saved: Ca
 
 def test_names_and_values(saved: Callable[[str], Path]) -> None:
     whole, parts = load(saved("llama")), split(saved("llama"), disk=(2,))
-    assert {name.split(".layers.")[1][0] for name in offloaded_names(parts)} == {"2"}
+    assert {name.split(".layers.")[1][0] for name in offloaded(parts)} == {"2"}
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter_values(parts, name), parameter)
         assert torch.equal(writable_parameter(parts, name), parameter)
@@ -400,13 +403,8 @@ def test_where_no_copy_can_be_made(saved: Callable[[str], Path], tmp_path: Path,
 @pytest.mark.parametrize(("device", "options", "message"), [
     ("cpu", {"max_memory": {"cpu": "1GiB"}}, 'need a device map, but device is \'cpu\': give device "auto"'),
     (None, {"offload_folder": "x"}, "need a device map"),
-    ("auto", {"max_memory": {"disk": "1GiB"}}, "max_memory is given for 'disk'"),
-    ("auto", {"max_memory": {True: "1GiB"}}, "max_memory is given for True"),
-    ("auto", {"max_memory": {"cpu": "10gb"}}, "max_memory of 'cpu' is '10gb'"),  # bits, to accelerate
-    ("auto", {"max_memory": {0: -1}}, "max_memory of 0 is -1"),
-    ("auto", {"max_memory": {0: True}}, "max_memory of 0 is True"),
 ])
-def test_bounds_that_are_none(device: str | None, options: dict[str, Any], message: str) -> None:
+def test_bounds_need_a_device_map(device: str | None, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_model("nowhere", device, **options)
 
@@ -414,8 +412,8 @@ def test_bounds_that_are_none(device: str | None, options: dict[str, Any], messa
 def test_memory_is_bounded(tok: PreTrainedTokenizerBase, saved: Callable[[str], Path]) -> None:
     folder = saved("llama")
     tok.save_pretrained(folder)
-    assert offloaded_names(load_model(str(folder), "auto")[0]) == []
+    assert offloaded(load_model(str(folder), "auto")[0]) == []
     model, _ = load_model(str(folder), "auto", max_memory={"cpu": 750_000})
-    away = offloaded_names(model)
+    away = offloaded(model)
     held = sum(value.numel() * 4 for name, value in model.named_parameters() if name not in away)
     assert away and 0 < held <= 750_000

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 import sphere_easyedit as sphere
 from helpers.models import REQUESTS
 from helpers.offloaded import hparams_for, load, saved, split, stored
+from sphere_easyedit.export.checksums import base_fingerprint
 from sphere_easyedit.export.deltas import apply_deltas, compute_deltas, read_deltas, write_deltas
 from sphere_easyedit.export.edited import EditedWeights, Provenance, WeightChange
-from sphere_easyedit.export.fingerprint import base_fingerprint
 from sphere_easyedit.models.offload import distinct_names
 
 pytest.importorskip("accelerate")

@@ -266,7 +266,7 @@ def test_needs_grow_with_edits_and_fall_with_statistics(tmp_path: Path) -> None:
     assert seconds(many, "statistics") == seconds(few, "statistics") > 0
     assert many.peak_bytes["host"] > few.peak_bytes["host"]
     for layer in hparams.layers:
-        save_moment(tmp_path / "stats/tiny/generated-seed0-t128_stats" /
+        save_moment(tmp_path / "stats/tiny/generated-seed0-t32_stats" /
                     f"model.layers.{layer}.mlp.down_proj_float32_mom2_12.npz", torch.eye(80), 5, 12)
     there = make_plan(hparams, PlanSettings(10, 5, gflops=1.0))
     assert part(there, "statistics").seconds == 0.0
@@ -309,15 +309,15 @@ def test_prediction_is_what_a_run_takes(base_alg: str, workplace: Path, tmp_path
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that counts FLOPs, as torch does, in place of seconds: no other process can make it go wrong."""
     hparams = tiny_hparams(tmp_path, model_name=str(workplace / "tiny-llama"), base_alg=base_alg, device="cpu",
-                           v_lr=1e-6, context_templates=None)
+                           v_lr=1e-6, v_num_grad_steps=6, context_templates=None)
     with FlopCounterMode(display=False) as counter:
         ticks = itertools.count()  # what torch does not count, such as eigenvectors, takes next to nothing
         clock = SimpleNamespace(perf_counter=lambda: counter.get_total_flops() / 1e9 + next(ticks) * 1e-9)
         monkeypatch.setattr(times, "time", clock)
-        plan = make_plan(hparams, PlanSettings(12, 6))
+        plan = make_plan(hparams, PlanSettings(6, 3))
     model = AutoModelForCausalLM.from_pretrained(workplace / "tiny-llama")
     with FlopCounterMode(display=False) as counter:
-        run_sequential(model, tok, load_records("demo", None, 12), hparams, RunSettings(tmp_path / "run", 6, 3))
+        run_sequential(model, tok, load_records("demo", None, 6), hparams, RunSettings(tmp_path / "run", 3, 3))
     assert plan.seconds == pytest.approx(counter.get_total_flops() / 1e9, rel=0.25)
 
 

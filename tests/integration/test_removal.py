@@ -25,6 +25,14 @@ from typer.testing import CliRunner, Result
 import sphere_easyedit as sphere
 from helpers.golden import GOLDEN
 from helpers.models import REQUESTS, edited_weights, relative_error, save_tiny_model, tiny_hparams, tiny_model
+from helpers.sessions import (
+    BATCHES,  # case_id are the places: 0; 1, 2; 3, 4
+    Make,
+    equal,
+    folder,  # noqa: F401 - a fixture
+    hparams_of,  # noqa: F401 - a fixture
+    state_of,
+)
 from sphere_easyedit.cli.app import app
 from sphere_easyedit.core.updates import LowRankUpdate
 from sphere_easyedit.datasets.loaders import load_records
@@ -47,24 +55,13 @@ from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 from sphere_easyedit.utils.files import checksum_path
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
-METHODS: dict[str, dict[str, Any]] = {
-    "AlphaEdit": {"base_alg": "AlphaEdit"},
-    "MEMIT": {"base_alg": "MEMIT"},
-    "MEMIT_keys": {"base_alg": "MEMIT", "keep_previous_keys": True},
-    "MEMIT_plain": {"base_alg": "MEMIT", "alpha": 0.0},
-    "MEMIT_compensated": {"base_alg": "MEMIT", "compensate": True},
-}
-MORE = [{"prompt": "The mother tongue of Marie Curie is", "subject": "Marie Curie", "target_new": "English"},
-        {"prompt": "{} was born in the city of", "subject": "Albert Einstein", "target_new": "London"}]
-# case_id are the places: 0; 1, 2; 3, 4
-BATCHES = [[REQUESTS[0]], REQUESTS[1:], MORE]
+METHODS = ("AlphaEdit", "MEMIT", "MEMIT_seq", "MEMIT plain", "MEMIT compensated")
 KINDS = [(method, "llama") for method in METHODS] + [("AlphaEdit", "gpt2"), ("MEMIT", "gpt2")]
 # Edits that show in what a tiny random model says: the prompt ends with the subject, so that no attention is needed.
 SHOWING = {"alpha": 0.0, "v_num_grad_steps": 40, "clamp_norm_factor": 60.0, "v_weight_decay": 0.0, "kl_factor": 0.0,
            "L2": 0.01, "nullspace_share": 1.0, "context_templates": []}
 SPOKEN = [{"prompt": "People spoke of {}", "subject": subject, "target_new": target} for subject, target in (
     ("France", "Rome"), ("John Smith", "London"), ("Brazil", "English"), ("Marie Curie", "German"))]
-Make = Callable[..., sphere.SPHEREHyperParams]
 
 
 # --- the algebra --------------------------------------------------------------------------------------------
@@ -165,21 +162,6 @@ def test_another_change_is_told_from_rounding(drawn: tuple[Tensor, Edits], place
 
 
 # --- tiny models --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Statistics are generated once for all tests."""
-    return tmp_path_factory.mktemp("removal")
-
-
-@pytest.fixture
-def hparams_of(folder: Path) -> Make:
-    def make(method: str = "AlphaEdit", family: str = "llama", **changes: Any) -> sphere.SPHEREHyperParams:
-        return tiny_hparams(folder / family, **{"v_num_grad_steps": 3, **METHODS.get(method, {"base_alg": method}),
-                                                **changes})
-
-    return make
 
 
 class Recorder(sphere.EditCallback):
@@ -366,7 +348,7 @@ def test_bfloat16_says_what_its_steps_swallow(tok: PreTrainedTokenizerBase, hpar
 # --- going on -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["AlphaEdit", "MEMIT", "MEMIT_keys"])
+@pytest.mark.parametrize("method", ["AlphaEdit", "MEMIT", "MEMIT_seq"])
 def test_editing_goes_on(method: str, tok: PreTrainedTokenizerBase, hparams_of: Make, tmp_path: Path,
                          caplog: pytest.LogCaptureFixture) -> None:
     hparams, model = hparams_of(method), tiny_model("llama")
@@ -545,7 +527,7 @@ Edited = tuple[nn.Module, sphere.SPHEREHyperParams, Path]
 def kept_once(folder: Path) -> Edited:
     """A model after three batches with the first fact removed, and its factors."""
     model, tok = tiny_model("llama"), AutoTokenizer.from_pretrained(GOLDEN / "llama" / "tiny-llama")
-    hparams = tiny_hparams(folder / "llama", **METHODS["MEMIT_keys"], v_num_grad_steps=2)
+    hparams = tiny_hparams(folder / "llama", base_alg="MEMIT", keep_previous_keys=True, v_num_grad_steps=2)
     edit(model, tok, hparams, folder / "factors")
     remove_facts(model, hparams, folder / "factors", [0])
     sphere.EditSession.of(model).save(folder / "session")
@@ -567,18 +549,11 @@ def unharmed(kept: Edited) -> Iterator[None]:
     model, hparams, folder = kept
     session = sphere.EditSession.of(model)
 
-    def state() -> dict[str, Any]:
-        return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(session).items()}
-
-    weights, record, held = edited_weights(model, hparams), record_path(folder).read_bytes(), state()
+    weights, record, held = edited_weights(model, hparams), record_path(folder).read_bytes(), state_of(session)
     yield
-    assert all(torch.equal(weight, weights[layer]) for layer, weight in edited_weights(model, hparams).items())
+    assert equal(edited_weights(model, hparams), weights)
     assert record_path(folder).read_bytes() == record
-    assert {name: id(value) for name, value in state().items() if not isinstance(value, dict)} == {
-        name: id(value) for name, value in held.items() if not isinstance(value, dict)}
-    assert {(name, key): id(value) for name, part in state().items() if isinstance(part, dict)
-            for key, value in part.items()} == {(name, key): id(value) for name, part in held.items()
-                                                if isinstance(part, dict) for key, value in part.items()}
+    assert state_of(session) == held
 
 
 @pytest.mark.usefixtures("unharmed")
@@ -601,10 +576,6 @@ def flip_a_byte(folder: Path) -> None:
     factors_path(folder, 3).write_bytes(content)
 
 
-def cut(folder: Path) -> None:
-    factors_path(folder, 3).write_bytes(factors_path(folder, 3).read_bytes()[:-8])
-
-
 def exchange(folder: Path) -> None:
     shutil.copy(factors_path(folder, 5), factors_path(folder, 3))
 
@@ -621,10 +592,6 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], 
     checksum_path(target).unlink(missing_ok=True)
 
 
-def overlap(folder: Path) -> None:
-    rewrite(folder, lambda description, _: description.update(since=0, num_edits=2))
-
-
 def poison(folder: Path) -> None:
     rewrite(folder, lambda _, tensors: tensors["keys.2"][0].fill_(float("nan")))
 
@@ -633,34 +600,20 @@ def lose_a_case(folder: Path) -> None:
     rewrite(folder, lambda description, _: description["case_ids"].pop())
 
 
-def start_before_the_first(folder: Path) -> None:
-    rewrite(folder, lambda description, _: description.update(since=-1, case_ids=[1, 2, 3, 4]))
-
-
 def lose_a_tensor(folder: Path) -> None:
     rewrite(folder, lambda _, tensors: tensors.pop("keys.2"))
-
-
-def add_a_tensor(folder: Path) -> None:
-    rewrite(folder, lambda _, tensors: tensors.update({"keys.3": torch.zeros(80, 2)}))
 
 
 def lose_a_column(folder: Path) -> None:
     rewrite(folder, lambda _, tensors: tensors.update({"keys.2": tensors["keys.2"][:, :1].contiguous()}))
 
 
-def truncate_to_integers(folder: Path) -> None:
-    rewrite(folder, lambda _, tensors: tensors.update({"values.2": tensors["values.2"].int()}))
-
-
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize(("harm", "match"), [
     (remove_one, "holds the factors of 1 edits, of 5"), (flip_a_byte, "is damaged .its sha256 is not"),
-    (cut, "is damaged"), (exchange, "it is of the batch after 5 edits"), (poison, "keys of layer 2 are not finite"),
-    (overlap, "holds the factors of 1 edits, of 5"), (lose_a_case, "1 cases from 1 to 3 edits"),
-    (start_before_the_first, "4 cases from -1 to 3 edits"), (lose_a_tensor, r"it holds keys.1, .* not values, keys"),
-    (add_a_tensor, r"keys.3, .* of layers .1, 2."), (lose_a_column, r"keys.2 is F32 of shape .80, 1., not"),
-    (truncate_to_integers, r"values.2 is I32 of shape .48, 2., not"),
+    (exchange, "it is of the batch after 5 edits"), (poison, "keys of layer 2 are not finite"),
+    (lose_a_case, "1 cases from 1 to 3 edits"), (lose_a_tensor, r"it holds keys.1, .* not values, keys"),
+    (lose_a_column, r"keys.2 is F32 of shape .80, 1., not"),
 ])
 def test_damaged_factors(harm: Callable[[Path], None], match: str, kept: Edited) -> None:
     harm(kept[2])
@@ -670,17 +623,14 @@ def test_damaged_factors(harm: Callable[[Path], None], match: str, kept: Edited)
 
 
 @pytest.mark.usefixtures("unharmed")
-@pytest.mark.parametrize("harm", [remove_one, overlap])
-def test_a_gap_is_found_before_the_next_batch(harm: Callable[[Path], None], kept: Edited,
-                                              tok: PreTrainedTokenizerBase) -> None:
+def test_a_gap_is_found_before_the_next_batch(kept: Edited, tok: PreTrainedTokenizerBase) -> None:
     model, hparams, factors = kept
-    harm(factors)
+    remove_one(factors)
     with pytest.raises(ValueError, match=r"holds 5 edits, but .* the factors of 1: keep factors from the first"):
         edit(model, tok, hparams, factors, BATCHES[:1])
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": "other", "withdrawals": []}',
-                                     '{"format": "sphere-easyedit withdrawals 1", "withdrawals": [{"num_edits": "5"}]}',
+@pytest.mark.parametrize("content", ["{", '{"format": "other", "withdrawals": []}',
                                      '{"format": "sphere-easyedit withdrawals 1", "withdrawals": [{"num_edits": 5, '
                                      '"left": "", "facts": [{"case_id": [], "batch": 1, "column": 0}]}]}'])
 def test_a_damaged_record(content: str, kept: Edited) -> None:
@@ -725,7 +675,7 @@ def test_weights_changed_from_outside(kept: Edited) -> None:
     with pytest.raises(ValueError, match="its weights were changed from outside"):
         remove_facts(model, hparams, folder, [3])
     assert sphere.EditSession.of(model).num_edits == 5
-    assert all(torch.equal(weight, changed[layer]) for layer, weight in edited_weights(model, hparams).items())
+    assert equal(edited_weights(model, hparams), changed)
 
 
 @pytest.mark.usefixtures("unharmed")
@@ -802,7 +752,7 @@ def test_mistakes_on_the_command_line(workplace: Path, tmp_path: Path) -> None:
             ((run, "--case", "none", "--output", tmp_path / "out"), "case_id 'none' was not edited"),
             ((run, "--case", cases_of(run)[0], "--output", tmp_path / "taken"), "not empty"),
             ((bare, "--case", cases_of(run)[0], "--output", tmp_path / "out"), "edit --keep-factors"),
-            ((tmp_path, "--case", "1", "--output", tmp_path / "out"), "holds no run")):
+            ((tmp_path, "--case", "1", "--output", tmp_path / "out"), "has no config.yaml")):
         done = call("remove", *arguments)
         assert isinstance(done.exception, ValueError), done.output
         assert match in str(done.exception)

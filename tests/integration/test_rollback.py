@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +13,33 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from helpers.models import REQUESTS, edited_weights, tiny_hparams, tiny_model
+from helpers import sessions
+from helpers.models import edited_weights, tiny_model
+from helpers.sessions import (
+    BATCHES,
+    Make,
+    equal,
+    folder,  # noqa: F401 - a fixture
+    hparams_of,  # noqa: F401 - a fixture
+    state_of,
+)
 from sphere_easyedit.editing import session as session_room
 from sphere_easyedit.editing.checkpoints import save_checkpoint, session_path, weights_path
 
-BATCHES = [[REQUESTS[0]], REQUESTS[1:], [
-    {"prompt": "The mother tongue of Marie Curie is", "subject": "Marie Curie", "target_new": "English"},
-    {"prompt": "{} was born in the city of", "subject": "Albert Einstein", "target_new": "London"}]]
 ENDS = [1, 3, 5]
-METHODS: dict[str, dict[str, Any]] = {
-    "AlphaEdit": {"base_alg": "AlphaEdit"},
-    "AlphaEdit pretrained": {"base_alg": "AlphaEdit", "principal_space": "pretrained"},
-    "MEMIT": {"base_alg": "MEMIT"},
-    "MEMIT_seq": {"base_alg": "MEMIT", "keep_previous_keys": True},
-    "RECT": {"base_alg": "RECT"},
-    "PRUNE": {"base_alg": "PRUNE"},
-}
-Make = Callable[..., sphere.SPHEREHyperParams]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Statistics are generated once for all tests."""
-    return tmp_path_factory.mktemp("rollback")
-
-
-@pytest.fixture
-def hparams_of(folder: Path) -> Make:
-    def make(method: str = "AlphaEdit", family: str = "llama", **changes: Any) -> sphere.SPHEREHyperParams:
-        return tiny_hparams(folder / family, **{"v_num_grad_steps": 4, **METHODS[method], **changes})
-
-    return make
+METHODS = ("AlphaEdit", "AlphaEdit pretrained", "MEMIT", "MEMIT_seq", "RECT", "PRUNE")
 
 
 def edit(model: nn.Module, tok: PreTrainedTokenizerBase, hparams: sphere.SPHEREHyperParams,
          batches: Sequence[list[dict[str, Any]]], checkpoints: Path | None = None) -> dict[int, Tensor]:
     """The edited weights after some batches, each with a checkpoint as a run makes them if a folder is given."""
-    session = sphere.EditSession.of(model)
     for batch in batches:
-        sphere.apply_sphere_to_model(model, tok, batch, hparams)
+        sessions.edit(model, tok, hparams, [batch])
         if checkpoints is not None:
+            session = sphere.EditSession.of(model)
             session.drop_derived()
             save_checkpoint(hparams.editable(model), session, checkpoints)
     return edited_weights(model, hparams)
-
-
-def equal(first: dict[int, Tensor], second: dict[int, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[layer], second[layer]) for layer in first)
-
-
-def state_of(session: sphere.EditSession) -> dict[str, Any]:
-    """What a session holds, by identity: any exchange shows."""
-    return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(session).items()}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

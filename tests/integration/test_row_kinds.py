@@ -22,7 +22,7 @@ from sphere_easyedit.editing.target_values import optimise_target_values
 from sphere_easyedit.evaluation import generation, teacher_forcing
 from sphere_easyedit.evaluation.generation import generate_continuations
 from sphere_easyedit.evaluation.perplexity import perplexity
-from sphere_easyedit.evaluation.teacher_forcing import Row, score_rows
+from sphere_easyedit.evaluation.teacher_forcing import TargetRow, score_rows
 from sphere_easyedit.methods import covariance
 from sphere_easyedit.models.architecture import EditableModel, frozen
 from sphere_easyedit.models.batching import group_by_class, length_class
@@ -99,9 +99,10 @@ def test_rows_of_one_kind() -> None:
 
 
 STEM = list(range(5, 17))  # 12 tokens
-ROWS = [Row([*STEM, 20], [30, 31]), Row([*STEM, 20, 21, 22, 23], [24]), Row([*STEM, 20, 21, 22, 23], [24, 25, 26]),
-        Row([*STEM, 20, 21, 22, 23], [24, 25, 27]), Row([*STEM, *STEM], [40]), Row([7], [8]),
-        Row([*STEM, 20, 21], [22, 23, 24]), Row([*STEM, 20, 21, 22, 23, 24], [9])]
+ROWS = [TargetRow([*STEM, 20], [30, 31]), TargetRow([*STEM, 20, 21, 22, 23], [24]),
+        TargetRow([*STEM, 20, 21, 22, 23], [24, 25, 26]), TargetRow([*STEM, 20, 21, 22, 23], [24, 25, 27]),
+        TargetRow([*STEM, *STEM], [40]), TargetRow([7], [8]),
+        TargetRow([*STEM, 20, 21], [22, 23, 24]), TargetRow([*STEM, 20, 21, 22, 23, 24], [9])]
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -9,7 +9,7 @@ import json
 import logging
 import pickle
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,50 +23,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from helpers.models import REQUESTS, edited_weights, relative_error, tiny_hparams, tiny_model
+from helpers.models import edited_weights, relative_error, tiny_model
+from helpers.sessions import (
+    BATCHES,
+    Make,
+    edit,
+    equal,
+    folder,  # noqa: F401 - a fixture
+    hparams_of,  # noqa: F401 - a fixture
+)
 from sphere_easyedit.models.architecture import EditableModel
 from sphere_easyedit.models.fingerprint import Fingerprint
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
-BATCHES = [[REQUESTS[0]], REQUESTS[1:], [
-    {"prompt": "The mother tongue of Marie Curie is", "subject": "Marie Curie", "target_new": "English"},
-    {"prompt": "{} was born in the city of", "subject": "Albert Einstein", "target_new": "London"}]]
 # Every native state there is to carry: earlier keys of either kind, unrestrained weights, none.
-METHODS: dict[str, dict[str, Any]] = {
-    "AlphaEdit": {"base_alg": "AlphaEdit"},
-    "AlphaEdit pretrained": {"base_alg": "AlphaEdit", "principal_space": "pretrained"},
-    "MEMIT": {"base_alg": "MEMIT"},
-    "MEMIT_seq": {"base_alg": "MEMIT", "keep_previous_keys": True},
-    "PRUNE": {"base_alg": "PRUNE"},
-}
-method = pytest.mark.parametrize("method", METHODS)
-Make = Callable[..., sphere.SPHEREHyperParams]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Statistics are generated once for all tests."""
-    return tmp_path_factory.mktemp("session")
-
-
-@pytest.fixture
-def hparams_of(folder: Path) -> Make:
-    def make(method: str = "AlphaEdit", family: str = "llama", **changes: Any) -> sphere.SPHEREHyperParams:
-        return tiny_hparams(folder / family, **{"v_num_grad_steps": 4, **METHODS[method], **changes})
-
-    return make
-
-
-def edit(model: nn.Module, tok: PreTrainedTokenizerBase, hparams: sphere.SPHEREHyperParams,
-         batches: Sequence[list[dict[str, Any]]], **kwargs: Any) -> dict[int, Tensor]:
-    """The edited weights after some batches."""
-    for batch in batches:
-        sphere.apply_sphere_to_model(model, tok, batch, hparams, **kwargs)
-    return edited_weights(model, hparams)
-
-
-def equal(first: dict[int, Tensor], second: dict[int, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[layer], second[layer]) for layer in first)
+method = pytest.mark.parametrize("method", ["AlphaEdit", "AlphaEdit pretrained", "MEMIT", "MEMIT_seq", "PRUNE"])
 
 
 def put_back(model: nn.Module, hparams: sphere.SPHEREHyperParams, weights: dict[int, Tensor]) -> None:

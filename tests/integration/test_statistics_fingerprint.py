@@ -22,14 +22,9 @@ import sphere_easyedit as sphere
 from helpers.models import REQUESTS, edited_weights, tiny_hparams, tiny_model
 from sphere_easyedit.editing import solve
 from sphere_easyedit.methods import covariance, statistics_fingerprint
-from sphere_easyedit.methods.covariance import (
-    load_moment,
-    moment_on_file,
-    moment_path,
-    save_moment,
-    second_moments,
-)
+from sphere_easyedit.methods.covariance import load_moment, moment_path, save_moment, second_moments
 from sphere_easyedit.methods.statistics_fingerprint import StatisticsFingerprints, fingerprint_path, tokenizer_digest
+from study.weights import moment_on_file
 
 WORDS = ("the", "of", "and", "in", "Rome", "Paris", "France", "Brazil", "language", "team", "plays", "John", "Smith",
          "who", "was", "born", "said", "that", "official", "world", "moon", "rain", "noon", "1969", "two", "men")
@@ -195,7 +190,7 @@ def lower_case(tok: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 @pytest.mark.parametrize(("settings", "change_tok", "reason"), [
-    ({"mom2_max_length": 5}, None, "tokens of a text 128 in place of 5"),
+    ({"mom2_max_length": 5}, None, "tokens of a text 32 in place of 5"),
     ({"seed": 3}, None, "seed 0 in place of 3"),
     ({}, lower_case, "another tokenizer"),
 ])

@@ -87,15 +87,16 @@ def test_records_are_measured_by_their_own_texts(model: Any) -> None:
     tok = tokenizer("bos")
     records = load_records("demo", None, 5)
     records[2] = replace(records[2], generation_prompts=())
-    found = measure_text_quality(model, tok, records, decoding=Decoding(12, None))
+    found = measure_text_quality(model, tok, records, decoding=Decoding(12))
     assert [one.case_id for one in found] == [record.case_id for record in records]
     for one, record in zip(found, records, strict=True):
-        continuations = generate_continuations(model, tok, record.generation_prompts, 12)
+        seeds = [(0, record.case_id, index) for index in range(len(record.generation_prompts))]
+        continuations = generate_continuations(model, tok, record.generation_prompts, 12, 5, seeds)
         assert one.texts == tuple(a + b for a, b in zip(record.generation_prompts, continuations, strict=True))
         mean = sum(map(fluency, one.texts)) / len(one.texts) if one.texts else None
         assert one.fluency == (None if mean is None else pytest.approx(mean))
         assert (one.consistency, one.consistency_protocol) == (None, None)
-        assert one.fluency_protocol == "greedy, 12 new tokens; words by regex-treebank"
+        assert one.fluency_protocol == "top-5 seed 0, 12 new tokens; words by regex-treebank"
         assert TextQuality.from_dict(json.loads(json.dumps(one.to_dict()))) == one
     summary = summarise_text_quality(found)
     values = [one.fluency for one in found if one.fluency is not None]
@@ -117,7 +118,7 @@ def test_samples_depend_on_case_prompt_and_seed_alone(model: Any) -> None:
 
 
 def test_text_quality_refuses(model: Any) -> None:
-    for arguments, message in (({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"top_k": 0}, "top_k is 0"),
+    for arguments, message in (({"max_new_tokens": 0}, "max_new_tokens is 0"),
                                ({"prompts": 0}, "prompts is 0"), ({"seed": -1}, "seed is -1")):
         with pytest.raises(ValueError, match=message):
             Decoding(**arguments)
@@ -142,7 +143,7 @@ def fact(case_id: int, subject: str, target: str) -> EditRecord:
     return replace(record_of(" is made by", target, case_id), subject=subject)
 
 
-def rome_folder(folder: Path, published: bool = True) -> Path:
+def rome_folder(folder: Path) -> Path:
     """A folder of ROME's files for `fact`s about a car and a bike; the third fact's target has no id."""
     rewrites = [("Porsche 911", "Honda", "Q1"), ("Ducati", "Fiat", "Q2"), ("Vespa", "BMW", None)]
     (folder / "counterfact.json").write_text(json.dumps([
@@ -155,9 +156,8 @@ def rome_folder(folder: Path, published: bool = True) -> Path:
                                                               {"name": "Jazz", "text": "cars"}]},
         {"relation_id": "P17", "target_id": "Q1", "samples": [{"name": "Other", "text": "of another relation"}]},
     ]))
-    if published:
-        (folder / "tfidf_vocab.json").write_text(json.dumps(VOCABULARY))
-        np.save(folder / "idf.npy", IDF)
+    (folder / "tfidf_vocab.json").write_text(json.dumps(VOCABULARY))
+    np.save(folder / "idf.npy", IDF)
     return folder
 
 
@@ -175,14 +175,6 @@ def test_consistency_by_hand(tmp_path: Path) -> None:
     assert references.consistency(1, "Honda makes Honda cars") == pytest.approx(100.0)
     assert references.consistency(1, "nothing of that") == 0.0
     assert references.consistency(2, "Honda") is None
-
-
-def test_without_published_weights_the_texts_make_the_vocabulary(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    references = load_references(rome_folder(tmp_path, published=False), FACTS)
-    assert references.protocol == "rome-fitted"
-    assert dict(references.texts) == {1: "Honda makes Honda cars"}
-    assert set(references.vectorizer.vocabulary_) == {"honda", "makes", "cars", "of", "another", "relation"}
 
 
 def test_references_from_a_corpus(tmp_path: Path) -> None:

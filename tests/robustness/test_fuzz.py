@@ -260,17 +260,19 @@ def test_data_sets(file: tuple[Any, str, bytes]) -> None:
 # --- run directories -----------------------------------------------------------------------------------------
 
 SCORES_LINE = {"case_id": 1, "protocol": "paper", "efficacy": 1.0}
-SPACES = ("num_edits,layer,rank,share,shrunk\n2,1,3,0.5,0.4\n")
+SPACES = "since,num_edits,layer,share,rank,d_in\n0,2,1,0.5,3,12\n"
+LINES = {"metrics.jsonl": [METRICS_LINE | {"when": "before", "num_edits": 0}, METRICS_LINE, ABILITIES_LINE],
+         "edits.jsonl": [EDITS_LINE], "cases.jsonl": [CASES_LINE], "scores/during-2.jsonl": [SCORES_LINE]}
+RUN = {**{name: _lines(lines) + b"\n" for name, lines in LINES.items()},
+       "config.yaml": yaml.safe_dump(CONFIG).encode(), "summary.json": json.dumps(SUMMARY).encode(),
+       "energy.csv": ENERGY.encode(), "spaces.csv": SPACES.encode()}
+CELLS = st.sampled_from(["", "0", "1", "2", "-1", "1e308", "nan", "inf", "x", "9" * 30, "0.5"])
 
 
 @st.composite
 def run_files(draw: st.DrawFn) -> dict[str, bytes]:
     """A run's files, one or two of them odd."""
-    lines = {"metrics.jsonl": [METRICS_LINE | {"when": "before", "num_edits": 0}, METRICS_LINE, ABILITIES_LINE],
-             "edits.jsonl": [EDITS_LINE], "cases.jsonl": [CASES_LINE], "scores/during-2.jsonl": [SCORES_LINE]}
-    found = {name: _lines(these) + b"\n" for name, these in lines.items()}
-    found |= {"config.yaml": yaml.safe_dump(CONFIG).encode(), "summary.json": json.dumps(SUMMARY).encode(),
-              "energy.csv": ENERGY.encode(), "spaces.csv": SPACES.encode()}
+    found = dict(RUN)
     for name in draw(st.lists(st.sampled_from(sorted(found)), min_size=1, max_size=2, unique=True)):
         kind = draw(st.sampled_from(["lines", "bytes", "cut", "gone"]))
         if kind == "bytes":
@@ -282,8 +284,13 @@ def run_files(draw: st.DrawFn) -> dict[str, bytes]:
                                                                          else b"")
         elif kind == "gone":
             found.pop(name)
-        elif name in lines:
-            these = [draw(mutated(line, ("case_id", "abilities"))) for line in lines[name]]
+        elif name.endswith(".csv"):
+            rows = [line.split(",") for line in found[name].decode().splitlines()]
+            row = draw(st.sampled_from(rows[1:]))
+            row[draw(st.integers(0, len(row) - 1))] = draw(CELLS)
+            found[name] = "".join(",".join(cells) + "\n" for cells in rows).encode()
+        elif name in LINES:
+            these = [draw(mutated(line, ("case_id", "abilities"))) for line in LINES[name]]
             found[name] = _lines(these) + b"\n"
         elif name == "config.yaml":
             found[name] = yaml.safe_dump(draw(mutated(CONFIG))).encode()
@@ -300,6 +307,17 @@ def written(content: dict[str, bytes]) -> Iterator[Path]:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(raw)
         yield Path(name)
+
+
+def test_the_undamaged_run_is_read() -> None:
+    """Else the next test would fuzz next to nothing."""
+    with written(RUN) as path:
+        run = RunRecords.read(path)
+        assert len(run.spaces) == 1 and run.energy and len(run.points) == 2
+        RunDirectory(path).keep_until("edits.jsonl", 1)
+        named = named_runs([run])
+        assert figures_of(named) and tables_of(named)
+        notices_of(named)
 
 
 @settings(RELAXED, max_examples=300)
@@ -408,6 +426,9 @@ FOUND = [  # by fuzzing, kept so that they stay mended
     ("cases.jsonl", _lines([CASES_LINE | {"case_id": {}}]) + b"\n", "line 1: case_id.int is {}"),
     ("cases.jsonl", _lines([CASES_LINE | {"post": {"efficacy": "x"}}]) + b"\n", "line 1: post.efficacy is 'x'"),
     ("cases.jsonl", _lines([CASES_LINE | {"generations": "x"}]) + b"\n", "line 1: generations is 'x'"),
+    ("energy.csv", ENERGY.encode() + b"1" * 200_000, r"energy.csv, line \d: field larger than field limit"),
+    ("spaces.csv", SPACES.encode() + b"1" * 200_000, "spaces.csv, line 2: field larger than field limit"),
+    ("spaces.csv", b"num_edits,layer\n", r"spaces.csv, line 1: its columns are \['num_edits', 'layer'\], not"),
 ]
 
 
@@ -428,7 +449,7 @@ def test_fuzzers_run(name: str, tmp_path: Path) -> None:
     if name != "run_directories" and not os.environ.get("SPHERE_FUZZ"):
         pytest.skip("each takes as long as torch takes to start: set SPHERE_FUZZ=1 to run all")
     done = subprocess.run(
-        [sys.executable, str(TESTS / "fuzzers" / "fuzz.py"), name, "-runs=300", "-max_total_time=60",
+        [sys.executable, str(TESTS / "robustness" / "fuzzers" / "fuzz.py"), name, "-runs=300", "-max_total_time=60",
          f"-artifact_prefix={tmp_path}/"], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

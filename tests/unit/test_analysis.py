@@ -1,4 +1,4 @@
-"""Mathematics of the study: paired bootstrap, collapse, regression, geometry of neurons, spectra."""
+"""Mathematics of analyses: paired bootstrap, collapse, correlations, regression, shares in the principal space."""
 
 from __future__ import annotations
 
@@ -21,12 +21,10 @@ from sphere_easyedit.analysis.correlations import (
     energy_correlations,
     regress,
 )
-from sphere_easyedit.callbacks import neurons, spaces
+from sphere_easyedit.callbacks import spaces
 from sphere_easyedit.callbacks.spaces import principal_share
-from sphere_easyedit.evaluation.paired import paired_bootstrap, paired_gain
-from study.energy import regress_changes
-from study.geometry import neuron_geometry
-from study.spectra import moment_share, row_spectrum, update_alignment
+from sphere_easyedit.evaluation.paired import paired_bootstrap
+from study.gains import paired_gain
 
 SCORES = arrays(np.float64, st.integers(2, 40), elements=st.floats(0, 1))
 SEEDS = st.integers(0, 2**31 - 1)
@@ -187,9 +185,6 @@ def test_changes_are_taken_between_neighbours_of_one_run() -> None:
     assert change_pairs(one, "efficacy") == [(pytest.approx(0.1), -10), (pytest.approx(-0.1), -5)]
     assert change_pairs(one, "efficacy", magnitude=True) == [(pytest.approx(0.2), -10), (pytest.approx(0.2), -5)]
     assert change_pairs(one, "fluency") == [(pytest.approx(0.0), -2)]
-    other = energy_series([{4: 9.0}, {4: 8.0}], efficacy=[0, 1])
-    pooled = regress_changes([one, other], "efficacy")
-    assert pooled.n == 3 and pooled.slope == pytest.approx(stats.linregress([0.1, -0.1, -1], [-10, -5, 1]).slope)
 
 
 @given(SEEDS, st.floats(-5, 5), st.floats(-5, 5))
@@ -226,55 +221,7 @@ def test_what_has_no_slope() -> None:
         regress([1, 2, math.nan], [1, 2, 3])
 
 
-# --- geometry -------------------------------------------------------------------------------------------------
-
-
-@given(SEEDS, st.integers(2, 12), st.integers(1, 6), st.booleans())
-@settings(max_examples=40, deadline=None)
-def test_geometry_is_that_of_a_loop(seed: int, count: int, width: int, with_zero_row: bool) -> None:
-    weight = rows(seed, count, width) * torch.logspace(-3, 3, count, dtype=torch.float64)[:, None]
-    cosines = [float(weight[i] @ weight[j] / (weight[i].norm() * weight[j].norm()))
-               for i in range(count) for j in range(i + 1, count)]
-    if with_zero_row:
-        weight = torch.cat([weight, torch.zeros(1, width, dtype=torch.float64)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neurons, "_BLOCK_ROWS", 3)
-        found = neuron_geometry(weight, above=0.3, quantiles=(0.1, 0.5))
-    assert (found.neurons, found.pairs) == (count, len(cosines))
-    assert (found.mean, found.std) == pytest.approx((np.mean(cosines), np.std(cosines)), abs=1e-12)
-    assert found.mean_magnitude == pytest.approx(np.mean(np.abs(cosines)), abs=1e-12)
-    assert found.share_above == pytest.approx(np.mean(np.array(cosines) > 0.3))
-    assert list(found.quantiles.values()) == pytest.approx(list(np.quantile(cosines, [0.1, 0.5])), abs=1e-12)
-
-
-def test_known_geometries() -> None:
-    orthogonal = neuron_geometry(torch.eye(7))
-    assert (orthogonal.mean, orthogonal.std, orthogonal.share_above) == (0, 0, 0)
-    aligned = neuron_geometry(torch.ones(5, 3, dtype=torch.float16) * torch.arange(1, 6)[:, None])
-    assert aligned.mean == pytest.approx(1) and aligned.share_above == 1
-    opposed = neuron_geometry(torch.tensor([[1.0, 0], [-2, 0], [0, 1]]))
-    assert opposed.mean == pytest.approx(-1 / 3) and opposed.mean_magnitude == pytest.approx(1 / 3)
-
-
-def test_many_neurons_go_through_float32() -> None:
-    weight = rows(0, 40, 20)
-    exact = neuron_geometry(weight)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neurons, "FLOAT64_SIDE", 10)
-        rounded = neuron_geometry(weight)
-    assert rounded.mean != exact.mean and rounded.mean == pytest.approx(exact.mean, abs=1e-7)
-    assert rounded.std == pytest.approx(exact.std, rel=1e-6)
-
-
-@pytest.mark.parametrize(("weight", "complaint"), [
-    (torch.tensor([[1.0], [math.nan]]), "finite"), (torch.zeros(3, 2), "0 rows that are not zero"),
-    (torch.ones(3), "2-D"), (torch.ones(3, 2, dtype=torch.int64), "floating")])
-def test_geometry_is_checked(weight: Tensor, complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
-        neuron_geometry(weight)
-
-
-# --- spectra --------------------------------------------------------------------------------------------------
+# --- shares --------------------------------------------------------------------------------------------------
 
 
 @given(SEEDS, st.sampled_from([(6, 10), (10, 6)]), st.floats(0.2, 0.9))
@@ -285,70 +232,24 @@ def test_shares_are_those_of_the_projection(seed: int, shape: tuple[int, int], g
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spaces, "_BLOCK_ELEMENTS", 20)  # several blocks
         of_update, of_keys = principal_share(update, space), principal_share(keys.T, space)
-        of_moment = moment_share(keys @ keys.T / 30, space)
     left = float(space.suppress(update, 1.0).square().sum() / update.square().sum())
     assert of_update.share == pytest.approx(1 - left, abs=1e-9)
     assert of_update.chance == space.rank / shape[1]
-    assert of_moment.share == pytest.approx(of_keys.share, abs=1e-9)
+    assert of_keys.share == pytest.approx(1 - float(space.suppress(keys.T, 1.0).square().sum() / keys.square().sum()))
 
 
 def test_random_updates_lie_there_by_chance() -> None:
     space = PrincipalSpace.from_weight(rows(0, 40, 120), 0.5)
     found = principal_share(rows(1, 400, 120), space)
-    assert found.ratio == pytest.approx(1, abs=0.05)
+    assert found.share / found.chance == pytest.approx(1, abs=0.05)
     assert principal_share(space.directions.T, space).share == pytest.approx(1)
     assert principal_share(space.suppress(rows(2, 5, 120), 1.0), space).share == pytest.approx(0, abs=1e-20)
     assert math.isnan(principal_share(torch.zeros(2, 120), space).share)
 
 
-def test_effective_rank() -> None:
-    flat = row_spectrum(torch.eye(6, 9, dtype=torch.float64) * torch.arange(1, 7)[:, None], gammas=(0.0, 0.5, 1.0))
-    assert (flat.effective_rank, flat.participation) == pytest.approx((6, 6))  # norms play no part
-    assert (flat.rank, flat.d_in, dict(flat.ranks_at)) == (6, 9, {0.0: 0, 0.5: 4, 1.0: 6})
-    lone = row_spectrum(torch.ones(5, 4))
-    assert (lone.effective_rank, lone.participation, lone.rank) == (pytest.approx(1), pytest.approx(1), 1)
-    # three rows along one axis and one along another: shares 3/4 and 1/4
-    uneven = row_spectrum(torch.tensor([[1.0, 0, 0], [2, 0, 0], [3, 0, 0], [0, 1, 0]]))
-    assert uneven.effective_rank == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
-    assert uneven.participation == pytest.approx(1.6)
-    with pytest.raises(ValueError, match="no row that is not zero"):
-        row_spectrum(torch.zeros(2, 2))
-
-
-@given(SEEDS, st.sampled_from([(6, 20), (20, 6)]))
-@settings(max_examples=25, deadline=None)
-def test_alignment_agrees_with_a_singular_value_decomposition(seed: int, shape: tuple[int, int]) -> None:
-    first, second = rows(seed, *shape), rows(seed + 1, *shape)
-    found = update_alignment(first, second, 0.6)
-    _, values, right = np.linalg.svd(first.numpy(), full_matrices=False)
-    count = int(np.searchsorted(np.cumsum(values**2) / np.sum(values**2), 0.6)) + 1
-    inside = np.linalg.norm(second.numpy() @ right[:count].T)**2 / float(second.square().sum())
-    assert (found.directions, found.shared.chance) == (count, count / shape[1])
-    assert found.shared.share == pytest.approx(inside)
-    assert found.cosine == pytest.approx(float((first * second).sum() / (first.norm() * second.norm())))
-
-
-def test_known_alignments() -> None:
-    update = rows(0, 8, 3) @ rows(1, 3, 30)
-    again = update_alignment(update, -2 * update, 1.0)
-    assert (again.cosine, again.directions) == (pytest.approx(-1), 3)  # low rank: its row space, and no more
-    assert again.shared.share == pytest.approx(1) and again.shared.ratio == pytest.approx(10)
-    one, other = torch.zeros(2, 3, 4)
-    one[0, 0], other[0, 1] = 1, 1
-    apart = update_alignment(one, other)
-    assert (apart.cosine, apart.shared.share) == (0, 0)
-    assert math.isnan(update_alignment(torch.zeros(3, 4), one).cosine)
-
-
-def test_spectra_are_checked() -> None:
+def test_rows_are_checked() -> None:
     space = PrincipalSpace.from_weight(rows(0, 4, 6))
     with pytest.raises(ValueError, match=r"\(n, 6\)"):
         principal_share(rows(0, 6, 5), space)
     with pytest.raises(ValueError, match="nan or infinity"):
         principal_share(torch.full((2, 6), math.nan), space)
-    with pytest.raises(ValueError, match="square"):
-        moment_share(rows(0, 5, 6), space)
-    with pytest.raises(ValueError, match="energy is 0"):
-        update_alignment(rows(0, 2, 3), rows(1, 2, 3), 0)
-    with pytest.raises(ValueError, match="one weight"):
-        update_alignment(rows(0, 2, 3), rows(1, 4, 3))

@@ -78,15 +78,11 @@ def test_jsonl_needs_three_fields_and_numbers_its_records(tmp_path: Path) -> Non
     ("line", "message"),
     [
         (BARE[:40], r"line 3 is not valid JSON: .* at column \d+; the file ends within the line"),
-        (BARE[:40] + "\n" + BARE, r"line 3 is not valid JSON: .*; repair the line"),
         (f"{BARE} {BARE}", "line 3 is not valid JSON: Extra data"),
-        ("5", "line 3: found int 5, expected an object"),
         ('{"prompt": "a", "subject": "a"}', "line 3, field 'target_new': found nothing .*prompt, subject"),
         ('{"prompt": "a", "subject": "b", "target_new": "c"}',
          "line 3, field 'prompt': found str 'a', .* 'b' verbatim"),
-        ('{"prompt": "{} {}", "subject": "b", "target_new": "c"}', "line 3, field 'prompt': found 2 times '{}'"),
         ('{"prompt": "a", "subject": "a", "target_new": 1984}', "line 3, field 'target_new': found int 1984"),
-        ('{"prompt": "a", "subject": "a", "target_new": "c", "target_true": " "}', "line 3, field 'target_true'"),
         ('{"prompt": "a", "subject": "a", "target_new": "c", "paraphrase": ["d"]}',
          "line 3, field 'paraphrase': found list .*, expected no other fields than prompt, subject.* paraphrases"),
         ('{"prompt": "a", "subject": "a", "target_new": "c", "paraphrases": "d"}', "'paraphrases': found str 'd'"),
@@ -94,7 +90,6 @@ def test_jsonl_needs_three_fields_and_numbers_its_records(tmp_path: Path) -> Non
          r"line 3, field 'neighbours\[0\]': found str 'd', expected an answer with it"),
         ('{"prompt": "a", "subject": "a", "target_new": "c", "neighbours": [{"prompt": "d"}]}',
          r"line 3, field 'neighbours\[0\].target': found nothing"),
-        ('{"prompt": "a", "subject": "a", "target_new": "c", "neighbours": [4]}', r"'neighbours\[0\]': found int 4"),
         ('{"prompt": "a", "subject": "a", "target_new": "c", "case_id": 4}', "1 of 3 records have a case_id"),
         ('{"prompt": "a", "subject": "a", "target_new": "c", "case_id": 1}',
          r"line 3 \(case_id 1\), field 'case_id': found 1, which line 2 has too"),
@@ -117,10 +112,6 @@ def test_csv_record_field_by_field(tmp_path: Path) -> None:
     row = ('The harbour of {} lies on the, Bari, Black Sea, Adriatic, 12, "Ships reach Bari by the | Bari, on the", '
            "Split lies on the => Adriatic | Ancona lies on the | Kiel lies on the=>Baltic, Bari is known for\n")
     assert load_facts(written(tmp_path, HEADER + row, "facts.csv")) == [RECORD]
-    lists = [json.dumps(FULL[name]) for name in ("paraphrases", "neighbours", "generation_prompts")]
-    file = io.StringIO()
-    csv.writer(file).writerow([RECORD.prompt, "Bari", "Black Sea", "Adriatic", 12, *lists])
-    assert load_facts(written(tmp_path, HEADER + file.getvalue(), "facts.csv")) == [RECORD]
 
 
 def test_csv_needs_three_columns_in_any_order(tmp_path: Path) -> None:
@@ -167,10 +158,9 @@ def test_csv_header(tmp_path: Path, header: str, message: str) -> None:
     ("cells", "message"),
     [
         ("x,,,", r"line 2 \(case_id 'x'\), field 'case_id': found str 'x', expected a whole number"),
-        (',"[""a"", ",,', r"line 2, field 'paraphrases': found str .*, expected a JSON list .* or texts with \|"),
+        (',"[""a"", ""b""]",,', r"line 2, field 'paraphrases': found str .*, expected texts with \| .* a .jsonl file"),
         (",,a,", r"line 2, field 'neighbours\[0\]': found str 'a', expected an answer with it"),
         (",,a => ,", r"line 2, field 'neighbours\[0\].target': found str ''"),
-        (",,,[1]", r"line 2, field 'generation_prompts\[0\]': found int 1"),
     ],
 )
 def test_csv_cells(tmp_path: Path, cells: str, message: str) -> None:
@@ -197,21 +187,24 @@ def test_file_and_its_name(tmp_path: Path) -> None:
 letters = st.characters(codec="utf-8", exclude_characters="\0")
 texts = st.text(letters, min_size=1, max_size=8).map(str.strip).filter(bool)
 plain = texts.filter(lambda text: "{}" not in text)
-facts = st.fixed_dictionaries(
-    {"prompt": st.tuples(plain, plain).map("{} ".join).filter(lambda text: text.count("{}") == 1), "subject": texts,
-     "target_new": texts, "target_true": texts},
-    optional={"paraphrases": st.lists(texts, max_size=3), "generation_prompts": st.lists(texts, max_size=2),
-              "neighbours": st.lists(st.one_of(texts, st.fixed_dictionaries({"prompt": texts, "target": texts})),
-                                     max_size=3)},
-)
+items = texts.filter(lambda text: not set("|[") & set(text) and "=>" not in text)  # as a CSV cell's lists have them
 
 
-@given(st.lists(facts, min_size=1, max_size=4), st.booleans(), st.booleans())
-def test_jsonl_and_csv_give_back_what_was_written(given_facts: list[dict[str, Any]], ascii_only: bool, ids: bool
-                                                  ) -> None:
-    if ids:
-        given_facts = [{**fact, "case_id": 7 * number - 3} for number, fact in enumerate(given_facts)]
-    expected = [
+def facts(of_lists: st.SearchStrategy[str]) -> st.SearchStrategy[list[dict[str, Any]]]:
+    """Records, some with numbers; ``of_lists``: the texts in their lists."""
+    neighbour = st.one_of(of_lists, st.fixed_dictionaries({"prompt": of_lists, "target": of_lists}))
+    one = st.fixed_dictionaries(
+        {"prompt": st.tuples(plain, plain).map("{} ".join).filter(lambda text: text.count("{}") == 1), "subject": texts,
+         "target_new": texts, "target_true": texts},
+        optional={"paraphrases": st.lists(of_lists, max_size=3), "generation_prompts": st.lists(of_lists, max_size=2),
+                  "neighbours": st.lists(neighbour, max_size=3)})
+    return st.tuples(st.lists(one, min_size=1, max_size=4), st.booleans()).map(
+        lambda drawn: [{**fact, "case_id": 7 * number - 3} if drawn[1] else fact
+                       for number, fact in enumerate(drawn[0])])
+
+
+def expected(given_facts: list[dict[str, Any]]) -> list[EditRecord]:
+    return [
         EditRecord(
             case_id=fact.get("case_id", number), prompt=fact["prompt"], subject=fact["subject"],
             target_new=fact["target_new"], target_true=fact["target_true"],
@@ -222,25 +215,25 @@ def test_jsonl_and_csv_give_back_what_was_written(given_facts: list[dict[str, An
             generation_prompts=tuple(fact.get("generation_prompts", ())), dataset="facts")
         for number, fact in enumerate(given_facts)
     ]
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, ["prompt", "subject", "target_new", "target_true", "case_id", "paraphrases",
-                                   "neighbours", "generation_prompts"])
-    writer.writeheader()
-    for fact in given_facts:
-        writer.writerow({name: json.dumps(value, ensure_ascii=ascii_only) if isinstance(value, list) else value
-                         for name, value in fact.items()})
+
+
+@given(facts(texts), st.booleans())
+def test_jsonl_gives_back_what_was_written(given_facts: list[dict[str, Any]], ascii_only: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         lines = jsonl(*given_facts, ensure_ascii=ascii_only)
-        assert load_facts(written(Path(folder), lines, "facts.jsonl")) == expected
-        assert load_facts(written(Path(folder), file.getvalue(), "facts.csv")) == expected
+        assert load_facts(written(Path(folder), lines, "facts.jsonl")) == expected(given_facts)
 
 
-@given(st.lists(texts.filter(lambda text: not set("|[") & set(text) and "=>" not in text), min_size=1, max_size=4))
-def test_csv_lists_with_bars(items: list[str]) -> None:
+@given(facts(items))
+def test_csv_gives_back_what_was_written(given_facts: list[dict[str, Any]]) -> None:
+    def cell(value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return " | ".join(item if isinstance(item, str) else f"{item['prompt']} => {item['target']}" for item in value)
+
     file = io.StringIO(newline="")
-    csv.writer(file).writerows([["prompt", "subject", "target_new", "paraphrases", "neighbours"],
-                                ["{}", "a", "b", " | ".join(items), "|".join(f"{item}=>{item}" for item in items)]])
+    writer = csv.DictWriter(file, HEADER.strip().split(", "))
+    writer.writeheader()
+    writer.writerows({name: cell(value) for name, value in fact.items()} for fact in given_facts)
     with tempfile.TemporaryDirectory() as folder:
-        (record,) = load_facts(written(Path(folder), file.getvalue(), "facts.csv"))
-    assert record.paraphrase_prompts == tuple(items)
-    assert record.neighborhood_prompts == tuple(EvaluationPrompt(item, item) for item in items)
+        assert load_facts(written(Path(folder), file.getvalue(), "facts.csv")) == expected(given_facts)

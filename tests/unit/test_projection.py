@@ -552,16 +552,11 @@ def test_a_float64_operand_keeps_its_digits(dtype: torch.dtype, other: torch.dty
     [
         (511, 0.5, False, None, [511]),  # too small for a part to pay
         (512, 0.5, False, None, [171, 342, 512]),
-        (600, 0.6, False, None, [201, 401, 600]),
         (600, 0.61, False, None, [401, 600]),
-        (600, 0.9, False, None, [401, 600]),
         (600, 0.91, False, None, [600]),
-        (600, 0.5, True, None, [600]),
         (600, 0.5, True, 10, [600]),
         (600, 0.5, False, 100, [110, 201, 401, 600]),
-        (600, 0.5, False, 193, [204, 401, 600]),
         (600, 0.5, False, 190, [201, 401, 600]),
-        (600, 0.5, False, 581, [600]),
         (600, 0.5, False, 599, [600]),
     ],
 )
@@ -588,16 +583,9 @@ def test_a_likely_rank_is_what_is_solved_for(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_share_passes_gamma_one_whatever_rounding_says() -> None:
     values = torch.tensor([1.0, 1.0 + 1e-7, 0.5], dtype=torch.float64)
-    assert projection._passing_count(values, 2.0, 1.0) == 4
-    assert projection._passing_count(values, 2.0, 0.5) == 2
-    assert projection._passing_count(values, 4.0, 0.9) == 4  # their sum does not pass
-
-
-def test_what_was_solved_for_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    weight = gaussian(50, 12, 30)
-    with caplog.at_level(logging.DEBUG, logger=projection.__name__):
-        space = PrincipalSpace.from_weight(weight, 0.25)
-    assert caplog.messages == [f"principal space: rank {space.rank} of 12, gamma 0.25, 12 eigenvalues found"]
+    assert projection.passing_count(values, 2.0, 1.0) == 4
+    assert projection.passing_count(values, 2.0, 0.5) == 2
+    assert projection.passing_count(values, 4.0, 0.9) == 4  # their sum does not pass
 
 
 @pytest.mark.parametrize(
@@ -606,14 +594,6 @@ def test_what_was_solved_for_is_logged(caplog: pytest.LogCaptureFixture) -> None
 )
 def test_precision_of_eigenproblems(dtype: torch.dtype, side: int, expected: torch.dtype) -> None:
     assert projection._work_dtype(torch.zeros(1, 1, dtype=dtype), side) == expected
-
-
-def test_rank_tolerance() -> None:
-    """By hand: the tolerance of a matrix rank squared, and the rounding of a Gram matrix's eigenvalues."""
-    wide = torch.zeros(3, 10_000)
-    assert projection._rank_tolerance(wide, 0.0) == pytest.approx((10_000 * 2.0**-23) ** 2, rel=1e-12)
-    assert projection._rank_tolerance(wide.T.double(), 0.0) == pytest.approx((10_000 * 2.0**-52) ** 2, rel=1e-12)
-    assert projection._rank_tolerance(wide.half(), 1e-3) == pytest.approx(8 * 100 * 1e-3, rel=1e-12)
 
 
 @pytest.mark.parametrize("error", [1e-16, 1e-9, 1e-3, 0.9])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from helpers.models import edited_weights, tiny_hparams, tiny_model
+from helpers.models import tiny_hparams, tiny_model
 from sphere_easyedit import EditEvent, EditSession, SPHEREHyperParams
-from sphere_easyedit.callbacks.spaces import SpaceTracker, covers, read_spaces_csv
+from sphere_easyedit.callbacks.spaces import SpaceTracker, read_spaces_csv
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.runs.records import RunRecords
-from sphere_easyedit.runs.reevaluation import EditedRun
 from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.schema import NEURONS, SPACES, SpaceRecord
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
@@ -101,18 +100,6 @@ def test_damaged_files_are_refused(tmp_path: Path, old: str, new: str, complaint
     assert str(path) in str(caught.value)
 
 
-def test_what_records_cover() -> None:
-    def spans(*ends: tuple[int, int]) -> list[SpaceRecord]:
-        return [SpaceRecord(since, end, layer, 0.5, 1, 4) for since, end in ends for layer in (1, 2)]
-
-    assert covers(spans((0, 2), (2, 6)), 6)
-    assert covers(spans((0, 2), (2, 6)), 4)
-    assert not covers(spans((0, 2), (2, 6)), 8)
-    assert not covers(spans((2, 6)), 6)
-    assert not covers(spans((0, 2), (4, 6)), 6)
-    assert not covers([], 2)
-
-
 def run_it(folder: Path, name: str, tok: PreTrainedTokenizerBase, family: str, hparams: SPHEREHyperParams,
            **more: Any) -> Path:
     described = {"dataset": "demo", "data": None, "seed": 3, "order_seed": None, "skip": 0}
@@ -126,12 +113,9 @@ def run_it(folder: Path, name: str, tok: PreTrainedTokenizerBase, family: str, h
     ("llama", {"base_alg": "AlphaEdit"}), ("gpt2", {"base_alg": "MEMIT", "alpha": 0.0}),
     ("llama", {"base_alg": "PRUNE"}),
 ])
-def test_what_a_run_writes_can_be_told_afterwards(tmp_path: Path, tok: PreTrainedTokenizerBase, family: str,
-                                                  method: dict[str, Any]) -> None:
+def test_what_a_run_writes(tmp_path: Path, tok: PreTrainedTokenizerBase, family: str, method: dict[str, Any]) -> None:
     hparams = tiny_hparams(tmp_path, v_num_grad_steps=3, **method)
-    run = run_it(tmp_path, "run", tok, family, hparams, keep_weights_every=1)
-    written = (run / NEURONS).read_bytes()
-
+    run = run_it(tmp_path, "run", tok, family, hparams)
     records = RunRecords.read(run)
     assert [(space.since, space.num_edits, space.layer) for space in records.spaces] == [
         (since, end, layer) for since, end in ((0, 2), (2, 4), (4, 5)) for layer in (1, 2)]
@@ -143,41 +127,6 @@ def test_what_a_run_writes_can_be_told_afterwards(tmp_path: Path, tok: PreTraine
     last = {space.layer: space for space in records.spaces[:2]}
     for layer, found in records.neurons.layers.items():
         assert found.ranks[0] == last[layer].rank  # of the unedited weight, in both
-
-    edited, model = EditedRun(run), tiny_model(family)
-    unedited = edited_weights(model, hparams)
-    edited.record_weight_changes(model)  # nothing is left to tell
-    for name in (NEURONS, SPACES):
-        (run / name).unlink()
-    told: list[tuple[str, int, int]] = []
-    edited.measure(model, tok, [4], MeasureSettings())  # which leaves edited weights in the model
-    edited.record_weight_changes(model, lambda *what: told.append(what))
-    assert (run / NEURONS).read_bytes() == written
-    assert [*map(astuple, read_spaces_csv(run / SPACES))] == [  # but for the last digit, by rounding
-        pytest.approx(astuple(space), rel=1.1e-3, abs=0) for space in records.spaces]
-    assert told == [("weights", done, 3) for done in (1, 2, 3)]
-    for layer, weight in edited_weights(model, hparams).items():
-        assert torch.equal(weight, unedited[layer])
-
-
-def test_weights_kept_now_and_then_tell_of_several_batches(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    hparams = tiny_hparams(tmp_path, v_num_grad_steps=2)
-    run = run_it(tmp_path, "run", tok, "llama", hparams, keep_weights_every=4)
-    fine = read_spaces_csv(run / SPACES)
-    EditedRun(run).record_weight_changes(tiny_model("llama"))
-    assert read_spaces_csv(run / SPACES) == fine  # what tells more is kept
-    (run / SPACES).write_text("".join((run / SPACES).read_text().splitlines(keepends=True)[:1]))
-    neurons = (run / NEURONS).stat().st_mtime_ns
-    EditedRun(run).record_weight_changes(tiny_model("llama"))
-    found = read_spaces_csv(run / SPACES)
-    assert [(space.since, space.num_edits) for space in found] == [(0, 4), (0, 4), (4, 5), (4, 5)]
-    assert found[2:] == fine[4:]
-    assert [space.rank for space in found[:2]] == [space.rank for space in fine[:2]]
-    assert (run / NEURONS).stat().st_mtime_ns == neurons
-    for path in (run / "checkpoints").iterdir():
-        path.unlink()
-    with pytest.raises(ValueError, match="holds no weights"):
-        EditedRun(run).record_weight_changes(tiny_model("llama"))
 
 
 def test_older_runs_have_neither(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:

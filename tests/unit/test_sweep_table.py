@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sphere_easyedit.analysis.sweep_results import MeasuredRun, MetricValue, differences
-from sphere_easyedit.analysis.sweep_table import collect, compare
+from sphere_easyedit.analysis.sweep_table import collect
 from sphere_easyedit.evaluation.paired import paired_bootstrap
 from sphere_easyedit.runs.sweep import Run, Sweep
 from sphere_easyedit.runs.sweep.record import read_record, write_record
@@ -215,19 +215,6 @@ def test_infinite_perplexity_is_a_number(tmp_path: Path) -> None:
     found = next(row for row in table.differences if row["metric"] == "perplexity")
     assert (found["difference"], found["lowest"], found["t95_low"]) == (-math.inf, -math.inf, None)
     assert "inf" in table.to_markdown()
-
-
-def test_compare_any_two_arms(tmp_path: Path) -> None:
-    runs = [run_of("S", seed, alpha=0.8) for seed in (0, 1)] + [run_of("random", 1, alpha=0.8, suppression="random")]
-    write_record(Sweep((*runs, run_of("far", 7))), tmp_path)
-    for number, run in enumerate(runs):
-        write_run(tmp_path, run, [metrics(4, "after", "paper", efficacy=10.0 * number)])
-    [found] = compare(tmp_path, "S", "random")
-    assert (found.mean, found.seeds, found.arm_mean) == (-10.0, (1,), 10.0)
-    with pytest.raises(ValueError, match="no arm 'randm'"):
-        compare(tmp_path, "S", "randm")
-    with pytest.raises(ValueError, match="share no seed"):
-        compare(tmp_path, "S", "far")
 
 
 class Given(MeasuredRun):

@@ -213,7 +213,7 @@ def test_names_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'all' is not known"):
         RunTrackers(["all"])
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
-    with pytest.raises(ValueError, match="'comet_ml' is not installed: pip install comet-ml"):
+    with pytest.raises(ValueError, match="'comet_ml' is not installed: pip install comet_ml"):
         RunTrackers(["comet_ml"])
 
 

@@ -27,7 +27,7 @@ from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..teacher_forcing import Row, score_rows
+from ..teacher_forcing import TargetRow, score_rows
 from .tasks import AbilityTask, Record
 
 # A task, group or tag as the harness loads it: {"tasks": {name: task}, "groups": ..., "group_map": ...}.
@@ -74,7 +74,7 @@ class InMemoryLM(HFLM):  # type: ignore[misc]
                 raise ValueError(f"a continuation has {len(continuation)} tokens, but the model's context is "
                                  f"{self.max_length}: leave the task out")
             self.truncated += len(prompt) > limit
-            rows.append(Row(prompt[-limit:], continuation))
+            rows.append(TargetRow(prompt[-limit:], continuation))
         scores = score_rows(self.model, rows, progress=self.report, log_probs_for=range(len(rows)))
         return [(sum(score.log_probs or ()), all(score.hits)) for score in scores]
 

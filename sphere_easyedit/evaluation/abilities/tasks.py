@@ -4,12 +4,11 @@
 task                   prompt                                         metrics, the main one first
 =====================  =============================================  ===============================================
 ``gsm8k``              ``Question: ...\\nAnswer:``                     ``exact_match``: the answer's last number is
-                                                                      the gold one; ``strict``: the number after
-                                                                      ``####`` is
+                                                                      the gold one
 ``rte``                premise, ``Question: hypothesis True or        ``acc``: the more likely of `` True`` and
-                       False?\\nAnswer:``                              `` False`` is right; ``f1``, ``auc``
+                       False?\\nAnswer:``                              `` False`` is right; ``f1``
 ``boolq``              passage, ``Question: ...?\\nAnswer:``           ``acc``: the more likely of `` no`` and
-                                                                      `` yes`` is right; ``f1``, ``auc``
+                                                                      `` yes`` is right; ``f1``
 ``natural_questions``  ``Answer these questions:``, ``Q: ...\\nA:``    ``exact_match`` with any gold answer, ``f1``
                                                                       over words, ``contains``: the answer contains
                                                                       a gold one
@@ -20,13 +19,10 @@ sequence, at an end token or after a maximum number of new tokens (:class:`Abili
 prompts: GSM8K's contains the gold rationale up to the final number, and Natural Questions' a passage with the answer.
 Here the model has to reason and to recall, so scores are not comparable with the paper's.
 
-* **GSM8K.** Answers are compared as numbers (18, 18.00 and $18 are equal). A zero-shot prompt does not mention
-  ``####``, so ``strict`` expects a format that the model has not seen, and the last number is the main metric; lm-eval
-  calls the two flexible-extract and strict-match.
+* **GSM8K.** Answers are compared as numbers (18, 18.00 and $18 are equal), as by lm-eval's flexible-extract.
 * **RTE and BoolQ.** F1 is the mean of both classes' F1, weighted by the gold classes' frequencies, as in the authors'
   code. A small model may give nearly all records the same answer, and accuracy then shows only the classes'
-  frequencies; ``auc`` (the area under the ROC curve of the difference of both log-probabilities; 50% is chance) does
-  not depend on that bias. It is left out if all records are of one class.
+  frequencies.
 * **Natural Questions** are normalised as in SQuAD: lower case, no punctuation, no articles, single spaces. A model
   that answers in whole sentences has an exact match of nearly 0; ``contains`` (the authors' criterion) still finds a
   correct answer.
@@ -34,7 +30,6 @@ Here the model has to reason and to recall, so scores are not comparable with th
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import string
@@ -148,7 +143,7 @@ def word_f1(answer: str, gold: str) -> float:
 
 def _score_choice(record: Record, log_probs: Sequence[float]) -> dict[str, Any]:
     gold, chosen = record["choice"], int(log_probs[1] > log_probs[0])
-    return {"acc": float(chosen == gold), "f1": (gold, chosen), "auc": (gold, log_probs[1] - log_probs[0])}
+    return {"acc": float(chosen == gold), "f1": (gold, chosen)}
 
 
 def weighted_f1(pairs: Sequence[tuple[int, int]]) -> float:
@@ -163,20 +158,6 @@ def weighted_f1(pairs: Sequence[tuple[int, int]]) -> float:
     return float(f1_score(gold, predicted, average="weighted", zero_division=0))
 
 
-def roc_auc(pairs: Sequence[tuple[int, float]]) -> float:
-    """Area under the ROC curve; NaN if a class is missing or a score is not finite.
-
-    Args:
-        pairs: (gold class, score) of each record.
-    """
-    from sklearn.metrics import roc_auc_score
-
-    gold, scores = zip(*pairs, strict=True)
-    if len(set(gold)) < 2 or not all(map(math.isfinite, scores)):
-        return math.nan
-    return float(roc_auc_score(gold, scores))
-
-
 def _read_gsm8k(given: RawRecord) -> Record:
     answer = given.text("answer")
     if marked_number(answer) is None:
@@ -186,7 +167,7 @@ def _read_gsm8k(given: RawRecord) -> Record:
 
 def _score_gsm8k(record: Record, answer: str) -> dict[str, float]:
     gold = marked_number(record["answer"])
-    return {"exact_match": float(last_number(answer) == gold), "strict": float(marked_number(answer) == gold)}
+    return {"exact_match": float(last_number(answer) == gold)}
 
 
 def _read_rte(given: RawRecord) -> Record:
@@ -224,14 +205,14 @@ def _with_question_mark(question: str) -> str:
     return question if question.endswith("?") else f"{question}?"
 
 
-_CHOICE_METRICS: Final[Mapping[str, Aggregation]] = {"acc": "mean", "f1": weighted_f1, "auc": roc_auc}
+_CHOICE_METRICS: Final[Mapping[str, Aggregation]] = {"acc": "mean", "f1": weighted_f1}
 
 ABILITY_TASKS: Final[dict[str, AbilityTask]] = {task.name: task for task in (
     AbilityTask(
         "gsm8k", _read_gsm8k,
         prompt=lambda record: f"Question: {record['question']}\nAnswer:",
         answer=lambda record: str(record["answer"]),
-        score=_score_gsm8k, metrics={"exact_match": "mean", "strict": "mean"},
+        score=_score_gsm8k, metrics={"exact_match": "mean"},
         stops=("Question:", "</s>", "<|im_end|>"), max_new_tokens=256,
     ),
     AbilityTask(

@@ -6,8 +6,8 @@
 
 from .local import RunOutcome, SweepResult, run_sweep
 from .record import Run, Sweep
-from .slurm import Submission, parse_slurm, submit_sweep, wait_for_jobs
+from .slurm import Submission, parse_slurm, submit_sweep
 from .spec import load_sweep
 
 __all__ = ["Run", "RunOutcome", "Submission", "Sweep", "SweepResult", "load_sweep", "parse_slurm", "run_sweep",
-           "submit_sweep", "wait_for_jobs"]
+           "submit_sweep"]

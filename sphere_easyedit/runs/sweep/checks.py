@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ...utils import yaml as safe_yaml
 from ...utils.messages import suggestion
@@ -17,10 +15,8 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; duplicate keys and misleading numbers are refused, environment variables expanded."""
-    text = path.read_text(encoding="utf-8")
-    content = safe_yaml.read_yaml(text, str(path))
-    _refuse_traps(path, yaml.compose(text, Loader=yaml.SafeLoader))
+    """The mapping in a YAML file, with environment variables expanded."""
+    content = safe_yaml.read_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a sweep is a YAML mapping with `methods` or `runs`, found {content!r:.60}")
     return {key: _expanded(value, path) for key, value in content.items()}
@@ -41,35 +37,11 @@ def _expanded(value: Any, path: Path) -> Any:
     return _VARIABLE.sub(lambda match: os.environ[match.group(1)], value)
 
 
-def _refuse_traps(path: Path, node: yaml.Node | None) -> None:
-    """Refuse duplicate keys, of which YAML keeps the last, and 4:00:00, which it reads as a number to base 60."""
-    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int" and ":" in node.value:
-        raise ValueError(f"{path}, line {node.start_mark.line + 1}: YAML reads {node.value} as a number to base 60: "
-                         f'write "{node.value}"')
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise ValueError(f"{path}, line {key.start_mark.line + 1}: {key.value} is given twice: remove one")
-                seen.add(key.value)
-            _refuse_traps(path, value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _refuse_traps(path, value)
-
-
 def check_keys(mapping: Mapping[Any, Any], known: Collection[str], where: str) -> None:
     """Refuse unknown keys."""
     for key in mapping:
         if key not in known:
             raise ValueError(f"{where} has no setting {key!r}{suggestion(str(key), known)}")
-
-
-def refuse_both(one: Iterable[str], other: Collection[str], where: str, there: str) -> None:
-    """Refuse a name that is in both."""
-    if both := [name for name in one if name in other]:
-        raise ValueError(f"{both[0]} is given under both {where} and {there}: remove one")
 
 
 def as_mapping(value: Any, where: str) -> Mapping[Any, Any]:

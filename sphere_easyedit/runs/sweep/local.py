@@ -39,8 +39,8 @@ class RunOutcome:
 
     Attributes:
         status: ``present`` (already finished before), ``finished`` or ``failed``.
-        returncode: exit status of its process, negative for a signal; None if it was not started or ran as a job.
-        seconds: wall time of the process, including a job's time in the queue; 0 if it was not started.
+        returncode: exit status of its process, negative for a signal; None if it was not started.
+        seconds: wall time of the process; 0 if it was not started.
         log: file with its output, of all attempts.
         tail: the log's last lines, of a failed run.
     """
@@ -116,8 +116,7 @@ def run_sweep(sweep: Sweep, output: str | Path, jobs: int = 1, on_status: OnStat
                         report(run.name, "started")
                     for one in [one for one in running if one.popen.poll() is not None]:
                         running.remove(one)
-                        outcomes[one.name] = outcome_of(output, one.name, one.popen.returncode,
-                                                        time.monotonic() - one.started)
+                        outcomes[one.name] = _outcome(output, one)
                         report(one.name, outcomes[one.name].status)
                     time.sleep(_POLL_SECONDS)
             finally:
@@ -155,15 +154,6 @@ def log_of(output: Path, name: str) -> Path:
     return output / f"{name}.log"
 
 
-def outcome_of(output: Path, name: str, returncode: int | None, seconds: float) -> RunOutcome:
-    """Outcome of a run whose process or job has ended; ``returncode`` is None for a job."""
-    log = log_of(output, name)
-    done = returncode in (0, None) and _summary(output / name) is not None
-    if returncode == 0 and not done:
-        logger.warning("%s ended without an error, but also without summary.json", name)
-    return RunOutcome(name, "finished" if done else "failed", returncode, seconds, log, "" if done else tail(log))
-
-
 @dataclass(frozen=True)
 class _Process:
     """A running process of a run."""
@@ -177,6 +167,17 @@ class _Process:
         if self.popen.returncode is None:  # else its number may belong to another process by now
             with suppress(ProcessLookupError, PermissionError):  # just ended; macOS raises the latter for a zombie
                 os.killpg(self.popen.pid, number)
+
+
+def _outcome(output: Path, process: _Process) -> RunOutcome:
+    """Outcome of a run whose process has ended."""
+    name, returncode = process.name, process.popen.returncode
+    log = log_of(output, name)
+    done = returncode == 0 and _summary(output / name) is not None
+    if returncode == 0 and not done:
+        logger.warning("%s ended without an error, but also without summary.json", name)
+    return RunOutcome(name, "finished" if done else "failed", returncode, time.monotonic() - process.started, log,
+                      "" if done else tail(log))
 
 
 def _end(processes: Sequence[_Process], grace_seconds: float) -> None:

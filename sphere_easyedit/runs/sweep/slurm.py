@@ -10,7 +10,7 @@ Job settings are ``slurm`` in the sweep file and ``--slurm NAME=VALUE`` on the c
 
     slurm:
       partition: gpu
-      time: "8:00:00"          # minutes, or any of SLURM's forms; default: 24 hours
+      time: 480                # minutes; default: 24 hours
       gpus_per_node: 1
       cpus_per_task: 8
       mem: 64GB
@@ -26,24 +26,21 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import math
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ...utils.files import atomic_write
 from ...utils.yaml import read_yaml
 from ..process import RunJob
 from ..schema import SUMMARY
-from .checks import as_list, as_mapping, as_text, as_whole, check_keys
-from .local import PROGRAM, OnStatus, RunOutcome, SweepResult, log_of, open_sweep, outcome_of
+from .checks import as_list, as_mapping, as_text, as_whole
+from .local import PROGRAM, log_of, open_sweep
 from .record import Run, Sweep
 
 if TYPE_CHECKING:
@@ -54,37 +51,35 @@ logger = logging.getLogger(__name__)
 FOLDER: Final = "submitit"
 JOBS: Final = "jobs.json"
 _INSTALL: Final = "pip install 'sphere-easyedit[cluster]'"
-_POLL_SECONDS: Final = 2.0
 # A sweep's folder may come from anybody, so jobs.json is checked.
 _FOLDER_NAME: Final = re.compile(r"[0-9]{8}-[0-9]{6}-\w+")
 _JOB_ID: Final = re.compile(r"[0-9]+(_[0-9]+)?")
 
 TIME: Final = "time"
 TIMEOUTS: Final = "max_num_timeout"
-FURTHER: Final = "additional_parameters"
 MINUTES: Final = 24 * 60  # submitit's own default is 5
 
-_OF_SWEEPS = MappingProxyType({
-    "nodes": "a run is one process", "ntasks": "a run is one process", "ntasks_per_node": "a run is one process",
-})
-_DAYS = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_OF_SWEEPS: Final = ("nodes", "ntasks", "ntasks_per_node")
+_LISTS: Final = ("setup", "srun_args")
 
 
 def check_slurm(value: Any, where: str) -> dict[str, Any]:
-    """Checked job settings, ``time`` in minutes.
+    """Job settings under the names that submitit knows, and refuses others when jobs are submitted.
 
     Raises:
-        ValueError: not a mapping, an unknown name or one that a sweep sets itself, or an impossible value.
+        ValueError: not a mapping, a name that a sweep sets itself, or ``time`` is not a number of minutes.
     """
     found: dict[str, Any] = {}
     for key, item in as_mapping(value, where).items():
         name = as_text(key, where).replace("-", "_")
         if name in _OF_SWEEPS:
-            raise ValueError(f"{where} holds {key}: remove it, {_OF_SWEEPS[name]}")
-        check_keys({name: item}, _CHECKS, where)
-        if name in found:
-            raise ValueError(f"{where} holds {name} in two spellings: remove one")
-        found[name] = _CHECKS[name](item, f"{where}.{name}")
+            raise ValueError(f"{where} holds {key}: remove it, a run is one process")
+        if name == TIME:
+            minutes = int(item) if isinstance(item, str) and item.isdecimal() else item
+            item = as_whole(minutes, f"{where}.{TIME}, in minutes,", 1)
+        elif name == TIMEOUTS:
+            item = as_whole(item, f"{where}.{TIMEOUTS}", 0)
+        found[name] = as_list(item) if name in _LISTS else item
     return found
 
 
@@ -106,53 +101,6 @@ def parse_slurm(options: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _minutes(value: Any, where: str) -> int:
-    """Minutes, rounded up, from a number of minutes or M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
-    if isinstance(value, str) and not value.isdecimal():
-        match = _DAYS.fullmatch(value)
-        if match is None or (match[1] is None and match[3] is None):
-            raise ValueError(f'{where} is {value!r:.60}: give minutes, or a text such as "8:00:00" or "2-12" '
-                             "(days-hours)")
-        days, *rest = (None if part is None else int(part) for part in match.groups())
-        first, second, third = rest
-        assert first is not None
-        if days is None and third is None:  # minutes:seconds
-            seconds = 60 * first + (second or 0)
-        else:
-            seconds = 86400 * (days or 0) + 3600 * first + 60 * (second or 0) + (third or 0)
-        value = math.ceil(seconds / 60)
-    return as_whole(int(value) if isinstance(value, str) else value, where, 1)
-
-
-def _plain(value: Any, where: str) -> Any:
-    if value is None or not isinstance(value, (str, int, float)) or value is False or "\n" in str(value):
-        raise ValueError(f"{where} is {value!r:.60}: give a text on one line, a number or true, or leave it out")
-    return value
-
-
-def _commands(value: Any, where: str) -> list[str]:
-    return [as_text(one, where) for one in as_list(value)]
-
-
-def _options(value: Any, where: str) -> dict[str, Any]:
-    return {as_text(name, where): _plain(item, f"{where}.{name}") for name, item in as_mapping(value, where).items()}
-
-
-def _whole(value: Any, where: str, least: int) -> int:
-    return as_whole(value, where, least)
-
-
-_CHECKS: Mapping[str, Callable[[Any, str], Any]] = MappingProxyType({
-    TIME: _minutes, TIMEOUTS: partial(_whole, least=0), FURTHER: _options,
-    **dict.fromkeys(("cpus_per_task", "cpus_per_gpu", "array_parallelism"), partial(_whole, least=1)),
-    **dict.fromkeys(("gpus_per_node", "gpus_per_task", "signal_delay_s"), partial(_whole, least=0)),
-    **dict.fromkeys(("setup", "srun_args"), _commands),
-    **dict.fromkeys(("partition", "account", "qos", "mem", "mem_per_cpu", "mem_per_gpu", "constraint", "gres",
-                     "nodelist", "exclude", "exclusive", "comment", "mail_type", "mail_user", "job_name", "wckey"),
-                    _plain),
-})
-
-
 @dataclass(frozen=True)
 class Submission:
     """State of one run after ``submit_sweep``.
@@ -172,8 +120,7 @@ def submit_sweep(sweep: Sweep, output: str | Path, settings: Mapping[str, Any] |
                  program: Sequence[str] = PROGRAM) -> tuple[Submission, ...]:
     """Submit the runs that are neither finished nor under way as one job array, and return.
 
-    Called again, it submits runs that have failed since. ``collect`` makes the table at any time, ``wait_for_jobs``
-    waits for the jobs.
+    Called again, it submits runs that have failed since. ``collect`` makes the table at any time.
 
     Args:
         sweep: from ``load_sweep``. Runs can only be added to a folder's sweep.
@@ -210,32 +157,6 @@ def submit_sweep(sweep: Sweep, output: str | Path, settings: Mapping[str, Any] |
                  for run in sweep.runs)
 
 
-def wait_for_jobs(sweep: Sweep, output: str | Path, on_status: OnStatus | None = None,
-                  poll_seconds: float = _POLL_SECONDS) -> SweepResult:
-    """Wait until the jobs of ``submit_sweep`` have ended. Interrupting this does not stop the jobs.
-
-    Raises:
-        ValueError: submitit is not installed.
-    """
-    library, output = _submitit(), Path(output)
-    started = time.monotonic()
-    outcomes: dict[str, RunOutcome] = {}
-    waiting = _jobs(library, output, _read_jobs(output))
-    while True:
-        waiting = {name: job for name, job in waiting.items() if not job.done()}
-        for run in sweep.runs:
-            if run.name not in outcomes and run.name not in waiting:
-                outcome = outcome_of(output, run.name, None, time.monotonic() - started)
-                if outcome.status == "failed" and not outcome.tail:
-                    outcome = replace(outcome, tail="its job ended before it wrote to its log: `sacct` says why")
-                outcomes[run.name] = outcome
-                if on_status is not None:
-                    on_status(run.name, outcome.status, len(outcomes), len(sweep.runs))
-        if not waiting:
-            return SweepResult(tuple(outcomes[run.name] for run in sweep.runs))
-        time.sleep(poll_seconds)
-
-
 @dataclass(frozen=True)
 class _SubmittedJob:
     """A job: its submission's folder in ``output/submitit``, and its id."""
@@ -252,7 +173,11 @@ def _submit(library: Any, output: Path, settings: Mapping[str, Any], runs: Seque
     folder = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=parent)).absolute()
     parameters = {"job_name": f"sphere-{output.absolute().name}", "time": MINUTES, "stderr_to_stdout": True, **settings}
     executor = library.SlurmExecutor(folder, max_num_timeout=parameters.pop(TIMEOUTS, 3))
-    executor.update_parameters(**parameters)
+    try:
+        executor.update_parameters(**parameters)
+    except ValueError as error:  # its further lines list all names with their defaults
+        raise ValueError(f"slurm: {str(error).splitlines()[0]}: give names of sbatch's options that submitit knows, "
+                         "and others under additional_parameters") from error
     whole = output.absolute()
     calls = [RunJob([*program, *run.arguments(output / run.name)], log_of(whole, run.name), whole / run.name / SUMMARY,
                     Path.cwd()) for run in runs]

@@ -9,26 +9,20 @@
     batch_size: 100
     edit: {eval-every: 500, protocol: [paper, rome], eval-before: false}    # further options; a list repeats one
     set: {v_num_grad_steps: 10, context_templates: []}      # hyperparameters of all runs
-    seeds: [0, 1]
-    seeds_outermost: true          # order of runs: seed by seed; false: all seeds of an arm together
+    seeds: [0, 1]                  # runs are started seed by seed
     methods: [MEMIT, AlphaEdit]    # or with hyperparameters: {MEMIT: {}, AlphaEdit: {L2: 1}}
     sphere: [false, true]          # false: alpha 0; SPHERE's other hyperparameters have no effect
     gamma: [0.5]                   # default: that of the hyperparameter file
-    alpha: {AlphaEdit: [0.5], default: [0.8]}               # any axis may differ by method
-    axes: {principal_space: [current, pretrained]}          # further hyperparameters to vary
-    exclude: [{method: MEMIT, principal_space: pretrained}]
+    alpha: [0.5, 0.8]
     runs:                          # further runs, or the only ones; settings not given are those above
       - {name: AlphaEdit-random, method: AlphaEdit, sphere: true, set: {suppression: random}, seeds: [0]}
-    slurm: {partition: gpu, time: "8:00:00", gpus_per_node: 1}      # for `sweep --launcher slurm`, for each run
+    slurm: {partition: gpu, time: 480, gpus_per_node: 1}      # for `sweep --launcher slurm`, for each run
 
-An entry of ``runs`` may have all of these keys but methods, exclude, seeds_outermost and slurm. Its ``set`` and
-``edit`` are added to those above; ``axes`` above apply to the grid only. A single value may replace a list of one.
-Paths are relative to the working directory; ``${NAME}`` is expanded to an environment variable:
-``${SPHERE_DATA}/zsre.json``.
+An entry of ``runs`` may have all of these keys but methods and slurm. Its ``set`` and ``edit`` are added to those
+above. A single value may replace a list of one. Paths are relative to the working directory; ``${NAME}`` is expanded to
+an environment variable: ``${SPHERE_DATA}/zsre.json``.
 
-A run is named METHOD-plain-seedS or METHOD-sphere-gammaG-alphaA-seedS. Differences from the hyperparameter file and
-``set`` are added before the seed, so adding an axis keeps the names of existing runs. A given ``name`` replaces all but
-the seed.
+A run is named METHOD-plain-seedS or METHOD-sphere-gammaG-alphaA-seedS; a given ``name`` replaces all but the seed.
 """
 
 from __future__ import annotations
@@ -43,16 +37,15 @@ from ...datasets.loaders import DatasetName
 from ...defaults import BATCH_SIZE
 from ...hparams import SPHEREHyperParams
 from ...utils.messages import suggestion
-from .checks import as_flag, as_list, as_mapping, as_text, as_whole, check_keys, read_yaml, refuse_both
-from .grid import MAX_LENGTH, Group, arms_of, excluding, is_name, resolve, runs_of
+from .checks import as_flag, as_list, as_mapping, as_text, as_whole, check_keys, read_yaml
+from .grid import MAX_LENGTH, Group, is_name, runs_of
 from .record import Run, Sweep
 from .slurm import check_slurm
 
 _RUN_KEYS = ("model", "hparams", "dataset", "data", "num_edits", "batch_size")
 _LISTS = ("seeds", "sphere", "gamma", "alpha")
-_GRID_KEYS = (*_RUN_KEYS, "edit", "set", *_LISTS, "seeds_outermost", "methods", "axes", "exclude", "runs",
-              "slurm")
-_ENTRY_KEYS = ("name", "method", *_RUN_KEYS, "edit", "set", *_LISTS, "axes")
+_GRID_KEYS = (*_RUN_KEYS, "edit", "set", *_LISTS, "methods", "runs", "slurm")
+_ENTRY_KEYS = ("name", "method", *_RUN_KEYS, "edit", "set", *_LISTS)
 # Options of `edit` and hyperparameters that have their own key here, and must be given by it.
 _OWN_OPTIONS = MappingProxyType({"hparams": "hparams", "set": "set", "dataset": "dataset", "data": "data",
                                  "num-edits": "num_edits", "batch-size": "batch_size", "seed": "seeds"})
@@ -94,68 +87,31 @@ class _Reader:
         if not self._methods and not self._entries:
             raise ValueError("there is nothing to run: give `methods`, a list, or `runs`")
         self._set = _hyperparameters(content.get("set"), "set")
-        self._axes = _hyperparameters(content.get("axes"), "axes")
-        refuse_both(self._set, self._axes, "set", "axes")
-        self._known_methods = list(dict.fromkeys(
-            [*self._methods, *(entry["method"] for entry in self._entries.values())]))
-        for method, own in self._methods.items():
-            refuse_both(own, self._axes, f"methods.{method}", "axes")
 
     def runs(self) -> list[Run]:
-        groups = [self._group(f"method {method}", method, {}, self._axes) for method in self._methods]
-        arms = [arm for group in groups for arm in arms_of(group)]
-        if self._top.get("exclude") is not None:
-            arms = excluding(arms, self._top["exclude"], self._axes)
-        for where, entry in self._entries.items():
-            axes = _hyperparameters(entry.get("axes"), f"{where}.axes")
-            found = list(arms_of(self._group(where, entry["method"], entry, axes)))
-            if "name" in entry and len(found) > 1:
-                raise ValueError(f"{where} has the name {entry['name']!r} but describes {len(found)} runs of each "
-                                 "seed: give one value each for sphere, gamma, alpha and axes, or omit the name")
-            arms += found
-        runs = runs_of(arms, as_flag(self._top.get("seeds_outermost", True), "seeds_outermost"))
-        if not runs:
-            raise ValueError("exclude leaves nothing to run: remove an entry of it")
-        return runs
+        groups = [self._group(f"method {method}", method, {}) for method in self._methods]
+        groups += [self._group(where, entry["method"], entry) for where, entry in self._entries.items()]
+        return runs_of(groups)
 
-    def _group(self, where: str, method: str, entry: Mapping[str, Any], axes: Mapping[str, Any]) -> Group:
+    def _group(self, where: str, method: str, entry: Mapping[str, Any]) -> Group:
         """``entry`` is empty for the grid's groups."""
-        common = {**self._set, **self._methods.get(method, {})}
-        own_set = _hyperparameters(entry.get("set"), f"{where}.set")
-        refuse_both(own_set, axes, f"{where}.set", f"{where}.axes")
-        changed = {name: value for name, value in common.items() if name not in axes} | own_set
-        edit_above = self._edit(self._top.get("edit"), "edit")
-        edit = edit_above | self._edit(entry.get("edit"), f"{where}.edit")
-        given = {name: entry.get(name, self._top.get(name)) for name in _RUN_KEYS}
-        settings = _settings(method, given, changed, edit, where)
-        named = {name: entry[name] for name in ("model", "dataset", "num_edits", "batch_size")
-                if name in entry and entry[name] != self._top.get(name)}
-        named |= {name: value for name, value in edit.items() if value != edit_above.get(name)}
-        lists = {name: self._choices(name, self._top.get(name) if entry.get(name) is None else entry[name], method)
+        changed = {**self._set, **self._methods.get(method, {}), **_hyperparameters(entry.get("set"), f"{where}.set")}
+        edit = self._edit(self._top.get("edit"), "edit") | self._edit(entry.get("edit"), f"{where}.edit")
+        settings = _settings(method, {name: entry.get(name, self._top.get(name)) for name in _RUN_KEYS}, changed, edit,
+                             where)
+        lists = {name: _choices(name, self._top.get(name) if entry.get(name) is None else entry[name])
                  for name in _LISTS}
         if settings.hparams not in self._files:
             self._files[settings.hparams] = SPHEREHyperParams.from_hparams(settings.hparams).to_dict()
-        file = self._files[settings.hparams]
         return Group(
-            where=where, name=_name(entry, where), settings=settings, named=named, file=file,
-            defaults=resolve(file, common, where),
+            where=where, name=_name(entry, where), settings=settings, file=self._files[settings.hparams],
             seeds=tuple(as_whole(seed, f"{where}: a seed", 0) for seed in lists["seeds"] or (0,)),
             sphere=tuple(as_flag(sphere, f"{where}: sphere") for sphere in lists["sphere"] or (False, True)),
             gamma=lists["gamma"] or (None,), alpha=lists["alpha"] or (None,),
-            axes={name: values for name, value in axes.items() if (values := self._choices(name, value, method))},
         )
 
-    def _choices(self, name: str, value: Any, method: str) -> tuple[Any, ...]:
-        """Values of an axis for this method; empty for that of its hyperparameter file."""
-        if isinstance(value, Mapping):
-            check_keys(value, (*self._known_methods, "default"), f"{name}, given by method,")
-            value = value.get(method, value.get("default"))
-        if value == []:
-            raise ValueError(f"{name} is an empty list: give a value, or omit it")
-        return () if value is None else tuple(as_list(value))
-
     def _edit(self, value: Any, where: str) -> dict[str, Any]:
-        """Options of ``edit``; null removes one given above."""
+        """Options of ``edit``."""
         found: dict[str, Any] = {}
         for key, item in as_mapping(value, where).items():
             name = as_text(key, where).replace("_", "-")
@@ -170,13 +126,19 @@ class _Reader:
                                  f"{suggestion(name, self._edit_options)}")
             if name in found:
                 raise ValueError(f"{where} holds {name} in two spellings: remove one")
-            if not all(isinstance(part, (str, int, float)) for part in as_list("" if item is None else item)):
+            if not all(isinstance(part, (str, int, float)) for part in as_list(item)):
                 raise ValueError(f"{where}.{key} is {item!r:.60}: give a text, a number, true or false, or a list")
             if item is False and self._edit_options is not None and f"no-{name}" not in self._edit_options:
-                raise ValueError(f"{where}: {key} is false, but there is no --no-{name}: omit it, or give null to "
-                                 "remove it from the settings above")
+                raise ValueError(f"{where}: {key} is false, but there is no --no-{name}: omit it")
             found[name] = item
         return found
+
+
+def _choices(name: str, value: Any) -> tuple[Any, ...]:
+    """Values of a list; empty for the default."""
+    if value == []:
+        raise ValueError(f"{name} is an empty list: give a value, or omit it")
+    return () if value is None else tuple(as_list(value))
 
 
 def _methods(value: Any) -> dict[str, dict[str, Any]]:
@@ -223,7 +185,7 @@ def _settings(method: str, given: Mapping[str, Any], changed: Mapping[str, Any],
         num_edits=None if given["num_edits"] is None else as_whole(given["num_edits"], f"{where}: num_edits", 1),
         batch_size=BATCH_SIZE if given["batch_size"] is None else as_whole(given["batch_size"],
                                                                            f"{where}: batch_size", 1),
-        edit={name: value for name, value in edit.items() if value is not None}, hyperparameters={},
+        edit=edit, hyperparameters={},
     )
 
 
