@@ -23,4 +23,5 @@ def read_csv(path: Path, columns: Sequence[str], parse: Callable[[Mapping[str, s
                 raise ValueError(f"its columns are {reader.fieldnames}, not {list(columns)}")
             return [parse(row) for row in reader]
         except (TypeError, ValueError, csv.Error) as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+            raise ValueError(f"{path}, line {reader.line_num}: {error}; remove the file if it is no longer needed, or "
+                             "restore it") from error
