@@ -20,10 +20,11 @@ from .report import report
 from .show import show
 from .stats import stats
 from .sweep import sweep
+from .tune import tune
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Edit facts into language models with SPHERE (arXiv 2510.01172).")
-for _command in (edit, evaluate, show, report, sweep, hparams, stats, doctor, plan, export, apply, remove):
+for _command in (edit, evaluate, show, report, sweep, hparams, tune, stats, doctor, plan, export, apply, remove):
     app.command()(_command)
 app.command("withdraw", hidden=True, deprecated=True)(remove)  # its former name
 
