@@ -20,50 +20,63 @@ METRICS = ("efficacy", "generalization", "specificity", "perplexity")
 
 @dataclass(frozen=True)
 class Comparison:
-    """The start and the best trial on the same facts; a missing side was not measured."""
+    """The start (None if it failed) and the best trial on the same facts."""
 
     facts: str
     limits: Limits
     start: Scores | None
-    best: Scores | None
+    best: Scores
 
     def lines(self) -> list[str]:
-        """A table as text, a line for the unedited model, the start and the best trial each."""
-        head = f"{self.facts + ':':<26}" + "".join(f"{name:>16}" for name in METRICS)
+        """A table as text, a line each for the unedited model, the start and the best trial."""
         rows = (("unedited", self.limits.unedited), ("edited, start", self.start), ("edited, found", self.best))
-        return [head, *(f"{name:<26}" + ("not measured" if scores is None else _cells(scores, self.limits))
-                        for name, scores in rows)]
+        return [f"{self.facts + ':':<24}" + "".join(f"{name:>16}" for name in METRICS),
+                *(f"{name:<24}" + ("failed" if scores is None else self._cells(scores)) for name, scores in rows)]
+
+    def _cells(self, scores: Scores) -> str:
+        shares = (scores.efficacy, scores.generalization, scores.specificity)
+        cells = ["-" if share is None else f"{share:.1f}" for share in shares]
+        return "".join(f"{cell:>16}" for cell in (
+            *cells, f"{scores.perplexity:.2f} ({self.limits.rise(scores):+.1f}%)"))
 
 
-def _cells(scores: Scores, limits: Limits) -> str:
-    percent = "".join(f"{'-' if value is None else f'{value:.1f}':>16}"
-                      for value in (scores.efficacy, scores.generalization, scores.specificity))
-    return percent + f"{f'{scores.perplexity:.2f} ({limits.rise(scores):+.1f}%)':>16}"
+def name_of(trial: FrozenTrial) -> str:
+    """Short name of a trial."""
+    return f"trial {trial.number}" + (" (start)" if trial.user_attrs.get("is_start") else "")
 
 
-def write_yaml(path: Path, mapping: Mapping[str, Any], header: Sequence[str]) -> None:
+def scores_of(trial: FrozenTrial | None) -> Scores | None:
+    """The scores stored with a trial, if it has any."""
+    stored = None if trial is None else trial.user_attrs.get("scores")
+    return None if stored is None else Scores(**stored)
+
+
+def described(trial: FrozenTrial, limits: Limits) -> str:
+    """A trial's outcome on one line."""
+    scores = scores_of(trial)
+    if scores is None:
+        return f"failed: {trial.user_attrs.get('error')}"
+    shares = ", ".join(f"{name} {share:.1f}" for name in METRICS[:-1]
+                       if (share := getattr(scores, name)) is not None)
+    return (f"{shares}, perplexity {limits.rise(scores):+.1f}%"
+            + (", stopped at half" if trial.value is None else f", value {trial.value:.1f}"))
+
+
+def write_best(path: Path, mapping: Mapping[str, Any], header: Sequence[str]) -> None:
     """Write hyperparameters that ``edit --hparams`` reads, with comment lines on top."""
     with atomic_write(path) as temporary:
         temporary.write_text(render_hparams(mapping, "\n".join(header)), encoding="utf-8")
 
 
 def write_trials(path: Path, trials: Sequence[FrozenTrial], limits: Limits) -> None:
-    """Write a row for every trial: its scores (of half its facts if it was stopped there) and its parameters."""
+    """Write a row for every trial: its scores (after half of its facts if it was stopped there) and parameters."""
     names = sorted({name for trial in trials for name in trial.params})
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["trial", "state", "value", *METRICS, "perplexity_rise", "seconds", *names, "error"])
         for trial in trials:
             scores = scores_of(trial)
-            value = trial.value if trial.value is not None else next(iter(trial.intermediate_values.values()), None)
-            cells = [None] * len(METRICS) if scores is None else [getattr(scores, name) for name in METRICS]
-            writer.writerow([
-                trial.number, trial.state.name.lower(), value, *cells, None if scores is None else limits.rise(scores),
-                trial.user_attrs.get("seconds"), *(trial.params.get(name) for name in names),
-                trial.user_attrs.get("error")])
-
-
-def scores_of(trial: FrozenTrial) -> Scores | None:
-    """The scores stored with a trial, if it has any."""
-    stored = trial.user_attrs.get("scores")
-    return None if stored is None else Scores(**stored)
+            cells = [None] * 5 if scores is None else [*(getattr(scores, name) for name in METRICS),
+                                                       limits.rise(scores)]
+            writer.writerow([trial.number, trial.state.name.lower(), trial.value, *cells, trial.user_attrs["seconds"],
+                             *(trial.params.get(name) for name in names), trial.user_attrs.get("error")])

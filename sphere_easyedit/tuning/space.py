@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 LAYERS = "layers"
 FIRST, NUMBER = "first_layer", "num_layers"
 _MOST_LAYERS = 8
+_SHARE = 0.6
 
 # Low, high, and whether the scale is logarithmic. The published settings of all models lie inside.
 _RANGES = MappingProxyType({
@@ -45,19 +46,17 @@ class SearchSpace:
         start: where the search starts; what is not searched stays as it is here.
         names: of the searched hyperparameters (see ``searched_names``).
         layers: numbers of the layers that can be edited, ascending.
-        share: share of the dimensions in the null space of ``start``; None if the method has none.
     """
 
     start: SPHEREHyperParams
     names: Sequence[str]
     layers: Sequence[int]
-    share: float | None = None
 
     def start_values(self) -> dict[str, Any]:
-        """The parameters of ``start``; nearest to them if its layers are not consecutive."""
+        """The parameters of ``start``: a guess for what they can't express, layers with gaps and a threshold."""
         values: dict[str, Any] = {name: getattr(self.start, name) for name in self.names if name != LAYERS}
         if "nullspace_share" in values:
-            values["nullspace_share"] = self.share
+            values["nullspace_share"] = self.start.nullspace_share or _SHARE
         if LAYERS in self.names:
             values |= {FIRST: self.layers.index(self.start.layers[0]), NUMBER: len(self.start.layers)}
         return values
