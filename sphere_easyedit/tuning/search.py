@@ -194,10 +194,10 @@ class Tuner:
         return self._spent_before + self._clock() - self._began
 
     def _has_time(self) -> bool:
-        """Whether another trial and the validation of two settings fit into the budget; the first trial always does."""
+        """Whether another trial and the validation of two settings fit into the budget, or none is completed yet."""
         seconds = [trial.user_attrs["seconds"] for trial in self._finished()]
         validation = 2 * max(seconds, default=0.0) * len(self._validation) / len(self._tuning)
-        return not seconds or self._spent() + statistics.fmean(seconds) + validation <= self._settings.budget
+        return self._best() is None or self._spent() + statistics.fmean(seconds) + validation <= self._settings.budget
 
     def _finished(self) -> list[FrozenTrial]:
         states = [self._states.COMPLETE, self._states.PRUNED]
