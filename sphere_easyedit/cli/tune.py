@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from ..datasets.records import DatasetName
+from ..utils.signals import Interrupted
 from .common import load_for, set_up
-from .options import DataOptions, Dtype, Quiet, Verbose, option, parse_overrides, with_option_groups
+from .options import Dtype, Quiet, Verbose, option, parse_overrides, with_option_groups
+
+if TYPE_CHECKING:
+    from ..datasets.loaders import EditRecord
+
+_FACTS = 50  # of a trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +51,29 @@ class StartOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneData(DataOptions):
+class TuneData:
     """Facts of the trials and of the validation."""
 
+    PANEL: ClassVar = "Data"
+
+    data: Annotated[Path | None, option("File of facts (demo facts if not given).")] = None
+    dataset: Annotated[DatasetName | None, option("What the file holds (facts if not given).")] = None
     num_edits: Annotated[int | None, option("Number of facts that a trial edits, and of other facts for the validation "
                                             "(half of the data, at most 50, if not given).", min=1)] = None
     batch_size: Annotated[int, option("Number of facts edited at once; tune with the one that you will use.", min=1)
                           ] = 10
+    seed: Annotated[int, option("Seed for splitting the facts, for the trials and for generated text.", min=0)] = 0
+
+    def split(self) -> tuple[list[EditRecord], list[EditRecord]]:
+        """Facts for the trials, and as many others for the validation."""
+        from ..datasets.loaders import draw_records, load_records
+
+        dataset = self.dataset or ("demo" if self.data is None else "facts")
+        records = load_records(dataset, self.data, seed=self.seed)
+        number = min(_FACTS, len(records) // 2) if self.num_edits is None else self.num_edits
+        tuning, validation = (draw_records(records, number, skip=skip, source=str(self.data or dataset))
+                              for skip in (0, number))
+        return tuning, validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,38 +94,41 @@ class LimitOptions:
 @with_option_groups
 def tune(
     model: Annotated[str, typer.Argument(help="Folder or hub name of a decoder.")],
-    budget: Annotated[float, option("Wall time in minutes, with statistics and validation; for a search that goes on, "
-                                    "in all.")],
-    output: Annotated[Path, option("Folder of the search; the same command goes on there.")],
+    budget: Annotated[float, option("Wall time in minutes, with statistics and validation; in all, for a search that "
+                                    "goes on.")],
     start: StartOptions,
     data: TuneData,
     limits: LimitOptions,
+    output: Annotated[Path | None, option("Folder of the search, where the same command goes on (tune-MODEL-BASE if "
+                                          "not given).", panel="Output")] = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Search hyperparameters of a base method for a model: layers, v_lr, clamp_norm_factor, and L2 and the null space
-    (AlphaEdit) or mom2_update_weight (MEMIT, RECT, PRUNE).
+    r"""Search hyperparameters of a base method for a model.
 
-    Objective: the mean of efficacy and generalization after editing the facts of a trial, while perplexity and
-    specificity stay within their limits. The first trial is the start, so the result is never worse on these facts;
-    the numbers in OUTPUT/best.yaml are also measured on facts that no trial edited. Needs Optuna: pip install
-    'sphere-easyedit[tune]'.
+    Searched: layers, v_lr, clamp_norm_factor; L2 and nullspace_share (AlphaEdit); mom2_update_weight (the others).
+
+    Objective: the mean of efficacy and generalization of the edited facts, within limits on perplexity and specificity.
+
+    The first trial is the start, so the result is never worse on these facts. best.yaml also has the numbers on facts
+    that no trial edited. Needs Optuna: pip install 'sphere-easyedit\[tune]'.
     """
     consoles = set_up(verbose, quiet)
-    from ..datasets.loaders import draw_records, load_records
     from ..hparams import SPHEREHyperParams
     from ..tuning import Tuner, TuneSettings
     from ..tuning.search import import_optuna
 
     import_optuna()  # before the model is loaded, which takes long
-    records = load_records(data.dataset, data.data, seed=data.seed or 0)
-    number = min(50, len(records) // 2) if data.num_edits is None else data.num_edits
-    source = str(data.data or data.dataset)
-    tuning, validation = (draw_records(records, number, skip=skip, source=source) for skip in (0, number))
-    settings = TuneSettings(output, 60 * budget, data.batch_size, data.seed or 0, limits.text, limits.text_tokens,
+    tuning, validation = data.split()
+    folder = output or Path(f"tune-{model.rstrip('/').rpartition('/')[2]}-{start.base_alg}")
+    settings = TuneSettings(folder, 60 * budget, data.batch_size, data.seed, limits.text, limits.text_tokens,
                             limits.max_perplexity_rise, limits.max_specificity_loss, tuple(start.fixed))
     mapping = start.mapping(model)
     loaded, tok = load_for(SPHEREHyperParams.from_dict(mapping), start.dtype)
     tuner = Tuner(loaded, tok, mapping, tuning, validation, settings, consoles.print_line)
-    best = tuner.run()
+    try:
+        best = tuner.run()
+    except Interrupted:
+        consoles.print_line(f"{folder} holds all trials so far, and best.yaml of the best; the same command goes on.")
+        raise
     consoles.print_line(f"{best}: use it with `sphere-easyedit edit --hparams {best}`")

@@ -1,14 +1,13 @@
-"""The files of a search: the hyperparameters found, as YAML with how well they do, and a table of all trials."""
+"""Results of trials as text and tables."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..hparams_files import render_hparams
 from ..utils.files import atomic_write
 from .trial import Limits, Scores
 
@@ -60,12 +59,6 @@ def described(trial: FrozenTrial, limits: Limits) -> str:
                        if (share := getattr(scores, name)) is not None)
     return (f"{shares}, perplexity {limits.rise(scores):+.1f}%"
             + (", stopped at half" if trial.value is None else f", value {trial.value:.1f}"))
-
-
-def write_best(path: Path, mapping: Mapping[str, Any], header: Sequence[str]) -> None:
-    """Write hyperparameters that ``edit --hparams`` reads, with comment lines on top."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(render_hparams(mapping, "\n".join(header)), encoding="utf-8")
 
 
 def write_trials(path: Path, trials: Sequence[FrozenTrial], limits: Limits) -> None:

@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from ..datasets.loaders import EditRecord, records_fingerprint
 from ..evaluation.perplexity import held_out_texts
 from ..hparams import SPHEREHyperParams
+from ..hparams_files import render_hparams
 from ..methods.corpus import GENERATED, GENERATED_LENGTH, token_sequences
 from ..methods.covariance import moment_path, statistics_files
 from ..models.architecture import EditableModel
 from ..utils.files import atomic_write, sha256_of
 from ..utils.messages import one_line
-from .results import Comparison, described, name_of, scores_of, write_best, write_trials
+from .results import Comparison, described, name_of, scores_of, write_trials
 from .space import LAYERS, SearchSpace, searched_names
 from .trial import NEIGHBOURS, Limits, Scores, TrialRunner
 
@@ -39,30 +40,19 @@ _FAILING = 3  # trials that all fail with an error before the search gives up
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """Settings of a search.
-
-    Attributes:
-        output: folder of the search; a search with the same settings goes on there.
-        budget: wall time in seconds, with statistics and validation, over all calls that go on with this search.
-        batch_size: edits per batch.
-        seed: of the proposals and of generated held-out text.
-        text: held-out text for perplexity; None for text that the unedited model writes. On that, the logarithm of
-            the ratio of perplexities estimates the divergence KL(unedited || edited) per token.
-        text_tokens: number of its tokens to read.
-        max_rise: highest rise of perplexity against the unedited model, in percent.
-        max_loss: largest loss of specificity against the unedited model, in points.
-        fixed: searched hyperparameters to leave as they are at the start.
-    """
+    """Settings of a search; one with the same settings goes on in the same ``output``."""
 
     output: Path
-    budget: float
+    budget: float  # wall time in seconds, with statistics and validation, over all calls that go on with the search
     batch_size: int = 10
-    seed: int = 0
+    seed: int = 0  # of the trials and of generated text
+    # For perplexity; None for text that the unedited model writes. On that, the logarithm of the ratio of perplexities
+    # estimates the divergence KL(unedited || edited) per token.
     text: Path | None = None
     text_tokens: int = 2048
-    max_rise: float = 5.0
-    max_loss: float = 3.0
-    fixed: Sequence[str] = ()
+    max_rise: float = 5.0  # of perplexity against the unedited model, in percent
+    max_loss: float = 3.0  # of specificity against the unedited model, in points
+    fixed: Sequence[str] = ()  # searched hyperparameters to leave as they are at the start
 
     def __post_init__(self) -> None:
         for name in ("budget", "batch_size", "text_tokens", "max_rise", "max_loss"):
@@ -71,15 +61,12 @@ class TuneSettings:
 
 
 class Tuner:
-    """Searches hyperparameters for one model; ``run`` does it all.
+    """Searches hyperparameters for one model, which has the same bits after the search.
 
     Args:
-        model: just loaded, without edits; the same bits after the search.
-        tok: its tokenizer.
         start: mapping of the starting hyperparameters, as their file has them.
         tuning: facts that every trial edits.
         validation: facts that only the start and the best trial edit, at the end.
-        settings: the rest.
         say: called with each line of progress.
         clock: returns seconds.
 
@@ -152,11 +139,7 @@ class Tuner:
     def run(self) -> Path:
         """Search until the budget is spent, and compare the best trial with the start on the validation facts.
 
-        Returns:
-            The YAML file with the best trial's hyperparameters.
-
-        Raises:
-            ValueError: the first trials all fail, or none was completed.
+        Returns the YAML file of the best trial; ValueError if the first trials all fail.
         """
         self._prepare()
         while self._has_time():
@@ -275,7 +258,7 @@ class Tuner:
         stopped = sum(trial.state == self._states.PRUNED for trial in trials)
         tuned = Comparison(f"{len(self._tuning)} tuning facts", self._limits, scores_of(self._start_trial()),
                            Scores(**best.user_attrs["scores"]))
-        write_best(output / BEST, mapping, [
+        header = [
             f"{self._hparams.base_alg}, {self._hparams.model_name}. Written by `sphere-easyedit tune`: {name_of(best)} "
             f"of {len(trials)} ({stopped} stopped early or failed), seed {settings.seed}, "
             f"{self._spent() / 60:.0f} minutes.",
@@ -285,7 +268,9 @@ class Tuner:
             f"while perplexity on {settings.text or 'text by the unedited model'} rises by at most "
             f"{settings.max_rise:g}% and specificity falls by at most {settings.max_loss:g} points.",
             "The validation facts were edited by no trial.",
-            *tuned.lines(), *(["Validation: not measured yet."] if validation is None else validation.lines())])
+            *tuned.lines(), *(["Validation: not measured yet."] if validation is None else validation.lines())]
+        with atomic_write(output / BEST) as temporary:
+            temporary.write_text(render_hparams(mapping, "\n".join(header)), encoding="utf-8")
 
     def _validate(self) -> Path:
         """Edit and measure the validation facts with the start and with the best trial, unless that was done."""
