@@ -19,6 +19,7 @@ import sphere_easyedit as sphere
 from helpers.models import save_tiny_model, tiny_hparams
 from helpers.processes import call_cli
 from sphere_easyedit.datasets.demo import demo_records
+from sphere_easyedit.hparams_files import shipped_name
 from sphere_easyedit.tuning import Tuner, TuneSettings
 from sphere_easyedit.tuning.trial import Limits, Scores
 
@@ -138,6 +139,12 @@ def test_a_start_that_fails_is_replaced(make: Callable[..., Tuner]) -> None:
     assert "nullspace_threshold 1e-30" in trials[0]["error"] and not trials[1]["error"]
     assert re.search("^# edited, start  +failed$", best.read_text(encoding="utf-8"), re.MULTILINE)
     assert sphere.SPHEREHyperParams.from_hparams(best).nullspace_share is not None
+
+
+def test_the_start_is_the_file_that_ships_for_a_model() -> None:
+    assert shipped_name("smollm2-135m", "MEMIT") == "MEMIT/smollm2-135m"
+    assert shipped_name("google/gemma-3-270m", "AlphaEdit") == "AlphaEdit/gemma3-270m"
+    assert shipped_name("someone/some-model", "AlphaEdit") is None
 
 
 def test_limits_come_before_the_score() -> None:
