@@ -53,7 +53,7 @@ def make(folder: Path, loaded: tuple[nn.Module, PreTrainedTokenizerBase]) -> Cal
                          v_num_grad_steps=4, mom2_max_length=32).to_dict()
     facts = demo_records()[:6]
 
-    def tuner(output: str = "search", budget: float = 40, clock: Callable[[], float] | None = None,
+    def tuner(output: str = "search", budget: float = 34, clock: Callable[[], float] | None = None,
               say: Callable[[str], None] = str, changes: dict[str, Any] | None = None, **settings: Any) -> Tuner:
         given = TuneSettings(folder / output, budget, **{"batch_size": 2, "fixed": FIXED, "text_tokens": 64,
                                                          "text": folder / "held-out.txt", **settings})
@@ -104,7 +104,7 @@ def test_weights_and_statistics_stay(search: Search, loaded: tuple[nn.Module, Pr
 
 def test_the_budget_is_kept_to_within_a_trial(search: Search) -> None:
     readings = 8  # of the clock, a trial and what is around it
-    assert 40 - 4 * readings <= search.seconds <= 40 + readings
+    assert 34 - 4 * readings <= search.seconds <= 34 + readings
 
 
 def test_an_interrupted_search_goes_on_with_the_same_trials(make: Callable[..., Tuner], search: Search, folder: Path
@@ -120,14 +120,14 @@ def test_an_interrupted_search_goes_on_with_the_same_trials(make: Callable[..., 
         make("parts", clock=interrupted).run()
     assert (folder / "parts" / "best.yaml").exists()
     done, said = len(rows(folder / "parts")), list[str]()
-    again = rows(make("parts", budget=26, say=said.append).run().parent)
+    again = rows(make("parts", budget=22, say=said.append).run().parent)
     # Numbers differ after the trial that was ended, which is tried once more.
     kept = ("v_lr", "L2", "value")
     assert 0 < done < len(again)
     for one, other in zip(rows(search.best.parent)[: done + 1], again, strict=False):
         assert all(one[name] == other[name] for name in kept)
     said.clear()
-    make("parts", budget=26, say=said.append).run()  # nothing is left to do
+    make("parts", budget=22, say=said.append).run()  # nothing is left to do
     assert rows(folder / "parts") == again and not any(line.startswith("trial") for line in said)
 
 
