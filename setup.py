@@ -54,6 +54,7 @@ setup(
         # lm-eval before 0.4.13 loads tasks and counts records in another way.
         "eval": ["lm-eval>=0.4.13", "datasets>=2.20", "scikit-learn>=1.4"],
         "cluster": ["submitit>=1.5"],
+        "tune": ["optuna>=4"],
         # What EasyEdit's main branch imports; EasyEdit itself is a checkout (EASYEDIT_HOME), since the release on PyPI
         # pins what can't be installed beside a current torch.
         "easyedit": ["av", "cachetools", "datasets", "einops", "fairscale", "gpustat", "higher", "httpx", "hydra-core",
@@ -67,8 +68,8 @@ setup(
         "audit": ["atheris>=3", "mutmut>=3.8", "pip-audit>=2.7"],
         "test": ["import-linter>=2", "pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6", "hypothesis>=6.100",
                  "ruff>=0.6", "mypy>=1.10", "markdown-it-py>=2.2", "playwright>=1.40", "scikit-learn>=1.4",
-                 "build>=1.2", "ipykernel>=6.20", "matplotlib>=3.8", "nbclient>=0.10", "nbformat>=5.10", "pandas>=2.0",
-                 "setuptools>=68", "submitit>=1.5", "tensorboard>=2.14", "twine>=5", "wheel"],
+                 "build>=1.2", "ipykernel>=6.20", "matplotlib>=3.8", "nbclient>=0.10", "nbformat>=5.10", "optuna>=4",
+                 "pandas>=2.0", "setuptools>=68", "submitit>=1.5", "tensorboard>=2.14", "twine>=5", "wheel"],
     },
     entry_points={"console_scripts": ["sphere-easyedit=sphere_easyedit.cli:main"]},
     classifiers=[

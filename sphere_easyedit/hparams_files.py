@@ -108,6 +108,15 @@ def available_hparams() -> list[str]:
     return sorted(_shipped())
 
 
+def shipped_name(model_name: str, base_alg: str) -> str | None:
+    """Name of the file that ships for a model, by its ``model_name`` or the file's own name; None if there is none."""
+    shipped = _shipped()
+    if f"{base_alg}/{model_name}" in shipped:
+        return f"{base_alg}/{model_name}"
+    return next((name for name, file in shipped.items()
+                 if name.startswith(f"{base_alg}/") and read_mapping(file)["model_name"] == model_name), None)
+
+
 def _shipped() -> dict[str, Traversable]:
     found: dict[str, Traversable] = {}
     for root in _shipped_folders():

@@ -23,6 +23,7 @@ from .report import report
 from .show import show
 from .stats import stats
 from .sweep import sweep
+from .tune import tune
 
 app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False, epilog=
                   "Options and examples of a command: sphere-easyedit COMMAND --help")
@@ -30,7 +31,7 @@ for _panel, _commands in {
     "Edit facts": (edit, sweep),
     "Look at a run": (report, chat, show, evaluate),
     "Use the edited model": (export, apply, remove),
-    "Prepare": (hparams, stats, plan, doctor),
+    "Prepare": (hparams, tune, stats, plan, doctor),
 }.items():
     for _command in _commands:
         app.command(cls=CommandWithExamples, rich_help_panel=_panel)(_command)

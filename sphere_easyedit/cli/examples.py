@@ -32,6 +32,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({command: tupl
     "apply": ("deltas --model smollm2-135m --output edited",),
     "remove": ("runs/first --case 3 --case 7 --output without",),
     "hparams": ("Qwen/Qwen2.5-0.5B --output qwen.yaml", "models/mine --base-alg MEMIT --output mine.yaml"),
+    "tune": ("smollm2-135m --dataset facts --data mine.csv --budget 30 --output tuned",),
     "stats": ("--hparams AlphaEdit/llama3-8b",),
     "plan": ("--hparams AlphaEdit/llama3-8b --num-edits 2000 --batch-size 100",),
     "doctor": ("",),

@@ -176,15 +176,21 @@ def read_hparams(name: str, overrides: list[str]) -> SPHEREHyperParams:
         ValueError: an override has no ``=``, or a hyperparameter is unknown or out of range.
     """
     from ..hparams import SPHEREHyperParams
-    from ..utils.yaml import read_yaml
 
     loaded = SPHEREHyperParams.from_hparams(name)
     if not overrides:
         return loaded
+    return SPHEREHyperParams.from_dict({**loaded.to_dict(), **parse_overrides(overrides)})
+
+
+def parse_overrides(overrides: list[str]) -> dict[str, Any]:
+    """Values by name from ``NAME=VALUE`` each, with VALUE in YAML (ValueError without ``=``)."""
+    from ..utils.yaml import read_yaml
+
     changes = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"--set {override!r} has no '=': write NAME=VALUE")
         changes[key.strip()] = read_yaml(value, f"--set {override!r}")
-    return SPHEREHyperParams.from_dict({**loaded.to_dict(), **changes})
+    return changes

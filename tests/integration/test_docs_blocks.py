@@ -57,7 +57,6 @@ NOT_RUN_PYTHON = {
     "from pathlib import Path":
         "the checkpoints of the run whose model it is: tests/integration/test_rollback.py",
 }
-_COMING = ("tune", "chat")  # until these commands are merged
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +157,6 @@ def _completed(words: list[str]) -> list[str]:
 def _parse(words: list[str], where: str) -> None:
     """By the real command line, which refuses options and values that it doesn't know."""
     name, *rest = _completed(words)
-    if name in _COMING and name not in COMMANDS:
-        return
     assert name in COMMANDS, where
     try:
         COMMANDS[name].make_context(name, list(rest))
@@ -190,7 +187,7 @@ def _parse_arguments(script: Path, words: list[str]) -> None:
 def _check_extras(line: str) -> None:
     extras = [extra for found in re.findall(r"\[([\w,]+)\]", line) for extra in found.split(",")]
     declared = re.findall(r'^        "(\w+)": \[', (REPOSITORY / "setup.py").read_text(), re.MULTILINE)
-    assert set(extras) <= {*declared, *_COMING}, line
+    assert set(extras) <= set(declared), line
 
 
 @contextmanager
