@@ -182,13 +182,13 @@ def _warn_of_replacement(folder: Path, checks: Mapping[int, FileCheck]) -> None:
 def _collect(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
              paths: dict[int, Path], fingerprints: StatisticsFingerprints) -> None:
     with frozen(editable.model):
-        logger.info("collecting the second moments of keys in layers %s from up to %d texts of %s", sorted(paths),
-                    hparams.mom2_n_samples, hparams.mom2_dataset)
+        logger.info("statistics of layers %s are missing (how their inputs vary over ordinary text): collecting them, "
+                    "once for all later runs", sorted(paths))
         sequences = shipped_texts(fingerprints.text_origin()) if hparams.mom2_dataset == GENERATED else None
         if sequences is None:
             sequences = token_sequences(editable, tok, hparams, text_length(editable, hparams))
         tokens = sum(len(sequence) for sequence in sequences)
-        logger.info("%d texts, %d tokens", len(sequences), tokens)
+        logger.info("reading %d texts, %d tokens", len(sequences), tokens)
         thin = [layer for layer in paths if tokens < 2 * editable.d_in(layer)]
         if thin:
             logger.warning("%d tokens are few for keys of width %d: take more text (mom2_n_samples)", tokens,
@@ -202,7 +202,7 @@ def _collect(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPH
                          "model's states are not finite): set mom2_dtype to float32")
     for layer, path in paths.items():
         save_moment(path, totals[layer], tokens, hparams.mom2_n_samples, fingerprints.expected(layer))
-    logger.info("second moments of layers %s are stored in %s", sorted(paths), next(iter(paths.values())).parent)
+    logger.info("statistics of layers %s are stored in %s", sorted(paths), next(iter(paths.values())).parent)
 
 
 @torch.no_grad()

@@ -124,7 +124,7 @@ def test_written_file_has_easyedits_layout(family: str, tok: PreTrainedTokenizer
     assert relative_error(mean, found[1]) < 1e-6
     paths = [moment_path(editable, hparams, layer) for layer in hparams.layers]
     assert sorted(path.parent.iterdir()) == sorted([*paths, *map(fingerprint_path, paths)])  # and no temporary file
-    assert f"second moments of layers [1, 2] are stored in {path.parent}" in caplog.messages
+    assert f"statistics of layers [1, 2] are stored in {path.parent}" in caplog.messages
 
 
 def test_files_are_read_and_not_collected_again(tok: PreTrainedTokenizerBase, tmp_path: Path,
