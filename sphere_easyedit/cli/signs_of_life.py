@@ -17,11 +17,11 @@ _SHARE: Final = 0.05  # of the time so far that may pass without a line, so that
 
 
 class WatchedConsole(Console):
-    """A console that knows when it last printed."""
+    """A console that knows when it was made and when it last printed."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.printed_at = time.monotonic()
+        self.made_at = self.printed_at = time.monotonic()
 
     def print(self, *objects: Any, **settings: Any) -> None:
         """Print, as ``Console.print`` does."""
@@ -31,16 +31,16 @@ class WatchedConsole(Console):
 
 @contextmanager
 def signs_of_life(console: WatchedConsole) -> Iterator[None]:
-    """Print a line with the time so far whenever the console was silent for 8 s, later for longer."""
-    started = time.monotonic()
+    """Print a line with the command's time so far whenever the console was silent for 8 s, later for longer."""
     is_over = threading.Event()
 
     def watch() -> None:
         while not is_over.wait(0.5):
             now = time.monotonic()
-            if now - console.printed_at >= max(_LONGEST, _SHARE * (now - started)):
+            seconds = now - console.made_at
+            if now - console.printed_at >= max(_LONGEST, _SHARE * seconds):
                 try:
-                    console.print(f"... still at work, {rough_duration(now - started)} so far", style="dim")
+                    console.print(f"... still at work, {rough_duration(seconds)} so far", style="dim", highlight=False)
                 except (OSError, ValueError):  # standard error was closed
                     return
 

@@ -209,7 +209,7 @@ def smollm2_folder() -> Path:
 def _convert_into(gguf: Path, folder: Path) -> None:
     for leftover in folder.parent.glob(f".{SMOLLM2_FOLDER}.{_CONVERTING}*"):  # of a killed process
         shutil.rmtree(leftover, ignore_errors=True)
-    logger.info("converting %s to %s", gguf.name, folder)
+    logger.info("converting %s, once for all later runs, to %s", gguf.name, folder)
     temporary = Path(tempfile.mkdtemp(prefix=f".{SMOLLM2_FOLDER}.{_CONVERTING}", dir=folder.parent))
     try:
         convert_gguf(gguf, temporary)
