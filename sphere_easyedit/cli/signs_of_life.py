@@ -10,8 +10,6 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from ..utils.remaining_time import rough_duration
-
 _LONGEST: Final = 8.0  # seconds without a line
 _SHARE: Final = 0.05  # of the time so far that may pass without a line, so that the log of a long run stays short
 
@@ -32,6 +30,8 @@ class WatchedConsole(Console):
 @contextmanager
 def signs_of_life(console: WatchedConsole) -> Iterator[None]:
     """Print a line with the command's time so far whenever the console was silent for 8 s, later for longer."""
+    from ..utils.remaining_time import rough_duration  # tqdm reads TQDM_DISABLE when imported: not before set_up
+
     is_over = threading.Event()
 
     def watch() -> None:
