@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,8 +43,9 @@ def shipped_texts(origin: Mapping[str, Any], folder: Path = FOLDER) -> list[list
                 raise ValueError(f"{path} holds other texts than its name says")
             if differing_fields(stored["config"], origin["config"]):
                 continue
-            return [part.tolist() for part in tensors["tokens"].split(tensors["lengths"].tolist())]
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            tokens = iter(tensors["tokens"].tolist())
+            return [list(islice(tokens, length)) for length in tensors["lengths"].tolist()]
+        except (ValueError, KeyError, TypeError) as error:
             logger.warning("%s: the model writes its text anew, which takes minutes. Install the package again", error)
     return None
 
