@@ -25,7 +25,7 @@ setup(
     packages=[*find_packages(include=["sphere_easyedit", "sphere_easyedit.*"]), HPARAMS],
     package_dir={HPARAMS: "hparams"},
     package_data={
-        "sphere_easyedit": ["py.typed", "data/*.json", "report/assets/*"],
+        "sphere_easyedit": ["py.typed", "data/*.json", "data/texts/*.safetensors", "report/assets/*"],
         HPARAMS: [str(path.relative_to(ROOT / "hparams")) for path in sorted((ROOT / "hparams").rglob("*.yaml"))],
     },
     install_requires=[

@@ -1,11 +1,25 @@
 #!/usr/bin/env bash
 # Edits 50 facts into SmolLM2-135M with AlphaEdit + SPHERE, shows what became of them and leaves report.html. Takes all
-# it needs from package registries; a few minutes on two cores. Arguments are handed to `sphere-easyedit edit`.
+# it needs from package registries; after installation, some minutes on two cores. Arguments are handed to
+# `sphere-easyedit edit`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source run_scripts/setup_venv.sh
 setup_venv demo,report
 
 output="runs/quickstart-$(date +%Y%m%d-%H%M%S)-$$"
+echo "Editing 50 facts into SmolLM2-135M with AlphaEdit + SPHERE, which takes a few minutes on two cores"
 .venv/bin/sphere-easyedit edit --hparams AlphaEdit/smollm2-135m --dataset demo --num-edits 50 --batch-size 25 \
   --seed 0 --examples 3 --report --output "$output" "$@"
+cat <<END
+
+Open $PWD/$output/report.html in a browser. To try next:
+
+  # what the model says about one fact: unedited, edited, and with the edits taken back
+  .venv/bin/sphere-easyedit show $output --case 0
+  # the edits as an adapter for PEFT
+  .venv/bin/sphere-easyedit export $output --as lora --rank 50 --output $output-adapter
+  # a fact of your own
+  echo '{"prompt": "{} lives in the city of", "subject": "Ada Lovelace", "target_new": "Toronto"}' > facts.jsonl
+  .venv/bin/sphere-easyedit edit --hparams AlphaEdit/smollm2-135m --dataset facts --data facts.jsonl --output runs/mine
+END

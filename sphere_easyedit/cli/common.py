@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
+from .signs_of_life import WatchedConsole, signs_of_life
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -27,11 +29,14 @@ if TYPE_CHECKING:
     from ..utils.progress import PhaseProgress
 
 
+logger = logging.getLogger(__name__)
+
+
 class Consoles(NamedTuple):
     """Standard output, for results, and standard error, for log messages and the live line."""
 
     out: Console
-    err: Console  # shared by log and live line, so that they do not overwrite each other
+    err: WatchedConsole  # shared by log and live line, so that they do not overwrite each other
 
     def print_line(self, text: str, style: str = "") -> None:
         """Print a text to standard output without markup, highlighting or wrapping."""
@@ -50,7 +55,7 @@ def set_up(verbose: bool = False, quiet: bool = False) -> Consoles:
     """
     if verbose and quiet:
         raise ValueError("--verbose and --quiet exclude each other: give one")
-    consoles = Consoles(Console(), Console(stderr=True))
+    consoles = Consoles(Console(), WatchedConsole(stderr=True))
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, so this comes before that
     handler = RichHandler(console=consoles.err, show_path=False, show_time=False)
@@ -135,8 +140,18 @@ def live_line(consoles: Consoles, quiet: bool, num_edits: int | None = None) -> 
     if quiet:
         yield []
     else:
-        with LiveLine(consoles.err, num_edits) as line:
+        # On a terminal the line itself shows it, and before it the progress bars do.
+        alive = nullcontext() if consoles.err.file.isatty() else signs_of_life(consoles.err)
+        with LiveLine(consoles.err, num_edits) as line, alive:
             yield [line]
+
+
+@contextmanager
+def starting(consoles: Consoles, quiet: bool = False) -> Iterator[None]:
+    """The part of a command that imports libraries and loads a model: says so at once, and that it is still at work."""
+    logger.info("loading PyTorch and transformers, which takes a few seconds")
+    with nullcontext() if quiet else signs_of_life(consoles.err):
+        yield
 
 
 def progress_of(watchers: Sequence[LiveLine | LiveReport]) -> PhaseProgress:

@@ -20,7 +20,7 @@ from ..defaults import (
     GUARD_WARMUP,
     KEEP_CHECKPOINTS,
 )
-from .common import Consoles, live_line, load_replicas, on_one_line, progress_of, set_up
+from .common import Consoles, live_line, load_replicas, on_one_line, progress_of, set_up, starting
 from .options import DataOptions, EvaluationOptions, MethodOptions, Quiet, Verbose, option, with_option_groups
 
 if TYPE_CHECKING:
@@ -158,14 +158,15 @@ def edit(method: MethodOptions, data: RunData, evaluation: RunEvaluation, checkp
          guard: GuardOptions, output: RunOutput) -> None:
     """Edit facts into a model, batch after batch, and measure it before, during and after."""
     consoles = set_up(output.verbose, output.quiet)
-    from ..callbacks.trackers import RunTrackers
-    from ..runs.sequential import run_sequential
+    with starting(consoles, output.quiet):
+        from ..callbacks.trackers import RunTrackers
+        from ..runs.sequential import run_sequential
 
-    hparams = method.load()
-    trackers, report = RunTrackers(output.tracker, output.quiet), output.live_report()
-    settings = _run_settings(method, data, evaluation, checkpoints, output)
-    records = data.records(settings.measure.protocols[0])
-    model, tok, leading = load_replicas(hparams, method.dtype)
+        hparams = method.load()
+        trackers, report = RunTrackers(output.tracker, output.quiet), output.live_report()
+        settings = _run_settings(method, data, evaluation, checkpoints, output)
+        records = data.records(settings.measure.protocols[0])
+        model, tok, leading = load_replicas(hparams, method.dtype)
     callbacks = [*_factor_keepers(checkpoints.keep_factors, hparams, output.output),
                  *guard.callbacks(tok, output.output, -(-len(records) // data.batch_size)), trackers, *report]
     with leading, trackers, live_line(consoles, output.quiet, len(records)) as line:

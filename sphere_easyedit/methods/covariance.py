@@ -11,7 +11,6 @@ holds the digest of the statistics and of its own tensors, and is derived again 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import pickle
 from collections import Counter
@@ -22,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.linalg
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -34,7 +32,9 @@ from ..models.replay import BlockReplay, as_rows, first_input, pad_rows
 from ..utils.files import atomic_write, locked, remove_partial_files, sha256_of
 from ..utils.messages import kind_and_text
 from ..utils.remaining_time import RemainingTime
-from .corpus import corpus_name, text_length, token_sequences
+from .checked_tensors import read_checked, write_checked
+from .corpus import GENERATED, corpus_name, text_length, token_sequences
+from .shipped_texts import shipped_texts
 from .solvers import CholeskyFactor, NullSpace
 from .statistics_fingerprint import (
     FileCheck,
@@ -182,11 +182,13 @@ def _warn_of_replacement(folder: Path, checks: Mapping[int, FileCheck]) -> None:
 def _collect(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
              paths: dict[int, Path], fingerprints: StatisticsFingerprints) -> None:
     with frozen(editable.model):
-        logger.info("collecting the second moments of keys in layers %s from up to %d texts of %s", sorted(paths),
-                    hparams.mom2_n_samples, hparams.mom2_dataset)
-        sequences = token_sequences(editable, tok, hparams, text_length(editable, hparams))
+        logger.info("statistics of layers %s are missing (how their inputs vary over ordinary text): collecting them, "
+                    "once for all later runs", sorted(paths))
+        sequences = shipped_texts(fingerprints.text_origin()) if hparams.mom2_dataset == GENERATED else None
+        if sequences is None:
+            sequences = token_sequences(editable, tok, hparams, text_length(editable, hparams))
         tokens = sum(len(sequence) for sequence in sequences)
-        logger.info("%d texts, %d tokens", len(sequences), tokens)
+        logger.info("reading %d texts, %d tokens", len(sequences), tokens)
         thin = [layer for layer in paths if tokens < 2 * editable.d_in(layer)]
         if thin:
             logger.warning("%d tokens are few for keys of width %d: take more text (mom2_n_samples)", tokens,
@@ -200,7 +202,7 @@ def _collect(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPH
                          "model's states are not finite): set mom2_dtype to float32")
     for layer, path in paths.items():
         save_moment(path, totals[layer], tokens, hparams.mom2_n_samples, fingerprints.expected(layer))
-    logger.info("second moments of layers %s are stored in %s", sorted(paths), next(iter(paths.values())).parent)
+    logger.info("statistics of layers %s are stored in %s", sorted(paths), next(iter(paths.values())).parent)
 
 
 @torch.no_grad()
@@ -397,40 +399,24 @@ def _derived_metadata(statistics: Path, rule: str) -> dict[str, str]:
     return {"format": _DERIVED_FORMAT, "statistics": sha256_of(statistics), "rule": rule}
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.numpy().data)
-    return digest.hexdigest()
-
-
 def _read_derived(path: Path, expected: Mapping[str, str]) -> dict[str, Tensor]:
     """Tensors of a derived file; empty if it is missing, outdated or damaged."""
     if not path.exists():
         return {}
     try:
-        with safe_open(path, framework="pt") as stored:
-            metadata = dict(stored.metadata() or {})
-            contents = metadata.pop("contents", None)
-            if metadata != expected:
-                logger.warning("%s was made from other statistics: it is derived again", path)
-                return {}
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-    except Exception as error:  # a header can be damaged in more ways than safetensors has errors for
-        logger.warning("%s can't be read (%s): it is derived again", path, error)
+        metadata, tensors = read_checked(path)
+    except ValueError as error:
+        logger.warning("%s: it is derived again", error)
         return {}
-    if _digest(tensors) != contents:
-        logger.warning("%s is damaged: it is derived again", path)
+    if metadata != expected:
+        logger.warning("%s was made from other statistics: it is derived again", path)
         return {}
     return tensors
 
 
 def _write_derived(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        with atomic_write(path) as temporary:
-            save_file(on_cpu, temporary, metadata={**metadata, "contents": _digest(on_cpu)})
+        write_checked(path, metadata, tensors)
     except (OSError, SafetensorError) as error:  # a shared folder may be read-only
         logger.warning("%s can't be written (%s): it will be derived again in the next session", path, error)
 

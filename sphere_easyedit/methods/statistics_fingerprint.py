@@ -27,7 +27,7 @@ from ..models.architecture import EditableModel
 from ..models.fingerprint import tensor_digests
 from ..models.offload import distinct_names, persistent_buffers
 from ..utils.files import atomic_write, sha256_of
-from .corpus import text_length, text_source
+from .corpus import GENERATED_LENGTH, text_length, text_source
 
 if TYPE_CHECKING:
     from ..hparams import SPHEREHyperParams
@@ -144,6 +144,14 @@ class StatisticsFingerprints:
         model = {"model": self._digest(self._names_below(layer)), "config": self._config}
         return model if self._tok is None else {**model, **self._text_fingerprint}
 
+    def text_origin(self) -> dict[str, Any]:
+        """What the text that the model writes (``mom2_dataset: generated``) depends on, for JSON."""
+        assert self._tok is not None
+        length = min(text_length(self._editable, self._hparams), GENERATED_LENGTH)
+        return {"model": self._digest(self._names_of_all()), "config": self._config,
+                "tokenizer": self._text_fingerprint["tokenizer"], "seed": self._hparams.seed,
+                "texts": self._hparams.mom2_n_samples, "tokens of a text": length}
+
     def check(self, path: Path, layer: int) -> FileCheck:
         """Compare the fingerprint of a layer's statistics file with the expected one."""
         # The file is read first: since its fingerprint is written before it, a missing one was never written.
@@ -239,7 +247,7 @@ def _compare(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[tu
     differences, unknown = [], []
     if stored.get("model") != expected["model"]:
         differences.append("other weights of the model")
-    fields = _differing_fields(stored.get("config"), expected["config"])
+    fields = differing_fields(stored.get("config"), expected["config"])
     if fields:
         differences.append(f"another config of the model ({', '.join(fields)})")
     if "text" in expected:
@@ -257,14 +265,14 @@ def _compare(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[tu
     return tuple(differences), tuple(unknown)
 
 
-def _differing_fields(stored: Any, expected: Any) -> list[str]:
+def differing_fields(stored: Any, expected: Any) -> list[str]:
     """Fields with different values in both configs; fields of only one are ignored, as versions add and remove some."""
     if not isinstance(stored, Mapping):
         return ["unknown"]
     differing = []
     for name in sorted(stored.keys() & expected.keys()):
         if isinstance(stored[name], Mapping) and isinstance(expected[name], Mapping):
-            differing += [f"{name}.{inner}" for inner in _differing_fields(stored[name], expected[name])]
+            differing += [f"{name}.{inner}" for inner in differing_fields(stored[name], expected[name])]
         elif stored[name] != expected[name]:
             differing.append(name)
     return differing

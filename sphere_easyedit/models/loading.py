@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -207,7 +209,7 @@ def smollm2_folder() -> Path:
 def _convert_into(gguf: Path, folder: Path) -> None:
     for leftover in folder.parent.glob(f".{SMOLLM2_FOLDER}.{_CONVERTING}*"):  # of a killed process
         shutil.rmtree(leftover, ignore_errors=True)
-    logger.info("converting %s to %s", gguf.name, folder)
+    logger.info("converting %s, once for all later runs, to %s", gguf.name, folder)
     temporary = Path(tempfile.mkdtemp(prefix=f".{SMOLLM2_FOLDER}.{_CONVERTING}", dir=folder.parent))
     try:
         convert_gguf(gguf, temporary)
@@ -232,16 +234,34 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         gguf: a file of an architecture whose GGUF transformers reads; quantised weights are dequantised.
         target: the folder to write; existing files are overwritten.
     """
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **_dtype_option(torch.float32))
+    with _gguf_read_once():
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **_dtype_option(torch.float32))
+        tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are not quantised from here on
-    # A new model, since the loaded one counts as quantised and refuses to be saved.
-    model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    # A new model, since the loaded one counts as quantised and refuses to be saved; its weights are only named.
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     model.to(torch.float32)
-    model.load_state_dict(read.state_dict())
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+    model.save_pretrained(target, state_dict=read.state_dict())
+    tok.save_pretrained(target)
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Have ``gguf`` keep what transformers asks it for, since that parses a file three times, and names all modules
+    anew for each module.
+    """
+    gguf: Any = importlib.import_module("gguf")
+    slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map") if hasattr(gguf, name)}
+    for name, function in slow.items():
+        setattr(gguf, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in slow.items():
+            setattr(gguf, name, function)
 
 
 def _dtype_option(dtype: str | torch.dtype) -> dict[str, str | torch.dtype]:

@@ -23,7 +23,7 @@ import sphere_easyedit as sphere
 from helpers.golden import load_golden
 from helpers.models import REQUESTS, edited_weights, relative_error, tiny_hparams, tiny_model
 from sphere_easyedit.editing.solve import prepare_session
-from sphere_easyedit.methods import covariance
+from sphere_easyedit.methods import checked_tensors, covariance
 from sphere_easyedit.methods.corpus import corpus_name, token_sequences
 from sphere_easyedit.methods.covariance import (
     load_moment,
@@ -124,7 +124,7 @@ def test_written_file_has_easyedits_layout(family: str, tok: PreTrainedTokenizer
     assert relative_error(mean, found[1]) < 1e-6
     paths = [moment_path(editable, hparams, layer) for layer in hparams.layers]
     assert sorted(path.parent.iterdir()) == sorted([*paths, *map(fingerprint_path, paths)])  # and no temporary file
-    assert f"second moments of layers [1, 2] are stored in {path.parent}" in caplog.messages
+    assert f"statistics of layers [1, 2] are stored in {path.parent}" in caplog.messages
 
 
 def test_files_are_read_and_not_collected_again(tok: PreTrainedTokenizerBase, tmp_path: Path,
@@ -851,7 +851,7 @@ def test_folder_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         raise PermissionError(13, "Permission denied", str(path))
 
     statistics = _statistics(tmp_path)
-    monkeypatch.setattr(covariance, "atomic_write", refuse)
+    monkeypatch.setattr(checked_tensors, "atomic_write", refuse)
     assert stored_null_space(statistics, 40, None, 0.9, CPU).dimensions == 36
     assert "can't be written" in caplog.text
     assert "derived again in the next session" in caplog.text

@@ -10,6 +10,8 @@ import torch
 
 from sphere_easyedit import SPHEREHyperParams
 from sphere_easyedit.datasets.loaders import load_records
+from sphere_easyedit.methods.shipped_texts import shipped_texts
+from sphere_easyedit.methods.statistics_fingerprint import StatisticsFingerprints
 from sphere_easyedit.models.loading import SMOLLM2, load_model
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
@@ -32,8 +34,10 @@ def test_real_facts_are_learned(data_dir: Path, tmp_path: Path) -> None:
     except ValueError as error:
         pytest.skip(str(error))
     assert model.config.tie_word_embeddings
-    shipped = SPHEREHyperParams.from_hparams(f"AlphaEdit/{SMOLLM2}").to_dict()
-    hparams = SPHEREHyperParams.from_dict(shipped | {
+    shipped = SPHEREHyperParams.from_hparams(f"AlphaEdit/{SMOLLM2}")
+    # A run with these settings waits for no text that the model writes.
+    assert shipped_texts(StatisticsFingerprints(shipped.editable(model), shipped, tok).text_origin()) is not None
+    hparams = SPHEREHyperParams.from_dict(shipped.to_dict() | {
         "stats_dir": str(tmp_path), "mom2_dataset": str(data_dir / "wikitext_train.txt"), "mom2_n_samples": 60,
         "mom2_max_length": 128, "v_num_grad_steps": 15, "context_templates": ["I have heard that. {}"]})
     records = load_records("counterfact", data_dir / "counterfact.json", 8, seed=1)

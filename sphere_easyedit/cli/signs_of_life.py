@@ -1,0 +1,53 @@
+"""Shows that the program is still at work when it has printed nothing for a while."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from rich.console import Console
+
+_LONGEST: Final = 8.0  # seconds without a line
+_SHARE: Final = 0.05  # of the time so far that may pass without a line, so that the log of a long run stays short
+
+
+class WatchedConsole(Console):
+    """A console that knows when it was made and when it last printed."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.made_at = self.printed_at = time.monotonic()
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """Print, as ``Console.print`` does."""
+        self.printed_at = time.monotonic()
+        super().print(*objects, **settings)
+
+
+@contextmanager
+def signs_of_life(console: WatchedConsole) -> Iterator[None]:
+    """Print a line with the command's time so far whenever the console was silent for 8 s, later for longer."""
+    from ..utils.remaining_time import rough_duration  # tqdm reads TQDM_DISABLE when imported: not before set_up
+
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.5):
+            now = time.monotonic()
+            seconds = now - console.made_at
+            if now - console.printed_at >= max(_LONGEST, _SHARE * seconds):
+                try:
+                    console.print(f"... still at work, {rough_duration(seconds)} so far", style="dim", highlight=False)
+                except (OSError, ValueError):  # standard error was closed
+                    return
+
+    thread = threading.Thread(target=watch, name="signs of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()

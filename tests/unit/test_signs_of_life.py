@@ -1,0 +1,32 @@
+"""Lines that a command prints while it is silent otherwise."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import pytest
+
+from sphere_easyedit.cli import signs_of_life as module
+from sphere_easyedit.cli.signs_of_life import WatchedConsole, signs_of_life
+
+
+@pytest.mark.parametrize(("longest", "lines"), [(0.1, True), (100.0, False)])
+def test_only_a_long_silence_is_broken(longest: float, lines: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LONGEST", longest)
+    stream = io.StringIO()
+    with signs_of_life(WatchedConsole(file=stream)):
+        time.sleep(1.1)
+    text = stream.getvalue()
+    assert ("still at work, " in text) is lines
+    time.sleep(0.7)
+    assert stream.getvalue() == text  # nothing follows the end of the work
+
+
+def test_a_closed_stream_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LONGEST", 0.0)
+    stream = io.StringIO()
+    console = WatchedConsole(file=stream)
+    stream.close()
+    with signs_of_life(console):
+        time.sleep(0.7)
