@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
-from .signs_of_life import WatchedConsole, signs_of_life
+from .waiting import WatchedConsole, report_waiting
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +141,7 @@ def live_line(consoles: Consoles, quiet: bool, num_edits: int | None = None) -> 
         yield []
     else:
         # On a terminal the line itself shows it, and before it the progress bars do.
-        alive = nullcontext() if consoles.err.file.isatty() else signs_of_life(consoles.err)
+        alive = nullcontext() if consoles.err.file.isatty() else report_waiting(consoles.err)
         with LiveLine(consoles.err, num_edits) as line, alive:
             yield [line]
 
@@ -150,7 +150,7 @@ def live_line(consoles: Consoles, quiet: bool, num_edits: int | None = None) -> 
 def starting(consoles: Consoles, quiet: bool = False) -> Iterator[None]:
     """The part of a command that imports libraries and loads a model: says so at once, and that it is still at work."""
     logger.info("loading PyTorch and transformers, which takes a few seconds")
-    with nullcontext() if quiet else signs_of_life(consoles.err):
+    with nullcontext() if quiet else report_waiting(consoles.err):
         yield
 
 

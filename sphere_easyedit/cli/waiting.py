@@ -28,7 +28,7 @@ class WatchedConsole(Console):
 
 
 @contextmanager
-def signs_of_life(console: WatchedConsole) -> Iterator[None]:
+def report_waiting(console: WatchedConsole) -> Iterator[None]:
     """Print a line with the command's time so far whenever the console was silent for 8 s, later for longer."""
     from ..utils.remaining_time import rough_duration  # tqdm reads TQDM_DISABLE when imported: not before set_up
 
@@ -44,7 +44,7 @@ def signs_of_life(console: WatchedConsole) -> Iterator[None]:
                 except (OSError, ValueError):  # standard error was closed
                     return
 
-    thread = threading.Thread(target=watch, name="signs of life", daemon=True)
+    thread = threading.Thread(target=watch, name="waiting", daemon=True)
     thread.start()
     try:
         yield

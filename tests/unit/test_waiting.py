@@ -7,15 +7,15 @@ import time
 
 import pytest
 
-from sphere_easyedit.cli import signs_of_life as module
-from sphere_easyedit.cli.signs_of_life import WatchedConsole, signs_of_life
+from sphere_easyedit.cli import waiting as module
+from sphere_easyedit.cli.waiting import WatchedConsole, report_waiting
 
 
 @pytest.mark.parametrize(("longest", "lines"), [(0.1, True), (100.0, False)])
 def test_only_a_long_silence_is_broken(longest: float, lines: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LONGEST", longest)
     stream = io.StringIO()
-    with signs_of_life(WatchedConsole(file=stream)):
+    with report_waiting(WatchedConsole(file=stream)):
         time.sleep(1.1)
     text = stream.getvalue()
     assert ("still at work, " in text) is lines
@@ -28,5 +28,5 @@ def test_a_closed_stream_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     console = WatchedConsole(file=stream)
     stream.close()
-    with signs_of_life(console):
+    with report_waiting(console):
         time.sleep(0.7)
