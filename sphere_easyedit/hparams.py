@@ -48,7 +48,7 @@ _RANGES = MappingProxyType({
 })
 _SMALLEST = MappingProxyType({
     "v_num_grad_steps": 1, "v_loss_layer": 0, "mom2_n_samples": 1, "mom2_max_length": 2, "max_length": 1,
-    "batch_size": 1, "token_budget": 1, "seed": 0,
+    "batch_size": 1, "token_budget": 1, "seed": 0, "contexts_per_step": 1,
 })
 _FLAGS = ("mom2_adjustment", "compensate", "model_parallel", "keep_previous_keys", "batched_target_values")
 _STRINGS = ("alg_name", "model_name", "base_alg", "layer_selection", "fact_token", "mom2_dataset",
@@ -74,14 +74,15 @@ _OPTIMISER = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "cla
 # target-value optimiser, and what happens to an update within its batch. (Principal spaces are stored by gamma.)
 _NOT_IN_SESSION = frozenset({
     "alg_name", "model_name", "device", "batch_size", "max_length", "token_budget", "model_parallel", "stats_dir",
+    "contexts_per_step",
     "batched_target_values", "target_values_dir", "state_memory", "state_folder", "rect_keep", "prune_log_base",
     *SPHERE_ONLY, *_OPTIMISER,
 })
 
 # Fields that no EasyEdit method has, so an unknown key close to one of them is a misspelling.
 _OURS = ("base_alg", *SPHERE_ONLY, "executor", "executor_hparams", "batched_target_values", "target_values_dir",
-         "context_templates", "rect_keep", "prune_log_base", "keep_previous_keys", "nullspace_share", "mom2_max_length",
-         "token_budget", "state_memory", "state_folder", *_ALIASES)
+         "context_templates", "contexts_per_step", "rect_keep", "prune_log_base", "keep_previous_keys",
+         "nullspace_share", "mom2_max_length", "token_budget", "state_memory", "state_folder", *_ALIASES)
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
@@ -175,6 +176,7 @@ class SPHEREHyperParams:
     clamp_norm_factor: float = _NOT_GIVEN  # largest norm of that change, as a multiple of the state's own norm
     kl_factor: float = _NOT_GIVEN  # weight of the KL divergence that keeps "{subject} is a" as it was
     context_templates: list[str] | None = None  # texts with `{}` for the prompt, beside it alone; None: generated
+    contexts_per_step: int | None = None  # contexts that a step of the optimiser takes, in turn; None: all
     token_budget: int = 4096  # tokens that the optimiser handles at once: lower it to use less memory
     # With executor easyedit, for MEMIT and AlphaEdit: optimise target values in batches and pass them on in EasyEdit's
     # cache files. None: only if SPHERE projects, so that with alpha 0 EasyEdit's method stays exactly as it is.

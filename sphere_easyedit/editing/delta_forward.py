@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -105,8 +105,8 @@ class _RowGroup(ABC):
         """Output of the edited block with each edit's ``delta`` added at its rows' lookups."""
 
     @abstractmethod
-    def keep(self, edits: set[int]) -> _RowGroup:
-        """Only the rows of these edits."""
+    def select(self, index: Tensor, rows: list[PromptRow]) -> _RowGroup:
+        """Some rows, given by ascending index, described by ``rows``."""
 
     def run(self, delta: Tensor, loss_block: int) -> tuple[Tensor, Tensor]:
         """``DeltaForward.run`` for these rows, with drift prompts in the order of the rows."""
@@ -151,10 +151,9 @@ class _Packed(_RowGroup):
         steps = delta[self.owners.to(delta.device)].to(hidden)
         return hidden[0].index_add(0, self._starts.to(hidden.device), steps).unsqueeze(0)
 
-    def keep(self, edits: set[int]) -> _Packed:
-        index = _longs([i for i, row in enumerate(self.rows) if row.edit in edits])
+    def select(self, index: Tensor, rows: list[PromptRow]) -> _Packed:
         layout, tokens = self._layout.select(index)
-        return _Packed([self.rows[i] for i in index.tolist()], layout, select_packed(self.replay, layout, tokens))
+        return _Packed(rows, layout, select_packed(self.replay, layout, tokens))
 
 
 class _Padded(_RowGroup):
@@ -189,10 +188,8 @@ class _Padded(_RowGroup):
         steps = delta[self.owners.to(delta.device)].to(hidden)
         return hidden.index_put(index, steps, accumulate=True)
 
-    def keep(self, edits: set[int]) -> _Padded:
-        index = [i for i, row in enumerate(self.rows) if row.edit in edits]
-        return _Padded([self.rows[i] for i in index], [self._cuts[i] for i in index],
-                       self.replay.select(torch.tensor(index)))
+    def select(self, index: Tensor, rows: list[PromptRow]) -> _Padded:
+        return _Padded(rows, [self._cuts[i] for i in index.tolist()], self.replay.select(index))
 
 
 class DeltaForward:
@@ -254,7 +251,27 @@ class DeltaForward:
 
     def keep(self, edits: set[int]) -> DeltaForward:
         """Only the rows of these edits."""
-        return DeltaForward([part.keep(edits) for part in self._parts if not edits.isdisjoint(part.owners.tolist())])
+        return self._select(lambda row: row.edit in edits)
+
+    def with_contexts(self, contexts: Collection[int], count: int) -> DeltaForward:
+        """Only the plain prompt, the drift prompt and some of the ``count`` contexts of each edit.
+
+        The loss is the mean over the rows that stay.
+
+        Args:
+            contexts: indices of the context templates, from 1 on.
+        """
+        return self._select(lambda row: row.context <= 0 or row.context in contexts, (1 + count) / (1 + len(contexts)))
+
+    def _select(self, chosen: Callable[[PromptRow], bool], scale: float = 1.0) -> DeltaForward:
+        """The rows that are chosen, with their weights in the loss scaled."""
+        parts = []
+        for part in self._parts:
+            index = [i for i, row in enumerate(part.rows) if chosen(row)]
+            if index:
+                rows = [replace(part.rows[i], weight=part.rows[i].weight * scale) for i in index]
+                parts.append(part.select(_longs(index), rows))
+        return DeltaForward(parts)
 
 
 def _joined(parts: Sequence[Tensor], order: Tensor) -> Tensor:

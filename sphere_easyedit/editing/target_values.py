@@ -8,13 +8,16 @@ minimises (ROME, Eq. 4; MEMIT, Eq. 16)
 
 by Adam, constrained to ``||delta|| <= clamp_norm_factor * ||z_0||``, until the loss falls below 0.05. Each step
 computes only what depends on ``delta``: the blocks above the edited one, on the tokens from the subject's last one
-onward, with logits at the target's positions.
+onward, with logits at the target's positions. With ``contexts_per_step``, a step takes the mean over the plain prompt
+and that many contexts, in turn, as stochastic optimisation does; the loss then is the mean of the last round of steps,
+in which every context has occurred.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -33,7 +36,7 @@ from ..models.packing import attending_packed
 from ..models.replay import pad_rows
 from .delta_forward import DeltaForward, choose_layout, rows_of
 from .keys import BatchStates
-from .requests import TokenizedRequest
+from .requests import TokenizedPrompt, TokenizedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +74,8 @@ def optimise_target_values(
     Args:
         editable: the model; its parameters must not require gradients (see ``architecture.frozen``).
         requests: tokenized edits.
-        hparams: v_num_grad_steps, v_lr, v_weight_decay, kl_factor, clamp_norm_factor, v_loss_layer, token_budget.
+        hparams: v_num_grad_steps, v_lr, v_weight_decay, kl_factor, clamp_norm_factor, v_loss_layer, contexts_per_step,
+            seed, token_budget.
         progress: called with the number of edits that a micro-batch finished.
         paths: output paths by layer. Where a single layer is edited and its output goes through a norm, ``delta`` is
             limited to what its weight can produce.
@@ -89,17 +93,21 @@ def optimise_target_values(
         _, norm_inputs, _ = BatchStates(editable, plain, hparams.token_budget, paths).read(editable.layers[0])
     layout = choose_layout(editable, requests)
     packed = layout == "packed"
+    count = len(requests[0].contexts)
+    rounds = context_rounds(count, hparams.contexts_per_step, hparams.seed)
     batches = packed_micro_batches if packed else padded_micro_batches
     with attending_packed(editable.model) if packed else nullcontext():
-        for batch in batches(requests, hparams.token_budget):
+        for batch in batches(requests, hparams.token_budget, len(rounds[0])):
             group = [requests[i] for i in batch]
             rows = [row for edit, request in enumerate(group) for row in rows_of(edit, request)]
             block = editable.layers[-1]
-            forward = DeltaForward.record(editable, rows, block, layout)
+            recorded = DeltaForward.record(editable, rows, block, layout)
+            forwards = [recorded] if len(rounds) == 1 else [recorded.with_contexts(some, count) for some in rounds]
+            del recorded
             project = None
             if isinstance(path, Normalised) and norm_inputs is not None:
                 project = partial(path.nearest_output_change, norm_inputs[batch])
-            result = _MicroBatch(editable, group, hparams, forward, project).optimise()
+            result = _MicroBatch(editable, group, hparams, forwards, project).optimise()
             values[batch] = result.values
             for i, loss, count in zip(batch, result.losses, result.steps, strict=True):
                 losses[i], steps[i] = loss, count
@@ -108,10 +116,28 @@ def optimise_target_values(
     return TargetValues(values, losses, steps)
 
 
-def packed_micro_batches(requests: Sequence[TokenizedRequest], token_budget: int) -> list[list[int]]:
-    """Indices in groups of similar length with about equally many tokens, at most ``token_budget`` each."""
-    tokens = [sum(len(row.ids) for row in rows_of(0, request)) for request in requests]
-    suffix = [max(len(row.ids) - row.lookup for row in rows_of(0, request)) for request in requests]
+def context_rounds(count: int, per_step: int | None, seed: int) -> list[tuple[int, ...]]:
+    """The contexts of each step, as indices from 1 to ``count``; steps take them in turn, again and again.
+
+    They follow one another in an order drawn with the seed, ``per_step`` a step, until each step begins as the first.
+    """
+    if per_step is None or per_step >= count:
+        return [tuple(range(1, count + 1))]
+    order = (1 + torch.randperm(count, generator=torch.Generator().manual_seed(seed))).tolist()
+    steps = count // math.gcd(count, per_step)
+    return [tuple(order[(step * per_step + i) % count] for i in range(per_step)) for step in range(steps)]
+
+
+def packed_micro_batches(requests: Sequence[TokenizedRequest], token_budget: int, contexts: int | None = None
+                         ) -> list[list[int]]:
+    """Indices in groups of similar length with about equally many tokens, at most ``token_budget`` each.
+
+    Args:
+        contexts: number of contexts in a step (all if not given); of the longest ones.
+    """
+    rows = [rows_of(0, replace(request, contexts=tuple(_longest(request, contexts)))) for request in requests]
+    tokens = [sum(len(row.ids) for row in some) for some in rows]
+    suffix = [max(len(row.ids) - row.lookup for row in some) for some in rows]
     order = sorted(range(len(requests)), key=lambda i: (suffix[i], tokens[i]))
     share = sum(tokens) / math.ceil(sum(tokens) / token_budget)
     batches: list[list[int]] = [[]]
@@ -126,11 +152,21 @@ def packed_micro_batches(requests: Sequence[TokenizedRequest], token_budget: int
     return batches
 
 
-def padded_micro_batches(requests: Sequence[TokenizedRequest], token_budget: int) -> list[list[int]]:
-    """Indices in groups whose padded rows hold at most ``token_budget`` tokens, split to minimise padding."""
+def _longest(request: TokenizedRequest, contexts: int | None) -> list[TokenizedPrompt]:
+    """This many of the longest prompts with contexts, or all."""
+    return sorted(request.contexts, key=lambda prompt: len(prompt.ids), reverse=True)[:contexts]
+
+
+def padded_micro_batches(requests: Sequence[TokenizedRequest], token_budget: int, contexts: int | None = None
+                         ) -> list[list[int]]:
+    """Indices in groups whose padded rows hold at most ``token_budget`` tokens, split to minimise padding.
+
+    Args:
+        contexts: number of contexts in a step (all if not given).
+    """
 
     def extent(request: TokenizedRequest) -> tuple[int, int, int]:
-        prompts = [request.plain, *request.contexts]
+        prompts = [request.plain, *_longest(request, contexts)]
         suffix = max(len(p.ids) - p.lookup for p in prompts) + len(request.target_ids) - 1
         return suffix, max(p.lookup for p in prompts), len(prompts)
 
@@ -161,12 +197,13 @@ class _MicroBatch:
     """Optimises edits together, each with its own loss, early stop and norm constraint."""
 
     def __init__(self, editable: EditableModel, requests: list[TokenizedRequest], hparams: SPHEREHyperParams,
-                 forward: DeltaForward, project: Callable[[Tensor], Tensor] | None) -> None:
-        self._editable, self._hparams, self._requests, self._forward = editable, hparams, requests, forward
+                 forwards: list[DeltaForward], project: Callable[[Tensor], Tensor] | None) -> None:
+        self._editable, self._hparams, self._requests = editable, hparams, requests
+        self._forwards = forwards  # that steps take in turn; they differ in their contexts
         self._project = project  # to the nearest delta that the edited weight can produce
-        self._initial = forward.initial  # (edits, hidden_size)
+        self._initial = forwards[0].initial  # (edits, hidden_size)
         with torch.no_grad():
-            self._drift_before = F.log_softmax(editable.logits(forward.drift_final), dim=-1)  # (edits, vocabulary)
+            self._drift_before = F.log_softmax(editable.logits(forwards[0].drift_final), dim=-1)  # (edits, vocabulary)
 
     def optimise(self) -> TargetValues:
         """Run all steps; edits that reach the target loss are frozen and leave the computation."""
@@ -177,15 +214,16 @@ class _MicroBatch:
         count = len(self._requests)
         active = torch.ones(count, dtype=torch.bool)
         losses, steps = torch.zeros(count, dtype=torch.float32), [0] * count
-        forward = self._forward
+        forwards, recent = self._forwards, deque[Tensor](maxlen=len(self._forwards))
         for step in range(hparams.v_num_grad_steps):
             last = step == hparams.v_num_grad_steps - 1  # its loss is only reported, as in EasyEdit
             delta.grad = None
             with torch.set_grad_enabled(not last):
-                current = self._losses(delta, forward).cpu()
+                recent.append(self._losses(delta, forwards[step % len(forwards)]).cpu())
+            current = torch.stack(list(recent)).mean(dim=0)
             self._check_finite(current, active)
             losses = torch.where(active, current, losses)
-            active &= current >= _LOSS_REACHED
+            active &= (current >= _LOSS_REACHED) | (len(recent) < len(forwards))
             if last or not active.any():
                 break
             before = delta.detach().clone()
@@ -197,8 +235,9 @@ class _MicroBatch:
                 # Otherwise Adam's momentum would move finished edits.
                 delta.copy_(torch.where(active.to(delta.device).unsqueeze(1), delta, before))
             steps = [taken + int(flag) for taken, flag in zip(steps, active.tolist(), strict=True)]
-            if active.sum() <= _REPACK_SHARE * len(forward.edits):
-                forward = forward.keep(set(active.nonzero()[:, 0].tolist()))
+            if active.sum() <= _REPACK_SHARE * len(forwards[0].edits):
+                still = set(active.nonzero()[:, 0].tolist())
+                forwards = [forward.keep(still) for forward in forwards]
         values = (initial + delta.detach()).cpu()
         return TargetValues(values, losses.tolist(), steps)
 

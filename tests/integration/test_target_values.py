@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +25,7 @@ from helpers.models import REQUESTS, relative_error, tiny_hparams, tiny_model
 from sphere_easyedit.editing import delta_forward, target_values
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import TokenizedPrompt, TokenizedRequest, parse_requests, tokenize_request
-from sphere_easyedit.editing.target_values import TargetValues, optimise_target_values
+from sphere_easyedit.editing.target_values import TargetValues, context_rounds, optimise_target_values
 from sphere_easyedit.models.architecture import EditableModel, frozen
 from sphere_easyedit.models.module_discovery import module_names
 
@@ -129,15 +132,19 @@ def _reference(model: nn.Module, request: TokenizedRequest, hparams: sphere.SPHE
     adam = torch.optim.Adam([delta], lr=hparams.v_lr)
     steps = clamped = 0
     with frozen(model):
-        prompts = [request.plain, *request.contexts]
+        rounds = context_rounds(len(request.contexts), hparams.contexts_per_step, hparams.seed)
+        losses: list[float] = []
         rewriting(request.plain, torch.zeros(width))  # for z_0
         before = drift(torch.zeros(width)).detach()
         for step in range(hparams.v_num_grad_steps):
+            prompts = [request.plain, *(request.contexts[i - 1] for i in rounds[step % len(rounds)])]
             nll = torch.stack([rewriting(prompt, delta) for prompt in prompts]).mean()
             after = drift(delta)
             kl = (after.exp() * (after - before)).sum()
             loss = nll + hparams.kl_factor * kl + hparams.v_weight_decay * delta.norm() / z_0[0].norm() ** 2
-            if loss < 0.05 or step == hparams.v_num_grad_steps - 1:
+            losses.append(float(loss.detach()))
+            mean = sum(losses[-len(rounds):]) / min(len(losses), len(rounds))
+            if (mean < 0.05 and len(losses) >= len(rounds)) or step == hparams.v_num_grad_steps - 1:
                 break
             adam.zero_grad()
             loss.backward()
@@ -148,7 +155,7 @@ def _reference(model: nn.Module, request: TokenizedRequest, hparams: sphere.SPHE
                 clamped += 1
                 with torch.no_grad():
                     delta.mul_(radius / delta.norm())
-    return Reference(z_0[0] + delta.detach(), float(loss.detach()), steps, clamped)
+    return Reference(z_0[0] + delta.detach(), mean, steps, clamped)
 
 
 def _assert_equal(found: TargetValues, references: list[Reference], tolerance: float = 1e-3) -> None:
@@ -162,7 +169,7 @@ def _assert_equal(found: TargetValues, references: list[Reference], tolerance: f
 def in_one_batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Edits of all lengths beside one another, whatever would be cheapest, in either way of running rows."""
     for name in ("packed_micro_batches", "padded_micro_batches"):
-        monkeypatch.setattr(target_values, name, lambda requests, _budget: [list(range(len(requests)))])
+        monkeypatch.setattr(target_values, name, lambda requests, *_: [list(range(len(requests)))])
     if request.param == "padded":
         monkeypatch.setattr(delta_forward, "packing_is_exact", lambda *_: False)
 
@@ -216,6 +223,37 @@ def test_some_edits_stop_early(family: str, tok: PreTrainedTokenizerBase, tmp_pa
     assert all(reference.loss < 0.05 for reference in early)
     assert len({reference.steps for reference in early}) >= 2
     assert 2 <= len(early) < len(references)
+
+
+@pytest.mark.usefixtures("in_one_batch")
+@pytest.mark.parametrize("per_step", [1, 2, 3])
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_contexts_in_turn(family: str, per_step: int, tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = _model(family, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(6.0)
+    hparams = tiny_hparams(tmp_path, v_lr=0.3, v_num_grad_steps=18, clamp_norm_factor=10.0, kl_factor=0.002,
+                           contexts_per_step=per_step)
+    references = _check(model, _tokenized(tok, MIXED, ["He said that. {}", *CONTEXTS]), hparams)
+    assert {reference.steps < 17 for reference in references} == {True, False}
+
+
+@given(count=st.integers(0, 12), per_step=st.none() | st.integers(1, 14), seed=st.integers(0, 2**32))
+def test_rounds_of_contexts(count: int, per_step: int | None, seed: int) -> None:
+    rounds = context_rounds(count, per_step, seed)
+    taken = Counter(context for some in rounds for context in some)
+    assert set(taken) == set(range(1, count + 1))
+    assert len(set(taken.values())) <= 1  # each as often as the others
+    assert {len(set(some)) for some in rounds} == {count if per_step is None else min(per_step, count)}
+    assert rounds == context_rounds(count, per_step, seed)
+
+
+def test_all_contexts_a_step_is_the_default(tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model, requests = _model("llama"), _tokenized(tok)
+    found = [_found(model, requests, tiny_hparams(tmp_path, contexts_per_step=per_step)).values
+             for per_step in (None, 2, 5)]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_edit_done_before_its_first_step(tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
