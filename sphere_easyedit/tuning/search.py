@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BEST, TRIALS, STUDY, TEXTS = "best.yaml", "trials.csv", "study.db", "held-out.jsonl"
-_TEXTS = 24  # generated texts: about 3,000 tokens
+_TEXTS = 16  # generated texts: about 2,000 tokens
 _STARTUP = 8  # trials before Optuna's model of earlier ones chooses, and before any is stopped early
 _FAILING = 3  # trials that all fail with an error before the search gives up
 
