@@ -90,7 +90,8 @@ def brute_force(editable: EditableModel, sequences: list[list[int]], layers: lis
 def test_collected_moment_equals_brute_force(family: str, tokens_at_once: int, tok: PreTrainedTokenizerBase,
                                              tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(covariance, "TOKENS_AT_ONCE", tokens_at_once)
-    hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS), layers=[0, 2])
+    hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS),
+                           mom2_max_length=128, layers=[0, 2])
     editable = editable_of(tiny_model(family), hparams)
     sequences = [tok(text)["input_ids"] for text in TEXTS]
     assert len({len(sequence) for sequence in sequences}) > 3  # so that padding is in play
@@ -104,7 +105,8 @@ def test_collected_moment_equals_brute_force(family: str, tokens_at_once: int, t
 def test_written_file_has_easyedits_layout(family: str, tok: PreTrainedTokenizerBase, tmp_path: Path,
                                            caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "sphere_easyedit")
-    hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS))
+    hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS),
+                           mom2_max_length=128)
     editable = editable_of(tiny_model(family), hparams)
     editable.config._name_or_path = "/some/where/my-model/"
     found = second_moments(editable, tok, hparams)
@@ -129,7 +131,8 @@ def test_written_file_has_easyedits_layout(family: str, tok: PreTrainedTokenizer
 
 def test_files_are_read_and_not_collected_again(tok: PreTrainedTokenizerBase, tmp_path: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS))
+    hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS),
+                           mom2_max_length=128)
     editable = editable_of(tiny_model("llama"), hparams)
     first = second_moments(editable, tok, hparams)
     kept = moment_path(editable, hparams, 2).stat().st_mtime_ns
@@ -235,7 +238,8 @@ def _model(config: Any) -> nn.Module:
 def test_networks_that_flatten_their_tokens(make: Callable[[], tuple[nn.Module, ModuleNames]], tmp_path: Path,
                                             tok: PreTrainedTokenizerBase) -> None:
     model, names = make()
-    hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS))
+    hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS),
+                           mom2_max_length=128)
     editable = EditableModel(model, names, [1, 2])
     found = second_moments(editable, tok, hparams)
     flat: dict[int, list[Tensor]] = {1: [], 2: []}
@@ -278,7 +282,8 @@ class _Routed(nn.Module):
 def test_keys_that_can_not_be_told_by_token(how: str, message: str, tok: PreTrainedTokenizerBase, tmp_path: Path,
                                             caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is filed, nor said to be."""
-    hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS))
+    hparams = tiny_hparams(tmp_path, mom2_dataset=str(text_file(tmp_path)), mom2_n_samples=len(TEXTS),
+                           mom2_max_length=128)
     model = tiny_model("llama")
     model.model.layers[2].mlp = _Routed(model.model.layers[2].mlp, how)
     caplog.set_level(logging.INFO, "sphere_easyedit")
