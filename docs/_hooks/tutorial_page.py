@@ -12,8 +12,6 @@ NOTEBOOK = Path(__file__).parents[1] / "tutorial.ipynb"
 
 def text() -> str:
     """The page, as Markdown; images are part of it."""
-    if not NOTEBOOK.exists():
-        return "# Tutorial\n\nThe notebook `docs/tutorial.ipynb` is missing.\n"
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     return "\n\n".join(part for cell in cells for part in _parts(cell)) + "\n"
 

@@ -1,4 +1,4 @@
-"""Search for hyperparameters of a base method on facts that are held out from the final measurement (docs/tune.md)."""
+"""Search for hyperparameters of a base method on facts that are held out from the final measurement (docs/howto/tune.md)."""
 
 from .search import Tuner, TuneSettings
 
