@@ -73,7 +73,7 @@ class Search(NamedTuple):
 def search(make: Callable[..., Tuner], loaded: tuple[nn.Module, PreTrainedTokenizerBase]) -> Search:
     clock, said = ticking(), list[str]()
     before = {name: value.clone() for name, value in loaded[0].state_dict().items()}
-    with mock.patch("sphere_easyedit.tuning.search._STARTUP", 4):  # so that Optuna's model proposes some trials
+    with mock.patch("sphere_easyedit.tuning.search._STARTUP", 3):  # so that Optuna's model proposes some trials
         return Search(make(clock=clock, say=said.append).run(), said, before, clock())
 
 
