@@ -33,16 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BEST, TRIALS, STUDY, TEXTS = "best.yaml", "trials.csv", "study.db", "held-out.jsonl"
-<<<<<<< HEAD
 _TEXTS = 16  # generated texts: about 2,000 tokens
-_STARTUP = 8  # trials before Optuna's model of earlier ones chooses, and before any is stopped early
-||||||| parent of 796d138 (tune: Optuna's model proposes from the sixth trial on, since half an hour holds few trials)
-_TEXTS = 24  # generated texts: about 3,000 tokens
-_STARTUP = 8  # trials before Optuna's model of earlier ones chooses, and before any is stopped early
-=======
-_TEXTS = 24  # generated texts: about 3,000 tokens
 _STARTUP = 5  # trials before Optuna's model of earlier ones chooses, and before any is stopped early
->>>>>>> 796d138 (tune: Optuna's model proposes from the sixth trial on, since half an hour holds few trials)
 _FAILING = 3  # trials that all fail with an error before the search gives up
 
 
