@@ -469,7 +469,7 @@ def test_transformers_warns_of_nothing_that_we_call_it_with(tmp_path: Path, tok:
     try:
         with caplog.at_level(logging.WARNING):
             sphere.apply_sphere_to_model(model, tok, REQUESTS, tiny_hparams(
-                tmp_path, base_alg="MEMIT", context_templates=None, mom2_n_samples=2, v_num_grad_steps=2))
+                tmp_path, base_alg="MEMIT", context_templates=None, mom2_n_samples=8, v_num_grad_steps=2))
     finally:
         transformers.utils.logging.disable_propagation()
     assert not [record for record in caplog.records if record.name.startswith("transformers")]
