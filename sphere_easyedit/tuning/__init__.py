@@ -1,4 +1,4 @@
-"""Search for hyperparameters of a base method on facts that are held out from the final measurement (docs/howto/tune.md)."""
+"""Search for hyperparameters of a base method, measured on facts that no trial edited (docs/howto/tune.md)."""
 
 from .search import Tuner, TuneSettings
 

@@ -43,7 +43,7 @@ def _target_log_prob(model: torch.nn.Module, tok: PreTrainedTokenizerBase, recor
 
 def test_run_directory_holds_what_the_design_says(tmp_path: Path, llama_stats: Path,
                                                   tok: PreTrainedTokenizerBase) -> None:
-    model, hparams = tiny_model("llama"), tiny_hparams(llama_stats)
+    model, hparams = tiny_model("llama"), tiny_hparams(llama_stats, mom2_max_length=128)
     records = load_records("demo", None, 5, 0)
     before = summarise(evaluate_records(model, tok, records))
     likely_before = _target_log_prob(model, tok, records)

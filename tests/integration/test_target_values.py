@@ -232,10 +232,11 @@ def test_contexts_in_turn(family: str, per_step: int, tok: PreTrainedTokenizerBa
     model = _model(family, tie_word_embeddings=False)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(6.0)
-    hparams = tiny_hparams(tmp_path, v_lr=0.3, v_num_grad_steps=18, clamp_norm_factor=10.0, kl_factor=0.002,
+    hparams = tiny_hparams(tmp_path, v_lr=0.3, v_num_grad_steps=30, clamp_norm_factor=10.0, kl_factor=0.002,
                            contexts_per_step=per_step)
-    references = _check(model, _tokenized(tok, MIXED, ["He said that. {}", *CONTEXTS]), hparams)
-    assert {reference.steps < 17 for reference in references} == {True, False}
+    contexts = ["He said that. {}", "It was said. {}", "The team said. {}"]
+    references = _check(model, _tokenized(tok, MIXED, contexts), hparams)
+    assert {reference.steps < 29 for reference in references} == {True, False}
 
 
 @given(count=st.integers(0, 12), per_step=st.none() | st.integers(1, 14), seed=st.integers(0, 2**32))

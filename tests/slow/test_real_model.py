@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,12 +39,13 @@ def test_real_facts_are_learned(data_dir: Path, tmp_path: Path) -> None:
     # A run with these settings waits for no text that the model writes.
     assert shipped_texts(StatisticsFingerprints(shipped.editable(model), shipped, tok).text_origin()) is not None
     hparams = SPHEREHyperParams.from_dict(shipped.to_dict() | {
-        "stats_dir": str(tmp_path), "mom2_dataset": str(data_dir / "wikitext_train.txt"), "mom2_n_samples": 60,
+        "stats_dir": str(tmp_path), "mom2_dataset": str(data_dir / "wikitext_train.txt"), "mom2_n_samples": 30,
         "mom2_max_length": 128, "v_num_grad_steps": 15, "context_templates": ["I have heard that. {}"]})
-    records = load_records("counterfact", data_dir / "counterfact.json", 8, seed=1)
-    result = run_sequential(model, tok, records, hparams, RunSettings(tmp_path / "run", 4, examples=1))
+    records = [replace(record, neighborhood_prompts=record.neighborhood_prompts[:2])
+               for record in load_records("counterfact", data_dir / "counterfact.json", 4, seed=1)]
+    result = run_sequential(model, tok, records, hparams, RunSettings(tmp_path / "run", 2, examples=1))
     pre, post = result.summary["pre"], result.summary["post"]
-    assert pre["efficacy"]["mean"] <= 12.5
+    assert pre["efficacy"]["mean"] <= 25.0
     assert post["efficacy"]["mean"] >= 75.0
     assert post["generalization"]["mean"] > pre["generalization"]["mean"]
     assert len(result.tracker.records) == 3
