@@ -11,7 +11,8 @@ from typing import Any, Final
 from rich.console import Console
 
 _LONGEST: Final = 8.0  # seconds without a line
-_SHARE: Final = 0.05  # of the time so far that may pass without a line, so that the log of a long run stays short
+_FIRST: Final = 600.0  # seconds after which lines become rarer, so that the log of a long run stays short
+_SHARE: Final = 0.05  # of the time so far that may then pass without a line
 
 
 class WatchedConsole(Console):
@@ -29,18 +30,16 @@ class WatchedConsole(Console):
 
 @contextmanager
 def report_waiting(console: WatchedConsole) -> Iterator[None]:
-    """Print a line with the command's time so far whenever the console was silent for 8 s, later for longer."""
-    from ..utils.remaining_time import rough_duration  # tqdm reads TQDM_DISABLE when imported: not before set_up
-
+    """Print a line with the command's time so far whenever the console was silent for 8 s, or longer after ten minutes."""
     is_over = threading.Event()
 
     def watch() -> None:
         while not is_over.wait(0.5):
             now = time.monotonic()
             seconds = now - console.made_at
-            if now - console.printed_at >= max(_LONGEST, _SHARE * seconds):
+            if now - console.printed_at >= (_LONGEST if seconds < _FIRST else _SHARE * seconds):
                 try:
-                    console.print(f"... still at work, {rough_duration(seconds)} so far", style="dim", highlight=False)
+                    console.print(f"... still at work, {seconds:.0f} s so far", style="dim", highlight=False)
                 except (OSError, ValueError):  # standard error was closed
                     return
 
