@@ -30,7 +30,7 @@ class WatchedConsole(Console):
 
 @contextmanager
 def report_waiting(console: WatchedConsole) -> Iterator[None]:
-    """Print a line with the command's time so far whenever the console was silent for 8 s, or longer after ten minutes."""
+    """Print a line with the command's time so far after each silence of 8 s, or longer ones after ten minutes."""
     is_over = threading.Event()
 
     def watch() -> None:
