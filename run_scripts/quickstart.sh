@@ -15,8 +15,8 @@ cat <<END
 
 Open $PWD/$output/report.html in a browser. To try next:
 
-  # what the model says about one fact: unedited, edited, and with the edits taken back
-  .venv/bin/sphere-easyedit show $output --case 0
+  # ask the unedited and the edited model side by side, and edit more facts
+  .venv/bin/sphere-easyedit chat $output
   # the edits as an adapter for PEFT
   .venv/bin/sphere-easyedit export $output --as lora --rank 50 --output $output-adapter
   # a fact of your own
