@@ -77,7 +77,8 @@ def _begin(run: str, at: int | None, folder: Path, max_new_tokens: int) -> tuple
     conversation = Conversation(*load_for(hparams, dtype), hparams, folder, max_new_tokens)
     if directory.path.is_dir():
         conversation.load(directory.checkpoints, edited.num_edits)
-    how = "answers by its chat template" if conversation.is_chat else "has no chat template: it continues your text"
+    how = ("answers by its chat template (facts are edited as plain text: /continue shows them best)"
+           if conversation.is_chat else "has no chat template: it continues your text")
     lines = [f"{hparams.model_name}, with {_facts(conversation.num_edits)} edited, {how}. /help lists commands."]
     return conversation, [*lines, *(f"An edited fact: /continue {_printable(str(prompt))}" for prompt in prompts[:1])]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import nn
@@ -14,6 +16,10 @@ from .deltas import TOLERANCE, Deltas, apply_deltas, compute_deltas, write_delta
 from .edited import EditedWeights
 from .folders import check_free, new_folder
 from .whole import MAX_SHARD_SIZE, write_model
+
+logger = logging.getLogger(__name__)
+
+_LOSSY: Final = 0.01  # relative error of an adapter's change above which a warning is logged
 
 
 def export_model(folder: Path, model: nn.Module, tok: PreTrainedTokenizerBase, edited: EditedWeights,
@@ -70,6 +76,10 @@ def export_adapter(folder: Path, model: nn.Module, edited: EditedWeights, rank: 
     """
     with new_folder(folder) as temporary:
         layers = write_adapter(temporary, model, edited, rank, dtype)
+        largest = max(layer.relative_error for layer in layers)
+        if largest > _LOSSY:
+            logger.warning("an adapter of rank %d has a relative error of %.0f%%, so facts may be lost: a rank of the "
+                           "number of edits, %d, holds the whole change", rank, 100 * largest, edited.provenance.num_edits)
         write_card(temporary, "lora", edited.provenance, layers)
     return layers
 

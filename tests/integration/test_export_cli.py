@@ -73,10 +73,11 @@ def test_a_summary_that_is_no_object_is_refused_in_words(content: str, workplace
     assert re.search(r"summary.json is .*: it was changed by hand or damaged", str(done.exception))
 
 
-def test_errors_are_printed_by_layer(workplace: Path, tmp_path: Path) -> None:
+def test_errors_are_printed_by_layer(workplace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     done = call("export", workplace / "run", "--as", "lora", "--rank", 1, "--output", tmp_path / "lora", "--dtype",
                 "bfloat16")
     assert done.exit_code == 0, done.output
+    assert "so facts may be lost: a rank of the number of edits, 4, holds" in caplog.text
     card = (tmp_path / "lora" / "README.md").read_text()
     for layer in (1, 2):
         line = next(line for line in done.stdout.splitlines() if f"transformer.h.{layer}.mlp.c_proj.weight" in line)
