@@ -79,7 +79,8 @@ def export_adapter(folder: Path, model: nn.Module, edited: EditedWeights, rank: 
         largest = max(layer.relative_error for layer in layers)
         if largest > _LOSSY:
             logger.warning("an adapter of rank %d has a relative error of %.0f%%, so facts may be lost: a rank of the "
-                           "number of edits, %d, holds the whole change", rank, 100 * largest, edited.provenance.num_edits)
+                           "number of edits, %d, holds the whole change", rank, 100 * largest,
+                           edited.provenance.num_edits)
         write_card(temporary, "lora", edited.provenance, layers)
     return layers
 
