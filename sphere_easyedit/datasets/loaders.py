@@ -62,7 +62,10 @@ def load_records(
             that ship with the package).
         path: the file. None finds or downloads the published one (see ``downloads.dataset_path``); ``facts`` needs
             it, ``demo`` has none.
-        num_edits, seed, order_seed, skip: see ``draw_records``.
+        num_edits: number of records to draw; None for all.
+        seed: of the draw and its order; None for the file's order.
+        order_seed: of another order of the same records.
+        skip: number of drawn records to leave out, from the first.
 
     Raises:
         MissingDatasetError: the file does not exist, is not given, or could not be downloaded.
