@@ -1,4 +1,4 @@
-"""Equations as MathML, which browsers draw by themselves: ```` ```math ```` blocks and ``$`...`$``, as on GitHub."""
+"""Converts equations to MathML, which browsers display without a script: ```` ```math ```` blocks and ``$`...`$``."""
 
 from __future__ import annotations
 

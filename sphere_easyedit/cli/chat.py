@@ -101,7 +101,7 @@ class _Chat:
                          "/help": self._help}
 
     def loop(self) -> None:
-        """Answer line after line until ``/quit``; an error is told in one line, and the chat goes on.
+        """Answer each line until ``/quit``. An error is printed in one line, and the chat goes on.
 
         Raises:
             EOFError: at the end of the input.

@@ -80,7 +80,7 @@ class TrialRunner:
         self._contexts: list[str] | None = None  # generated in the first trial
 
     def measure(self, records: Sequence[EditRecord], neighbours: int | None = None) -> Scores:
-        """Score the model as it is, with at most so many neighbourhood prompts for a fact."""
+        """Score the model as it is, with at most ``neighbours`` neighbourhood prompts per fact (None for all)."""
         cut = [replace(record, neighborhood_prompts=record.neighborhood_prompts[:neighbours], generation_prompts=())
                for record in records]
         found = summarise(evaluate_records(self._model, self._tok, cut))

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
 from helpers.models import REQUESTS, edited_weights, relative_error, tiny_hparams, tiny_model
+from helpers.sessions import folder  # noqa: F401 - a fixture
 from sphere_easyedit.editing import solve, update_writer
 from sphere_easyedit.editing.requests import parse_requests
 from sphere_easyedit.editing.solve import prepare_session, solve_batch, tokenize_batch
@@ -29,12 +30,6 @@ SECOND = [{"prompt": "The mother tongue of Marie Curie is", "subject": "Marie Cu
            "case_id": "second"}]
 MakeHparams = Callable[..., sphere.SPHEREHyperParams]
 family_ = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Statistics are generated once for all tests."""
-    return tmp_path_factory.mktemp("wrapper")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Lines that a command prints while it is silent otherwise."""
+"""A command that prints nothing for a while says that it is still at work."""
 
 from __future__ import annotations
 
