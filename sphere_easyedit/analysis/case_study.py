@@ -27,7 +27,11 @@ _PARAPHRASES: Final = 2
 
 @dataclass(frozen=True)
 class Continuations:
-    """Each model's continuation of one prompt; ``rolled_back`` is the model with its original weights restored."""
+    """Each model's continuation of one prompt.
+
+    ``rolled_back`` is the model with its original weights restored. Where they are the same bits, which is checked, its
+    texts are those of the unedited model, and are not generated a second time.
+    """
 
     kind: Kind
     prompt: str
@@ -71,23 +75,35 @@ class CaseStudy:
         return dataclasses.asdict(self) | {"is_edited": self.is_edited}
 
 
-def choose_case(run: EditedRun, case_id: str, at: int | None = None) -> tuple[int, int]:
+def choose_case(run: EditedRun, case: str, at: int | None = None) -> tuple[int, int]:
     """Find a case and the kept weights to use; needs no model.
 
     Args:
-        case_id: as text, also if it is a number in the data set.
+        case: its case_id, as text also if it is a number in the data set; or its subject, in any case of letters.
         at: number of edits in the weights; None: the last ones kept.
 
     Returns:
         The case's index in ``run.records``, and the number of edits.
 
     Raises:
-        ValueError: the run has no such case, kept no weights, or none after ``at`` edits.
+        ValueError: the run has no such case, several of this subject, kept no weights, or none after ``at`` edits.
     """
+    return _index_of(run, case), choose_checkpoint(run.directory.path, at, "there is no edited model to generate with")
+
+
+def _index_of(run: EditedRun, case: str) -> int:
+    """Index of the case with this case_id, or else with this subject."""
     indices = {str(record.case_id): index for index, record in enumerate(run.records)}
-    if case_id not in indices:
-        raise ValueError(f"{run.directory.path} has no case {case_id}: {_near(case_id, list(indices))}")
-    return indices[case_id], choose_checkpoint(run.directory.path, at, "there is no edited model to generate with")
+    if case in indices:
+        return indices[case]
+    of_subject = [case_id for case_id, index in indices.items()
+                  if run.records[index].subject.casefold() == case.casefold()]
+    if len(of_subject) > 1:
+        raise ValueError(f"{run.directory.path} has {len(of_subject)} cases of subject {case!r}: give the case_id, one "
+                         f"of {', '.join(of_subject)}")
+    if not of_subject:
+        raise ValueError(f"{run.directory.path} has no case {case}: {_near(case, list(indices))}")
+    return indices[of_subject[0]]
 
 
 def study_case(run: EditedRun, model: nn.Module, tok: PreTrainedTokenizerBase, index: int, num_edits: int,
@@ -121,7 +137,7 @@ def study_case(run: EditedRun, model: nn.Module, tok: PreTrainedTokenizerBase, i
             for layer, weight in original.items():
                 editable.parameter(layer).copy_(weight)
     restored = weights_checksum(editable) == checksum
-    rolled_back = generate()
+    rolled_back = unedited if restored else generate()
     continuations = tuple(Continuations(kind, prompt, *texts) for (kind, prompt), *texts
                           in zip(prompts, unedited, edited, rolled_back, strict=True))
     found = next((one for one in run.directory.records(CASES, CaseRecord) if one.case_id == record.case_id), None)

@@ -17,7 +17,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({command: tupl
         "--hparams MEMIT/smollm2-135m --set alpha=0 --output runs/memit --resume",
     ),
     "chat": ("runs/first", "AlphaEdit/smollm2-135m"),
-    "show": ("runs/first --case 3", "runs/first --case 3 --at 25 --json"),
+    "show": ("runs/first --case 531", "runs/first --case 'Barry Bonds' --at 25 --json"),
     "report": ("runs/first", "runs/memit runs/memit-sphere --output compared"),
     "evaluate": (
         "runs/first --protocol rome --protocol easyedit",

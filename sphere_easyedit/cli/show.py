@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def show(
     run: RunFolder,
-    case: Annotated[str, option("case_id of the case.")],
+    case: Annotated[str, option("case_id of the case, or its subject.")],
     at: At = None,
     max_new_tokens: Annotated[int, option("Maximum number of new tokens per continuation.", min=1)] = 50,
     as_json: AsJson = False,

@@ -121,6 +121,11 @@ def test_unknown_cases_and_weights_are_refused(run_path: Path) -> None:
         choose_case(run, "600")
     with pytest.raises(ValueError, match="no weights after 3 edits: kept are 2, 4; .*--keep-weights-every"):
         choose_case(run, "90", at=3)
+    subject = run.records[1].subject
+    assert choose_case(run, subject.upper())[0] == 1
+    run.records[3] = replace(run.records[3], subject=subject)
+    with pytest.raises(ValueError, match=f"has 2 cases of subject '{subject}': give the case_id, one of 90, 21000"):
+        choose_case(run, subject)
     run.records[0] = replace(run.records[0], case_id="capital-of-france")
     with pytest.raises(ValueError, match="no case capital-france: its 4 cases are such as capital-of-france"):
         choose_case(run, "capital-france")
