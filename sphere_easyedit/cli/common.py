@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import typer
 from rich.console import Console
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+_SPINS: Final = "3000"  # of an OpenMP thread that waits, before it sleeps: microseconds
 
 
 class Consoles(NamedTuple):
@@ -58,6 +60,10 @@ def set_up(verbose: bool = False, quiet: bool = False) -> Consoles:
     consoles = Consoles(Console(), WatchedConsole(stderr=True))
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, so this comes before that
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported
+        # OpenMP's threads wait for each other by spinning, by default for milliseconds, which makes every operation
+        # slow where other programs need the cores (docs/PERFORMANCE.md).
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     handler = RichHandler(console=consoles.err, show_path=False, show_time=False)
     handler.addFilter(_unwritten)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
