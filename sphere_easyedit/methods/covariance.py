@@ -183,7 +183,7 @@ def _collect(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPH
              paths: dict[int, Path], fingerprints: StatisticsFingerprints) -> None:
     with frozen(editable.model):
         logger.info("statistics of layers %s are missing (how their inputs vary over ordinary text): collecting them, "
-                    "once for all later runs", sorted(paths))
+                    "once for all later runs with stats_dir %s", sorted(paths), hparams.stats_dir)
         sequences = shipped_texts(fingerprints.text_origin()) if hparams.mom2_dataset == GENERATED else None
         if sequences is None:
             sequences = token_sequences(editable, tok, hparams, text_length(editable, hparams))
