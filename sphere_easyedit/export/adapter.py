@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def write_adapter(folder: Path, model: nn.Module, edited: EditedWeights, rank: i
                         fan_in_fan_out=edited.changes[0].transposed, task_type="CAUSAL_LM")
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modes = {module: module.training for module in model.modules()}
-    wrapped: Any = get_peft_model(model, config)
+    with warnings.catch_warnings():  # PEFT reads a property that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        wrapped: Any = get_peft_model(model, config)
     try:
         _set_factors(wrapped, found)
         # Embeddings are not edited; with the default, PEFT would look for the base model on the hub.
