@@ -71,6 +71,14 @@ class LiveLine(EditCallback):
                 self._live.refresh()
         self._phase = phase
 
+    @property
+    def step(self) -> str:
+        """What the run is doing, with its progress."""
+        if self._measuring is not None:
+            what, done, total = self._measuring
+            return f"{what} {done}/{total}"
+        return f"editing, {self._done}/{self._total} done" if self._phase == _EDITING else "preparing"
+
     def on_measured(self, event: MeasureEvent) -> None:
         if event.run.energy:
             self._energy = event.run.energy[-1]
@@ -109,8 +117,8 @@ class LiveLine(EditCallback):
         measuring, total, done = self._measuring, self._total, self._done
         parts = [self._edited(done)]
         if measuring is not None:
-            what, done_of_it, all_of_it = measuring
-            parts.append(f"{what} {done_of_it}/{all_of_it}")
+            _, done_of_it, all_of_it = measuring
+            parts.append(self.step)
             if total is None:
                 done, total = done_of_it, all_of_it
         line = Table.grid(Column(width=_BAR_WIDTH), Column(no_wrap=True, overflow="ellipsis"), padding=(0, 1, 0, 0))

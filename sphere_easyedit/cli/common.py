@@ -146,9 +146,10 @@ def live_line(consoles: Consoles, quiet: bool, num_edits: int | None = None) -> 
     if quiet:
         yield []
     else:
+        line = LiveLine(consoles.err, num_edits)
         # On a terminal the line itself shows it, and before it the progress bars do.
-        alive = nullcontext() if consoles.err.file.isatty() else report_waiting(consoles.err)
-        with LiveLine(consoles.err, num_edits) as line, alive:
+        alive = nullcontext() if consoles.err.file.isatty() else report_waiting(consoles.err, lambda: line.step)
+        with line, alive:
             yield [line]
 
 
@@ -156,7 +157,7 @@ def live_line(consoles: Consoles, quiet: bool, num_edits: int | None = None) -> 
 def starting(consoles: Consoles, quiet: bool = False) -> Iterator[None]:
     """The part of a command that imports libraries and loads a model: says so at once, and that it is still at work."""
     logger.info("loading PyTorch and transformers, which takes a few seconds")
-    with nullcontext() if quiet else report_waiting(consoles.err):
+    with nullcontext() if quiet else report_waiting(consoles.err, lambda: "loading"):
         yield
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -29,8 +29,12 @@ class WatchedConsole(Console):
 
 
 @contextmanager
-def report_waiting(console: WatchedConsole) -> Iterator[None]:
-    """Print a line with the command's time so far after each silence of 8 s, or longer ones after ten minutes."""
+def report_waiting(console: WatchedConsole, step: Callable[[], str]) -> Iterator[None]:
+    """Print a line with the command's time so far after each silence of 8 s, or longer ones after ten minutes.
+
+    Args:
+        step: returns what is being done, such as "measuring before 3/50"; empty if that is not known.
+    """
     is_over = threading.Event()
 
     def watch() -> None:
@@ -38,8 +42,10 @@ def report_waiting(console: WatchedConsole) -> Iterator[None]:
             now = time.monotonic()
             seconds = now - console.made_at
             if now - console.printed_at >= (_LONGEST if seconds < _FIRST else _SHARE * seconds):
+                what = f" ({found})" if (found := step()) else ""
                 try:
-                    console.print(f"... still at work, {seconds:.0f} s so far", style="dim", highlight=False)
+                    console.print(f"... still at work{what}, {seconds:.0f} s so far", style="dim", highlight=False,
+                                  markup=False)
                 except (OSError, ValueError):  # standard error was closed
                     return
 
