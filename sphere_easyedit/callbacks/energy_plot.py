@@ -26,8 +26,8 @@ def plot_energy(axes: Axes, records: Sequence[EnergyRecord]) -> None:
         axes.plot(edits, [record.relative_change[layer] for record in records], marker=".", linewidth=1, color=colour,
                   label=f"layer {layer}")
     if len(layers) > 1:
-        means = [sum(record.relative_change.values()) / len(layers) for record in records]
-        axes.plot(edits, means, color="black", linewidth=2, label="mean")
+        means = [(record.num_edits, mean) for record in records if (mean := mean_change(record)) is not None]
+        axes.plot(*zip(*means, strict=True), color="black", linewidth=2, label="mean")
     axes.set(title="Hyperspherical energy", ylabel="relative change")
     axes.ticklabel_format(axis="y", scilimits=(-2, 3))
     if len(layers) <= 10:
