@@ -8,6 +8,12 @@ KEEP_CHECKPOINTS: Final = 1
 TEXT_TOKENS: Final = 8192  # of the held-out text for perplexity
 FLUENCY_TOKENS: Final = 100  # new tokens per generated text
 
+# Of a search for hyperparameters (see ``tuning.search.TuneSettings``).
+TUNE_BATCH_SIZE: Final = 10  # edits
+TUNE_TEXT_TOKENS: Final = 2048
+TUNE_RISE: Final = 5.0  # of perplexity against the unedited model, in percent
+TUNE_LOSS: Final = 3.0  # of specificity against the unedited model, in points
+
 # Of the guard (see ``callbacks.drift_guard.DriftGuard``).
 GUARD_ENERGY: Final = 2.0
 GUARD_NORM: Final = 1.25

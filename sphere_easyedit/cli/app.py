@@ -74,8 +74,9 @@ def main() -> None:
             except ProcessLost as error:  # reported here, since a launcher then sends SIGTERM to the other processes
                 _end(f"error: {error}; an unfinished batch was undone. `edit --resume` continues a run.", 1)
     except Interrupted as interrupted:
-        _end(f"ended by {interrupted.name}; an unfinished batch was undone. `edit --resume` continues a run.",
-             interrupted.exit_status, "yellow")
+        # Other commands have nothing to continue, or have said how.
+        resume = "; an unfinished batch was undone. `edit --resume` continues a run." if _command_is("edit") else ""
+        _end(f"ended by {interrupted.name}{resume}", interrupted.exit_status, "yellow")
     except (ValueError, ImportError, OSError) as error:  # OSError: a file that is absent, a disk that is full
         _end(f"error: {error}", 2)
     except (RuntimeError, MemoryError) as error:
@@ -86,6 +87,10 @@ def main() -> None:
         _end(f"error: out of memory ({' '.join(str(error).split())}); an unfinished batch was undone. `edit "
              "--resume --on-error skip` continues a run and splits batches that are too large; lower token_budget or "
              "--batch-size to use less memory", 1)
+
+
+def _command_is(name: str) -> bool:
+    return sys.argv[1:2] == [name]
 
 
 def _print_example(status: object) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from ..datasets.records import DatasetName
+from ..defaults import TUNE_BATCH_SIZE, TUNE_LOSS, TUNE_RISE, TUNE_TEXT_TOKENS
 from ..utils.signals import Interrupted
 from .common import load_for, set_up
 from .options import Dtype, Quiet, Verbose, option, parse_overrides, with_option_groups
@@ -61,7 +62,7 @@ class TuneData:
     num_edits: Annotated[int | None, option("Number of facts that a trial edits, and of other facts for the validation "
                                             "(half of the data, at most 50, if not given).", min=1)] = None
     batch_size: Annotated[int, option("Number of facts edited at once; tune with the one that you will use.", min=1)
-                          ] = 10
+                          ] = TUNE_BATCH_SIZE
     seed: Annotated[int, option("Seed for splitting the facts, for the trials and for generated text.", min=0)] = 0
 
     def split(self) -> tuple[list[EditRecord], list[EditRecord]]:
@@ -83,12 +84,12 @@ class LimitOptions:
     PANEL: ClassVar = "Limits"
 
     max_perplexity_rise: Annotated[float, option("Highest rise of perplexity against the unedited model, in percent.")
-                                   ] = 5.0
+                                   ] = TUNE_RISE
     max_specificity_loss: Annotated[float, option("Largest loss of specificity against the unedited model, in points.")
-                                    ] = 3.0
+                                    ] = TUNE_LOSS
     text: Annotated[Path | None, option("Held-out text (.txt, .jsonl) for perplexity (text that the unedited model "
                                         "writes if not given).")] = None
-    text_tokens: Annotated[int, option("Number of tokens of that text to use.", min=2)] = 2048
+    text_tokens: Annotated[int, option("Number of tokens of that text to use.", min=2)] = TUNE_TEXT_TOKENS
 
 
 @with_option_groups

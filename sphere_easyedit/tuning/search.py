@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..datasets.loaders import EditRecord, records_fingerprint
+from ..defaults import TUNE_BATCH_SIZE, TUNE_LOSS, TUNE_RISE, TUNE_TEXT_TOKENS
 from ..evaluation.perplexity import held_out_texts
 from ..hparams import SPHEREHyperParams
 from ..hparams_files import render_hparams
@@ -44,14 +45,14 @@ class TuneSettings:
 
     output: Path
     budget: float  # wall time in seconds, with statistics and validation, over all calls that go on with the search
-    batch_size: int = 10
+    batch_size: int = TUNE_BATCH_SIZE
     seed: int = 0  # of the trials and of generated text
     # For perplexity; None for text that the unedited model writes. On that, the logarithm of the ratio of perplexities
     # estimates the divergence KL(unedited || edited) per token.
     text: Path | None = None
-    text_tokens: int = 2048
-    max_rise: float = 5.0  # of perplexity against the unedited model, in percent
-    max_loss: float = 3.0  # of specificity against the unedited model, in points
+    text_tokens: int = TUNE_TEXT_TOKENS
+    max_rise: float = TUNE_RISE  # of perplexity against the unedited model, in percent
+    max_loss: float = TUNE_LOSS  # of specificity against the unedited model, in points
     fixed: Sequence[str] = ()  # searched hyperparameters to leave as they are at the start
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
@@ -16,6 +17,7 @@ import typer
 import sphere_easyedit
 from helpers.paths import REPOSITORY
 from helpers.processes import ENVIRONMENT, call_cli
+from sphere_easyedit.cli import app as app_module
 from sphere_easyedit.cli.app import app
 from sphere_easyedit.cli.examples import EXAMPLES, FIRST
 from sphere_easyedit.hparams_files import find_hparams
@@ -86,3 +88,19 @@ def test_errors_end_with_what_to_type(arguments: tuple[str, ...], remedy: str) -
     done = call_cli(*arguments, cwd=REPOSITORY)
     assert done.returncode == 2
     assert remedy in done.stderr
+
+
+@pytest.mark.parametrize("command", ["edit", "tune"])
+def test_only_edit_is_continued_by_its_resume(command: str, monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(app_module, "app", interrupted)
+    monkeypatch.setattr("sys.argv", ["sphere-easyedit", command])
+    with pytest.raises(SystemExit) as ended:
+        app_module.main()
+    assert ended.value.code == 130
+    said = capsys.readouterr().err
+    assert "ended by SIGINT" in said
+    assert ("edit --resume" in said) is (command == "edit")
