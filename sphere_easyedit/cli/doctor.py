@@ -21,7 +21,7 @@ _STATUS_STYLES = {"ok": "green", "not installed": "yellow", "none yet": "yellow"
 def doctor(
     stats_dir: Annotated[Path, option("Folder where statistics are looked for.")] = Path("data/stats"),
 ) -> None:
-    """Check what is installed, name what is missing or broken and its remedy; exit status 1 if something required is broken."""
+    """Check what is installed, and name remedies; exit status 1 if something required is broken or missing."""
     consoles = set_up()
     from .diagnosis import examine
 

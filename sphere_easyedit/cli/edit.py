@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -172,10 +174,12 @@ def edit(method: MethodOptions, data: RunData, evaluation: RunEvaluation, checkp
     with leading, trackers, live_line(consoles, output.quiet, len(records)) as line:
         result = run_sequential(model, tok, records, hparams, settings, [*callbacks, *line],
                                 progress_of([*report, *line]))
-    _print_result(consoles, result, hparams)
+    _print_result(consoles, result, hparams, {record.edit_prompt: record.case_id for record in records})
     consoles.print_line(f"\nRun directory: {output.output}")
     for page in (one.page for one in report if one.page is not None):
         consoles.print_line(f"Report: {page}")
+    run = shlex.quote(str(output.output))
+    consoles.print_line(f"Next: sphere-easyedit chat {run}" + ("" if report else f", sphere-easyedit report {run}"))
 
 
 def _run_settings(method: MethodOptions, data: RunData, evaluation: RunEvaluation, checkpoints: CheckpointOptions,
@@ -199,21 +203,36 @@ def _factor_keepers(enabled: bool, hparams: SPHEREHyperParams, output: Path) -> 
     return [FactorKeeper(RunDirectory(output).path_of(FACTORS), hparams)]
 
 
-def _print_result(consoles: Consoles, result: RunResult, hparams: SPHEREHyperParams) -> None:
+def _print_result(consoles: Consoles, result: RunResult, hparams: SPHEREHyperParams, case_ids: Mapping[str, int]
+                  ) -> None:
+    """Print the metrics, the drift of energy, and the examples with their case_id, which is given by prompt."""
     summary = result.summary
     if summary["post"] is not None:
         consoles.out.print(_summary_table(result, hparams))
+        for line in _terms(summary["protocol"], hparams):
+            consoles.print_line(line, "dim")
     for skipped in summary.get("skipped", ()):
         consoles.print_line(f"Left out: case_id {skipped['case_id']} ({skipped['error']})")
     if summary.get("stopped"):
         consoles.print_line(f"Stopped after {summary['num_edits']} edits: {summary['stopped']}")
     changes = result.tracker.records[-1].relative_change
     drift = ", ".join(f"{layer}: {change:+.2e}" for layer, change in changes.items())
-    consoles.print_line(f"Hyperspherical energy, relative change by layer: {drift}")
+    consoles.print_line("Hyperspherical energy (HE: the higher, the less evenly the weight's neurons are spread), "
+                        f"relative change by layer: {drift}")
     for generation in result.generations:
         prompt, before, after = (escape(on_one_line(text)) for text in generation)
-        consoles.out.print(f"\n[bold]{prompt}[/]\n  before:{before}\n  after: {after}", highlight=False,
+        case = escape(str(case_ids[generation[0]]))
+        consoles.out.print(f"\ncase {case}: [bold]{prompt}[/]\n  before:{before}\n  after: {after}", highlight=False,
                            soft_wrap=True)
+
+
+def _terms(protocol: str, hparams: SPHEREHyperParams) -> list[str]:
+    """What the terms of the table mean, a line each."""
+    alpha = [f"alpha {hparams.alpha:g}: the share of each update along the weight's principal directions that SPHERE "
+             "removes"] if hparams.alpha else []
+    return ["efficacy: edited prompts get the new answer; generalization: their paraphrases do; specificity: other "
+            "facts keep theirs",
+            f"protocol {protocol}: how answers are scored (docs/EVALUATION.md)", *alpha]
 
 
 def _summary_table(result: RunResult, hparams: SPHEREHyperParams) -> Table:

@@ -69,8 +69,10 @@ def test_edit_runs_end_to_end(workplace: Path) -> None:
     summary = json.loads((workplace / "run" / "summary.json").read_text())
     assert summary["num_edits"] == 4
     assert f"{summary['post']['efficacy']['mean']:.1f}" in done.stdout
+    first = json.loads((workplace / "run" / "cases.jsonl").read_text().splitlines()[0])
     for word in ("efficacy", "generalization", "specificity", "s an edit", "Hyperspherical energy", "before:",
-                 "after:"):
+                 "after:", f"case {first['case_id']}: {first['prompt']}", "alpha 0.25: the share",
+                 "Next: sphere-easyedit chat run, sphere-easyedit report run"):
         assert word in done.stdout
     assert not CONTROL.search(done.stderr), done.stderr
     assert re.search(r"^2/4 edits, \d+\.\d\d s an edit, \d+ s left, HE [+-]\d\.\de[+-]\d\d", done.stderr, re.MULTILINE)
