@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..editing.callbacks import EditCallback, MeasureEvent
+from ..editing.callbacks import EditCallback, EditEvent, MeasureEvent
 from ..runs.schema import BatchRecord, Measurement
 from ..utils.remaining_time import rough_duration
 from .energy_metrics import EnergyRecord
@@ -35,6 +35,9 @@ class LiveLine(EditCallback):
     Args:
         console: console of standard error, shared with log messages so that they appear above the line.
         num_edits: edits of the whole run; None if nothing is edited.
+
+    Attributes:
+        step: what the run is doing, such as "measuring before 3/50".
     """
 
     def __init__(self, console: Console, num_edits: int | None = None) -> None:
@@ -42,6 +45,7 @@ class LiveLine(EditCallback):
         self._total = num_edits
         self._done = 0
         self._phase = ""
+        self.step = "preparing"
         self._measuring: tuple[str, int, int] | None = None
         self._batch: BatchRecord | None = None
         self._energy: EnergyRecord | None = None
@@ -65,19 +69,15 @@ class LiveLine(EditCallback):
             self._done, self._total, self._measuring = done, total, None
         else:
             self._measuring = (_MEASURING.get(phase, phase), done, total)
+        self.step = f"{_MEASURING.get(phase, phase)} {done}/{total}"
         if self._live is not None:
             self._live.start()  # not earlier: preparation has its own progress bars
             if phase != self._phase:
                 self._live.refresh()
         self._phase = phase
 
-    @property
-    def step(self) -> str:
-        """What the run is doing, with its progress."""
-        if self._measuring is not None:
-            what, done, total = self._measuring
-            return f"{what} {done}/{total}"
-        return f"editing, {self._done}/{self._total} done" if self._phase == _EDITING else "preparing"
+    def on_batch_start(self, event: EditEvent) -> None:
+        self.step = "editing"
 
     def on_measured(self, event: MeasureEvent) -> None:
         if event.run.energy:
@@ -89,6 +89,7 @@ class LiveLine(EditCallback):
             self._say(self._edited(event.batch.num_edits))
         if event.measurement is not None:
             self._measuring = None
+            self.step = "finishing" if self._done == self._total else "preparing"
             self._say(point_text(event.measurement))
 
     def _say(self, text: str) -> None:
@@ -117,8 +118,8 @@ class LiveLine(EditCallback):
         measuring, total, done = self._measuring, self._total, self._done
         parts = [self._edited(done)]
         if measuring is not None:
-            _, done_of_it, all_of_it = measuring
-            parts.append(self.step)
+            what, done_of_it, all_of_it = measuring
+            parts.append(f"{what} {done_of_it}/{all_of_it}")
             if total is None:
                 done, total = done_of_it, all_of_it
         line = Table.grid(Column(width=_BAR_WIDTH), Column(no_wrap=True, overflow="ellipsis"), padding=(0, 1, 0, 0))

@@ -48,6 +48,15 @@ def test_a_plain_line_a_batch(plain: tuple[Console, Callable[[], list[str]]]) ->
                        "200 edits, during, paper: efficacy 96.5, perplexity 25.3"]
 
 
+def test_the_step_under_way_is_known(plain: tuple[Console, Callable[[], list[str]]]) -> None:
+    line = LiveLine(plain[0], 50)
+    steps = [line.step]
+    for phase, done in (("before", 3), ("editing", 25), ("after", 50)):
+        line.update(phase, done, 50)
+        steps.append(line.step)
+    assert steps == ["preparing", "measuring before 3/50", "editing 25/50", "measuring after 50/50"]
+
+
 def test_what_was_not_measured_is_not_shown(plain: tuple[Console, Callable[[], list[str]]]) -> None:
     console, lines = plain
     with LiveLine(console, 200) as line:
