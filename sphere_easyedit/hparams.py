@@ -52,12 +52,13 @@ _SMALLEST = MappingProxyType({
 })
 _FLAGS = ("mom2_adjustment", "compensate", "model_parallel", "keep_previous_keys", "batched_target_values")
 _STRINGS = ("alg_name", "model_name", "base_alg", "layer_selection", "fact_token", "mom2_dataset",
-            "mom2_dtype", "stats_dir", "P_loc", "target_values_dir", "state_folder", *_MODULE_FIELDS)
+            "mom2_dtype", "stats_dir", "P_loc", "target_values_dir", "state_folder", "target_dtype", *_MODULE_FIELDS)
 _CHOICES = MappingProxyType({
     "executor": ("native", "easyedit"), "projection_stage": ("layer", "update"),
     "principal_space": ("current", "pretrained"), "suppression": ("principal", "random", "shrink"),
     "layer_selection": ("all", "random"),
     "fact_token": ("subject_last", "last", "subject_first", "subject_first_after_last"),
+    "target_dtype": ("bfloat16",),
     "mom2_dtype": ("float32", "float64", "float16"),
 })
 
@@ -74,14 +75,14 @@ _OPTIMISER = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "cla
 # target-value optimiser, and what happens to an update within its batch. (Principal spaces are stored by gamma.)
 _NOT_IN_SESSION = frozenset({
     "alg_name", "model_name", "device", "batch_size", "max_length", "token_budget", "model_parallel", "stats_dir",
-    "contexts_per_step",
+    "contexts_per_step", "target_dtype",
     "batched_target_values", "target_values_dir", "state_memory", "state_folder", "rect_keep", "prune_log_base",
     *SPHERE_ONLY, *_OPTIMISER,
 })
 
 # Fields that no EasyEdit method has, so an unknown key close to one of them is a misspelling.
 _OURS = ("base_alg", *SPHERE_ONLY, "executor", "executor_hparams", "batched_target_values", "target_values_dir",
-         "context_templates", "contexts_per_step", "rect_keep", "prune_log_base", "keep_previous_keys",
+         "context_templates", "contexts_per_step", "target_dtype", "rect_keep", "prune_log_base", "keep_previous_keys",
          "nullspace_share", "mom2_max_length", "token_budget", "state_memory", "state_folder", *_ALIASES)
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -177,6 +178,9 @@ class SPHEREHyperParams:
     kl_factor: float = _NOT_GIVEN  # weight of the KL divergence that keeps "{subject} is a" as it was
     context_templates: list[str] | None = None  # texts with `{}` for the prompt, beside it alone; None: generated
     contexts_per_step: int | None = None  # contexts that a step of the optimiser takes, in turn; None: all
+    # Precision of the blocks above the edited ones, and of the head, in the optimisation: bfloat16 is faster where the
+    # machine has instructions for it. None: the model's own.
+    target_dtype: str | None = None
     token_budget: int = 4096  # tokens that the optimiser handles at once: lower it to use less memory
     # With executor easyedit, for MEMIT and AlphaEdit: optimise target values in batches and pass them on in EasyEdit's
     # cache files. None: only if SPHERE projects, so that with alpha 0 EasyEdit's method stays exactly as it is.

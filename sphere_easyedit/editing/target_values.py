@@ -10,7 +10,8 @@ by Adam, constrained to ``||delta|| <= clamp_norm_factor * ||z_0||``, until the 
 computes only what depends on ``delta``: the blocks above the edited one, on the tokens from the subject's last one
 onward, with logits at the target's positions. With ``contexts_per_step``, a step takes the mean over the plain prompt
 and that many contexts, in turn, as stochastic optimisation does; the loss then is the mean of the last round of steps,
-in which every context has occurred.
+in which every context has occurred. With ``target_dtype``, the blocks above the edited one and the head compute in that
+precision; states up to the edited block, ``delta``, its gradient and Adam, losses and z stay in float32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -33,6 +34,7 @@ from ..models.architecture import EditableModel
 from ..models.logit_map import find_logit_map
 from ..models.output_path import Normalised, OutputPath
 from ..models.packing import attending_packed
+from ..models.reduced_precision import computing_in
 from ..models.replay import pad_rows
 from .delta_forward import DeltaForward, choose_layout, rows_of
 from .keys import BatchStates
@@ -75,13 +77,14 @@ def optimise_target_values(
         editable: the model; its parameters must not require gradients (see ``architecture.frozen``).
         requests: tokenized edits.
         hparams: v_num_grad_steps, v_lr, v_weight_decay, kl_factor, clamp_norm_factor, v_loss_layer, contexts_per_step,
-            seed, token_budget.
+            target_dtype, seed, token_budget.
         progress: called with the number of edits that a micro-batch finished.
         paths: output paths by layer. Where a single layer is edited and its output goes through a norm, ``delta`` is
             limited to what its weight can produce.
 
     Raises:
-        ValueError: a loss is not finite; names the cases.
+        ValueError: a loss is not finite; names the cases. Or ``target_dtype`` is given and weights are quantised or
+            offloaded.
     """
     values = torch.empty(len(requests), editable.hidden_size, dtype=torch.float32)
     losses, steps = [0.0] * len(requests), [0] * len(requests)
@@ -91,12 +94,18 @@ def optimise_target_values(
     if isinstance(path, Normalised) and len(editable.layers) == 1:
         plain = [replace(request, contexts=()) for request in requests]
         _, norm_inputs, _ = BatchStates(editable, plain, hparams.token_budget, paths).read(editable.layers[0])
-    layout = choose_layout(editable, requests)
-    packed = layout == "packed"
     count = len(requests[0].contexts)
     rounds = context_rounds(count, hparams.contexts_per_step, hparams.seed)
-    batches = packed_micro_batches if packed else padded_micro_batches
-    with attending_packed(editable.model) if packed else nullcontext():
+    above = [*map(editable.block, range(editable.layers[-1] + 1, editable.num_blocks)), editable.final_norm,
+             editable.lm_head]
+    with ExitStack() as stack:
+        if hparams.target_dtype is not None:
+            stack.enter_context(computing_in(above, getattr(torch, hparams.target_dtype)))
+        layout = choose_layout(editable, requests)
+        packed = layout == "packed"
+        batches = packed_micro_batches if packed else padded_micro_batches
+        if packed:
+            stack.enter_context(attending_packed(editable.model))
         for batch in batches(requests, hparams.token_budget, len(rounds[0])):
             group = [requests[i] for i in batch]
             rows = [row for edit, request in enumerate(group) for row in rows_of(edit, request)]

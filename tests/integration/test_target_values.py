@@ -368,6 +368,33 @@ def test_bfloat16(family: str, tok: PreTrainedTokenizerBase, tmp_path: Path) -> 
         assert float(F.cosine_similarity(value - start, reference.value - start, dim=0)) > 0.8
 
 
+@pytest.mark.usefixtures("in_one_batch")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_in_bfloat16(family: str, tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Where only the steps compute in bfloat16, states are exact, deltas nearly so, and weights as before."""
+    requests, model = _tokenized(tok), _model(family)
+    before = {name: (weight, weight.detach().clone()) for name, weight in model.named_parameters()}
+
+    def found(steps: int, **changes: Any) -> Tensor:
+        return _found(model, requests, tiny_hparams(tmp_path, v_num_grad_steps=steps, v_lr=0.1, **changes)).values
+
+    start, exact, values = found(1), found(5), found(5, target_dtype="bfloat16")
+    assert torch.equal(found(1, target_dtype="bfloat16"), start)
+    assert not torch.equal(values, exact)
+    for of_start, of_exact, value in zip(start, exact, values, strict=True):
+        assert float(F.cosine_similarity(value - of_start, of_exact - of_start, dim=0)) > 0.8
+    for name, weight in model.named_parameters():
+        assert weight is before[name][0]
+        assert torch.equal(weight, before[name][1])
+
+
+def test_target_dtype_of_a_model_in_bfloat16_changes_nothing(tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    requests, model = _tokenized(tok), _model("llama").to(torch.bfloat16)
+    found = [_found(model, requests, tiny_hparams(tmp_path, v_num_grad_steps=4, target_dtype=dtype)).values
+             for dtype in (None, "bfloat16")]
+    assert torch.equal(*found)
+
+
 def _broken(kind: str) -> Any:
     honest = delta_forward.prefix_key_values
 
