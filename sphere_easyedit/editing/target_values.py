@@ -36,9 +36,10 @@ from ..models.output_path import Normalised, OutputPath
 from ..models.packing import attending_packed
 from ..models.reduced_precision import computing_in
 from ..models.replay import pad_rows
-from .delta_forward import DeltaForward, choose_layout, rows_of
+from .delta_forward import DeltaForward, rows_of
 from .keys import BatchStates
 from .requests import TokenizedPrompt, TokenizedRequest
+from .row_layout import KnownLayouts
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def optimise_target_values(
     hparams: SPHEREHyperParams,
     progress: Callable[[int], None] | None = None,
     paths: Mapping[int, OutputPath] = MappingProxyType({}),
+    layouts: KnownLayouts | None = None,
 ) -> TargetValues:
     """Optimise the target value of every request.
 
@@ -81,6 +83,7 @@ def optimise_target_values(
         progress: called with the number of edits that a micro-batch finished.
         paths: output paths by layer. Where a single layer is edited and its output goes through a norm, ``delta`` is
             limited to what its weight can produce.
+        layouts: of earlier batches on this model; extended.
 
     Raises:
         ValueError: a loss is not finite; names the cases. Or ``target_dtype`` is given and weights are quantised or
@@ -101,7 +104,7 @@ def optimise_target_values(
     with ExitStack() as stack:
         if hparams.target_dtype is not None:
             stack.enter_context(computing_in(above, getattr(torch, hparams.target_dtype)))
-        layout = choose_layout(editable, requests)
+        layout = (layouts or KnownLayouts()).choose(editable, requests, hparams.target_dtype)
         packed = layout == "packed"
         batches = packed_micro_batches if packed else padded_micro_batches
         if packed:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 import sphere_easyedit as sphere
 from helpers.architectures import tiny_architecture
 from helpers.models import REQUESTS, relative_error, tiny_hparams, tiny_model
-from sphere_easyedit.editing import delta_forward, target_values
+from sphere_easyedit.editing import delta_forward, row_layout, target_values
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import TokenizedPrompt, TokenizedRequest, parse_requests, tokenize_request
 from sphere_easyedit.editing.target_values import TargetValues, context_rounds, optimise_target_values
@@ -171,7 +171,7 @@ def in_one_batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     for name in ("packed_micro_batches", "padded_micro_batches"):
         monkeypatch.setattr(target_values, name, lambda requests, *_: [list(range(len(requests)))])
     if request.param == "padded":
-        monkeypatch.setattr(delta_forward, "packing_is_exact", lambda *_: False)
+        monkeypatch.setattr(row_layout, "packing_is_exact", lambda *_: False)
 
 
 def _check(model: nn.Module, requests: list[TokenizedRequest], hparams: sphere.SPHEREHyperParams) -> list[Reference]:
@@ -396,7 +396,7 @@ def test_target_dtype_of_a_model_in_bfloat16_changes_nothing(tok: PreTrainedToke
 
 
 def _broken(kind: str) -> Any:
-    honest = delta_forward.prefix_key_values
+    honest = row_layout.prefix_key_values
 
     def refuse(*_: Any) -> Any:
         raise TypeError("no cache here")
@@ -418,8 +418,9 @@ def test_model_without_a_prefix_cache(
     model, hparams = _model("llama"), tiny_hparams(tmp_path, v_num_grad_steps=6)
     expected = _found(model, requests, hparams)
     assert not caplog.records
-    monkeypatch.setattr(delta_forward, "packing_is_exact", lambda *_: False)
-    monkeypatch.setattr(delta_forward, "prefix_key_values", _broken(kind))
+    monkeypatch.setattr(row_layout, "packing_is_exact", lambda *_: False)
+    for module in (delta_forward, row_layout):
+        monkeypatch.setattr(module, "prefix_key_values", _broken(kind))
     with caplog.at_level(logging.WARNING, logger="sphere_easyedit"):
         found = _found(model, requests, hparams)
     assert found.steps == expected.steps
@@ -525,7 +526,7 @@ def test_a_model_that_counts_cached_tokens_runs_all_tokens(tok: PreTrainedTokeni
     [request] = parse_requests([{"prompt": "In a city {} plays for", "subject": "John Smith", "target_new": "Rome"}])
     with frozen(model):
         tokenized = tokenize_request(tok, request, ["He said that. {}"], None)
-        assert delta_forward.choose_layout(editable, [tokenized]) == "whole"
+        assert row_layout.choose_layout(editable, [tokenized]) == "whole"
 
 
 def test_the_longest_row_is_among_those_that_packing_is_tried_on(tok: PreTrainedTokenizerBase,
@@ -540,4 +541,20 @@ def test_the_longest_row_is_among_those_that_packing_is_tried_on(tok: PreTrained
          "subject": "I", "target_new": "a river"}])
     with frozen(model):
         tokenized = [tokenize_request(tok, one, [], None) for one in requests]
-        assert delta_forward.choose_layout(editable, tokenized) != "packed"
+        assert row_layout.choose_layout(editable, tokenized) != "packed"
+
+
+def test_a_model_is_tried_once(tok: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again for a longer prompt, or in another precision."""
+    model, hparams, tried = _model("llama"), tiny_hparams(tmp_path), list[int]()
+    editable, known = _editable(model, hparams), row_layout.KnownLayouts()
+    honest = row_layout.choose_layout
+    monkeypatch.setattr(row_layout, "choose_layout", lambda editable, requests: (
+        tried.append(len(requests)), honest(editable, requests))[1])
+    short, shorter, long = _tokenized(tok, [EDITS[0], EDITS[1], EDITS[4]], [])
+    short, shorter = sorted((short, shorter), key=lambda request: -len(request.plain.ids))
+    with frozen(model):
+        for requests, dtype, times in (([short], None, 1), ([short, shorter], None, 1), ([long], None, 2),
+                                       ([short], None, 2), ([short], "bfloat16", 3)):
+            assert known.choose(editable, requests, dtype) == "packed"
+            assert len(tried) == times
