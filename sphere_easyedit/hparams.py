@@ -44,7 +44,7 @@ _RANGES = MappingProxyType({
     "gamma": "[0, 1]", "alpha": "[0, 1]", "v_lr": "(0, inf)", "v_weight_decay": "[0, inf)",
     "clamp_norm_factor": "(0, inf)", "kl_factor": "[0, inf)", "mom2_update_weight": "(0, inf)",
     "nullspace_threshold": "(0, inf)", "nullspace_share": "(0, 1]", "L2": "(0, inf)",
-    "rect_keep": "(0, 1]", "prune_log_base": "(1, inf)", "state_memory": "[0, inf)",
+    "rect_keep": "(0, 1]", "prune_log_base": "(1, inf)", "state_memory": "[0, inf)", "step_norm_factor": "(0, inf)",
 })
 _SMALLEST = MappingProxyType({
     "v_num_grad_steps": 1, "v_loss_layer": 0, "mom2_n_samples": 1, "mom2_max_length": 2, "max_length": 1,
@@ -74,15 +74,16 @@ _OPTIMISER = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "cla
 # target-value optimiser, and what happens to an update within its batch. (Principal spaces are stored by gamma.)
 _NOT_IN_SESSION = frozenset({
     "alg_name", "model_name", "device", "batch_size", "max_length", "token_budget", "model_parallel", "stats_dir",
-    "contexts_per_step",
+    "contexts_per_step", "step_norm_factor",
     "batched_target_values", "target_values_dir", "state_memory", "state_folder", "rect_keep", "prune_log_base",
     *SPHERE_ONLY, *_OPTIMISER,
 })
 
 # Fields that no EasyEdit method has, so an unknown key close to one of them is a misspelling.
 _OURS = ("base_alg", *SPHERE_ONLY, "executor", "executor_hparams", "batched_target_values", "target_values_dir",
-         "context_templates", "contexts_per_step", "rect_keep", "prune_log_base", "keep_previous_keys",
-         "nullspace_share", "mom2_max_length", "token_budget", "state_memory", "state_folder", *_ALIASES)
+         "context_templates", "contexts_per_step", "step_norm_factor", "rect_keep", "prune_log_base",
+         "keep_previous_keys", "nullspace_share", "mom2_max_length", "token_budget", "state_memory", "state_folder",
+         *_ALIASES)
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
@@ -171,6 +172,10 @@ class SPHEREHyperParams:
     fact_token: str = "subject_last"  # token whose state is edited; the native engine has subject_last only
     v_num_grad_steps: int = _NOT_GIVEN  # steps of Adam at most; an edit stops early at a loss below 0.05
     v_lr: float = _NOT_GIVEN  # learning rate of Adam
+    # Norm of the first step, as a multiple of the state's own, to descend along normalised gradients instead of by
+    # Adam; later steps get shorter, to a tenth after v_num_grad_steps. 9 steps of 0.3 do for 25 of Adam's
+    # (docs/PERFORMANCE.md). None: Adam.
+    step_norm_factor: float | None = None
     v_loss_layer: int = _NOT_GIVEN  # block whose output gives the loss: the last block
     v_weight_decay: float = _NOT_GIVEN  # penalty on the norm of the change of the state
     clamp_norm_factor: float = _NOT_GIVEN  # largest norm of that change, as a multiple of the state's own norm

@@ -74,7 +74,7 @@ _SECTIONS = (
     ("Edited layers, ascending.", ("layers", "layer_selection", "fact_token")),
     ("Optimisation of target values; v_loss_layer is the model's last block.",
      ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor",
-      "context_templates", "contexts_per_step", "token_budget", "seed")),
+      "context_templates", "contexts_per_step", "step_norm_factor", "token_budget", "seed")),
     ("Solving for the weights.",
      ("mom2_adjustment", "mom2_update_weight", "L2", "P_loc", "nullspace_threshold", "nullspace_share",
       "rect_keep", "prune_log_base", "keep_previous_keys")),
