@@ -184,7 +184,8 @@ def read_hparams(name: str, overrides: list[str]) -> SPHEREHyperParams:
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
-    """Values by name from ``NAME=VALUE`` each, with VALUE in YAML (ValueError without ``=``)."""
+    """Values by name from ``NAME=VALUE`` each, with VALUE in YAML (ValueError without ``=``, or of an unknown speed)."""
+    from ..speed import with_speed
     from ..utils.yaml import read_yaml
 
     changes = {}
@@ -193,4 +194,4 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--set {override!r} has no '=': write NAME=VALUE")
         changes[key.strip()] = read_yaml(value, f"--set {override!r}")
-    return changes
+    return with_speed(changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,13 +131,14 @@ def _reference(model: nn.Module, request: TokenizedRequest, hparams: sphere.SPHE
     width = editable.hidden_size
     delta = torch.zeros(width, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=hparams.v_lr)
+    average = torch.zeros(width)  # of gradients, each divided by its norm
     steps = clamped = 0
     with frozen(model):
         rounds = context_rounds(len(request.contexts), hparams.contexts_per_step, hparams.seed)
         losses: list[float] = []
         rewriting(request.plain, torch.zeros(width))  # for z_0
         before = drift(torch.zeros(width)).detach()
-        for step in range(hparams.v_num_grad_steps):
+        for step in range(hparams.gradient_steps):
             prompts = [request.plain, *(request.contexts[i - 1] for i in rounds[step % len(rounds)])]
             nll = torch.stack([rewriting(prompt, delta) for prompt in prompts]).mean()
             after = drift(delta)
@@ -144,11 +146,18 @@ def _reference(model: nn.Module, request: TokenizedRequest, hparams: sphere.SPHE
             loss = nll + hparams.kl_factor * kl + hparams.v_weight_decay * delta.norm() / z_0[0].norm() ** 2
             losses.append(float(loss.detach()))
             mean = sum(losses[-len(rounds):]) / min(len(losses), len(rounds))
-            if (mean < 0.05 and len(losses) >= len(rounds)) or step == hparams.v_num_grad_steps - 1:
+            if (mean < 0.05 and len(losses) >= len(rounds)) or step == hparams.gradient_steps - 1:
                 break
             adam.zero_grad()
             loss.backward()
-            adam.step()
+            if hparams.normalised_steps is None:
+                adam.step()
+            else:
+                average = 0.5 * average + 0.5 * delta.grad / delta.grad.norm()
+                cosine = math.cos(math.pi * step / (hparams.gradient_steps - 1))
+                length = hparams.step_norm_factor * z_0[0].norm() * (0.1 + 0.9 * (1 + cosine) / 2)
+                with torch.no_grad():
+                    delta -= length * average / average.norm()
             steps += 1
             radius = hparams.clamp_norm_factor * z_0[0].norm()
             if delta.norm() > radius:
@@ -237,6 +246,20 @@ def test_contexts_in_turn(family: str, per_step: int, tok: PreTrainedTokenizerBa
     contexts = ["He said that. {}", "It was said. {}", "The team said. {}"]
     references = _check(model, _tokenized(tok, MIXED, contexts), hparams)
     assert {reference.steps < 29 for reference in references} == {True, False}
+
+
+@pytest.mark.usefixtures("in_one_batch")
+@pytest.mark.parametrize(("family", "per_step"), [("llama", None), ("gptj", 1)])
+def test_normalised_descent(family: str, per_step: int | None, tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Finished edits stand still, whatever the averaged gradient, and steps that leave the ball end on its surface."""
+    model = _model(family, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(6.0)
+    hparams = tiny_hparams(tmp_path, step_norm_factor=1.5, normalised_steps=12, clamp_norm_factor=4.0, kl_factor=0.002,
+                           contexts_per_step=per_step)
+    references = _check(model, _tokenized(tok, MIXED, ["He said that. {}", "It was said. {}"]), hparams)
+    assert {reference.steps < 11 for reference in references} == {True, False}
+    assert any(reference.clamped for reference in references)
 
 
 @given(count=st.integers(0, 12), per_step=st.none() | st.integers(1, 14), seed=st.integers(0, 2**32))
