@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from .utils.messages import nearest
+
+SpeedName = Literal["exact", "balanced", "fast"]
 
 SPEEDS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "exact": {"contexts_per_step": None, "target_dtype": None, "normalised_steps": None, "step_norm_factor": 0.3},
