@@ -101,8 +101,8 @@ class MethodOptions:
     hparams: Annotated[str, option("YAML file of hyperparameters, or a short name such as AlphaEdit/smollm2-135m.")]
     override: Annotated[list[str], option("Override a hyperparameter: NAME=VALUE, with VALUE in YAML; repeatable.",
                                           "--set")] = field(default_factory=list)
-    speed: Annotated[SpeedName | None, option("Optimisation of target values: exact as EasyEdit's, balanced or fast (the "
-                                              "file's, if not given).")] = None
+    speed: Annotated[SpeedName | None, option("Optimisation of target values: exact as EasyEdit's, balanced or fast "
+                                              "(the file's, if not given).")] = None
     dtype: Dtype = None
 
     def load(self) -> SPHEREHyperParams:
