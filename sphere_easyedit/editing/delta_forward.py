@@ -238,6 +238,12 @@ class DeltaForward:
                     parts.append(_Padded.record(editable, some, block, use_prefix))
         return cls(parts)
 
+    @classmethod
+    @torch.no_grad()
+    def record_packed(cls, editable: EditableModel, rows: Sequence[PromptRow], block: int) -> DeltaForward:
+        """Run all rows once, packed, whatever their length classes."""
+        return cls([_Packed.record(editable, [*rows], block)])
+
     def run(self, delta: Tensor, loss_block: int) -> tuple[Tensor, Tensor]:
         """Outputs of ``loss_block`` at ``predictions``, and of the last block at the lookups of the drift prompts.
 

@@ -75,7 +75,7 @@ def packing_is_exact(editable: EditableModel, prompts: Sequence[TokenizedPrompt]
 
     def run() -> Tensor:
         # All blocks that the optimisation runs: their attention may differ from block to block.
-        forward = DeltaForward.record(editable, rows, min(editable.layers[-1], stop - 2), "packed")
+        forward = DeltaForward.record_packed(editable, rows, min(editable.layers[-1], stop - 2))
         last, lookup = forward.run(torch.zeros_like(forward.initial), stop - 1)
         return torch.stack([last[forward.predictions.edits.argsort()], lookup], dim=1).flatten(0, 1)
 
