@@ -26,6 +26,7 @@ from .models.architecture import EditableModel
 from .models.checks import check_model
 from .models.loading import resolve_device
 from .models.module_discovery import ModuleNames, model_module_names, module_names
+from .speed import SPEED_FIELDS, with_speed
 from .utils.messages import nearest
 
 SPHERE = "SPHERE"
@@ -44,20 +45,21 @@ _RANGES = MappingProxyType({
     "gamma": "[0, 1]", "alpha": "[0, 1]", "v_lr": "(0, inf)", "v_weight_decay": "[0, inf)",
     "clamp_norm_factor": "(0, inf)", "kl_factor": "[0, inf)", "mom2_update_weight": "(0, inf)",
     "nullspace_threshold": "(0, inf)", "nullspace_share": "(0, 1]", "L2": "(0, inf)",
-    "rect_keep": "(0, 1]", "prune_log_base": "(1, inf)", "state_memory": "[0, inf)",
+    "rect_keep": "(0, 1]", "prune_log_base": "(1, inf)", "state_memory": "[0, inf)", "step_norm_factor": "(0, inf)",
 })
 _SMALLEST = MappingProxyType({
     "v_num_grad_steps": 1, "v_loss_layer": 0, "mom2_n_samples": 1, "mom2_max_length": 2, "max_length": 1,
-    "batch_size": 1, "token_budget": 1, "seed": 0, "contexts_per_step": 1,
+    "batch_size": 1, "token_budget": 1, "seed": 0, "contexts_per_step": 1, "normalised_steps": 1,
 })
 _FLAGS = ("mom2_adjustment", "compensate", "model_parallel", "keep_previous_keys", "batched_target_values")
 _STRINGS = ("alg_name", "model_name", "base_alg", "layer_selection", "fact_token", "mom2_dataset",
-            "mom2_dtype", "stats_dir", "P_loc", "target_values_dir", "state_folder", *_MODULE_FIELDS)
+            "mom2_dtype", "stats_dir", "P_loc", "target_values_dir", "state_folder", "target_dtype", *_MODULE_FIELDS)
 _CHOICES = MappingProxyType({
     "executor": ("native", "easyedit"), "projection_stage": ("layer", "update"),
     "principal_space": ("current", "pretrained"), "suppression": ("principal", "random", "shrink"),
     "layer_selection": ("all", "random"),
     "fact_token": ("subject_last", "last", "subject_first", "subject_first_after_last"),
+    "target_dtype": ("bfloat16",),
     "mom2_dtype": ("float32", "float64", "float16"),
 })
 
@@ -74,15 +76,15 @@ _OPTIMISER = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "cla
 # target-value optimiser, and what happens to an update within its batch. (Principal spaces are stored by gamma.)
 _NOT_IN_SESSION = frozenset({
     "alg_name", "model_name", "device", "batch_size", "max_length", "token_budget", "model_parallel", "stats_dir",
-    "contexts_per_step",
+    *SPEED_FIELDS,
     "batched_target_values", "target_values_dir", "state_memory", "state_folder", "rect_keep", "prune_log_base",
     *SPHERE_ONLY, *_OPTIMISER,
 })
 
 # Fields that no EasyEdit method has, so an unknown key close to one of them is a misspelling.
 _OURS = ("base_alg", *SPHERE_ONLY, "executor", "executor_hparams", "batched_target_values", "target_values_dir",
-         "context_templates", "contexts_per_step", "rect_keep", "prune_log_base", "keep_previous_keys",
-         "nullspace_share", "mom2_max_length", "token_budget", "state_memory", "state_folder", *_ALIASES)
+         "context_templates", *SPEED_FIELDS, "rect_keep", "prune_log_base", "keep_previous_keys", "nullspace_share",
+         "mom2_max_length", "token_budget", "state_memory", "state_folder", *_ALIASES)
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
@@ -171,12 +173,19 @@ class SPHEREHyperParams:
     fact_token: str = "subject_last"  # token whose state is edited; the native engine has subject_last only
     v_num_grad_steps: int = _NOT_GIVEN  # steps of Adam at most; an edit stops early at a loss below 0.05
     v_lr: float = _NOT_GIVEN  # learning rate of Adam
+    # Steps along normalised gradients, in place of v_num_grad_steps of Adam: 9 do for 25 (docs/PERFORMANCE.md). None:
+    # Adam. `speed: exact`, `balanced` or `fast` in a file sets this and the three fields like it together.
+    normalised_steps: int | None = None
+    step_norm_factor: float = 0.3  # norm of the first of these, as a multiple of the state's own; the last has a tenth
     v_loss_layer: int = _NOT_GIVEN  # block whose output gives the loss: the last block
     v_weight_decay: float = _NOT_GIVEN  # penalty on the norm of the change of the state
     clamp_norm_factor: float = _NOT_GIVEN  # largest norm of that change, as a multiple of the state's own norm
     kl_factor: float = _NOT_GIVEN  # weight of the KL divergence that keeps "{subject} is a" as it was
     context_templates: list[str] | None = None  # texts with `{}` for the prompt, beside it alone; None: generated
     contexts_per_step: int | None = None  # contexts that a step of the optimiser takes, in turn; None: all
+    # Precision of the blocks above the edited ones, and of the head, in the optimisation: bfloat16 is faster where the
+    # machine has instructions for it. None: the model's own.
+    target_dtype: str | None = None
     token_budget: int = 4096  # tokens that the optimiser handles at once: lower it to use less memory
     # With executor easyedit, for MEMIT and AlphaEdit: optimise target values in batches and pass them on in EasyEdit's
     # cache files. None: only if SPHERE projects, so that with alpha 0 EasyEdit's method stays exactly as it is.
@@ -248,7 +257,7 @@ class SPHEREHyperParams:
         odd = [key for key in mapping if not isinstance(key, str)]
         if odd:
             raise ValueError(f"hyperparameter names must be text, not {odd[0]!r}: quote it or remove it")
-        given = _without_removed(mapping)
+        given = with_speed(_without_removed(mapping))
         if given.get("projection_stage") is None and any(alias in given for alias in _ALIASES):
             # EasyEdit's own files, recognised by these names, mean stage "update".
             given["projection_stage"] = "update"
@@ -263,7 +272,7 @@ class SPHEREHyperParams:
         unknown = {key: given.pop(key) for key in list(given) if key not in known}
         wrapped = given.get("executor") not in (None, "native")  # a misspelled one is reported by its own check
         for key, value in unknown.items():
-            near = nearest(key, _OURS, cutoff=0.75) if wrapped else nearest(key, (*known, *_ALIASES))
+            near = nearest(key, _OURS, cutoff=0.75) if wrapped else nearest(key, (*known, *_ALIASES, "speed"))
             if not wrapped or near:
                 hint = f": did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}."
                 hint += "" if wrapped else " Keys of EasyEdit's own methods need `executor: easyedit`"
@@ -339,6 +348,11 @@ class SPHEREHyperParams:
     def projects(self) -> bool:
         """Whether SPHERE changes updates."""
         return self.alpha > 0.0 and self.gamma > 0.0
+
+    @property
+    def gradient_steps(self) -> int:
+        """Largest number of steps of the target-value optimisation, by either optimiser."""
+        return self.v_num_grad_steps if self.normalised_steps is None else self.normalised_steps
 
     @property
     def cumulative_ratio(self) -> float:

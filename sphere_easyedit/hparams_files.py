@@ -20,6 +20,7 @@ from .methods.base import WrappedMethod
 from .methods.registry import METHODS
 from .models.model_class import meta_model
 from .models.module_discovery import DecoderParts, ModuleNames, decoder_parts
+from .speed import SPEED_FIELDS
 from .utils.messages import nearest
 from .utils.yaml import read_yaml
 
@@ -74,7 +75,7 @@ _SECTIONS = (
     ("Edited layers, ascending.", ("layers", "layer_selection", "fact_token")),
     ("Optimisation of target values; v_loss_layer is the model's last block.",
      ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor",
-      "context_templates", "contexts_per_step", "token_budget", "seed")),
+      "context_templates", "speed", *SPEED_FIELDS, "token_budget", "seed")),
     ("Solving for the weights.",
      ("mom2_adjustment", "mom2_update_weight", "L2", "P_loc", "nullspace_threshold", "nullspace_share",
       "rect_keep", "prune_log_base", "keep_previous_keys")),

@@ -20,6 +20,7 @@ import typer
 
 from ..datasets.records import DatasetName, Protocol
 from ..defaults import BATCH_SIZE, FLUENCY_TOKENS, TEXT_TOKENS
+from ..speed import SpeedName
 
 if TYPE_CHECKING:
     from ..hparams import SPHEREHyperParams
@@ -100,11 +101,14 @@ class MethodOptions:
     hparams: Annotated[str, option("YAML file of hyperparameters, or a short name such as AlphaEdit/smollm2-135m.")]
     override: Annotated[list[str], option("Override a hyperparameter: NAME=VALUE, with VALUE in YAML; repeatable.",
                                           "--set")] = field(default_factory=list)
+    speed: Annotated[SpeedName | None, option("Optimisation of target values: exact as EasyEdit's, balanced or fast "
+                                              "(the file's, if not given).")] = None
     dtype: Dtype = None
 
     def load(self) -> SPHEREHyperParams:
         """The hyperparameters with their overrides."""
-        return read_hparams(self.hparams, self.override)
+        chosen = [] if self.speed is None else [f"speed={self.speed}"]
+        return read_hparams(self.hparams, chosen + self.override)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +188,8 @@ def read_hparams(name: str, overrides: list[str]) -> SPHEREHyperParams:
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
-    """Values by name from ``NAME=VALUE`` each, with VALUE in YAML (ValueError without ``=``)."""
+    """Values by name from ``NAME=VALUE`` each, with VALUE in YAML (ValueError without ``=``, or for a wrong speed)."""
+    from ..speed import with_speed
     from ..utils.yaml import read_yaml
 
     changes = {}
@@ -193,4 +198,4 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--set {override!r} has no '=': write NAME=VALUE")
         changes[key.strip()] = read_yaml(value, f"--set {override!r}")
-    return changes
+    return with_speed(changes)

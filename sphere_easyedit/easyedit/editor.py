@@ -26,6 +26,7 @@ from ..models.config_fields import num_blocks
 from ..models.loading import load_model, model_source, resolve_device
 from ..models.model_class import meta_model
 from ..models.module_discovery import decoder_parts
+from ..speed import with_speed
 from .discovery import check_imported, load_easyedit, wrappable
 from .method_hparams import hparams_class, runs_another
 from .plugin import RegisteredExecutor, register
@@ -88,7 +89,7 @@ def read_hparams(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
         ImportError: there is no EasyEdit, an old one, or one whose part for this method can't be imported.
         ValueError: EasyEdit has no such method, its class reads a second file, or a value is wrong.
     """
-    mapping = {**read_mapping(find_hparams(name)), **(overrides or {})}
+    mapping = {**read_mapping(find_hparams(name)), **with_speed(overrides or {})}
     alg_name = str(mapping.get("alg_name", SPHERE))
     if alg_name in (SPHERE, *METHODS.offered_to_easyedit):
         return SPHEREHyperParams.from_dict(mapping)

@@ -20,17 +20,19 @@ from ..models.distributed import Replicas, merge_parts, split_balanced
 from ..models.output_path import OutputPath
 from .keys import BatchStates
 from .requests import TokenizedRequest
+from .row_layout import KnownLayouts
 from .target_values import TargetValues, optimise_target_values
 
-_STATES = "states of the batch"
+_STATES, _LAYOUTS = "states of the batch", "layouts of rows"
 
 
 def target_values(editable: EditableModel, requests: Sequence[TokenizedRequest], hparams: SPHEREHyperParams,
-                  progress: Callable[[int], None] | None, paths: Mapping[int, OutputPath]) -> TargetValues:
+                  progress: Callable[[int], None] | None, paths: Mapping[int, OutputPath], layouts: KnownLayouts
+                  ) -> TargetValues:
     """``optimise_target_values`` over all processes; ``progress`` follows this process's edits."""
     replicas = Replicas.of(editable.model)
     if replicas is None:
-        return optimise_target_values(editable, requests, hparams, progress, paths)
+        return optimise_target_values(editable, requests, hparams, progress, paths, layouts)
     parts = split_over_processes(requests, replicas.world_size)
     results = replicas.run(_optimise, [([requests[i] for i in part], hparams, dict(paths)) for part in parts], progress)
     if progress is not None and (elsewhere := len(requests) - len(parts[0])):
@@ -94,7 +96,8 @@ def _optimise(replica: Replicas, requests: Sequence[TokenizedRequest], hparams: 
               paths: Mapping[int, OutputPath]) -> TargetValues:
     if not requests:
         return TargetValues(torch.empty(0, replica.editable.hidden_size, dtype=torch.float32), [], [])
-    return optimise_target_values(replica.editable, requests, hparams, replica.progress, paths)
+    layouts = replica.store.setdefault(_LAYOUTS, KnownLayouts())
+    return optimise_target_values(replica.editable, requests, hparams, replica.progress, paths, layouts)
 
 
 def _open(replica: Replicas, requests: Sequence[TokenizedRequest], token_budget: int, paths: Mapping[int, OutputPath]

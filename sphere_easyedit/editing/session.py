@@ -29,13 +29,14 @@ from ..utils.locks import exclusive
 from ..utils.messages import kind_and_text
 from .checkpoints import damaged, load_weights, resumable, session_path, verify_checksums
 from .gram_matrices import GramMatrix
+from .row_layout import KnownLayouts
 
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_sphere_session"
 _FORMAT = "sphere-easyedit session 1"
 _ENGINE = "executor"  # prefix of the engine's tensors in the file
-_DERIVED = ("contexts", "paths", "metrics", "statistics", "spaces", "store", "engine_caches")
+_DERIVED = ("contexts", "paths", "layouts", "metrics", "statistics", "spaces", "store", "engine_caches")
 
 
 class EditSession:
@@ -51,6 +52,7 @@ class EditSession:
         unrestrained: PRUNE's weights that the next batch starts from, on the CPU; else empty.
         history: earlier keys by layer.
         paths: * output paths of the edited weights by layer (see ``models.output_path``).
+        layouts: * how rows are laid out in the optimisation of target values.
         metrics: * how keys are weighed, by layer.
         statistics: * files of the keys' second moments, as they were when checked, by layer.
         store: * where metrics and histories are kept; None until created.
@@ -75,6 +77,7 @@ class EditSession:
         self.unrestrained: dict[int, Tensor] = {}
         self.history: dict[int, KeyHistory] = {}
         self.paths: dict[int, OutputPath] = {}
+        self.layouts = KnownLayouts()
         self.metrics: dict[int, KeyMetric | None] = {}
         self.statistics: dict[int, StatisticsFile] = {}
         self.store: TensorStore | None = None

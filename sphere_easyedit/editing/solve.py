@@ -187,7 +187,7 @@ def solve_batch(editable: EditableModel, requests: Sequence[TokenizedRequest], h
     seconds = {}
     with frozen(editable.model), editable.restoring(always=True):
         started = time.perf_counter()
-        targets = target_values(editable, requests, hparams, progress, session.paths)
+        targets = target_values(editable, requests, hparams, progress, session.paths, session.layouts)
         if not bool(torch.isfinite(targets.values).all()):
             bad = [request.request.case_id for request, value in zip(requests, targets.values, strict=True)
                    if not bool(torch.isfinite(value).all())]

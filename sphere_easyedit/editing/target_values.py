@@ -6,11 +6,13 @@ minimises (ROME, Eq. 4; MEMIT, Eq. 16)
     mean over contexts of NLL(target | z + delta) / target length
     + kl_factor * KL(drift prompt after || before) + v_weight_decay * ||delta|| / ||z_0||^2,
 
-by Adam, constrained to ``||delta|| <= clamp_norm_factor * ||z_0||``, until the loss falls below 0.05. Each step
+by Adam, constrained to ``||delta|| <= clamp_norm_factor * ||z_0||``, until the loss falls below 0.05. With
+``normalised_steps``, descent along normalised gradients takes Adam's place (see ``normalised_descent``). Each step
 computes only what depends on ``delta``: the blocks above the edited one, on the tokens from the subject's last one
 onward, with logits at the target's positions. With ``contexts_per_step``, a step takes the mean over the plain prompt
 and that many contexts, in turn, as stochastic optimisation does; the loss then is the mean of the last round of steps,
-in which every context has occurred.
+in which every context has occurred. With ``target_dtype``, the blocks above the edited one and the head compute in that
+precision; states up to the edited block, ``delta``, its gradient and Adam, losses and z stay in float32.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -33,10 +35,13 @@ from ..models.architecture import EditableModel
 from ..models.logit_map import find_logit_map
 from ..models.output_path import Normalised, OutputPath
 from ..models.packing import attending_packed
+from ..models.reduced_precision import computing_in
 from ..models.replay import pad_rows
-from .delta_forward import DeltaForward, choose_layout, rows_of
+from .delta_forward import DeltaForward, rows_of
 from .keys import BatchStates
+from .normalised_descent import NormalisedDescent
 from .requests import TokenizedPrompt, TokenizedRequest
+from .row_layout import KnownLayouts
 
 logger = logging.getLogger(__name__)
 
@@ -68,20 +73,23 @@ def optimise_target_values(
     hparams: SPHEREHyperParams,
     progress: Callable[[int], None] | None = None,
     paths: Mapping[int, OutputPath] = MappingProxyType({}),
+    layouts: KnownLayouts | None = None,
 ) -> TargetValues:
     """Optimise the target value of every request.
 
     Args:
         editable: the model; its parameters must not require gradients (see ``architecture.frozen``).
         requests: tokenized edits.
-        hparams: v_num_grad_steps, v_lr, v_weight_decay, kl_factor, clamp_norm_factor, v_loss_layer, contexts_per_step,
-            seed, token_budget.
+        hparams: v_num_grad_steps, v_lr, normalised_steps, step_norm_factor, v_weight_decay, kl_factor,
+            clamp_norm_factor, v_loss_layer, contexts_per_step, target_dtype, seed, token_budget.
         progress: called with the number of edits that a micro-batch finished.
         paths: output paths by layer. Where a single layer is edited and its output goes through a norm, ``delta`` is
             limited to what its weight can produce.
+        layouts: of earlier batches on this model; extended.
 
     Raises:
-        ValueError: a loss is not finite; names the cases.
+        ValueError: a loss is not finite; names the cases. Or ``target_dtype`` is given and weights are quantised or
+            offloaded.
     """
     values = torch.empty(len(requests), editable.hidden_size, dtype=torch.float32)
     losses, steps = [0.0] * len(requests), [0] * len(requests)
@@ -91,12 +99,18 @@ def optimise_target_values(
     if isinstance(path, Normalised) and len(editable.layers) == 1:
         plain = [replace(request, contexts=()) for request in requests]
         _, norm_inputs, _ = BatchStates(editable, plain, hparams.token_budget, paths).read(editable.layers[0])
-    layout = choose_layout(editable, requests)
-    packed = layout == "packed"
     count = len(requests[0].contexts)
     rounds = context_rounds(count, hparams.contexts_per_step, hparams.seed)
-    batches = packed_micro_batches if packed else padded_micro_batches
-    with attending_packed(editable.model) if packed else nullcontext():
+    above = [*map(editable.block, range(editable.layers[-1] + 1, editable.num_blocks)), editable.final_norm,
+             editable.lm_head]
+    with ExitStack() as stack:
+        if hparams.target_dtype is not None:
+            stack.enter_context(computing_in(above, getattr(torch, hparams.target_dtype)))
+        layout = (layouts or KnownLayouts()).choose(editable, requests, hparams.target_dtype)
+        packed = layout == "packed"
+        batches = packed_micro_batches if packed else padded_micro_batches
+        if packed:
+            stack.enter_context(attending_packed(editable.model))
         for batch in batches(requests, hparams.token_budget, len(rounds[0])):
             group = [requests[i] for i in batch]
             rows = [row for edit, request in enumerate(group) for row in rows_of(edit, request)]
@@ -209,14 +223,14 @@ class _MicroBatch:
         """Run all steps; edits that reach the target loss are frozen and leave the computation."""
         hparams, initial = self._hparams, self._initial
         delta = torch.zeros_like(initial, requires_grad=True)
-        adam = torch.optim.Adam([delta], lr=hparams.v_lr)
+        optimiser = self._optimiser(delta)
         radius = hparams.clamp_norm_factor * initial.norm(dim=1, keepdim=True)  # (edits, 1)
         count = len(self._requests)
         active = torch.ones(count, dtype=torch.bool)
         losses, steps = torch.zeros(count, dtype=torch.float32), [0] * count
         forwards, recent = self._forwards, deque[Tensor](maxlen=len(self._forwards))
-        for step in range(hparams.v_num_grad_steps):
-            last = step == hparams.v_num_grad_steps - 1  # its loss is only reported, as in EasyEdit
+        for step in range(hparams.gradient_steps):
+            last = step == hparams.gradient_steps - 1  # its loss is only reported, as in EasyEdit
             delta.grad = None
             with torch.set_grad_enabled(not last):
                 recent.append(self._losses(delta, forwards[step % len(forwards)]).cpu())
@@ -227,12 +241,12 @@ class _MicroBatch:
             if last or not active.any():
                 break
             before = delta.detach().clone()
-            adam.step()
+            optimiser.step()
             with torch.no_grad():
                 delta.mul_((radius / delta.norm(dim=1, keepdim=True)).clamp(max=1.0))
                 if self._project is not None:
                     delta.copy_(self._project(delta))
-                # Otherwise Adam's momentum would move finished edits.
+                # Otherwise momentum would move finished edits.
                 delta.copy_(torch.where(active.to(delta.device).unsqueeze(1), delta, before))
             steps = [taken + int(flag) for taken, flag in zip(steps, active.tolist(), strict=True)]
             if active.sum() <= _REPACK_SHARE * len(forwards[0].edits):
@@ -240,6 +254,13 @@ class _MicroBatch:
                 forwards = [forward.keep(still) for forward in forwards]
         values = (initial + delta.detach()).cpu()
         return TargetValues(values, losses.tolist(), steps)
+
+    def _optimiser(self, delta: Tensor) -> torch.optim.Adam | NormalisedDescent:
+        hparams = self._hparams
+        if hparams.normalised_steps is None:
+            return torch.optim.Adam([delta], lr=hparams.v_lr)
+        lengths = hparams.step_norm_factor * self._initial.norm(dim=1, keepdim=True)
+        return NormalisedDescent(delta, lengths, hparams.normalised_steps - 1)  # no step follows the last loss
 
     def _losses(self, delta: Tensor, forward: DeltaForward) -> Tensor:
         """Loss ``(edits,)`` of the edits that ``forward`` holds; for others only the norm penalty, which is not used.

@@ -157,7 +157,7 @@ class BlockReplay:
             final.append(first_output(output))
             raise _Stop
 
-        handles = [block.register_forward_pre_hook(note_call, with_kwargs=True) for block in blocks]
+        handles = [block.register_forward_pre_hook(note_call, prepend=True, with_kwargs=True) for block in blocks]
         handles.append(editable.block(stop - 1).register_forward_hook(stop_here))
         try:
             _run_until_stop(editable, rows, prefix, **arguments)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+import torch
+
 from ..core.projection import FLOAT64_SIDE
 from ..editing.gram_matrices import carries_grams
 from ..editing.target_values import LOGITS_AT_ONCE
@@ -63,13 +65,18 @@ def activation_bytes(shape: ModelShape, hparams: SPHEREHyperParams, tokens: Toke
     It holds up to ``edits`` edits within ``token_budget``.
 
     For the backward pass each token of a step leaves in a block the inputs of two norms in float32, the factors of the
-    activation, and queries, keys and values twice. At the head are logits, their log-softmax and two gradients.
+    activation, and queries, keys and values twice. At the head are logits, their log-softmax and two gradients. With
+    ``target_dtype`` the weights that steps use are rounded copies.
     """
-    count = max(1.0, min(edits, hparams.token_budget / tokens.read))
-    in_block = 2 * shape.hidden * FLOAT + (4 * shape.d_in + 6 * shape.hidden) * shape.itemsize
+    count = max(1.0, min(edits, hparams.token_budget / tokens.taken))
+    itemsize, above = shape.itemsize, shape.blocks - 1 - hparams.layers[-1]
+    copies = 0
+    if hparams.target_dtype is not None and (narrow := getattr(torch, hparams.target_dtype).itemsize) < itemsize:
+        itemsize, copies = narrow, narrow * (above * shape.block_entries + shape.vocabulary * shape.hidden)
+    in_block = 2 * shape.hidden * FLOAT + (4 * shape.d_in + 6 * shape.hidden) * itemsize
     places = min(count * tokens.predicted, max(1, LOGITS_AT_ONCE // shape.vocabulary))
-    logits = shape.vocabulary * (places * (shape.itemsize + 3 * FLOAT) + count * FLOAT)
-    return int(count * tokens.stepped * (shape.blocks - 1 - hparams.layers[-1]) * in_block + logits)
+    logits = shape.vocabulary * (places * (itemsize + 3 * FLOAT) + count * FLOAT)
+    return int(count * tokens.stepped * above * in_block + logits + copies)
 
 
 def memory_items(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSettings, tokens: Tokens, device: str,

@@ -34,7 +34,7 @@ def make_plan(hparams: SPHEREHyperParams, settings: PlanSettings) -> Plan:
     count = None if settings.dataset == "demo" else settings.num_edits  # of demonstration facts there are few
     records = load_records(settings.dataset, settings.data, count, settings.seed)[: min(settings.num_edits, _SAMPLE)]
     base = peak_memory_bytes(torch.nn.Module())  # of Python and its libraries, before a model is loaded
-    tokens = count_tokens(records, hparams.context_templates)
+    tokens = count_tokens(records, hparams.context_templates, hparams.contexts_per_step)
     if download is None and settings.calibrate:
         started = time.perf_counter()
         placement = "auto" if hparams.model_parallel else hparams.device

@@ -104,32 +104,41 @@ class Tokens:
 
     Attributes:
         read: in all its prompts with the target: plain, in each context, and the drift prompt.
-        stepped: of these, from the subject's last token on, which every gradient step runs.
+        taken: in those of its prompts that one gradient step takes.
+        stepped: of these, from the subject's last token on, which the step runs.
         predicted: positions at which a step asks the LM head.
         scored: read in one evaluation.
     """
 
     read: float
+    taken: float
     stepped: float
     predicted: float
     scored: float
 
 
-def count_tokens(records: Sequence[EditRecord], contexts: Sequence[str] | None) -> Tokens:
-    """Count the tokens of an edit; context templates are None before they are generated."""
+def count_tokens(records: Sequence[EditRecord], contexts: Sequence[str] | None, per_step: int | None = None) -> Tokens:
+    """Count the tokens of an edit.
+
+    Args:
+        contexts: context templates; None before they are generated.
+        per_step: number of them that a gradient step takes; None for all.
+    """
     def count(*texts: str) -> float:
         return max(1.0, len("".join(texts)) / CHARACTERS_PER_TOKEN)
 
     fronts = _CONTEXTS if contexts is None else ("", *contexts)
-    read = stepped = predicted = 0.0
+    step_fronts = fronts if per_step is None else fronts[: 1 + per_step]
+    read = taken = stepped = predicted = 0.0
     for request in parse_requests([record.request() for record in records]):
         read += sum(count(front, request.prompt, request.target) for front in fronts) + count(request.subject)
-        stepped += len(fronts) * count(request.after, request.target) + 1
-        predicted += len(fronts) * count(request.target) + 1
+        taken += sum(count(front, request.prompt, request.target) for front in step_fronts) + count(request.subject)
+        stepped += len(step_fronts) * count(request.after, request.target) + 1
+        predicted += len(step_fronts) * count(request.target) + 1
     # A prompt and target that occur again are not scored again.
     pairs = {pair for record in records for prompts in prompts_by_metric(record).values() for pair in prompts}
     scored = sum(count(*pair) for pair in pairs)
-    return Tokens(*(total / len(records) for total in (read, stepped, predicted, scored)))
+    return Tokens(*(total / len(records) for total in (read, taken, stepped, predicted, scored)))
 
 
 @dataclass(frozen=True)

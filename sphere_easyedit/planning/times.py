@@ -76,7 +76,9 @@ def _native_seconds(editable: EditableModel, tok: PreTrainedTokenizerBase, shape
     requests = [tokenize_request(tok, request, contexts, max_positions(editable.config)) for request in
                 parse_requests([record.request() for record in records[: settings.batch_size]])]
     # A loss that is reached early would end the steps early.
-    short, long = (SPHEREHyperParams.from_dict({**hparams.to_dict(), "v_num_grad_steps": steps, "v_lr": 1e-6})
+    short, long = (SPHEREHyperParams.from_dict({
+        **hparams.to_dict(), "v_lr": 1e-6, "step_norm_factor": 1e-6,
+        "v_num_grad_steps" if hparams.normalised_steps is None else "normalised_steps": steps})
                    for steps in (_FEW, _MANY))
     # Several edits at once take about half the time of as many single ones.
     count, many = _several(lambda count: optimise_target_values(editable, requests[:count], long), len(requests), 40.0,
@@ -95,7 +97,7 @@ def _native_seconds(editable: EditableModel, tok: PreTrainedTokenizerBase, shape
 
     scale, keys = settings.num_edits / count, _timed(read_keys, device)
     return {"statistics": statistics.tokens * collecting, "preparation": preparing,
-            "target values": scale * (few + (hparams.v_num_grad_steps - _FEW) * step),
+            "target values": scale * (few + (hparams.gradient_steps - _FEW) * step),
             "keys and solve": scale * keys + flop * solve_flops(shape, hparams, settings.num_edits)}
 
 
@@ -171,5 +173,5 @@ def part_flops(shape: ModelShape, hparams: SPHEREHyperParams, settings: PlanSett
     return found | {
         "statistics": statistics.tokens * (2 * block * blocks + 2 * layers * shape.d_in**2),
         "preparation": metric_flops(shape, hparams, statistics),
-        "target values": edits * (block * blocks * tokens.read + 2 * hparams.v_num_grad_steps * step),
+        "target values": edits * (block * blocks * tokens.read + 2 * hparams.gradient_steps * step),
         "keys and solve": edits * 2 * block * (last + 1) * tokens.read + solve_flops(shape, hparams, edits)}

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from helpers.models import relative_error, tiny_model
-from sphere_easyedit.editing.delta_forward import packing_is_exact
 from sphere_easyedit.editing.requests import TokenizedPrompt
+from sphere_easyedit.editing.row_layout import packing_is_exact
 from sphere_easyedit.models.architecture import EditableModel
 from sphere_easyedit.models.module_discovery import module_names
 from sphere_easyedit.models.packing import (

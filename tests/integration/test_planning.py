@@ -122,11 +122,14 @@ def test_bytes_of_statistics(tmp_path: Path) -> None:
     assert item.bytes == pytest.approx((tmp_path / "moment.npz").stat().st_size, abs=512)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_bytes_of_activations(family: str, tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("gpt2", {}), ("llama", {
+    "contexts_per_step": 1, "target_dtype": "bfloat16",
+    "context_templates": [f"{front} {{}}" for front in ("He said.", "It was.", "The team said.", "So.")]})])
+def test_bytes_of_activations(family: str, changes: dict[str, Any], tok: PreTrainedTokenizerBase, tmp_path: Path
+                              ) -> None:
     """Against what autograd says it keeps in one step: distinct tensors without parameters, and the logits' share."""
     wide = {"hidden_size": 96, "intermediate_size": 256} if family == "llama" else {"n_embd": 96, "n_inner": 384}
-    model, hparams = tiny_model(family, **wide), tiny_hparams(tmp_path, v_num_grad_steps=2)
+    model, hparams = tiny_model(family, **wide), tiny_hparams(tmp_path, v_num_grad_steps=2, **changes)
     editable, shape, records = hparams.editable(model), shape_of(model.config, hparams), load_records("demo", None, 8)
     requests = [tokenize_request(tok, request, hparams.context_templates or [], None)
                 for request in parse_requests([record.request() for record in records])]
@@ -143,7 +146,8 @@ def test_bytes_of_activations(family: str, tok: PreTrainedTokenizerBase, tmp_pat
 
     with frozen(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         optimise_target_values(editable, requests, hparams)
-    found = activation_bytes(shape, hparams, count_tokens(records, hparams.context_templates), 8)
+    tokens = count_tokens(records, hparams.context_templates, hparams.contexts_per_step)
+    found = activation_bytes(shape, hparams, tokens, 8)
     assert 0.6 < sum(kept.values()) / found < 1.5
 
 

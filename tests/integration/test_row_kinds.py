@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.metric_records import tokenizer
 from helpers.models import relative_error, tiny_hparams, tiny_model
-from sphere_easyedit.editing import delta_forward
+from sphere_easyedit.editing import row_layout
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import TokenizedRequest, parse_requests, tokenize_request
 from sphere_easyedit.editing.target_values import optimise_target_values
@@ -165,13 +165,13 @@ def test_target_values(family: str, layout: str, monkeypatch: pytest.MonkeyPatch
     if layout == "packed" and Version(transformers.__version__) < Version("4.48"):
         pytest.skip("transformers has no attention functions to choose from")
     if layout != "packed":
-        monkeypatch.setattr(delta_forward, "packing_is_exact", lambda *_: False)
+        monkeypatch.setattr(row_layout, "packing_is_exact", lambda *_: False)
     if layout == "whole":
-        monkeypatch.setattr(delta_forward, "prefix_is_exact", lambda *_: False)
+        monkeypatch.setattr(row_layout, "prefix_is_exact", lambda *_: False)
     hparams = tiny_hparams(tmp_path, kl_factor=0.0, v_weight_decay=0.0, v_num_grad_steps=4, v_loss_layer=3)
     requests = requests_of()
     with frozen((editable := editable_of(family)).model):
-        assert delta_forward.choose_layout(editable, requests) == layout
+        assert row_layout.choose_layout(editable, requests) == layout
         found = optimise_target_values(editable, requests, hparams)
     for number, request in enumerate(requests):
         assert found.losses[number] == pytest.approx(loss_alone(family, request, found.values[number]), rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 import sphere_easyedit as sphere
 from helpers.architectures import tiny_architecture
 from helpers.models import REQUESTS, relative_error, tiny_hparams, tiny_model
-from sphere_easyedit.editing import delta_forward, target_values
+from sphere_easyedit.editing import delta_forward, row_layout, target_values
 from sphere_easyedit.editing.keys import BatchStates
 from sphere_easyedit.editing.requests import TokenizedPrompt, TokenizedRequest, parse_requests, tokenize_request
 from sphere_easyedit.editing.target_values import TargetValues, context_rounds, optimise_target_values
@@ -130,13 +131,14 @@ def _reference(model: nn.Module, request: TokenizedRequest, hparams: sphere.SPHE
     width = editable.hidden_size
     delta = torch.zeros(width, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=hparams.v_lr)
+    average = torch.zeros(width)  # of gradients, each divided by its norm
     steps = clamped = 0
     with frozen(model):
         rounds = context_rounds(len(request.contexts), hparams.contexts_per_step, hparams.seed)
         losses: list[float] = []
         rewriting(request.plain, torch.zeros(width))  # for z_0
         before = drift(torch.zeros(width)).detach()
-        for step in range(hparams.v_num_grad_steps):
+        for step in range(hparams.gradient_steps):
             prompts = [request.plain, *(request.contexts[i - 1] for i in rounds[step % len(rounds)])]
             nll = torch.stack([rewriting(prompt, delta) for prompt in prompts]).mean()
             after = drift(delta)
@@ -144,11 +146,18 @@ def _reference(model: nn.Module, request: TokenizedRequest, hparams: sphere.SPHE
             loss = nll + hparams.kl_factor * kl + hparams.v_weight_decay * delta.norm() / z_0[0].norm() ** 2
             losses.append(float(loss.detach()))
             mean = sum(losses[-len(rounds):]) / min(len(losses), len(rounds))
-            if (mean < 0.05 and len(losses) >= len(rounds)) or step == hparams.v_num_grad_steps - 1:
+            if (mean < 0.05 and len(losses) >= len(rounds)) or step == hparams.gradient_steps - 1:
                 break
             adam.zero_grad()
             loss.backward()
-            adam.step()
+            if hparams.normalised_steps is None:
+                adam.step()
+            else:
+                average = 0.5 * average + 0.5 * delta.grad / delta.grad.norm()
+                cosine = math.cos(math.pi * step / (hparams.gradient_steps - 1))
+                length = hparams.step_norm_factor * z_0[0].norm() * (0.1 + 0.9 * (1 + cosine) / 2)
+                with torch.no_grad():
+                    delta -= length * average / average.norm()
             steps += 1
             radius = hparams.clamp_norm_factor * z_0[0].norm()
             if delta.norm() > radius:
@@ -171,7 +180,7 @@ def in_one_batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     for name in ("packed_micro_batches", "padded_micro_batches"):
         monkeypatch.setattr(target_values, name, lambda requests, *_: [list(range(len(requests)))])
     if request.param == "padded":
-        monkeypatch.setattr(delta_forward, "packing_is_exact", lambda *_: False)
+        monkeypatch.setattr(row_layout, "packing_is_exact", lambda *_: False)
 
 
 def _check(model: nn.Module, requests: list[TokenizedRequest], hparams: sphere.SPHEREHyperParams) -> list[Reference]:
@@ -237,6 +246,20 @@ def test_contexts_in_turn(family: str, per_step: int, tok: PreTrainedTokenizerBa
     contexts = ["He said that. {}", "It was said. {}", "The team said. {}"]
     references = _check(model, _tokenized(tok, MIXED, contexts), hparams)
     assert {reference.steps < 29 for reference in references} == {True, False}
+
+
+@pytest.mark.usefixtures("in_one_batch")
+@pytest.mark.parametrize(("family", "per_step"), [("llama", None), ("gptj", 1)])
+def test_normalised_descent(family: str, per_step: int | None, tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Finished edits stand still, whatever the averaged gradient, and steps that leave the ball end on its surface."""
+    model = _model(family, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(6.0)
+    hparams = tiny_hparams(tmp_path, step_norm_factor=1.5, normalised_steps=12, clamp_norm_factor=4.0, kl_factor=0.002,
+                           contexts_per_step=per_step)
+    references = _check(model, _tokenized(tok, MIXED, ["He said that. {}", "It was said. {}"]), hparams)
+    assert {reference.steps < 11 for reference in references} == {True, False}
+    assert any(reference.clamped for reference in references)
 
 
 @given(count=st.integers(0, 12), per_step=st.none() | st.integers(1, 14), seed=st.integers(0, 2**32))
@@ -368,8 +391,35 @@ def test_bfloat16(family: str, tok: PreTrainedTokenizerBase, tmp_path: Path) -> 
         assert float(F.cosine_similarity(value - start, reference.value - start, dim=0)) > 0.8
 
 
+@pytest.mark.usefixtures("in_one_batch")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_in_bfloat16(family: str, tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Where only the steps compute in bfloat16, states are exact, deltas nearly so, and weights as before."""
+    requests, model = _tokenized(tok), _model(family)
+    before = {name: (weight, weight.detach().clone()) for name, weight in model.named_parameters()}
+
+    def found(steps: int, **changes: Any) -> Tensor:
+        return _found(model, requests, tiny_hparams(tmp_path, v_num_grad_steps=steps, v_lr=0.1, **changes)).values
+
+    start, exact, values = found(1), found(5), found(5, target_dtype="bfloat16")
+    assert torch.equal(found(1, target_dtype="bfloat16"), start)
+    assert not torch.equal(values, exact)
+    for of_start, of_exact, value in zip(start, exact, values, strict=True):
+        assert float(F.cosine_similarity(value - of_start, of_exact - of_start, dim=0)) > 0.8
+    for name, weight in model.named_parameters():
+        assert weight is before[name][0]
+        assert torch.equal(weight, before[name][1])
+
+
+def test_target_dtype_of_a_model_in_bfloat16_changes_nothing(tok: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    requests, model = _tokenized(tok), _model("llama").to(torch.bfloat16)
+    found = [_found(model, requests, tiny_hparams(tmp_path, v_num_grad_steps=4, target_dtype=dtype)).values
+             for dtype in (None, "bfloat16")]
+    assert torch.equal(*found)
+
+
 def _broken(kind: str) -> Any:
-    honest = delta_forward.prefix_key_values
+    honest = row_layout.prefix_key_values
 
     def refuse(*_: Any) -> Any:
         raise TypeError("no cache here")
@@ -391,8 +441,9 @@ def test_model_without_a_prefix_cache(
     model, hparams = _model("llama"), tiny_hparams(tmp_path, v_num_grad_steps=6)
     expected = _found(model, requests, hparams)
     assert not caplog.records
-    monkeypatch.setattr(delta_forward, "packing_is_exact", lambda *_: False)
-    monkeypatch.setattr(delta_forward, "prefix_key_values", _broken(kind))
+    monkeypatch.setattr(row_layout, "packing_is_exact", lambda *_: False)
+    for module in (delta_forward, row_layout):
+        monkeypatch.setattr(module, "prefix_key_values", _broken(kind))
     with caplog.at_level(logging.WARNING, logger="sphere_easyedit"):
         found = _found(model, requests, hparams)
     assert found.steps == expected.steps
@@ -498,7 +549,7 @@ def test_a_model_that_counts_cached_tokens_runs_all_tokens(tok: PreTrainedTokeni
     [request] = parse_requests([{"prompt": "In a city {} plays for", "subject": "John Smith", "target_new": "Rome"}])
     with frozen(model):
         tokenized = tokenize_request(tok, request, ["He said that. {}"], None)
-        assert delta_forward.choose_layout(editable, [tokenized]) == "whole"
+        assert row_layout.choose_layout(editable, [tokenized]) == "whole"
 
 
 def test_the_longest_row_is_among_those_that_packing_is_tried_on(tok: PreTrainedTokenizerBase,
@@ -513,4 +564,20 @@ def test_the_longest_row_is_among_those_that_packing_is_tried_on(tok: PreTrained
          "subject": "I", "target_new": "a river"}])
     with frozen(model):
         tokenized = [tokenize_request(tok, one, [], None) for one in requests]
-        assert delta_forward.choose_layout(editable, tokenized) != "packed"
+        assert row_layout.choose_layout(editable, tokenized) != "packed"
+
+
+def test_a_model_is_tried_once(tok: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again for a longer prompt, or in another precision."""
+    model, hparams, tried = _model("llama"), tiny_hparams(tmp_path), list[int]()
+    editable, known = _editable(model, hparams), row_layout.KnownLayouts()
+    honest = row_layout.choose_layout
+    monkeypatch.setattr(row_layout, "choose_layout", lambda editable, requests: (
+        tried.append(len(requests)), honest(editable, requests))[1])
+    short, shorter, long = _tokenized(tok, [EDITS[0], EDITS[1], EDITS[4]], [])
+    short, shorter = sorted((short, shorter), key=lambda request: -len(request.plain.ids))
+    with frozen(model):
+        for requests, dtype, times in (([short], None, 1), ([short, shorter], None, 1), ([long], None, 2),
+                                       ([short], None, 2), ([short], "bfloat16", 3)):
+            assert known.choose(editable, requests, dtype) == "packed"
+            assert len(tried) == times

@@ -226,6 +226,7 @@ def test_context_templates_are_flattened_without_the_plain_prompt() -> None:
     ({"seed": None}, "seed must be a number, not None"),
     ({"clamp_norm_factor": 0}, "clamp_norm_factor"),
     ({"kl_factor": -1}, "kl_factor"),
+    ({"step_norm_factor": 0}, r"step_norm_factor is 0.0 but must lie in \(0, inf\)"),
     ({"L2": 0}, "L2 is 0.0"),
     ({"rect_keep": 0}, r"rect_keep is 0.0 but must lie in \(0, 1\]"),
     ({"prune_log_base": 1}, r"prune_log_base is 1.0 but must lie in \(1, inf\)"),
@@ -396,9 +397,9 @@ def test_session_key_changes_with_what_shapes_the_carried_state(change: dict[str
 
 @pytest.mark.parametrize("change", [
     {"device": "cpu"}, {"batch_size": 7}, {"max_length": 7}, {"token_budget": 7}, {"model_parallel": True},
-    {"v_lr": 0.1}, {"v_num_grad_steps": 7}, {"model_name": "other"}, {"stats_dir": "other"}, {"gamma": 0.4},
-    {"alpha": 0.4}, {"projection_stage": "update"}, {"principal_space": "pretrained"}, {"rect_keep": 0.5},
-    {"prune_log_base": 2},
+    {"v_lr": 0.1}, {"v_num_grad_steps": 7}, {"normalised_steps": 9}, {"model_name": "other"}, {"stats_dir": "other"},
+    {"gamma": 0.4}, {"alpha": 0.4}, {"projection_stage": "update"}, {"principal_space": "pretrained"},
+    {"rect_keep": 0.5}, {"prune_log_base": 2},
 ], ids=lambda change: next(iter(change)))
 def test_session_key_stays_with_what_does_not(change: dict[str, Any]) -> None:
     assert make(**change).session_key() == make().session_key()

@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any, Final
 
 from ...hparams import SPHEREHyperParams
+from ...speed import with_speed
 from .record import Run
 
 MAX_LENGTH: Final = 120  # of a name without seed, in characters; file systems allow 255 bytes
@@ -62,7 +63,7 @@ def _runs(group: Group) -> Iterator[Run]:
                          "one value each for sphere, gamma and alpha, or omit the name")
     for sphere, gamma, alpha in arms:
         changes = {name: value for name, value in (("gamma", gamma), ("alpha", alpha)) if value is not None}
-        given = {**group.settings.set, **changes}
+        given = {**with_speed(group.settings.set), **changes}
         try:
             resolved = SPHEREHyperParams.from_dict({**group.file, **given})
         except ValueError as error:
