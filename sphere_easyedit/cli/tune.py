@@ -107,7 +107,8 @@ def tune(
 ) -> None:
     r"""Search hyperparameters of a base method for a model.
 
-    Searched: layers, v_lr, clamp_norm_factor; L2 and nullspace_share (AlphaEdit); mom2_update_weight (the others).
+    Searched: layers, v_lr (step_norm_factor with a speed), clamp_norm_factor; L2 and nullspace_share (AlphaEdit);
+    mom2_update_weight (the others).
 
     Objective: the mean of efficacy and generalization of the edited facts, within limits on perplexity and specificity.
 

@@ -20,12 +20,12 @@ _SHARE = 0.6
 # Low, high, and whether the scale is logarithmic. The published settings of all models lie inside.
 _RANGES = MappingProxyType({
     "v_lr": (0.02, 2.0, True),
+    "step_norm_factor": (0.03, 1.0, True),
     "clamp_norm_factor": (0.5, 8.0, True),
     "L2": (0.01, 1000.0, True),
     "nullspace_share": (0.2, 0.98, False),
     "mom2_update_weight": (10.0, 100_000.0, True),
 })
-_OF_EVERY_METHOD = ("v_lr", "clamp_norm_factor")
 
 
 def searched_names(start: SPHEREHyperParams) -> list[str]:
@@ -35,7 +35,8 @@ def searched_names(start: SPHEREHyperParams) -> list[str]:
     would always turn them off.
     """
     required = [name for group in start.method.required for name in group if name in _RANGES]
-    return [LAYERS, *_OF_EVERY_METHOD, *required]
+    step = "v_lr" if start.normalised_steps is None else "step_norm_factor"
+    return [LAYERS, step, "clamp_norm_factor", *required]
 
 
 @dataclass(frozen=True)
