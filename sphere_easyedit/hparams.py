@@ -170,11 +170,11 @@ class SPHEREHyperParams:
     # Target values.
     layer_selection: str = "all"  # the native engine edits all layers that are given
     fact_token: str = "subject_last"  # token whose state is edited; the native engine has subject_last only
-    v_num_grad_steps: int = _NOT_GIVEN  # steps of Adam at most; an edit stops early at a loss below 0.05
+    v_num_grad_steps: int = _NOT_GIVEN  # steps at most; an edit stops early at a loss below 0.05
     v_lr: float = _NOT_GIVEN  # learning rate of Adam
     # Norm of the first step, as a multiple of the state's own, to descend along normalised gradients instead of by
-    # Adam; later steps get shorter, to a tenth after v_num_grad_steps. 9 steps of 0.4 do for 25 of Adam's
-    # (docs/PERFORMANCE.md). None: Adam.
+    # Adam; later steps get shorter, to a tenth after v_num_grad_steps. v_num_grad_steps 9 with 0.4 does for
+    # 25 of Adam's (docs/PERFORMANCE.md). None: Adam.
     step_norm_factor: float | None = None
     v_loss_layer: int = _NOT_GIVEN  # block whose output gives the loss: the last block
     v_weight_decay: float = _NOT_GIVEN  # penalty on the norm of the change of the state
