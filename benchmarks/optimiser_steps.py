@@ -21,10 +21,10 @@ from common import machine
 from sphere_easyedit import SPHEREHyperParams
 from sphere_easyedit.datasets.loaders import load_records
 from sphere_easyedit.editing.contexts import generate_contexts
-from sphere_easyedit.editing.delta_forward import DeltaForward, choose_layout, rows_of
+from sphere_easyedit.editing.delta_forward import DeltaForward, rows_of
 from sphere_easyedit.editing.normalised_descent import NormalisedDescent
 from sphere_easyedit.editing.requests import parse_requests, tokenize_request
-from sphere_easyedit.editing.target_values import TOKENS_FOR_HEAD, _MicroBatch, context_rounds
+from sphere_easyedit.editing.target_values import _MicroBatch, context_rounds
 from sphere_easyedit.models.architecture import frozen
 from sphere_easyedit.models.loading import load_model
 from sphere_easyedit.models.logit_map import find_logit_map
@@ -46,12 +46,11 @@ def adam(lr: float, betas: tuple[float, float] = (0.9, 0.999), decays: bool = Fa
 def normalised(factor: float) -> Rule:
     def start(delta: Tensor, norms: Tensor, steps: int) -> Callable[[Tensor], object]:
         optimiser = NormalisedDescent(delta, factor * norms, steps)
-        return lambda losses: optimiser.step()
+        return lambda _: optimiser.step()
     return start
 
 
-def polyak(longest: float) -> Rule:
-    """Steps to where the tangent is 0."""
+def polyak(longest: float) -> Rule:  # steps to where the tangent is 0
     def step(delta: Tensor, norms: Tensor, losses: Tensor) -> None:
         size = delta.grad.norm(dim=1, keepdim=True) + 1e-12
         delta.data -= (losses[:, None] / size).minimum(longest * norms) * delta.grad / size
@@ -84,14 +83,14 @@ ARMS: dict[str, tuple[str, int, Rule]] = {  # contexts of a step, steps
     "Adam 1.0, cosine": ("one", 12, adam(1.0, decays=True)),
     "Adam 2.0, cosine": ("one", 10, adam(2.0, decays=True)),
     "Adam 2.0, cosine, betas 0.8, 0.95": ("one", 10, adam(2.0, (0.8, 0.95), decays=True)),
-    "Adam 1.0, betas 0.9, 0.9": ("one", 12, adam(1.0, (0.9, 0.9))),
     "Polyak, at most 1.0": ("one", 12, polyak(1.0)),
     "Barzilai-Borwein 0.2, all contexts": ("all", 10, barzilai_borwein(0.2, 0.6)),
     "Adam 0.5, one prompt": ("prompt", 24, adam(0.5)),
-    "normalised 0.3, one prompt": ("prompt", 16, normalised(0.3)),
-    "normalised 0.3, all contexts": ("all", 10, normalised(0.3)),
-    "normalised 0.3": ("one", 10, normalised(0.3)),
-    "normalised 0.3, 8 steps": ("one", 8, normalised(0.3)),
+    "normalised 0.4, one prompt": ("prompt", 12, normalised(0.4)),
+    "normalised 0.28": ("one", 10, normalised(0.28)),
+    "normalised 0.28, 8 steps": ("one", 8, normalised(0.28)),
+    "normalised 0.4": ("one", 10, normalised(0.4)),
+    "normalised 0.4, 7 steps": ("one", 7, normalised(0.4)),
 }
 
 
@@ -99,21 +98,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="CounterFact file")
     parser.add_argument("--edits", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0, help="of facts, context templates and their order")
+    parser.add_argument("--seed", type=int, default=0, help="of context templates and their order")
     args = parser.parse_args()
     hparams = SPHEREHyperParams.from_hparams("MEMIT/smollm2-135m")
     model, tok = load_model(hparams.model_name, "cpu", "float32")
     editable = hparams.editable(model)
-    requests = [record.request() for record in load_records("counterfact", args.data, args.edits, seed=args.seed)]
-    with frozen(model), attending_packed(model):
+    requests = [record.request() for record in load_records("counterfact", args.data, args.edits, seed=0)]
+    with frozen(model):
         contexts = generate_contexts(editable, tok, args.seed)
         edits = [tokenize_request(tok, request, contexts, None) for request in parse_requests(requests)]
-        few = pad_rows([edits[0].plain.ids[:TOKENS_FOR_HEAD]], editable.input_device).input_ids
-        editable.logit_map = find_logit_map(editable, few)
-        assert choose_layout(editable, edits) == "packed"
-        rows = [row for i, edit in enumerate(edits) for row in rows_of(i, edit)]
+        few = pad_rows([edits[0].plain.ids[:4]], editable.input_device)
+        editable.logit_map = find_logit_map(editable, few.input_ids)
+    rows, count = [row for i, edit in enumerate(edits) for row in rows_of(i, edit)], len(contexts)
+    with frozen(model), attending_packed(model):
         full = DeltaForward.record(editable, rows, editable.layers[-1], "packed")
-        count = len(contexts)
         one = context_rounds(count, 1, args.seed)
         rounds = {"all": [full], "one": [full.with_contexts(some, count) for some in one],
                   "prompt": [full._select(lambda row, i=i: row.context in (-1, i), 1 + count)

@@ -171,12 +171,12 @@ class SPHEREHyperParams:
     # Target values.
     layer_selection: str = "all"  # the native engine edits all layers that are given
     fact_token: str = "subject_last"  # token whose state is edited; the native engine has subject_last only
-    v_num_grad_steps: int = _NOT_GIVEN  # steps of Adam at most; an edit stops early at a loss below 0.05
+    v_num_grad_steps: int = _NOT_GIVEN  # steps at most; an edit stops early at a loss below 0.05
     v_lr: float = _NOT_GIVEN  # learning rate of Adam
     # Steps along normalised gradients, in place of v_num_grad_steps of Adam: 9 do for 25 (docs/PERFORMANCE.md). None:
     # Adam. `speed: exact`, `balanced` or `fast` in a file sets this and the three fields like it together.
     normalised_steps: int | None = None
-    step_norm_factor: float = 0.3  # norm of the first of these, as a multiple of the state's own; the last has a tenth
+    step_norm_factor: float = 0.4  # norm of the first of these, as a multiple of the state's own; the last has a tenth
     v_loss_layer: int = _NOT_GIVEN  # block whose output gives the loss: the last block
     v_weight_decay: float = _NOT_GIVEN  # penalty on the norm of the change of the state
     clamp_norm_factor: float = _NOT_GIVEN  # largest norm of that change, as a multiple of the state's own norm
