@@ -121,12 +121,12 @@ class EditSession:
         return all(Fingerprint.of(editable.weight(layer)) == old for layer, old in self._base.items())
 
     def drop_derived(self) -> None:
-        """Drop Gram matrices, ranks and the factors of earlier keys, which a loaded session does not have either.
+        """Drop Gram matrices and ranks, which a loaded session does not have either.
 
-        Derived again, they differ by rounding; so both sessions then continue with identical results.
+        Derived again, they differ by rounding; so both sessions then continue with identical results. The factors of
+        earlier keys stay: derived again from the keys, they are the same to the bit, but that takes ever longer.
         """
         self.ranks, self.grams = {}, {}
-        self.history = {layer: history.keys_only() for layer, history in self.history.items()}
 
     def bind(self, editable: EditableModel, hparams: SPHEREHyperParams) -> None:
         """Tie the session to the model, and reset it if settings or edited weights changed since the last batch.
