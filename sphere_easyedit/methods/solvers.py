@@ -373,9 +373,22 @@ class KeyHistory:
     @property
     def keys(self) -> Tensor:
         """All earlier keys ``(d_in, m)``, concatenated; on the CPU if any of them is there."""
+        return self.columns(0, self.num_keys)
+
+    @property
+    def num_keys(self) -> int:
+        """m."""
+        return sum(part.shape[1] for part in (*self._absorbed, *self._pending))
+
+    def columns(self, start: int, end: int) -> Tensor:
+        """The earlier keys from ``start`` to before ``end``, in a new tensor; on the CPU if any key is there."""
         parts = (self._empty, *self._absorbed, *self._pending)
         device = next((part.device for part in parts if part.device.type == "cpu"), self.device)
-        return torch.cat([part.to(device) for part in parts], dim=1)
+        chosen, position = [], 0
+        for part in parts:
+            chosen.append(part[:, max(0, start - position): max(0, end - position)].to(device))
+            position += part.shape[1]
+        return torch.cat(chosen, dim=1)
 
     @property
     def device(self) -> torch.device:
