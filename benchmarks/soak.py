@@ -69,7 +69,7 @@ class Fault(EditCallback):
 
     def __init__(self, kind: str, batches: int, folder: Path, memory: dict[int, float]) -> None:
         self.kind, self.left, self.folder, self.memory = kind, batches, folder, memory
-        self.ended: list[float] = []  # when each batch ended
+        self.ended: list[float] = []  # CPU seconds of the process when each batch ended
         self.stack = ExitStack()
 
     def on_batch_start(self, event: EditEvent) -> None:
@@ -79,7 +79,7 @@ class Fault(EditCallback):
 
     def on_batch_end(self, event: EditEvent) -> None:
         self.memory[event.num_edits] = resident_megabytes()
-        self.ended.append(time.monotonic())
+        self.ended.append(time.process_time())
         if self.left == 0 and self.kind == "callback fails":
             raise RuntimeError("a callback's own trouble")
         if self.left == 0 and self.kind == "interrupt":
@@ -170,8 +170,9 @@ def main() -> None:
         resident = list(left_alone.values())
         for part in range(10):
             chosen = slice(part * len(took) // 10, (part + 1) * len(took) // 10)
-            print(json.dumps({"edits": (chosen.stop + 1) * BATCH, "seconds_a_batch": statistics.median(took[chosen]),
-                              "slowest": max(took[chosen]), "resident_mb": mean(resident[chosen])}))
+            print(json.dumps({"edits": (chosen.stop + 1) * BATCH, "resident_mb": mean(resident[chosen]),
+                              "cpu_seconds_a_batch": round(statistics.median(took[chosen]), 3),
+                              "slowest": round(max(took[chosen]), 3)}), flush=True)
         return
 
     folder, happened, memory = given.output / "faulty", Counter[str](), dict[int, float]()

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_sphere_session"
 _FORMAT = "sphere-easyedit session 1"
+_FORMAT_SHARED = "sphere-easyedit session 2"  # refers to files of keys, which older versions would leave out
 _ENGINE = "executor"  # prefix of the engine's tensors in the file
 _DERIVED = ("contexts", "paths", "metrics", "statistics", "spaces", "store", "engine_caches")
 
@@ -273,7 +274,7 @@ class EditSession:
                  "contexts": self.contexts, "key_files": shared}
         with atomic_write(path) as temporary:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary,
-                      metadata={"format": _FORMAT, "state": json.dumps(state)})
+                      metadata={"format": _FORMAT_SHARED if shared else _FORMAT, "state": json.dumps(state)})
 
     @classmethod
     def load(cls, path: Path) -> EditSession:
@@ -294,7 +295,7 @@ class EditSession:
         session = cls()
         with safe_open(path, framework="pt") as stored:
             metadata = stored.metadata() or {}
-            if metadata.get("format") != _FORMAT:
+            if metadata.get("format") not in (_FORMAT, _FORMAT_SHARED):
                 raise ValueError(f"{path} is not a saved session (format {metadata.get('format')!r})")
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         state = json.loads(metadata["state"])

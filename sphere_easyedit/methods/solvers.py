@@ -416,7 +416,7 @@ class KeyHistory:
         # Attributes are replaced, never changed in place, since the original history shares them.
         grown = copy.copy(self._without_left_over or self)
         keys = torch.cat([self._left_over, keys.to(self._empty)], dim=1)
-        unit = _UNIT if self.metric is None else min(_UNIT, self.metric.capacity)
+        unit = _UNIT if self.metric is None else max(1, min(_UNIT, self.metric.capacity))
         whole = keys.shape[1] - keys.shape[1] % unit
         for start in range(0, whole, unit):
             grown._take_in(keys[:, start: start + unit].contiguous())

@@ -55,6 +55,7 @@ def test_a_run_goes_on_to_the_bit_and_writes_no_key_twice(method: str, tok: PreT
     whole = edited(tok, hparams, tmp_path)
     assert named(tmp_path) == ["keys-2", "keys-4"]
     with safe_open(session_path(tmp_path, 5), framework="pt") as stored:
+        assert stored.metadata()["format"] == "sphere-easyedit session 2"
         assert {stored.get_tensor(name).shape[1] for name in stored.keys() if name.startswith("keys.")} == {1}
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("keys-*")}
 
@@ -99,8 +100,8 @@ def test_damage_is_noticed_before_the_model_is_touched(tok: PreTrainedTokenizerB
     raw = path.read_bytes()
     for damage in (lambda: path.write_bytes(raw[:-1] + b"\0"), path.unlink):
         damage()
-        with pytest.raises(ValueError, match=rf"session-5\S+ is damaged \({path.name}.*: remove it, and resume from the "
-                                             "checkpoint before, after 3 edits"):
+        with pytest.raises(ValueError, match=rf"session-5\S+ is damaged \({path.name}.*: remove it, and resume from "
+                                             "the checkpoint before, after 3 edits"):
             resume_from(hparams.editable(model), tmp_path, 5)
         assert equal(edited_weights(model, hparams), before)
     resume_from(hparams.editable(model), tmp_path, 3)
