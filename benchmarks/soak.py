@@ -1,6 +1,7 @@
 """Thousands of edits with a fault every few batches, against the same edits left alone: same bits.
 
     python benchmarks/soak.py --edits 3000 --method AlphaEdit --output soak
+    python benchmarks/soak.py --edits 20000 --without-faults --output long    # only what a batch costs along the run
 
 A tiny model (4 blocks, 48 wide) edits made-up facts in batches of ten, twice. The second time, in about every other
 batch a fault is drawn and made to happen: the solve fails, a target value turns nan, a callback fails, an interrupt
@@ -19,10 +20,12 @@ import logging
 import random
 import re
 import resource
+import statistics
 import sys
 import time
 from collections import Counter
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -66,6 +69,7 @@ class Fault(EditCallback):
 
     def __init__(self, kind: str, batches: int, folder: Path, memory: dict[int, float]) -> None:
         self.kind, self.left, self.folder, self.memory = kind, batches, folder, memory
+        self.ended: list[float] = []  # CPU seconds of the process when each batch ended
         self.stack = ExitStack()
 
     def on_batch_start(self, event: EditEvent) -> None:
@@ -75,6 +79,7 @@ class Fault(EditCallback):
 
     def on_batch_end(self, event: EditEvent) -> None:
         self.memory[event.num_edits] = resident_megabytes()
+        self.ended.append(time.process_time())
         if self.left == 0 and self.kind == "callback fails":
             raise RuntimeError("a callback's own trouble")
         if self.left == 0 and self.kind == "interrupt":
@@ -145,6 +150,7 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=3000)
     parser.add_argument("--method", default="AlphaEdit")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--without-faults", action="store_true", help="leave out the second, faulty run")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -156,8 +162,18 @@ def main() -> None:
         "stats_dir": str(given.output / "stats"), "context_templates": ["{}"]})
     drawn, started = random.Random(given.seed), time.monotonic()
     left_alone: dict[int, float] = {}
-    whole = edit(given.output / "whole", records, hparams, tok, Fault("none", 0, given.output / "whole", left_alone))
+    no_fault = Fault("none", 0, given.output / "whole", left_alone)
+    whole = edit(given.output / "whole", records, hparams, tok, no_fault)
     seconds = time.monotonic() - started
+    if given.without_faults:
+        took = [later - earlier for earlier, later in pairwise(no_fault.ended)]  # checkpoints and logs included
+        resident = list(left_alone.values())
+        for part in range(10):
+            chosen = slice(part * len(took) // 10, (part + 1) * len(took) // 10)
+            print(json.dumps({"edits": (chosen.stop + 1) * BATCH, "resident_mb": mean(resident[chosen]),
+                              "cpu_seconds_a_batch": round(statistics.median(took[chosen]), 3),
+                              "slowest": round(max(took[chosen]), 3)}), flush=True)
+        return
 
     folder, happened, memory = given.output / "faulty", Counter[str](), dict[int, float]()
     held: list[float] = []

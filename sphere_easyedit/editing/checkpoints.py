@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ..models.architecture import EditableModel
 from ..utils.files import atomic_write, checksum_path, record_checksum, recorded_checksum, sha256_of
+from .key_files import damage_of, names_in, remove_unused
 
 if TYPE_CHECKING:
     from .session import EditSession
@@ -64,7 +65,7 @@ def save_checkpoint(editable: EditableModel, session: EditSession, folder: Path)
     save_weights(editable, folder, session.num_edits)
     path = session_path(folder, session.num_edits)
     with _with_checksum(path), _disk_errors():
-        session.save(path)
+        session.save(path, share_keys=True)
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def verify_checksums(folder: Path, num_edits: int, *, session: bool = False) -> 
     """Refuse a checkpoint whose files have wrong checksums; files of older versions have none, which is logged.
 
     Args:
-        session: also check the session's file.
+        session: also check the session's file, and those of its keys.
 
     Raises:
         ValueError: a file is damaged; the message says what to remove and where the run can be resumed.
@@ -106,6 +107,14 @@ def verify_checksums(folder: Path, num_edits: int, *, session: bool = False) -> 
             raise damaged(folder, num_edits, path, str(error)) from error
         if digest != recorded:
             raise damaged(folder, num_edits, path, f"its sha256 is {digest}, but was {recorded} when it was written")
+    if session:
+        path = session_path(folder, num_edits)
+        try:
+            reason = damage_of(folder, names_in(path))
+        except Exception as error:  # safetensors raises many types for a damaged header
+            raise damaged(folder, num_edits, path, f"{type(error).__name__}: {error}") from error
+        if reason is not None:
+            raise damaged(folder, num_edits, path, reason)
 
 
 def damaged(folder: Path, num_edits: int, path: Path, reason: str) -> ValueError:
@@ -185,6 +194,8 @@ def remove_old_checkpoints(folder: Path, keep: int, permanent: set[int]) -> None
         _remove(session_path(folder, number))
         if number not in permanent:
             _remove(weights_path(folder, number))
+    if keep:
+        remove_unused(folder, [session_path(folder, number) for number in numbers[-keep:]])
 
 
 def _remove(path: Path) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from ..models.output_path import OutputPath
 from ..utils.files import atomic_write
 from ..utils.locks import exclusive
 from ..utils.messages import kind_and_text
+from . import key_files
 from .checkpoints import damaged, load_weights, resumable, session_path, verify_checksums
 from .gram_matrices import GramMatrix
 from .row_layout import KnownLayouts
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_sphere_session"
 _FORMAT = "sphere-easyedit session 1"
+_FORMAT_SHARED = "sphere-easyedit session 2"  # refers to files of keys, which older versions would leave out
 _ENGINE = "executor"  # prefix of the engine's tensors in the file
 _DERIVED = ("contexts", "paths", "layouts", "metrics", "statistics", "spaces", "store", "engine_caches")
 
@@ -51,6 +54,7 @@ class EditSession:
         original: weights ``(d_out, d_in)`` of the edited layers before the first edit, on the CPU.
         unrestrained: PRUNE's weights that the next batch starts from, on the CPU; else empty.
         history: earlier keys by layer.
+        key_files: names of the files that have the first of these keys, in the folder of checkpoints.
         paths: * output paths of the edited weights by layer (see ``models.output_path``).
         layouts: * how rows are laid out in the optimisation of target values.
         metrics: * how keys are weighed, by layer.
@@ -76,6 +80,7 @@ class EditSession:
         self.original: dict[int, Tensor] = {}
         self.unrestrained: dict[int, Tensor] = {}
         self.history: dict[int, KeyHistory] = {}
+        self.key_files: tuple[str, ...] = ()
         self.paths: dict[int, OutputPath] = {}
         self.layouts = KnownLayouts()
         self.metrics: dict[int, KeyMetric | None] = {}
@@ -124,12 +129,12 @@ class EditSession:
         return all(Fingerprint.of(editable.weight(layer)) == old for layer, old in self._base.items())
 
     def drop_derived(self) -> None:
-        """Drop Gram matrices, ranks and the factors of earlier keys, which a loaded session does not have either.
+        """Drop Gram matrices and ranks, which a loaded session does not have either.
 
-        Derived again, they differ by rounding; so both sessions then continue with identical results.
+        Derived again, they differ by rounding; so both sessions then continue with identical results. The factors of
+        earlier keys stay: derived again from the keys, they are the same to the bit, but that takes ever longer.
         """
         self.ranks, self.grams = {}, {}
-        self.history = {layer: history.keys_only() for layer, history in self.history.items()}
 
     def bind(self, editable: EditableModel, hparams: SPHEREHyperParams) -> None:
         """Tie the session to the model, and reset it if settings or edited weights changed since the last batch.
@@ -249,22 +254,30 @@ class EditSession:
                              f"layers {changed}: the file was exchanged or damaged. Give another checkpoint")
         return session
 
-    def save(self, path: Path) -> None:
-        """Write counters, contexts, original and unrestrained weights and earlier keys to one safetensors file."""
+    def save(self, path: Path, share_keys: bool = False) -> None:
+        """Write counters, contexts, original and unrestrained weights and earlier keys to a safetensors file.
+
+        Args:
+            share_keys: write most of the keys to files beside it that later checkpoints share (see ``key_files``).
+        """
         if self._key is None:
             raise ValueError("the session has not been used yet, so there is nothing to save: edit a batch first")
+        if share_keys:
+            self.key_files = key_files.save_keys(path.parent, self.history, self.key_files)
+        shared = self.key_files if share_keys else ()
         tensors = {f"original.{layer}": weight for layer, weight in self.original.items()}
         tensors |= {f"unrestrained.{layer}": weight for layer, weight in self.unrestrained.items()}
-        tensors |= {f"keys.{layer}": history.keys for layer, history in self.history.items()}
+        tensors |= {f"keys.{layer}": history.columns(key_files.KEYS_A_FILE * len(shared), history.num_keys)
+                    for layer, history in self.history.items()}
         tensors |= {f"{_ENGINE}.{name}": tensor for name, tensor in self.engine_history.items()}
         for kind, prints in (("edited", self._fingerprints), ("base", self._base)):
             for layer, fingerprint in prints.items():
                 tensors |= {f"{kind}.rows.{layer}": fingerprint.rows, f"{kind}.columns.{layer}": fingerprint.columns}
         state = {"key": self._key, "num_edits": self.num_edits, "num_batches": self.num_batches,
-                 "contexts": self.contexts}
+                 "contexts": self.contexts, "key_files": shared}
         with atomic_write(path) as temporary:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary,
-                      metadata={"format": _FORMAT, "state": json.dumps(state)})
+                      metadata={"format": _FORMAT_SHARED if shared else _FORMAT, "state": json.dumps(state)})
 
     @classmethod
     def load(cls, path: Path) -> EditSession:
@@ -276,7 +289,8 @@ class EditSession:
         try:
             with default_torch_settings():
                 return cls._read(path)
-        except (OSError, SafetensorError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (OSError, RuntimeError, SafetensorError, AttributeError, KeyError, TypeError,
+                json.JSONDecodeError) as error:
             raise ValueError(f"{path} can't be read as a saved session ({kind_and_text(error)})") from error
 
     @classmethod
@@ -284,7 +298,7 @@ class EditSession:
         session = cls()
         with safe_open(path, framework="pt") as stored:
             metadata = stored.metadata() or {}
-            if metadata.get("format") != _FORMAT:
+            if metadata.get("format") not in (_FORMAT, _FORMAT_SHARED):
                 raise ValueError(f"{path} is not a saved session (format {metadata.get('format')!r})")
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         state = json.loads(metadata["state"])
@@ -298,7 +312,10 @@ class EditSession:
         session.engine_history = {name.partition(".")[2]: tensor for name, tensor in tensors.items()
                                     if name.startswith(f"{_ENGINE}.")}
         session.original, session.unrestrained = by_layer("original"), by_layer("unrestrained")
-        session.history = {layer: KeyHistory(keys, None) for layer, keys in by_layer("keys").items()}
+        session.key_files = tuple(state.get("key_files", ()))
+        earlier = key_files.load_keys(path.parent, session.key_files)
+        session.history = {layer: KeyHistory(torch.cat([earlier[layer], keys], dim=1) if earlier else keys, None)
+                           for layer, keys in by_layer("keys").items()}
         for kind, target in (("edited", session._fingerprints), ("base", session._base)):
             rows, columns = by_layer(f"{kind}.rows"), by_layer(f"{kind}.columns")
             target.update({layer: Fingerprint(rows[layer], columns[layer]) for layer in rows})

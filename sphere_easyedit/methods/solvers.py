@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 _MAX_RESIDUAL = 1e-5
 # Rows of a factor, or columns of keys, processed at once: large enough for fast products, small to copy or convert.
 BLOCK = 256
+# Keys that a history takes in at a time. Fewer than that are taken in again with the next batch's.
+_UNIT = 64
 # Random combinations of the batch's columns that estimate the residual's norm, to about a third.
 _PROBES = 16
 
@@ -341,7 +343,9 @@ class CovarianceMetric:
 class KeyHistory:
     """Earlier keys ``(d_in, m)`` of one layer, with the Cholesky factor of their system S. Immutable.
 
-    An extended history shares all it can with the original.
+    An extended history shares all it can with the original. Its bits depend on the keys alone, not on the batches that
+    they came in, so a run resumed from its keys goes on with the bits of one that was never interrupted: keys are taken
+    in 64 at a time, and those left over are taken in again together with the next batch's.
 
     Attributes:
         metric: how keys are weighed, absorbed ones included; None if unknown.
@@ -355,6 +359,8 @@ class KeyHistory:
         self._absorbed: tuple[Tensor, ...] = ()
         self._pending: tuple[Tensor, ...] = ()
         self._empty = keys[:, :0].to(keys.device if device is None else device, copy=True)
+        self._left_over = self._empty  # keys after the last unit, which are in ``_pending`` too
+        self._without_left_over: KeyHistory | None = None  # None if there are none
         for part in _blocks(keys):
             self._append(part)
 
@@ -367,9 +373,22 @@ class KeyHistory:
     @property
     def keys(self) -> Tensor:
         """All earlier keys ``(d_in, m)``, concatenated; on the CPU if any of them is there."""
+        return self.columns(0, self.num_keys)
+
+    @property
+    def num_keys(self) -> int:
+        """m."""
+        return sum(part.shape[1] for part in (*self._absorbed, *self._pending))
+
+    def columns(self, start: int, end: int) -> Tensor:
+        """The earlier keys from ``start`` to before ``end``, in a new tensor; on the CPU if any key is there."""
         parts = (self._empty, *self._absorbed, *self._pending)
         device = next((part.device for part in parts if part.device.type == "cpu"), self.device)
-        return torch.cat([part.to(device) for part in parts], dim=1)
+        chosen, position = [], 0
+        for part in parts:
+            chosen.append(part[:, max(0, start - position): max(0, end - position)].to(device))
+            position += part.shape[1]
+        return torch.cat(chosen, dim=1)
 
     @property
     def device(self) -> torch.device:
@@ -385,9 +404,7 @@ class KeyHistory:
 
     def keys_only(self) -> KeyHistory:
         """The same keys, without factor and metric."""
-        history = copy.copy(self)
-        history.metric = history.factor = None
-        return history
+        return KeyHistory(self.keys, None, self.device, self._store)
 
     def extended(self, keys: Tensor) -> KeyHistory:
         """This history with more keys ``(d_in, n)`` appended."""
@@ -397,26 +414,48 @@ class KeyHistory:
 
     def _append(self, keys: Tensor) -> None:
         # Attributes are replaced, never changed in place, since the original history shares them.
-        keys = keys.to(self._empty)
-        if self.metric is not None and self.factor is not None and keys.shape[1]:
+        grown = copy.copy(self._without_left_over or self)
+        keys = torch.cat([self._left_over, keys.to(self._empty)], dim=1)
+        unit = _UNIT if self.metric is None else max(1, min(_UNIT, self.metric.capacity))
+        whole = keys.shape[1] - keys.shape[1] % unit
+        for start in range(0, whole, unit):
+            grown._take_in(keys[:, start: start + unit].contiguous())
+            grown._absorb_if_full(unit)
+        grown._left_over, grown._without_left_over = self._empty, None
+        vars(self).update(vars(grown))
+        if whole < keys.shape[1]:
+            self._left_over, self._without_left_over = keys[:, whole:].contiguous(), grown
+            self._take_in(self._left_over)
+
+    def _take_in(self, keys: Tensor) -> None:
+        if self.metric is not None and self.factor is not None:
             try:
-                if self.factor.size and self.factor.size + keys.shape[1] > self.metric.capacity:
-                    self.metric = self.metric.absorbing(self._pending, self.device)
-                    self.factor = CholeskyFactor(store=self._store)
-                    self._absorbed, self._pending = (*self._absorbed, *self._pending), ()
                 wide = keys.double()
                 weighed = self.metric.weigh(wide)
                 corner = _corner(wide, weighed, self.metric.ridge)
                 self.factor = self.factor.extended(torch.cat([self.inner(weighed).T, corner], dim=1))
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                logger.warning("the factor of %d earlier keys is lost (%s)", self.factor.size + keys.shape[1], error)
-                self.factor = None
+                self._lose_factor(self.factor.size + keys.shape[1], error)
         if self._pending and self._pending[-1].shape[1] + keys.shape[1] <= BLOCK:
             # Merged, since many thin parts are slow to multiply with.
             keys = torch.cat([self._pending[-1].to(keys.device), keys], dim=1)
             self._pending = self._pending[:-1]
-        if keys.shape[1]:
-            self._pending = (*self._pending, self._store.put(keys.contiguous()))
+        self._pending = (*self._pending, self._store.put(keys))
+
+    def _absorb_if_full(self, unit: int) -> None:
+        """Absorb the keys if the next unit's would not fit."""
+        if self.metric is None or self.factor is None or self.factor.size + unit <= self.metric.capacity:
+            return
+        try:
+            self.metric = self.metric.absorbing(self._pending, self.device)
+            self.factor = CholeskyFactor(store=self._store)
+            self._absorbed, self._pending = (*self._absorbed, *self._pending), ()
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            self._lose_factor(self.factor.size, error)
+
+    def _lose_factor(self, count: int, error: Exception) -> None:
+        logger.warning("the factor of %d earlier keys is lost (%s)", count, error)
+        self.factor = None
 
     def inner(self, vectors: Tensor) -> Tensor:
         """``A^T X`` ``(m, n)`` float64 for X ``(d_in, n)``, with A the keys not yet absorbed."""

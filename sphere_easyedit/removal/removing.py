@@ -115,6 +115,7 @@ def remove_facts(model: nn.Module, hparams: SPHEREHyperParams, factors: str | Pa
                 editable.set_weight(layer, weight)
             session.commit(editable, 0, history, session.unrestrained, {})
             session.num_batches = batches  # a removal is no batch
+            session.key_files = ()  # they have the removed keys, too
             write_removals(folder, [*past, PastRemoval(made, weights_digest(editable.weights()), done.facts)])
     return done
 

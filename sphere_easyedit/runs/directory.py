@@ -17,7 +17,7 @@ from ..utils.yaml import read_yaml
 from .schema import CONFIG, FILES, METRICS, Count, Measurement, read_record
 
 _R = TypeVar("_R")
-_OF_CHECKPOINTS = ("weights-", "session-")  # names in the folder of checkpoints begin so
+_OF_CHECKPOINTS = ("weights-", "session-", "keys-")  # names in the folder of checkpoints begin so
 _CHUNK = 1 << 16  # bytes
 
 

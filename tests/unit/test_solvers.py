@@ -248,20 +248,22 @@ def test_extended_factor_equals_one_from_scratch(seed: int, counts: list[int], b
 def test_thin_rows_and_keys_join_the_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many thin ones would be slow; up to the size of a block, and none is lost."""
     monkeypatch.setattr(solvers, "BLOCK", 5)
+    monkeypatch.setattr(solvers, "_UNIT", 1)
     keys = some_keys(0, WIDTH, False)
     factor, history = CholeskyFactor(), without_earlier(covariance_metric(some_moment(1), 2.0))
     matrix = keys.double().T @ keys.double() + torch.eye(WIDTH, dtype=torch.float64)
     start = 0
-    for end, sizes in ((4, [4]), (6, [4, 2]), (7, [4, 3]), (9, [4, 5]), (12, [4, 5, 3])):
+    for end, sizes, units in ((4, [4], [4]), (6, [4, 2], [5, 1]), (7, [4, 3], [5, 2]), (9, [4, 5], [5, 4]),
+                              (11, [4, 5, 2], [5, 5, 1])):
         factor = factor.extended(matrix[start:end, :end])
         history = history.extended(keys[:, start:end])
         start = end
         assert history.factor is not None
-        assert [len(row) for row in factor.rows] == [len(row) for row in history.factor.rows] == sizes
-        assert [part.shape[1] for part in history._pending] == sizes
+        assert [len(row) for row in factor.rows] == sizes
+        assert [len(row) for row in history.factor.rows] == [part.shape[1] for part in history._pending] == units
         right = gaussian(2, end, 2)
         torch.testing.assert_close(matrix[:end, :end] @ factor.solve(right), right)
-    assert torch.equal(history.keys, keys)
+    assert torch.equal(history.keys, keys[:, :11])
 
 
 def test_factor_of_what_is_not_positive_definite() -> None:
@@ -296,14 +298,16 @@ METRICS = {
 
 @pytest.mark.parametrize("kind", METRICS)
 @PROPERTY
-@given(SEEDS, st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 5))
-def test_extended_history_equals_one_built_at_once(kind: str, seed: int, counts: list[int], block: int) -> None:
+@given(SEEDS, st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 5), st.sampled_from([1, 3, 64]))
+def test_extended_history_equals_one_built_at_once(kind: str, seed: int, counts: list[int], block: int, unit: int
+                                                   ) -> None:
     """Through the change of form too: 12 batches bring up to nine times as many keys as there are inputs."""
     metric = METRICS[kind](seed)
     parts = [some_keys(seed + i, count, False) for i, count in enumerate(counts)]
     new = some_keys(seed + 99, 2, False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(solvers, "BLOCK", block)
+        patch.setattr(solvers, "_UNIT", unit)
         grown = without_earlier(metric)
         for part in parts:
             shorter, keys = grown, grown.keys
@@ -313,7 +317,7 @@ def test_extended_history_equals_one_built_at_once(kind: str, seed: int, counts:
         assert torch.equal(grown.keys, whole.keys)
         found = adjusted_keys(grown, new)
         assert found is not None
-        torch.testing.assert_close(found, adjusted_keys(whole, new), rtol=1e-8, atol=1e-10)
+        assert torch.equal(found, adjusted_keys(whole, new))  # a resumed run has only the keys, and goes on to the bit
         unit = torch.eye(WIDTH)
         expected = dense_keys(metric.weigh(unit), metric.ridge, torch.cat([*parts, new], dim=1), new)
         assert_close(found, expected)
@@ -327,7 +331,7 @@ def test_change_of_form_is_continuous(kind: str) -> None:
     """With keys of no weight added until they are absorbed, the solution stays the same to rounding."""
     metric = METRICS[kind](0)
     new = some_keys(2, 2, False)
-    history = KeyHistory(some_keys(1, 4, False), metric)
+    history = KeyHistory(some_keys(1, 3, False), metric)
     before = adjusted_keys(history, new)
     changed = []
     for _ in range(2 * WIDTH):
@@ -336,7 +340,7 @@ def test_change_of_form_is_continuous(kind: str) -> None:
         torch.testing.assert_close(adjusted_keys(history, new), before, rtol=1e-10, atol=1e-12)
     assert changed == sorted(changed)
     assert (changed[0], changed[-1]) == (False, True)
-    assert history.keys.shape[1] == 4 + 2 * WIDTH
+    assert history.keys.shape[1] == 3 + 2 * WIDTH
 
 
 def test_memory_of_a_history() -> None:
@@ -388,14 +392,14 @@ def test_failed_factorisation_gives_none(caplog: pytest.LogCaptureFixture) -> No
 
 @pytest.mark.parametrize(("metric", "count", "message"), [
     (_Metric(ridge=-1e6), 3, "the factor of 3 earlier keys is lost (row 1 leaves it not positive definite)"),
-    (_Metric(ridge=1.0, capacity=5), 4, "the factor of 6 earlier keys is lost (planted)"),
+    (_Metric(ridge=1.0, capacity=5), 4, "the factor of 5 earlier keys is lost (planted)"),
 ], ids=["extending", "absorbing"])
 def test_lost_factor_gives_none_from_then_on(metric: _Metric, count: int, message: str,
                                              caplog: pytest.LogCaptureFixture) -> None:
     history = KeyHistory(some_keys(0, count, False), metric)
     with caplog.at_level(logging.WARNING):
         history = history.extended(some_keys(1, 2, False))
-    assert caplog.messages == [message]
+    assert caplog.messages[0] == message
     assert adjusted_keys(history, some_keys(2, 1, False)) is None
     longer = history.extended(some_keys(3, 2, False))
     assert adjusted_keys(longer, some_keys(2, 1, False)) is None
