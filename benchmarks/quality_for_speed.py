@@ -89,7 +89,8 @@ def print_quality(given: argparse.Namespace, done: dict[str, Any]) -> None:
                 if speed == "exact":
                     cells.append(f"{mean:.1f}")
                     continue
-                found = paired_bootstrap(values[speed], values["exact"])
+                both = sorted(values[speed].keys() & values["exact"].keys())
+                found = paired_bootstrap(*([values[which][key] for key in both] for which in (speed, "exact")))
                 low, high = found.ci95 or (math.nan, math.nan)
                 cells.append(f"{mean:.1f} ({found.mean:+.1f}, {low:+.1f} to {high:+.1f})")
             rises = ", ".join(f"{run['perplexity'] / run['unedited']:.3f}" for run in of_seed.values())
