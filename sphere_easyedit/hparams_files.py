@@ -258,7 +258,7 @@ def _starting(config: PretrainedConfig, model_name: str, base_alg: str) -> tuple
     }
     if wrapped is None or wrapped.has_target_values:
         start |= {
-            "fact_token": "subject_last", **({"speed": "exact"} if wrapped is None else {}),
+            "fact_token": "subject_last",
             "v_num_grad_steps": 25, "v_lr": 0.5, "v_loss_layer": blocks - 1, "v_weight_decay": 1e-3,
             "clamp_norm_factor": 4, "kl_factor": 0.0625, "mom2_adjustment": True,
             "mom2_dataset": "wikipedia", "mom2_n_samples": 100000, "mom2_dtype": "float32",
