@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SPINS: Final = "3000"  # of an OpenMP thread that waits, before it sleeps: microseconds
+_SPINS: Final = "3000"  # turns of the loop in which an OpenMP thread waits before it sleeps
 
 
 class Consoles(NamedTuple):
