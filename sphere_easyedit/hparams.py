@@ -46,10 +46,12 @@ _RANGES = MappingProxyType({
     "clamp_norm_factor": "(0, inf)", "kl_factor": "[0, inf)", "mom2_update_weight": "(0, inf)",
     "nullspace_threshold": "(0, inf)", "nullspace_share": "(0, 1]", "L2": "(0, inf)",
     "rect_keep": "(0, 1]", "prune_log_base": "(1, inf)", "state_memory": "[0, inf)", "step_norm_factor": "(0, inf)",
+    "ft_lr": "(0, inf)", "replay_ratio": "[0, inf)",
 })
 _SMALLEST = MappingProxyType({
     "v_num_grad_steps": 1, "v_loss_layer": 0, "mom2_n_samples": 1, "mom2_max_length": 2, "max_length": 1,
     "batch_size": 1, "token_budget": 1, "seed": 0, "contexts_per_step": 1, "normalised_steps": 1,
+    "ft_epochs": 1, "ft_batch_size": 1,
 })
 _FLAGS = ("mom2_adjustment", "compensate", "model_parallel", "keep_previous_keys", "batched_target_values")
 _STRINGS = ("alg_name", "model_name", "base_alg", "layer_selection", "fact_token", "mom2_dataset",
@@ -72,19 +74,20 @@ REMOVED: Mapping[str, tuple[str | None, str]] = MappingProxyType({
     "energy_budget": (None, "it cost MEMIT 49 points of efficacy on 300 edits (docs/RESULTS.md)"),
 })
 _OPTIMISER = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor")
+_FINE_TUNING = ("ft_lr", "ft_epochs", "ft_batch_size", "replay_ratio")
 # Fields that do not affect the keys, null spaces and original weights of a session: devices and chunk sizes, the
 # target-value optimiser, and what happens to an update within its batch. (Principal spaces are stored by gamma.)
 _NOT_IN_SESSION = frozenset({
     "alg_name", "model_name", "device", "batch_size", "max_length", "token_budget", "model_parallel", "stats_dir",
-    *SPEED_FIELDS,
+    *SPEED_FIELDS, *_FINE_TUNING,
     "batched_target_values", "target_values_dir", "state_memory", "state_folder", "rect_keep", "prune_log_base",
     *SPHERE_ONLY, *_OPTIMISER,
 })
 
 # Fields that no EasyEdit method has, so an unknown key close to one of them is a misspelling.
 _OURS = ("base_alg", *SPHERE_ONLY, "executor", "executor_hparams", "batched_target_values", "target_values_dir",
-         "context_templates", *SPEED_FIELDS, "rect_keep", "prune_log_base", "keep_previous_keys", "nullspace_share",
-         "mom2_max_length", "token_budget", "state_memory", "state_folder", *_ALIASES)
+         "context_templates", *SPEED_FIELDS, *_FINE_TUNING, "rect_keep", "prune_log_base", "keep_previous_keys",
+         "nullspace_share", "mom2_max_length", "token_budget", "state_memory", "state_folder", *_ALIASES)
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
@@ -141,7 +144,8 @@ class SPHEREHyperParams:
 
     Names and defaults are EasyEdit's where EasyEdit has the field. Fields with the default ``_NOT_GIVEN`` are either
     derived from the base method or required: natively all of the optimiser's, ``L2`` and ``nullspace_threshold`` (or
-    ``nullspace_share``) for AlphaEdit, and ``mom2_update_weight`` for MEMIT, RECT and PRUNE. With ``executor:
+    ``nullspace_share``) for AlphaEdit, and ``mom2_update_weight`` for MEMIT, RECT and PRUNE. ReplayFT has no target
+    values, and requires ``ft_lr``, ``ft_epochs`` and ``kl_factor``. With ``executor:
     easyedit`` the wrapped method's own class decides. Its further fields are in ``executor_hparams``, which takes the
     unknown keys of the flat file, and can be read as attributes. A field of the method with the same name as one of
     ours (WISE's ``alpha``) can be given under ``executor_hparams:``.
@@ -186,6 +190,13 @@ class SPHEREHyperParams:
     # Precision of the blocks above the edited ones, and of the head, in the optimisation: bfloat16 is faster where the
     # machine has instructions for it. None: the model's own.
     target_dtype: str | None = None
+
+    # Fine-tuning (ReplayFT).
+    ft_lr: float = _NOT_GIVEN  # learning rate of Adam, on weights in whitened coordinates of their inputs
+    ft_epochs: int = _NOT_GIVEN  # passes over the facts of a batch
+    ft_batch_size: int = 50  # new facts in a step
+    replay_ratio: float = 1.0  # earlier facts in a step, for each new one
+
     token_budget: int = 4096  # tokens that the optimiser handles at once: lower it to use less memory
     # With executor easyedit, for MEMIT and AlphaEdit: optimise target values in batches and pass them on in EasyEdit's
     # cache files. None: only if SPHERE projects, so that with alpha 0 EasyEdit's method stays exactly as it is.
@@ -332,7 +343,7 @@ class SPHEREHyperParams:
         """
         check_model(model)
         editable = EditableModel(model, self.module_names(model) if names is None else names, self.layers)
-        if self.executor == "native" and self.v_loss_layer >= editable.num_blocks:
+        if self.executor == "native" and self.v_loss_layer is not None and self.v_loss_layer >= editable.num_blocks:
             raise ValueError(f"v_loss_layer is {self.v_loss_layer}, past the model's last block: give "
                              f"{editable.num_blocks - 1}")
         return editable
@@ -497,7 +508,8 @@ class SPHEREHyperParams:
         }
 
     def _check_native(self) -> None:
-        missing = [name for name in _OPTIMISER if getattr(self, name) is None] + self.method.missing(self)
+        optimiser = () if self.method.fine_tunes else _OPTIMISER
+        missing = [name for name in optimiser if getattr(self, name) is None] + self.method.missing(self)
         if missing:
             raise ValueError(f"{self.base_alg} needs {', '.join(missing)}: add the missing values; "
                              "`sphere-easyedit hparams MODEL` writes a complete file")
@@ -507,7 +519,7 @@ class SPHEREHyperParams:
         if self.layer_selection != "all":
             raise ValueError(f"layer_selection is {self.layer_selection!r} but only all is built in: say "
                              "`layer_selection: all`")
-        if self.v_loss_layer < self.layers[-1]:
+        if self.v_loss_layer is not None and self.v_loss_layer < self.layers[-1]:
             raise ValueError(f"v_loss_layer is {self.v_loss_layer}, before the last edited layer "
                              f"{self.layers[-1]}, so the loss would not see the edit: give the number of the "
                              "model's last block")

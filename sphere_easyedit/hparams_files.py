@@ -76,6 +76,8 @@ _SECTIONS = (
     ("Optimisation of target values; v_loss_layer is the model's last block.",
      ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor",
       "context_templates", "speed", *SPEED_FIELDS, "token_budget", "seed")),
+    ("Fine-tuning; kl_factor weighs the KL divergence from the unedited model on ordinary text.",
+     ("ft_lr", "ft_epochs", "ft_batch_size", "replay_ratio")),
     ("Solving for the weights.",
      ("mom2_adjustment", "mom2_update_weight", "L2", "P_loc", "nullspace_threshold", "nullspace_share",
       "rect_keep", "prune_log_base", "keep_previous_keys")),
@@ -259,8 +261,9 @@ def _starting(config: PretrainedConfig, model_name: str, base_alg: str) -> tuple
     if wrapped is None or wrapped.has_target_values:
         start |= {
             "fact_token": "subject_last",
-            "v_num_grad_steps": 25, "v_lr": 0.5, "v_loss_layer": blocks - 1, "v_weight_decay": 1e-3,
-            "clamp_norm_factor": 4, "kl_factor": 0.0625, "mom2_adjustment": True,
+            **({} if method.fine_tunes else {
+                "v_num_grad_steps": 25, "v_lr": 0.5, "v_loss_layer": blocks - 1, "v_weight_decay": 1e-3,
+                "clamp_norm_factor": 4, "kl_factor": 0.0625, "mom2_adjustment": True}),
             "mom2_dataset": "wikipedia", "mom2_n_samples": 100000, "mom2_dtype": "float32",
             "stats_dir": "./data/stats",
         }

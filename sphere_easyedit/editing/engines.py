@@ -16,12 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from ..core.tensors import widened
 from ..hparams import SPHEREHyperParams
 from ..models.architecture import EditableModel
+from . import fine_tuning
 from .requests import EditRequest, TokenizedRequest
 from .session import EditSession
 from .solve import (
     BatchSolution,
     UpdateTransform,
     check_finite,
+    prepare_contexts,
     prepare_session,
     solve_batch,
     tokenize_batch,
@@ -120,6 +122,38 @@ class NativeEngine(Engine):
         return solve_batch(editable, batch.tokenized, hparams, session, transform, progress)
 
 
+class FineTuningEngine(NativeEngine):
+    """Trains the edited weights (see ``fine_tuning``)."""
+
+    is_low_rank: ClassVar[bool] = False
+
+    def check(self, editable: EditableModel, hparams: SPHEREHyperParams) -> None:
+        if hparams.projection_stage == "layer":
+            raise ValueError(f"projection_stage 'layer' projects each layer before the next is solved, but "
+                             f"{hparams.base_alg} trains all layers together: set projection_stage to 'update'")
+        if editable.offloaded_layers:
+            raise ValueError(f"the weights of layers {editable.offloaded_layers} are offloaded, which "
+                             f"{hparams.base_alg} can't train: load the model into memory")
+
+    def prepare_run(self, editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
+                    session: EditSession, batch_size: int) -> None:
+        prepare_contexts(editable, tok, hparams, session)
+        fine_tuning.prepare(editable, tok, hparams, session)
+
+    def prepare(self, editable: EditableModel, batch: Batch, hparams: SPHEREHyperParams, session: EditSession) -> Batch:
+        self.prepare_run(editable, batch.tok, hparams, session, len(batch.requests))
+        return replace(batch, tokenized=tokenize_batch(editable, batch.tok, batch.requests, session))
+
+    def solve(self, editable: EditableModel, batch: Batch, hparams: SPHEREHyperParams, session: EditSession,
+              transform: UpdateTransform | None, progress: Callable[[int], None] | None) -> BatchSolution:
+        started = time.perf_counter()
+        trained = fine_tuning.fine_tune(editable, batch.tokenized, hparams, session, progress)
+        session.engine_history = fine_tuning.history_of(trained.memory)
+        after = {layer: weight.to(editable.weight(layer).dtype) for layer, weight in trained.weights.items()}
+        seconds = {"fine_tuning": time.perf_counter() - started}
+        return BatchSolution(_WeightChanges(editable, after), session.history, None, seconds, after)
+
+
 class ExecutorEngine(Engine):
     """Runs a function of EasyEdit's protocol and takes its change of the weights as the update.
 
@@ -204,7 +238,7 @@ def engine_of(hparams: SPHEREHyperParams, session: EditSession, arguments: Mappi
         ValueError: EasyEdit has no such method.
     """
     if hparams.executor == "native":
-        return NativeEngine()
+        return FineTuningEngine() if hparams.method.fine_tunes else NativeEngine()
     # Resolved by name, since ``easyedit`` is above this package and is imported only where it is used.
     easyedit_engine = pkgutil.resolve_name("sphere_easyedit.easyedit.engine:easyedit_engine")
     engine: Engine = easyedit_engine(hparams, session, arguments)

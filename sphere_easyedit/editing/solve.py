@@ -70,10 +70,7 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
     """
     if set(session.paths) != set(editable.layers):
         session.paths = _find_paths(editable, tok)
-    if session.contexts is None:
-        given = hparams.context_templates
-        with frozen(editable.model):
-            session.contexts = generate_contexts(editable, tok, hparams.seed) if given is None else list(given)
+    prepare_contexts(editable, tok, hparams, session)
     if any(history.device != editable.device(layer) for layer, history in session.history.items()):
         logger.info("the model moved to another device: the session's state is moved, too")
         session.metrics, session.spaces = {}, {}
@@ -96,6 +93,15 @@ def prepare_session(editable: EditableModel, tok: PreTrainedTokenizerBase, hpara
         elif history.metric is None:  # loaded from a checkpoint, or moved
             history = KeyHistory(history.keys, metric, device, session.store)
         session.history[layer] = history
+
+
+def prepare_contexts(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
+                     session: EditSession) -> None:
+    """Take over or generate the context templates, unless the session has them."""
+    if session.contexts is None:
+        given = hparams.context_templates
+        with frozen(editable.model):
+            session.contexts = generate_contexts(editable, tok, hparams.seed) if given is None else list(given)
 
 
 def _find_paths(editable: EditableModel, tok: PreTrainedTokenizerBase) -> dict[int, OutputPath]:

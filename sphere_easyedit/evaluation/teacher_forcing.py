@@ -119,7 +119,7 @@ def _score_rows(model: nn.Module, rows: Sequence[TargetRow], token_budget: int, 
                 log_probs_for: set[int]) -> list[RowScore]:
     scores: dict[int, RowScore] = {}
     lengths = [len(row.input_ids) for row in rows]
-    with frozen(model):
+    with frozen(model), torch.no_grad():
         for group in group_by_class(lengths, length_class(model.config)):  # type: ignore[arg-type]
             sequences = _sequences(rows, group)
             packed = _packing_is_exact(model, sequences)

@@ -55,6 +55,7 @@ class Method(ABC):
         is_low_rank: every change is ``R K^T``, so Gram matrices are kept from batch to batch. Set it to False if
             ``restrain`` or ``restrain_whole_change`` returns dense changes.
         restrains_whole_change: ``restrain_whole_change`` is called.
+        fine_tunes: the weights are trained by gradient descent (see ``editing.fine_tuning``) in place of step 2.
         offered_to_easyedit: EasyEdit lacks the method, so ``register`` adds it there, without SPHERE.
         reads_target_values: EasyEdit's function of this name can read our target values from its cache files.
         starting_values: its hyperparameters in a starting file (``sphere-easyedit hparams``).
@@ -68,6 +69,7 @@ class Method(ABC):
     uses_null_space: ClassVar[bool] = False
     is_low_rank: ClassVar[bool] = True
     restrains_whole_change: ClassVar[bool] = False
+    fine_tunes: ClassVar[bool] = False
     offered_to_easyedit: ClassVar[bool] = False
     reads_target_values: ClassVar[bool] = False
     starting_values: ClassVar[Mapping[str, Any]] = MappingProxyType({})
@@ -140,14 +142,30 @@ class Method(ABC):
         return change
 
 
-class WrappedMethod(Method):
-    """A method that only EasyEdit implements; SPHERE sees just its updates."""
+class _WithoutKeys(Method):
+    """A method that does not solve for the weights from keys, so that SPHERE sees just its updates."""
+
+    is_low_rank: ClassVar[bool] = False
+
+    def key_metrics(self, *_: Any, **__: Any) -> dict[int, KeyMetric | None]:
+        raise NotImplementedError(f"{self.name} weighs no keys")
+
+    def solve_densely(self, *_: Any, **__: Any) -> Tensor:
+        raise NotImplementedError(f"{self.name} weighs no keys")
+
+
+class FineTuningMethod(_WithoutKeys):
+    """A method that trains the edited weights natively."""
+
+    fine_tunes: ClassVar[bool] = True
+    default_alpha: ClassVar[float] = 0.0
+    required: ClassVar[tuple[tuple[str, ...], ...]] = (("ft_lr",), ("ft_epochs",), ("kl_factor",))
+
+
+class WrappedMethod(_WithoutKeys):
+    """A method that only EasyEdit implements."""
+
+    is_low_rank: ClassVar[bool] = True
 
     def __init__(self, name: str) -> None:
         self.name = name
-
-    def key_metrics(self, *_: Any, **__: Any) -> dict[int, KeyMetric | None]:
-        raise NotImplementedError(f"{self.name} is solved by EasyEdit")
-
-    def solve_densely(self, *_: Any, **__: Any) -> Tensor:
-        raise NotImplementedError(f"{self.name} is solved by EasyEdit")

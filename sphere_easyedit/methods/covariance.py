@@ -184,9 +184,7 @@ def _collect(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPH
     with frozen(editable.model):
         logger.info("statistics of layers %s are missing (how their inputs vary over ordinary text): collecting them, "
                     "once for all later runs with stats_dir %s", sorted(paths), hparams.stats_dir)
-        sequences = shipped_texts(fingerprints.text_origin()) if hparams.mom2_dataset == GENERATED else None
-        if sequences is None:
-            sequences = token_sequences(editable, tok, hparams, text_length(editable, hparams))
+        sequences = _texts(editable, tok, hparams, fingerprints)
         tokens = sum(len(sequence) for sequence in sequences)
         logger.info("reading %d texts, %d tokens", len(sequences), tokens)
         thin = [layer for layer in paths if tokens < 2 * editable.d_in(layer)]
@@ -203,6 +201,24 @@ def _collect(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPH
     for layer, path in paths.items():
         save_moment(path, totals[layer], tokens, hparams.mom2_n_samples, fingerprints.expected(layer))
     logger.info("statistics of layers %s are stored in %s", sorted(paths), next(iter(paths.values())).parent)
+
+
+def statistics_texts(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams
+                     ) -> list[list[int]]:
+    """Token ids of the texts that statistics are collected from; generated ones are written anew, unless they ship.
+
+    The edited weights must be the unedited ones, and the model frozen.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    return _texts(editable, tok, hparams, StatisticsFingerprints(editable, hparams, tok))
+
+
+def _texts(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHEREHyperParams,
+           fingerprints: StatisticsFingerprints) -> list[list[int]]:
+    shipped = shipped_texts(fingerprints.text_origin()) if hparams.mom2_dataset == GENERATED else None
+    return token_sequences(editable, tok, hparams, text_length(editable, hparams)) if shipped is None else shipped
 
 
 @torch.no_grad()

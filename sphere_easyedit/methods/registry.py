@@ -14,6 +14,7 @@ from .base import Method
 from .memit import MEMIT
 from .prune import PRUNE
 from .rect import RECT
+from .replay_ft import ReplayFT
 
 
 class MethodRegistry:
@@ -92,6 +93,6 @@ class MethodRegistry:
         return method
 
 
-METHODS = MethodRegistry([AlphaEdit, MEMIT, RECT, PRUNE])
+METHODS = MethodRegistry([AlphaEdit, MEMIT, RECT, PRUNE, ReplayFT])
 register_method = METHODS.add
 unregister_method = METHODS.remove

@@ -313,7 +313,6 @@ def _reset_frequencies(module: Any, *_: Any) -> None:
             setattr(module, f"{start}max_seq_len_cached", module.original_max_seq_len)
 
 
-@torch.no_grad()
 def logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor,
               **given: Any) -> Tensor:
     """Next-token logits at chosen positions only, by the model's own head.

@@ -24,6 +24,9 @@ _SAMPLE: Final = 300  # facts; the others are taken to be like them
 
 def make_plan(hparams: SPHEREHyperParams, settings: PlanSettings) -> Plan:
     """Predict what a run needs; a ValueError for an unusable config or data set, or module names that do not fit."""
+    if hparams.method.fine_tunes:
+        raise ValueError(f"base_alg is {hparams.base_alg}, whose time and memory can't be planned yet: edit a batch "
+                         "with `edit --num-edits`, and see the seconds an edit and the memory that it prints")
     source = model_source(hparams.model_name)
     config = planning_config(hparams.model_name, source)
     shape = model_shape(config, hparams.module_names(config), hparams.layers, dtype_of(config, settings.dtype))

@@ -24,9 +24,9 @@ _RANGES = MappingProxyType({
     "clamp_norm_factor": (0.5, 8.0, True),
     "nullspace_share": (0.2, 0.98, False),
 })
-# Their scale is that of the model's hidden states: searched from a 30th to 30 times the value of the start. With one
+# Their scale is the model's: searched from a 30th to 30 times the value of the start. With one
 # range for all models, half of the trials on SmolLM2-135M edited nothing.
-_RELATIVE = frozenset({"L2", "mom2_update_weight"})
+_RELATIVE = frozenset({"L2", "mom2_update_weight", "ft_lr", "kl_factor"})
 _RELATIVE_RANGE = 30.0
 
 
@@ -37,6 +37,8 @@ def searched_names(start: SPHEREHyperParams) -> list[str]:
     would always turn them off.
     """
     required = [name for group in start.method.required for name in group if name in _RANGES or name in _RELATIVE]
+    if start.method.fine_tunes:
+        return [LAYERS, "ft_lr", "kl_factor"]
     step = "v_lr" if start.normalised_steps is None else "step_norm_factor"
     return [LAYERS, step, "clamp_norm_factor", *required]
 

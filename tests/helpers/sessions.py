@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "MEMIT compensated": {"base_alg": "MEMIT", "compensate": True},
     "RECT": {"base_alg": "RECT"},
     "PRUNE": {"base_alg": "PRUNE"},
+    "ReplayFT": {"base_alg": "ReplayFT", "ft_lr": 0.01, "ft_epochs": 3, "kl_factor": 1.0, "alpha": 0.5},
 }
 Make = Callable[..., sphere.SPHEREHyperParams]
 

@@ -77,6 +77,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "MEMIT": {"keep_previous_keys": True, "principal_space": "pretrained"},
     "RECT": {},
     "PRUNE": {},
+    "ReplayFT": {"ft_lr": 0.01, "ft_epochs": 2, "kl_factor": 1.0},
 }
 Undisturbed = tuple[Path, SPHEREHyperParams, RunResult]
 
