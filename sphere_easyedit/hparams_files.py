@@ -67,6 +67,8 @@ _WRAPPED_STARTS: Mapping[str, _WrappedStart] = MappingProxyType({
                           {"gpt2": (17, 48), "gptj": (5, 28)}),
 })
 
+RECOMMENDED = "recommended"  # folder of the shipped files with what kept most edits of a model
+
 _SECTIONS = (
     ("", ("alg_name", "base_alg", "executor", "model_name", "device", "batch_size", "max_length",
           "model_parallel")),
@@ -77,7 +79,7 @@ _SECTIONS = (
      ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor",
       "context_templates", "speed", *SPEED_FIELDS, "token_budget", "seed")),
     ("Fine-tuning; kl_factor weighs the KL divergence from the unedited model on ordinary text.",
-     ("ft_lr", "ft_epochs", "ft_batch_size", "replay_ratio")),
+     ("ft_lr", "ft_epochs", "ft_batch_size", "replay_ratio", "kl_factor")),
     ("Solving for the weights.",
      ("mom2_adjustment", "mom2_update_weight", "L2", "P_loc", "nullspace_threshold", "nullspace_share",
       "rect_keep", "prune_log_base", "keep_previous_keys")),
@@ -119,6 +121,21 @@ def shipped_name(model_name: str, base_alg: str) -> str | None:
         return f"{base_alg}/{model_name}"
     return next((name for name, file in shipped.items()
                  if name.startswith(f"{base_alg}/") and read_mapping(file)["model_name"] == model_name), None)
+
+
+def recommended_file(model_name: str) -> str:
+    """Text of the recommended hyperparameters of a model, by its ``model_name`` or the file's own name.
+
+    Raises:
+        ValueError: there are none for this model.
+    """
+    name = shipped_name(model_name, RECOMMENDED)
+    if name is None:
+        models = [one.partition("/")[2] for one in available_hparams() if one.startswith(f"{RECOMMENDED}/")]
+        raise ValueError(f"nothing is recommended for {model_name!r}, which was not studied; there are "
+                         f"{', '.join(models)}. Leave out --recommended for a starting file, and see `sphere-easyedit "
+                         "tune`")
+    return _shipped()[name].read_text(encoding="utf-8")
 
 
 def _shipped() -> dict[str, Traversable]:
@@ -282,9 +299,9 @@ def render_hparams(mapping: Mapping[str, Any], header: str = "") -> str:
         header: comment lines at the top.
     """
     lines = [f"# {line}".rstrip() for line in header.splitlines()]
-    own = {"kl_factor"} if "v_lr" not in mapping else set()  # FT's, with another meaning
-    sections = [(comment, [name for name in names if name in mapping and name not in own])
-                for comment, names in _SECTIONS]
+    # kl_factor has three meanings: the optimiser's of target values, fine-tuning's, and that of EasyEdit's FT.
+    sections = [(comment, [name for name in names if name in mapping and (
+        name != "kl_factor" or ("ft_lr" if "ft_lr" in names else "v_lr") in mapping)]) for comment, names in _SECTIONS]
     named = {name for _, names in sections for name in names}
     rest = [name for name in mapping if name not in named]
     sections.insert(3, (f"Of EasyEdit's own {mapping.get('base_alg', 'method')}.", rest))

@@ -31,8 +31,9 @@ MODELS = ("llama3-8b", "llama3.1-8b", "llama3.2-1b", "llama3.2-3b", "qwen2.5-0.5
           "mistral-7b", "gpt2-xl", "gpt-j-6B", "smollm2-135m")
 MODEL_TYPES = {"llama": "llama", "qwen": "qwen2", "mistral": "mistral", "gpt2": "gpt2", "gpt-j": "gptj",
                "smollm2": "llama"}
+RECOMMENDED = ("recommended/smollm2-135m",)
 NAMES = sorted({*(f"{base}/{model}" for base in BASES for model in MODELS),
-                *(f"{base}/{model}" for base in ("AlphaEdit", "MEMIT") for model in PUBLISHED)})
+                *(f"{base}/{model}" for base in ("AlphaEdit", "MEMIT") for model in PUBLISHED), *RECOMMENDED})
 # Files whose values are those that a starting file would have, but for the target values of Gemma's.
 STARTED = [name for name in NAMES if name.partition("/")[2] in PUBLISHED and "llama" not in name
            and name != "AlphaEdit/gemma3-270m"]
