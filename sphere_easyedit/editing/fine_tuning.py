@@ -2,7 +2,7 @@
 
 With dW the change of each edited weight since the batch began, a step of Adam follows the gradient of
 
-    mean over facts of max(NLL(target) / target length, 0.02) + kl_factor * KL(unedited || edited),
+    mean over facts of max(NLL(target) / target length, 0.2) + kl_factor * KL(unedited || edited),
 
 over ``ft_batch_size`` new facts, ``replay_ratio`` times as many earlier ones, and windows of the text that statistics
 are collected from. The new facts are passed over ``ft_epochs`` times, which is known to edit better than optimising one
@@ -41,11 +41,11 @@ from .session import EditSession
 from .solve import unedited
 
 _CACHE, _HISTORY = "fine-tuning", "replay."
-_LEARNED = 0.02  # loss of a fact below which it has no gradient
+_LEARNED = 0.2  # loss of a fact below which it has no gradient
 _LEFT_OUT = 0.8  # share of the learned facts (below twice that loss) that an epoch leaves out
 _CONTEXT_SHARE = 0.5  # of the prompts that are read in a context template
 _DAMPING = 0.05  # eps, as a multiple of the mean of C's eigenvalues
-_WINDOW, _WINDOWS_A_STEP, _MOST_WINDOWS = 64, 4, 512  # tokens of a window of text, and numbers of windows
+_WINDOW, _WINDOWS_A_STEP, _MOST_WINDOWS = 64, 8, 512  # tokens of a window of text, and numbers of windows
 _WINDOWS_AT_ONCE = 8  # in a forward pass of the unedited model
 _BETAS = (0.9, 0.99)
 _PROBED = 4  # tokens of the prompt that finds out how logits are computed

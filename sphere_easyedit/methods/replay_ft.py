@@ -14,4 +14,4 @@ class ReplayFT(FineTuningMethod):
 
     name = "ReplayFT"
     starting_values: ClassVar[Mapping[str, Any]] = MappingProxyType(
-        {"ft_lr": 0.001, "ft_epochs": 8, "ft_batch_size": 50, "replay_ratio": 1.0, "kl_factor": 5.0})
+        {"ft_lr": 0.001, "ft_epochs": 10, "ft_batch_size": 50, "replay_ratio": 1.0, "kl_factor": 10.0})
