@@ -79,15 +79,16 @@ _FINE_TUNING = ("ft_lr", "ft_epochs", "ft_batch_size", "replay_ratio")
 # target-value optimiser, and what happens to an update within its batch. (Principal spaces are stored by gamma.)
 _NOT_IN_SESSION = frozenset({
     "alg_name", "model_name", "device", "batch_size", "max_length", "token_budget", "model_parallel", "stats_dir",
-    *SPEED_FIELDS, *_FINE_TUNING,
+    *SPEED_FIELDS, "step_norm_factor", *_FINE_TUNING,
     "batched_target_values", "target_values_dir", "state_memory", "state_folder", "rect_keep", "prune_log_base",
     *SPHERE_ONLY, *_OPTIMISER,
 })
 
 # Fields that no EasyEdit method has, so an unknown key close to one of them is a misspelling.
 _OURS = ("base_alg", *SPHERE_ONLY, "executor", "executor_hparams", "batched_target_values", "target_values_dir",
-         "context_templates", *SPEED_FIELDS, *_FINE_TUNING, "rect_keep", "prune_log_base", "keep_previous_keys",
-         "nullspace_share", "mom2_max_length", "token_budget", "state_memory", "state_folder", *_ALIASES)
+         "context_templates", *SPEED_FIELDS, "step_norm_factor", *_FINE_TUNING, "rect_keep", "prune_log_base",
+         "keep_previous_keys", "nullspace_share", "mom2_max_length", "token_budget", "state_memory", "state_folder",
+         *_ALIASES)
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
@@ -178,7 +179,7 @@ class SPHEREHyperParams:
     v_num_grad_steps: int = _NOT_GIVEN  # steps at most; an edit stops early at a loss below 0.05
     v_lr: float = _NOT_GIVEN  # learning rate of Adam
     # Steps along normalised gradients, in place of v_num_grad_steps of Adam: 9 do for 25 (docs/PERFORMANCE.md). None:
-    # Adam. `speed: exact`, `balanced` or `fast` in a file sets this and the three fields like it together.
+    # Adam. `speed: exact`, `balanced` or `fast` in a file sets this, contexts_per_step and target_dtype together.
     normalised_steps: int | None = None
     step_norm_factor: float = 0.4  # norm of the first of these, as a multiple of the state's own; the last has a tenth
     v_loss_layer: int = _NOT_GIVEN  # block whose output gives the loss: the last block

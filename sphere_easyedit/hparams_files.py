@@ -77,7 +77,7 @@ _SECTIONS = (
     ("Edited layers, ascending.", ("layers", "layer_selection", "fact_token")),
     ("Optimisation of target values; v_loss_layer is the model's last block.",
      ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor",
-      "context_templates", "speed", *SPEED_FIELDS, "token_budget", "seed")),
+      "context_templates", "speed", *SPEED_FIELDS, "step_norm_factor", "token_budget", "seed")),
     ("Fine-tuning; kl_factor weighs the KL divergence from the unedited model on ordinary text.",
      ("ft_lr", "ft_epochs", "ft_batch_size", "replay_ratio", "kl_factor")),
     ("Solving for the weights.",

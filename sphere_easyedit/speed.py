@@ -15,9 +15,9 @@ from .utils.messages import nearest
 SpeedName = Literal["exact", "balanced", "fast"]
 
 SPEEDS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
-    "exact": {"contexts_per_step": None, "target_dtype": None, "normalised_steps": None, "step_norm_factor": 0.4},
-    "balanced": {"contexts_per_step": 1, "target_dtype": None, "normalised_steps": 11, "step_norm_factor": 0.4},
-    "fast": {"contexts_per_step": 1, "target_dtype": "bfloat16", "normalised_steps": 9, "step_norm_factor": 0.4},
+    "exact": {"contexts_per_step": None, "target_dtype": None, "normalised_steps": None},
+    "balanced": {"contexts_per_step": 1, "target_dtype": None, "normalised_steps": 11},
+    "fast": {"contexts_per_step": 1, "target_dtype": "bfloat16", "normalised_steps": 9},
 })
 SPEED_FIELDS = tuple(SPEEDS["exact"])
 

@@ -13,8 +13,8 @@ from .options import option
 def hparams(
     model: Annotated[str, typer.Argument(help="Folder or hub name of a decoder; only its config is read.")],
     base_alg: Annotated[str, option("Base method; an unknown name lists those there are.")] = "AlphaEdit",
-    recommended: Annotated[bool, option("The settings that keep most edits of this model at least harm, where they were "
-                                        "found (docs/RESULTS.md).", "--recommended")] = False,
+    recommended: Annotated[bool, option("The settings that keep most edits of this model at least harm, if they "
+                                        "were measured (docs/RESULTS.md).", "--recommended")] = False,
     output: Annotated[Path | None, option("File to write (standard output if not given).")] = None,
 ) -> None:
     """Write a starting YAML for a decoder that has none."""
