@@ -97,6 +97,9 @@ def prepare(editable: EditableModel, tok: PreTrainedTokenizerBase, hparams: SPHE
             texts = statistics_texts(editable, tok, hparams)
             windows = [text[start: start + _WINDOW] for text in texts for start in range(0, len(text), _WINDOW)]
             windows = [window for window in windows if len(window) > 1][:_MOST_WINDOWS]
+            if not windows:
+                raise ValueError(f"mom2_dataset {hparams.mom2_dataset!r} has no text of two tokens, which fine-tuning "
+                                 "compares the edited model on: give another text")
             session.engine_caches[_CACHE] = Prepared(whitening, windows, _head_inputs(editable, windows))
 
 
@@ -156,8 +159,12 @@ def fine_tune(editable: EditableModel, requests: Sequence[TokenizedRequest], hpa
         if packs:
             stack.enter_context(attending_packed(editable.model))
         generator = torch.Generator().manual_seed(hparams.seed + session.num_batches)
-        trainer = _Trainer(editable, hparams, prepared, weights, packs, generator)
-        return FineTuned(weights, trainer.train(new, memory, progress))
+        memory = _Trainer(editable, hparams, prepared, weights, packs, generator).train(new, memory, progress)
+        for layer, weight in weights.items():
+            if not bool(torch.isfinite(weight).all()):
+                raise ValueError(f"training left values in layer {layer} that are not finite: nothing was changed. "
+                                 "Lower ft_lr, or look at the weights")
+        return FineTuned(weights, memory)
 
 
 def history_of(memory: ReplayMemory) -> dict[str, Tensor]:
@@ -172,6 +179,7 @@ class _Trainer:
                  weights: dict[int, Tensor], packs: bool, generator: torch.Generator) -> None:
         self._editable, self._hparams, self._prepared, self._weights = editable, hparams, prepared, weights
         self._packs, self._generator = packs, generator
+        self._whitening = {layer: prepared.whitening[layer].to(weight.device) for layer, weight in weights.items()}
         self._start = {layer: weight.clone() for layer, weight in weights.items()}
         self._coordinates = {layer: torch.zeros_like(weight) for layer, weight in weights.items()}
         self._adam = torch.optim.Adam(self._coordinates.values(), lr=hparams.ft_lr, betas=_BETAS)
@@ -218,11 +226,10 @@ class _Trainer:
         gradients = torch.autograd.grad(total, list(parameters.values()))
         for (layer, parameter), gradient in zip(parameters.items(), gradients, strict=True):
             parameter.requires_grad_(False)
-            self._coordinates[layer].grad = (widened(editable.orient(layer, gradient))
-                                             @ self._prepared.whitening[layer])
+            self._coordinates[layer].grad = widened(editable.orient(layer, gradient)) @ self._whitening[layer]
         self._adam.step()
         for layer, weight in self._weights.items():
-            torch.addmm(self._start[layer], self._coordinates[layer], self._prepared.whitening[layer], out=weight)
+            torch.addmm(self._start[layer], self._coordinates[layer], self._whitening[layer], out=weight)
         return losses.tolist()
 
     def _losses(self, facts: Sequence[StoredFact]) -> tuple[Tensor, Tensor]:

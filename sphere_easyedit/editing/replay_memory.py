@@ -42,7 +42,8 @@ class ReplayMemory:
         """Indices of up to ``count`` facts: half drawn at random, half those of the highest loss among more drawn."""
         order = torch.randperm(len(self.facts), generator=generator).tolist()
         hardest = sorted(order[: 4 * count], key=lambda index: -self.losses[index])[: count // 2]
-        rest = [index for index in order if index not in set(hardest)]
+        taken = set(hardest)
+        rest = [index for index in order if index not in taken]
         return hardest + rest[: count - len(hardest)]
 
     def to_tensors(self) -> dict[str, Tensor]:
