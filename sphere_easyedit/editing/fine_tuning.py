@@ -17,7 +17,7 @@ direction, as MEMIT's closed form does. Plain coordinates change ordinary text a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -62,6 +62,14 @@ class FineTuned:
 
     weights: dict[int, Tensor]
     memory: ReplayMemory
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A fact in one of its wordings, in tokens."""
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ def fine_tune(editable: EditableModel, requests: Sequence[TokenizedRequest], hpa
     Args:
         editable: the model with the weights that the batch starts from.
         requests: the tokenized edits.
-        hparams: ft_lr, ft_epochs, ft_batch_size, replay_ratio, kl_factor, target_dtype, seed.
+        hparams: ft_lr, ft_epochs, ft_batch_size, replay_ratio, kl_factor, target_dtype, token_budget, seed.
         session: prepared (see ``prepare``).
         progress: called with the number of edits whose training counts as finished, in proportion to the epochs.
 
@@ -216,48 +224,70 @@ class _Trainer:
             editable.set_weight(layer, weight)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        losses, divergence = self._losses(facts)
+        gradients = {layer: torch.zeros_like(weight) for layer, weight in self._weights.items()}
+        losses: list[float] = []
         # Fixed in size, so that the last steps, on the few facts that are left, are no larger than the others.
-        total = losses.clamp(min=_LEARNED).sum() / max(self._hparams.ft_batch_size, len(facts))
-        total = total + self._hparams.kl_factor * divergence
-        if not bool(torch.isfinite(total)):
-            raise ValueError(f"the loss of fine-tuning is {total.item()}: nothing was changed. Lower ft_lr, or look at "
-                             "the weights")
-        gradients = torch.autograd.grad(total, list(parameters.values()))
-        for (layer, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        count = max(self._hparams.ft_batch_size, len(facts))
+        texts = torch.randperm(len(self._prepared.windows), generator=self._generator)[:_WINDOWS_A_STEP].tolist()
+        positions = sum(len(scored_positions(self._prepared.windows[text])) for text in texts)
+        for part, some in self._parts(facts, texts):
+            of_facts, divergence = self._losses(part, some)
+            total = of_facts.clamp(min=_LEARNED).sum() / count + self._hparams.kl_factor * divergence / positions
+            if not bool(torch.isfinite(total)):
+                raise ValueError(f"the loss of fine-tuning is {total.item()}: nothing was changed. Lower ft_lr, or "
+                                 "look at the weights")
+            found = torch.autograd.grad(total, list(parameters.values()))
+            for (layer, gradient), own in zip(gradients.items(), found, strict=True):
+                gradient += widened(editable.orient(layer, own))
+            losses += of_facts.tolist()
+        for layer, parameter in parameters.items():
             parameter.requires_grad_(False)
-            self._coordinates[layer].grad = widened(editable.orient(layer, gradient)) @ self._whitening[layer]
+            self._coordinates[layer].grad = gradients[layer] @ self._whitening[layer]
         self._adam.step()
         for layer, weight in self._weights.items():
             torch.addmm(self._start[layer], self._coordinates[layer], self._whitening[layer], out=weight)
-        return losses.tolist()
+        return losses
 
-    def _losses(self, facts: Sequence[StoredFact]) -> tuple[Tensor, Tensor]:
-        """The loss of each fact ``(facts,)``, and the mean KL divergence on some windows of text."""
-        windows, drawn = self._prepared.windows, torch.randperm(len(self._prepared.windows), generator=self._generator)
-        texts = drawn[:_WINDOWS_A_STEP].tolist()
-        rows: list[Sequence[int]] = []
-        scored: list[Sequence[int]] = []
-        for fact in facts:
-            prompt = self._wording(fact)
-            rows.append([*prompt, *fact.target[:-1]])
-            scored.append(range(len(prompt) - 1, len(prompt) + len(fact.target) - 1))
-        for text in texts:
-            rows.append(windows[text])
-            scored.append(scored_positions(windows[text]))
-        logits = self._logits(rows, scored)
-        targets = [torch.tensor(fact.target, device=logits.device) for fact in facts]
-        count = sum(map(len, targets))  # positions of facts, before those of texts
-        tokens = F.cross_entropy(logits[:count], torch.cat(targets), reduction="none")
-        losses = torch.stack([part.mean() for part in torch.split(tokens, [len(target) for target in targets])])
-        return losses, self._divergence(logits[count:], texts)
+    def _parts(self, facts: Sequence[StoredFact], texts: Sequence[int]) -> Iterator[tuple[list[_Row], list[int]]]:
+        """Rows of facts and windows of text that run together, within ``token_budget``; a longer row runs alone."""
+        windows, budget = self._prepared.windows, self._hparams.token_budget
+        rows: list[_Row] = []
+        some: list[int] = []
+        tokens = 0
+        items: list[_Row | int] = [_Row(self._wording(fact), fact.target) for fact in facts]
+        for item in (*items, *texts):
+            size = len(windows[item]) if isinstance(item, int) else len(item.prompt) + len(item.target)
+            if tokens and tokens + size > budget:
+                yield rows, some
+                rows, some, tokens = [], [], 0
+            tokens += size
+            if isinstance(item, int):
+                some.append(item)
+            else:
+                rows.append(item)
+        yield rows, some
+
+    def _losses(self, facts: Sequence[_Row], texts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The loss of each fact ``(facts,)``, and the sum of the KL divergences on the windows."""
+        windows = self._prepared.windows
+        rows = [[*fact.prompt, *fact.target[:-1]] for fact in facts] + [windows[text] for text in texts]
+        scored = [range(len(fact.prompt) - 1, len(fact.prompt) + len(fact.target) - 1) for fact in facts]
+        logits = self._logits(rows, scored + [scored_positions(windows[text]) for text in texts])
+        count = sum(map(len, scored))  # positions of facts, before those of texts
+        targets = torch.tensor([token for fact in facts for token in fact.target], dtype=torch.long,
+                               device=logits.device)
+        tokens = F.cross_entropy(logits[:count], targets, reduction="none")
+        parts = torch.split(tokens, [len(fact.target) for fact in facts]) if facts else ()
+        losses = torch.stack([part.mean() for part in parts]) if parts else tokens
+        return losses, self._divergence(logits[count:], texts) if texts else logits.new_zeros(())
 
     def _divergence(self, logits: Tensor, texts: Sequence[int]) -> Tensor:
+        """Sum of ``KL(unedited || edited)`` over the scored positions of some windows."""
         editable = self._editable
         with torch.no_grad():
             inputs = torch.cat([self._prepared.head_inputs[text] for text in texts]).to(logits.device)
             before = F.log_softmax(editable.logit_map.from_head(editable.lm_head(inputs).float()), dim=-1)
-        return (before.exp() * (before - logits.log_softmax(dim=-1))).sum(dim=-1).mean()
+        return (before.exp() * (before - logits.log_softmax(dim=-1))).sum()
 
     def _wording(self, fact: StoredFact) -> tuple[int, ...]:
         """The prompt alone or in one of the context templates."""

@@ -81,6 +81,14 @@ def test_one_step_is_that_of_a_plain_reimplementation(family: str, make: Make, t
         assert error / change.norm() < 0.02, float(error / change.norm())
 
 
+def test_a_small_token_budget_changes_rounding_only(make: Make, tok: PreTrainedTokenizerBase) -> None:
+    old = edited_weights(tiny_model("llama"), make())
+    whole, split = (edit(tiny_model("llama"), tok, make(token_budget=budget, ft_epochs=1), [REQUESTS])
+                    for budget in (4096, 1))
+    for layer, weight in whole.items():
+        assert (weight - split[layer]).norm() < 1e-2 * (weight - old[layer]).norm()
+
+
 def test_facts_are_learned_kept_and_measured(make: Make, tok: PreTrainedTokenizerBase) -> None:
     model, hparams = tiny_model("llama"), make(ft_epochs=30)
     records = load_records("demo", None, 6, 0)
