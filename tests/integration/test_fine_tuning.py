@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 import sphere_easyedit as sphere
-from helpers.models import REQUESTS, edited_weights, tiny_hparams, tiny_model
+from helpers.models import REQUESTS, edited_weights, save_tiny_model, tiny_hparams, tiny_model
+from helpers.processes import call_cli
 from helpers.sessions import BATCHES, edit, equal
 from helpers.sessions import folder as folder  # a fixture
 from sphere_easyedit.core.projection import PrincipalSpace
@@ -31,9 +35,13 @@ Make = Callable[..., sphere.SPHEREHyperParams]
 Tokens = st.lists(st.integers(0, 99), min_size=1, max_size=4).map(tuple)
 
 
+def make_settings(folder: Path, family: str = "llama", **changes: Any) -> sphere.SPHEREHyperParams:
+    return tiny_hparams(folder / family, **{**SETTINGS, **changes})
+
+
 @pytest.fixture
 def make(folder: Path) -> Make:
-    return lambda family="llama", **changes: tiny_hparams(folder / family, **{**SETTINGS, **changes})
+    return partial(make_settings, folder)
 
 
 def memory_of(session: sphere.EditSession) -> ReplayMemory:
@@ -204,3 +212,24 @@ def test_it_is_not_planned(make: Make) -> None:
         make_plan(make(), PlanSettings(4, 2))
 
 
+
+
+def test_what_is_recommended_is_printed_or_refused(tmp_path: Path) -> None:
+    printed = call_cli("hparams", "smollm2-135m", "--recommended", cwd=tmp_path)
+    (tmp_path / "mine.yaml").write_text(printed.stdout)
+    assert sphere.SPHEREHyperParams.from_hparams(tmp_path / "mine.yaml").base_alg == "ReplayFT"
+    refused = call_cli("hparams", "gpt2", "--recommended", cwd=tmp_path)
+    assert refused.returncode != 0
+    assert "nothing is recommended for 'gpt2'" in refused.stderr
+
+
+def test_a_run_of_the_command_line_learns_its_facts(tmp_path: Path, folder: Path) -> None:
+    save_tiny_model(tmp_path / "tiny", "llama")
+    (tmp_path / "hparams.yaml").write_text(yaml.safe_dump(
+        make_settings(folder, model_name=str(tmp_path / "tiny"), ft_epochs=30).to_dict()))
+    done = call_cli("edit", "--hparams", "hparams.yaml", "--dataset", "demo", "--num-edits", "4", "--batch-size", "2",
+                    "--output", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["pre"]["efficacy"]["mean"] == 0
+    assert summary["post"]["efficacy"]["mean"] >= 75
