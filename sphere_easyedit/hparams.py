@@ -84,11 +84,11 @@ _NOT_IN_SESSION = frozenset({
     *SPHERE_ONLY, *_OPTIMISER,
 })
 
-# Fields that no EasyEdit method has, so an unknown key close to one of them is a misspelling.
+# Fields that no EasyEdit method has, so an unknown key close to one of them is a misspelling. (ReplayFT's are left out:
+# ULTRAEDIT's `batch_size_once` is too much like `ft_batch_size`.)
 _OURS = ("base_alg", *SPHERE_ONLY, "executor", "executor_hparams", "batched_target_values", "target_values_dir",
-         "context_templates", *SPEED_FIELDS, "step_norm_factor", *_FINE_TUNING, "rect_keep", "prune_log_base",
-         "keep_previous_keys", "nullspace_share", "mom2_max_length", "token_budget", "state_memory", "state_folder",
-         *_ALIASES)
+         "context_templates", *SPEED_FIELDS, "step_norm_factor", "rect_keep", "prune_log_base", "keep_previous_keys",
+         "nullspace_share", "mom2_max_length", "token_budget", "state_memory", "state_folder", *_ALIASES)
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
