@@ -268,8 +268,8 @@ def test_logits_at_chosen_positions(model_type: str, changes: dict[str, Any]) ->
     input_ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     mask = (torch.arange(11) < torch.tensor(lengths).unsqueeze(1)).long()
     rows, columns = torch.tensor([2, 0, 1, 1, 2, 1]), torch.tensor([6, 3, 0, 10, 2, 10])
-    found = logits_at(model, input_ids, mask, rows, columns)
     with torch.no_grad():
+        found = logits_at(model, input_ids, mask, rows, columns)
         alone = [model(input_ids=sequence.unsqueeze(0)).logits[0] for sequence in sequences]
         whole = model(input_ids=input_ids, attention_mask=mask).logits
     expected = torch.stack([alone[row][column] for row, column in zip(rows.tolist(), columns.tolist(), strict=True)])
