@@ -300,8 +300,9 @@ def render_hparams(mapping: Mapping[str, Any], header: str = "") -> str:
     """
     lines = [f"# {line}".rstrip() for line in header.splitlines()]
     # kl_factor has three meanings: the optimiser's of target values, fine-tuning's, and that of EasyEdit's FT.
+    beside = "ft_lr" if mapping.get("ft_lr") is not None else "v_lr"
     sections = [(comment, [name for name in names if name in mapping and (
-        name != "kl_factor" or ("ft_lr" if "ft_lr" in names else "v_lr") in mapping)]) for comment, names in _SECTIONS]
+        name != "kl_factor" or (beside in names and beside in mapping))]) for comment, names in _SECTIONS]
     named = {name for _, names in sections for name in names}
     rest = [name for name in mapping if name not in named]
     sections.insert(3, (f"Of EasyEdit's own {mapping.get('base_alg', 'method')}.", rest))

@@ -126,6 +126,13 @@ def test_every_shipped_file_names_its_sources_and_is_listed() -> None:
         assert "Sources of the values" in file.read_text().splitlines()[0], file
 
 
+@pytest.mark.parametrize("name", ["recommended/smollm2-135m", "MEMIT/smollm2-135m", "FT/smollm2-135m"])
+def test_all_hyperparameters_are_written_once_and_read_back(name: str, tmp_path: Path) -> None:
+    hparams = SPHEREHyperParams.from_hparams(name)
+    (tmp_path / "all.yaml").write_text(render_hparams(hparams.to_dict()))
+    assert SPHEREHyperParams.from_hparams(tmp_path / "all.yaml") == hparams
+
+
 def test_small_models_have_settings_of_their_own() -> None:
     hparams = SPHEREHyperParams.from_hparams("AlphaEdit/smollm2-135m")
     assert (hparams.model_name, hparams.v_loss_layer, hparams.mom2_dataset) == ("smollm2-135m", 29, "generated")
