@@ -114,7 +114,7 @@ class NativeEngine(Engine):
         tokenize_batch(editable, tok, requests, session)
 
     def prepare(self, editable: EditableModel, batch: Batch, hparams: SPHEREHyperParams, session: EditSession) -> Batch:
-        prepare_session(editable, batch.tok, hparams, session)
+        self.prepare_run(editable, batch.tok, hparams, session, len(batch.requests))
         return replace(batch, tokenized=tokenize_batch(editable, batch.tok, batch.requests, session))
 
     def solve(self, editable: EditableModel, batch: Batch, hparams: SPHEREHyperParams, session: EditSession,
@@ -139,10 +139,6 @@ class FineTuningEngine(NativeEngine):
                     session: EditSession, batch_size: int) -> None:
         prepare_contexts(editable, tok, hparams, session)
         fine_tuning.prepare(editable, tok, hparams, session)
-
-    def prepare(self, editable: EditableModel, batch: Batch, hparams: SPHEREHyperParams, session: EditSession) -> Batch:
-        self.prepare_run(editable, batch.tok, hparams, session, len(batch.requests))
-        return replace(batch, tokenized=tokenize_batch(editable, batch.tok, batch.requests, session))
 
     def solve(self, editable: EditableModel, batch: Batch, hparams: SPHEREHyperParams, session: EditSession,
               transform: UpdateTransform | None, progress: Callable[[int], None] | None) -> BatchSolution:

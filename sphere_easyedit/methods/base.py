@@ -145,8 +145,6 @@ class Method(ABC):
 class _WithoutKeys(Method):
     """A method that does not solve for the weights from keys, so that SPHERE sees just its updates."""
 
-    is_low_rank: ClassVar[bool] = False
-
     def key_metrics(self, *_: Any, **__: Any) -> dict[int, KeyMetric | None]:
         raise NotImplementedError(f"{self.name} weighs no keys")
 
@@ -158,14 +156,13 @@ class FineTuningMethod(_WithoutKeys):
     """A method that trains the edited weights natively."""
 
     fine_tunes: ClassVar[bool] = True
+    is_low_rank: ClassVar[bool] = False
     default_alpha: ClassVar[float] = 0.0
     required: ClassVar[tuple[tuple[str, ...], ...]] = (("ft_lr",), ("ft_epochs",), ("kl_factor",))
 
 
 class WrappedMethod(_WithoutKeys):
     """A method that only EasyEdit implements."""
-
-    is_low_rank: ClassVar[bool] = True
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -38,7 +38,7 @@ def searched_names(start: SPHEREHyperParams) -> list[str]:
     """
     required = [name for group in start.method.required for name in group if name in _RANGES or name in _RELATIVE]
     if start.method.fine_tunes:
-        return [LAYERS, "ft_lr", "kl_factor"]
+        return [LAYERS, *required]
     step = "v_lr" if start.normalised_steps is None else "step_norm_factor"
     return [LAYERS, step, "clamp_norm_factor", *required]
 
