@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -362,7 +361,7 @@ def test_module_names_are_no_format_strings(tmp_path: Path, template: str) -> No
 HOSTILE = (
     "<script>window.hurt=1</script>", "</script><script>window.hurt=1</script>", "<!--<script>", "]]>", "--></style>",
     "\" onload=\"window.hurt=1", "' onerror='window.hurt=1", "<img src=x onerror=window.hurt=1>",
-    "\u2028window.hurt=1", "{{ 7 * 7 }}{% raw %}", "javascript:window.hurt=1", "&lt;script&gt;", "\\u003c/script>",
+    "\u2028window.hurt=1", "{{ 86453 * 97231 }}{% raw %}", "javascript:window.hurt=1", "&lt;script&gt;", "\\u003c/script>",
     "datum.x || alert(1)")
 
 
@@ -444,7 +443,8 @@ def test_texts_do_not_become_a_reports_elements(tmp_path: Path, tame: Skeleton, 
     assert found.scripts[1:] == tame.scripts[1:]  # the data alone differs
     data = json.loads(found.scripts[0])
     assert data["cases"][0]["rows"][0][:4] == [text] * 4
-    assert "7 * 7" not in text or "49" not in re.sub(r"\s", "", page.split("<main")[1].split("<script")[0])
+    # Evaluated as a template, the product would be there; two digits would also be in a temporary folder's name.
+    assert str(86453 * 97231) not in page
 
 
 def test_texts_do_not_become_a_figures_elements(tmp_path: Path) -> None:
