@@ -361,8 +361,8 @@ def test_module_names_are_no_format_strings(tmp_path: Path, template: str) -> No
 HOSTILE = (
     "<script>window.hurt=1</script>", "</script><script>window.hurt=1</script>", "<!--<script>", "]]>", "--></style>",
     "\" onload=\"window.hurt=1", "' onerror='window.hurt=1", "<img src=x onerror=window.hurt=1>",
-    "\u2028window.hurt=1", "{{ 86453 * 97231 }}{% raw %}", "javascript:window.hurt=1", "&lt;script&gt;", "\\u003c/script>",
-    "datum.x || alert(1)")
+    "\u2028window.hurt=1", "{{ 86453 * 97231 }}{% raw %}", "javascript:window.hurt=1", "&lt;script&gt;",
+    "\\u003c/script>", "datum.x || alert(1)")
 
 
 def run_with(folder: Path, text: str) -> Path:
