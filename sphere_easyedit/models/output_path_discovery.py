@@ -145,12 +145,16 @@ def _find_norm(probe: BlockProbe, first: ProbeRun, steps: Sequence[Tensor], real
 
 
 def _by_channel(pairs: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> Tensor | None:
-    """The factor ``(1,)`` or ``(d,)`` by which each first tensor is a multiple of the second, or None."""
+    """The factor ``(1,)`` or ``(d,)`` by which each first tensor is a multiple of the second, or None.
+
+    A channel that is always 0, as behind a norm whose gain is 0 there, does not show its factor: it gets the others'.
+    """
     outputs, inputs = (torch.cat([pair[i].double() for pair in pairs]) for i in (0, 1))
-    factor = (outputs * inputs).sum(dim=0) / inputs.square().sum(dim=0)
+    sizes = inputs.square().sum(dim=0)
+    overall = ((outputs * inputs).sum() / sizes.sum()).reshape(1)
+    factor = torch.where(sizes > 0.0, (outputs * inputs).sum(dim=0) / sizes, overall)
     if not bool(torch.isfinite(factor).all()) or relative_difference(outputs, factor * inputs) > tolerance(like):
         return None
-    overall = ((outputs * inputs).sum() / inputs.square().sum()).reshape(1)
     if _rms(factor - overall) < math.sqrt(len(factor)) * _equality(like) * float(overall.abs()):
         return torch.ones_like(overall) if abs(float(overall) - 1.0) < _equality(like) else overall
     return factor

@@ -34,11 +34,13 @@ PROMPTS = [[5, 17, 90, 200, 31], [7, 300, 12, 45, 6, 99, 1000, 23]]
 Way = Callable[[nn.Module, Tensor, Tensor], Tensor]  # of the block, the stream and the network's output
 
 
-def _norm(kind: type[nn.Module] = nn.RMSNorm) -> nn.Module:
+def _norm(kind: type[nn.Module] = nn.RMSNorm, zeros: int = 0) -> nn.Module:
+    """A norm of random gains and biases; the first ``zeros`` gains are 0, as some of Gemma-3-270M's are."""
     generator = torch.Generator().manual_seed(1)
     norm = kind(WIDTH, eps=1e-5)
     with torch.no_grad():
         norm.weight.copy_(torch.randn(WIDTH, generator=generator).abs() + 0.2)
+        norm.weight[:zeros] = 0.0
         if getattr(norm, "bias", None) is not None:
             norm.bias.copy_(torch.randn(WIDTH, generator=generator))
     return norm
@@ -65,6 +67,8 @@ WAYS: dict[str, tuple[dict[str, Callable[[], nn.Module]], Way]] = {
     "norm": ({"post": _norm}, lambda b, x, y: x + b.post(y)),
     "norm times constant": ({"post": _norm}, lambda b, x, y: x + 0.2 * b.post(3.0 * y)),
     "layer norm": ({"anything": lambda: _norm(nn.LayerNorm)}, lambda b, x, y: x + b.anything(y)),
+    "norm with gains of 0": ({"post": lambda: _norm(zeros=2)}, lambda b, x, y: x + 0.5 * b.post(y)),
+    "layer norm with gains of 0": ({"post": lambda: _norm(nn.LayerNorm, 2)}, lambda b, x, y: x + b.post(y)),
     "norm of the sum": ({"ln_2": _norm}, lambda b, x, y: b.ln_2(x + y)),
     "layer norm of the sum": ({"ln_2": lambda: _norm(nn.LayerNorm)}, lambda b, x, y: b.ln_2(x + y)),
     "gate": ({"gate": lambda: _Gate(1)}, lambda b, x, y: x + b.gate(x) * y),
@@ -131,6 +135,9 @@ def test_kinds_are_told_apart() -> None:
         assert path.eps == pytest.approx(1e-5, rel=0.01)
         gains = _norm().weight.detach().double() * (0.2 if name == "norm times constant" else 1.0)
         torch.testing.assert_close(path.gains, gains, rtol=1e-4, atol=1e-5)
+    with_zeros = found["norm with gains of 0"]
+    assert isinstance(with_zeros, Normalised)
+    torch.testing.assert_close(with_zeros.gains, 0.5 * _norm(zeros=2).weight.detach().double(), rtol=1e-4, atol=1e-5)
     assert found["gate"] == Gated(by_channel=False)
     assert found["gate by channel"] == Gated(by_channel=True)
 
