@@ -26,7 +26,7 @@ class StartOptions:
 
     PANEL: ClassVar = "Method"
 
-    base_alg: Annotated[str, option("Base method: AlphaEdit, MEMIT, RECT or PRUNE.")] = "AlphaEdit"
+    base_alg: Annotated[str, option("Base method: AlphaEdit, MEMIT, RECT, PRUNE or ReplayFT.")] = "AlphaEdit"
     hparams: Annotated[str | None, option("YAML file or short name to start from (the shipped file of the model if "
                                           "not given, else what `hparams MODEL` writes, with generated statistics).")
                        ] = None
@@ -107,8 +107,8 @@ def tune(
 ) -> None:
     r"""Search hyperparameters of a base method for a model.
 
-    Searched: layers, v_lr (step_norm_factor with a speed), clamp_norm_factor; L2 and nullspace_share (AlphaEdit);
-    mom2_update_weight (the others).
+    Searched: layers; ft_lr and kl_factor (ReplayFT), else v_lr (step_norm_factor with a speed) and clamp_norm_factor,
+    with L2 and nullspace_share (AlphaEdit) or mom2_update_weight (MEMIT, RECT, PRUNE).
 
     Objective: the mean of efficacy and generalization of the edited facts, within limits on perplexity and specificity.
 
