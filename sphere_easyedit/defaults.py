@@ -14,6 +14,10 @@ TUNE_TEXT_TOKENS: Final = 2048
 TUNE_RISE: Final = 5.0  # of perplexity against the unedited model, in percent
 TUNE_LOSS: Final = 3.0  # of specificity against the unedited model, in points
 
+# Of a repair (see ``runs.repair.RepairSettings``).
+REPAIR_ROUNDS: Final = 2
+REPAIR_NORM: Final = 1.2  # of the norm before it
+
 # Of the guard (see ``callbacks.drift_guard.DriftGuard``).
 GUARD_ENERGY: Final = 2.0
 GUARD_NORM: Final = 1.25

@@ -81,6 +81,8 @@ class HETracker(EditCallback):
         energy = {layer: event.energy(layer) for layer in layers}
         first = self.records[0].energy if self.records else energy
         change = {layer: energy[layer] / first[layer] - 1.0 if first[layer] else 0.0 for layer in layers}
+        # After a repair, which adds no edits, the record replaces the one before it.
+        self.records = [record for record in self.records if record.num_edits != event.num_edits]
         self.records.append(EnergyRecord(event.num_edits, energy, change))
         if self.path is not None:
             self.to_csv(self.path)

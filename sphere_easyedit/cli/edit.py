@@ -21,6 +21,8 @@ from ..defaults import (
     GUARD_NORM,
     GUARD_WARMUP,
     KEEP_CHECKPOINTS,
+    REPAIR_NORM,
+    REPAIR_ROUNDS,
 )
 from .common import Consoles, live_line, load_replicas, on_one_line, progress_of, set_up, starting
 from .options import DataOptions, EvaluationOptions, MethodOptions, Quiet, Verbose, option, with_option_groups
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from ..editing.callbacks import EditCallback
     from ..hparams import SPHEREHyperParams
     from ..report.live import LiveReport
+    from ..runs.repair import RepairSettings
     from ..runs.result import RunResult
     from ..runs.schedule import MeasureSettings
     from ..runs.sequential import RunSettings
@@ -101,6 +104,28 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RepairOptions:
+    """Editing facts again that later edits have overwritten (see ``runs.repair``)."""
+
+    PANEL: ClassVar = "Repair"
+
+    repair_every: Annotated[int | None, option(
+        "After every this many edits, and after the last, find the facts that the model no longer predicts, and edit "
+        "them again (native methods).", min=1)] = None
+    repair_rounds: Annotated[int, option("Times that facts are looked for and edited again, at most, in one repair.",
+                                         min=1)] = REPAIR_ROUNDS
+    repair_norm: Annotated[float, option("Largest factor by which one repair may raise the norm of the weights' "
+                                         "change.")] = REPAIR_NORM
+
+    def of_run(self) -> RepairSettings | None:
+        """The run's repair settings, if it is to be repaired."""
+        from ..runs.repair import RepairSettings
+
+        return None if self.repair_every is None else RepairSettings(self.repair_every, self.repair_rounds,
+                                                                     self.repair_norm)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuardOptions:
     """Detection of a coming collapse (see ``DriftGuard``)."""
 
@@ -157,7 +182,7 @@ class RunOutput:
 
 @with_option_groups
 def edit(method: MethodOptions, data: RunData, evaluation: RunEvaluation, checkpoints: CheckpointOptions,
-         guard: GuardOptions, output: RunOutput) -> None:
+         repair: RepairOptions, guard: GuardOptions, output: RunOutput) -> None:
     """Edit facts into a model, batch after batch, and measure it before, during and after."""
     consoles = set_up(output.verbose, output.quiet)
     with starting(consoles, output.quiet):
@@ -166,7 +191,7 @@ def edit(method: MethodOptions, data: RunData, evaluation: RunEvaluation, checkp
 
         hparams = method.load()
         trackers, report = RunTrackers(output.tracker, output.quiet), output.live_report()
-        settings = _run_settings(method, data, evaluation, checkpoints, output)
+        settings = _run_settings(method, data, evaluation, checkpoints, repair, output)
         records = data.records(settings.measure.protocols[0])
         model, tok, leading = load_replicas(hparams, method.dtype)
     callbacks = [*_factor_keepers(checkpoints.keep_factors, hparams, output.output),
@@ -183,7 +208,7 @@ def edit(method: MethodOptions, data: RunData, evaluation: RunEvaluation, checkp
 
 
 def _run_settings(method: MethodOptions, data: RunData, evaluation: RunEvaluation, checkpoints: CheckpointOptions,
-                  output: RunOutput) -> RunSettings:
+                  repair: RepairOptions, output: RunOutput) -> RunSettings:
     from ..runs.sequential import RunSettings
 
     described = {"command": " ".join(["sphere-easyedit", *sys.argv[1:]]), "hparams_file": method.hparams,
@@ -191,7 +216,7 @@ def _run_settings(method: MethodOptions, data: RunData, evaluation: RunEvaluatio
                  "order_seed": data.order_seed, "skip": data.skip}
     return RunSettings(output.output, data.batch_size, output.examples, described, evaluation.of_run(),
                        checkpoints.resume, checkpoints.checkpoint_every, checkpoints.keep_checkpoints,
-                       checkpoints.keep_weights_every, on_error=data.on_error)
+                       checkpoints.keep_weights_every, repair.of_run(), data.on_error)
 
 
 def _factor_keepers(enabled: bool, hparams: SPHEREHyperParams, output: Path) -> list[EditCallback]:
@@ -213,6 +238,10 @@ def _print_result(consoles: Consoles, result: RunResult, hparams: SPHEREHyperPar
             consoles.print_line(line, "dim")
     for skipped in summary.get("skipped", ()):
         consoles.print_line(f"Left out: case_id {skipped['case_id']} ({skipped['error']})")
+    if summary.get("repaired") is not None:
+        left = len(summary["unrepaired"])
+        consoles.print_line(f"Edited again: {summary['repaired']} facts; {left} are still not predicted"
+                            + (", listed as unrepaired in summary.json" if left else ""))
     if summary.get("stopped"):
         consoles.print_line(f"Stopped after {summary['num_edits']} edits: {summary['stopped']}")
     changes = result.tracker.records[-1].relative_change

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -109,7 +109,12 @@ class EditCallback:
 
     An exception in a hook of a batch (``on_batch_start``, ``review``, ``on_batch_end``) undoes the batch. One in
     ``on_measured`` or ``on_run_end`` ends the run; its files are kept, and the run can be resumed.
+
+    Attributes:
+        allows_repair: works in a run that is repaired (see ``runs.repair``), of which it sees the other batches only.
     """
+
+    allows_repair: ClassVar[bool] = True
 
     def on_batch_start(self, event: EditEvent) -> None:
         """Called before a batch changes anything."""

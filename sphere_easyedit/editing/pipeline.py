@@ -36,6 +36,7 @@ def apply_sphere_to_model(
     callbacks: Sequence[EditCallback] = (),
     executor: Executor | None = None,
     progress: Callable[[int], None] | None = None,
+    replaces: Sequence[int] = (),
     **kwargs: Any,
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Edit one batch of facts into a model by a base method with SPHERE (Eq. 12, 13).
@@ -56,6 +57,8 @@ def apply_sphere_to_model(
             the requests and ``hparams`` unchanged, and ``kwargs``. By default, ``executor: easyedit`` in the
             hyperparameters selects EasyEdit's own function for ``base_alg``.
         progress: called with the number of edits whose target values are finished; with an executor, once at its end.
+        replaces: earlier edits of the session, counted from 0, that these requests make anew, as ``repair`` does: their
+            keys no longer count, and the new ones take the last places in that order. Native methods only.
         kwargs: passed to ``executor``; ignored by native solves (EasyEdit's ``keep_original_weight`` and the like).
 
     Returns:
@@ -82,18 +85,21 @@ def apply_sphere_to_model(
                 model = copying.deepcopy(model)
         with exclusive(model):
             return _edit_batch(model, tok, dicts, hparams, return_orig_weights, session, callbacks, executor, progress,
-                               kwargs)
+                               list(replaces), kwargs)
 
 
 def _edit_batch(
     model: nn.Module, tok: PreTrainedTokenizerBase, requests: Sequence[Mapping[str, Any]], hparams: SPHEREHyperParams,
     return_orig_weights: bool, session: EditSession | None, callbacks: Sequence[EditCallback],
-    executor: Executor | None, progress: Callable[[int], None] | None, kwargs: Mapping[str, Any],
+    executor: Executor | None, progress: Callable[[int], None] | None, replaces: list[int], kwargs: Mapping[str, Any],
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     session = EditSession.of(model) if session is None else session
     editable = hparams.editable(model, session.known_names(model, hparams))
     engine = engine_of(hparams, session, kwargs) if executor is None else ExecutorEngine(executor, hparams, kwargs)
     engine.check(editable, hparams)
+    if replaces and isinstance(engine, ExecutorEngine):
+        raise ValueError("replaces is given, but an executor's state does not tell single edits apart: set executor to "
+                         "'native'")
     hparams = SPHEREHyperParams.from_dict(hparams.to_dict())  # validates attributes that were set after construction
     with session.unchanged_on_error():
         # 1. Prepare: check and tokenize the requests, collect statistics and context templates if missing.
@@ -101,7 +107,9 @@ def _edit_batch(
         session.bind(editable, hparams)
         batch = engine.prepare(editable, Batch(tok, requests, read_requests(editable, tok, requests, session)), hparams,
                                session)
+        session.forget_keys(replaces)
         warn_of_contradictions(batch.requests)
+        added = len(batch.requests) - len(replaces)
         seconds = {"preparation": time.perf_counter() - started}
         grams = GramMatrices(editable, session.grams,
                              editable.layers if carries_grams(hparams, engine.is_low_rank) else [])
@@ -130,14 +138,14 @@ def _edit_batch(
             # 4. Notify callbacks, which may scale the change back, and update the session.
             weights = editable.weights()  # read again: an executor may have replaced the parameters
             targets = solution.target_values
-            event = replace(event, weights=weights, num_edits=session.num_edits + len(batch.requests),
+            event = replace(event, weights=weights, num_edits=session.num_edits + added,
                             num_batches=session.num_batches + 1, losses=[] if targets is None else targets.losses,
                             update_norms=change_norms(weights, before), seconds=seconds)
             event = review_batch(event, callbacks, before, editable.weights, partial(writer.scale_back, before))
             event = replace(event, updates=writer.written)
             for callback in callbacks:
                 callback.on_batch_end(event)
-            session.commit(editable, len(batch.requests), solution.history, writer.unrestrained, grams.carried)
+            session.commit(editable, added, solution.history, writer.unrestrained, grams.carried)
     originals = {editable.parameter_name(layer): editable.orient(layer, weight).contiguous()
                  for layer, weight in before.items()} if return_orig_weights else {}
     return model, originals

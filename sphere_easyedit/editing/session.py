@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,26 @@ class EditSession:
             vars(self).clear()
             vars(self).update(saved)
             raise
+
+    def forget_keys(self, edits: Sequence[int]) -> None:
+        """Leave out the keys of earlier edits, which are about to be made anew; after ``prepare_session``.
+
+        Args:
+            edits: in the order of the keys, from 0.
+
+        Raises:
+            ValueError: there is no such edit, or one is named twice.
+        """
+        chosen = set(edits)
+        if len(chosen) < len(edits) or not chosen <= set(range(self.num_edits)):
+            raise ValueError(f"edits to make anew are {sorted(edits)[:10]}: give different numbers from 0 to "
+                             f"{self.num_edits - 1}")
+        if not chosen or all(history.num_keys == 0 for history in self.history.values()):
+            return
+        kept = torch.tensor([edit for edit in range(self.num_edits) if edit not in chosen], dtype=torch.long)
+        self.history = {layer: KeyHistory(history.keys[:, kept], self.metrics[layer], history.device, self.store)
+                        for layer, history in self.history.items()}
+        self.key_files = ()
 
     def _changed_layers(self, editable: EditableModel) -> list[int]:
         return [layer for layer, was in self._fingerprints.items() if Fingerprint.of(editable.weight(layer)) != was]

@@ -101,11 +101,20 @@ def edit_efficacy(model: nn.Module, tok: PreTrainedTokenizerBase, records: Seque
     Raises:
         ValueError: the protocol is not defined for a record.
     """
+    values = [value for value in efficacies(model, tok, records, protocol) if value is not None]
+    return 100.0 * sum(values) / len(values) if values else None
+
+
+def efficacies(model: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord],
+               protocol: Protocol = "paper") -> list[float | None]:
+    """Each record's efficacy, 0 to 1, without running its other prompts; None where it is not defined.
+
+    Raises:
+        ValueError: the protocol is not defined for a record.
+    """
     edits_only = [replace(record, paraphrase_prompts=(), neighborhood_prompts=(), generation_prompts=(),
                           portability_prompts=()) for record in records]
-    scores = evaluate_records(model, tok, edits_only, protocol)
-    values = [score.efficacy for score in scores if score.efficacy is not None]
-    return 100.0 * sum(values) / len(values) if values else None
+    return [score.efficacy for score in evaluate_records(model, tok, edits_only, protocol)]
 
 
 def evaluate_protocols(

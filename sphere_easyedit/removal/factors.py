@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import ClassVar, Final, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
@@ -136,6 +136,8 @@ class FactorKeeper(EditCallback):
     later batches and records of later removals are deleted. The base method must be AlphaEdit or MEMIT, solved
     natively; a ValueError if it is not, for a custom executor at the end of its first batch, which is then undone.
     """
+
+    allows_repair: ClassVar[bool] = False  # a fact would have factors in two batches
 
     def __init__(self, folder: str | Path, hparams: SPHEREHyperParams) -> None:
         source = f"executor {hparams.executor}" if hparams.executor != "native" else hparams.base_alg

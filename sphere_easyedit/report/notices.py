@@ -108,6 +108,11 @@ def _left_out(run: ReportRun) -> list[Notice]:
     if skipped:
         notices.append(Notice("note", run.label, f"left out {len(skipped)} facts that can't be edited, the first "
                                                  f"case_id {skipped[0].case_id} ({skipped[0].error})."))
+    if summary.repaired is not None:
+        lost = len(summary.unrepaired)
+        notices.append(Notice("note", run.label, f"edited {summary.repaired:,} facts again that later edits had "
+                                                 f"overwritten; {lost:,} are still not predicted"
+                                                 + (f", the first case_id {summary.unrepaired[0]}." if lost else ".")))
     if stopped:
         notices.append(Notice("warning", run.label, f"was stopped after {summary.num_edits:,} of "
                                                     f"{summary.num_facts:,} facts: {stopped}"))

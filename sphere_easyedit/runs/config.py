@@ -85,6 +85,7 @@ def check_same_run(run: RunDirectory, config: Mapping[str, Any]) -> bool:
         pairs["follows"] = (was["run"].get("follows"), None)  # removed: PRUNE took another run's weights
         pairs |= {f"measure.{name}": (was["run"]["measure"].get(name), config["run"]["measure"][name])
                   for name in _FIXED_MEASURES}
+        pairs["repair"] = (was["run"].get("repair"), config["run"]["repair"])
         if "callbacks" in was["run"]:  # older runs did not write them down
             pairs["callbacks"] = (was["run"]["callbacks"], config["run"]["callbacks"])
         old, new = was["run"]["measure"].get("abilities") or {}, config["run"]["measure"]["abilities"]

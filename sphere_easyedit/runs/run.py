@@ -21,6 +21,7 @@ from ..defaults import BATCH_SIZE, CHECKPOINT_EVERY, TEXT_TOKENS
 from ..editing.callbacks import EditCallback
 from ..evaluation.text_quality import Decoding
 from ..hparams import SPHEREHyperParams
+from .repair import RepairSettings
 from .result import RunResult
 from .schedule import MeasureSettings
 from .sequential import RunSettings, run_sequential
@@ -46,6 +47,7 @@ def run(
     text_tokens: int | None = TEXT_TOKENS,
     fluency: bool = False,
     examples: int = 3,
+    repair_every: int | None = None,
     on_error: OnError = "stop",
     checkpoint_every: int = CHECKPOINT_EVERY,
     resume: bool = False,
@@ -75,6 +77,8 @@ def run(
         text_tokens: number of tokens of it to use; None for all.
         fluency: measure the fluency of generated text.
         examples: number of facts whose continuations, before and after, the result shows.
+        repair_every: after every this many edits, and after the last, find the facts that the model no longer predicts
+            and edit them again (see ``runs.repair``).
         on_error: ``stop`` at facts that cannot be edited, or ``skip`` them.
         checkpoint_every: minimum number of edits between checkpoints.
         resume: continue the run in ``output`` from its last checkpoint, with ``model`` as it was before the run.
@@ -100,6 +104,7 @@ def run(
 
     def edit(directory: Path) -> RunResult:
         options = RunSettings(directory, batch_size, examples, described, measure, resume, checkpoint_every,
+                              repair=None if repair_every is None else RepairSettings(repair_every),
                               on_error=on_error)
         if not progress:
             return run_sequential(model, tok, facts, settings, options, callbacks)

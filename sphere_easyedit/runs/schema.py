@@ -12,6 +12,7 @@ file                     content
 ``scores/*.jsonl``       ``metrics.CaseScores``, one per case and protocol; a file per evaluation
 ``texts/*.jsonl``        ``text_quality.TextQuality``, one per case; a file per evaluation
 ``skipped.jsonl``        :class:`Skipped`, one per skipped fact
+``repairs.jsonl``        :class:`Repair`, one per batch of facts that were edited again
 ``cases.jsonl``          :class:`CaseRecord`, one per case, at the end of the run
 ``summary.json``         :class:`Summary`, at the end of the run
 ``examples.json``        continuations ``before`` and ``after`` of the first prompts
@@ -36,9 +37,10 @@ from pydantic.dataclasses import dataclass
 CONFIG, EDITS, METRICS, SUMMARY = "config.yaml", "edits.jsonl", "metrics.jsonl", "summary.json"
 ENERGY, CASES, EXAMPLES = "energy.csv", "cases.jsonl", "examples.json"
 SPACES, NEURONS, SKIPPED, GUARD = "spaces.csv", "neurons.safetensors", "skipped.jsonl", "guard.json"
-CONFLICTS, SCORES, TEXTS = "conflicts.json", "scores", "texts"  # the latter two are folders
-FILES: Final = (CONFIG, EDITS, METRICS, SUMMARY, ENERGY, CASES, EXAMPLES, SPACES, NEURONS, SKIPPED, GUARD, CONFLICTS,
-                SCORES, TEXTS)
+REPAIRS, CONFLICTS = "repairs.jsonl", "conflicts.json"
+SCORES, TEXTS = "scores", "texts"  # folders
+FILES: Final = (CONFIG, EDITS, METRICS, SUMMARY, ENERGY, CASES, EXAMPLES, SPACES, NEURONS, SKIPPED, GUARD, REPAIRS,
+                CONFLICTS, SCORES, TEXTS)
 
 # Phase of a measurement (see `runs.schedule`).
 When = Literal["before", "during", "last_batch", "after"]
@@ -270,6 +272,29 @@ class Skipped:
         return {"place": self.index, "case_id": self.case_id, "num_edits": self.num_edits, "error": self.error}
 
 
+@dataclass(frozen=True)
+class Repair:
+    """A batch of facts that were edited again, since the model failed on them: a line of ``repairs.jsonl``.
+
+    Attributes:
+        num_edits: edits in the model, before and after.
+        round: of this repair, from 1.
+        places: indices among the run's facts, from 0.
+        case_ids: their cases.
+        seconds: wall time of editing.
+    """
+
+    num_edits: Count
+    round: Count
+    places: tuple[Count, ...]
+    case_ids: tuple[StrictCaseId, ...]
+    seconds: Number
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data."""
+        return asdict(self)
+
+
 _Scores = dict[str, float | None]
 
 
@@ -315,6 +340,8 @@ class Summary:
         num_edits: edits in the model at the end.
         num_facts: facts of the run, with skipped ones; None in older runs, which skipped none.
         skipped: skipped facts.
+        repaired: number of times that a fact was edited again; None where the run was not to be repaired.
+        unrepaired: cases that the model does not predict after the last repair.
         stopped: why a callback ended the run, or None.
         pre, post: metrics before and after editing, by name; None if not measured.
         protocols: ``pre`` and ``post`` of each protocol.
@@ -328,6 +355,8 @@ class Summary:
     protocol: str | None = None
     num_facts: Count | None = None
     skipped: tuple[SkippedCase, ...] = ()
+    repaired: Count | None = None
+    unrepaired: tuple[StrictCaseId, ...] = ()
     stopped: str | None = None
     pre: dict[str, Estimate] | None = None
     post: dict[str, Estimate] | None = None
@@ -343,7 +372,7 @@ class Summary:
         """As JSON data."""
         pre, post = (None if one is None else estimates_to_dict(one) for one in (self.pre, self.post))
         return {"protocol": self.protocol, **asdict(self), "pre": pre, "post": post,
-                "skipped": [asdict(one) for one in self.skipped]}
+                "skipped": [asdict(one) for one in self.skipped], "unrepaired": list(self.unrepaired)}
 
 
 def read_record(kind: type[_R], data: object, where: str) -> _R:

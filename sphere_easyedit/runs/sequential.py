@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -53,6 +53,7 @@ from .config import check_same_run, run_config
 from .directory import RunDirectory
 from .measuring import Measurer
 from .records import RunRecords, read_state
+from .repair import Repairer, RepairSettings
 from .result import RunResult
 from .schedule import (
     DueMeasurement,
@@ -96,6 +97,7 @@ class RunSettings:
         keep_checkpoints: number of recent checkpoints to keep (0 = all).
         keep_weights_every: keep the weights (without the session) permanently at this interval, in edits, for
             ``evaluate --at`` and exports; None keeps only the last ones.
+        repair: when facts that the model no longer predicts are edited again; None: never.
         on_error: ``skip`` skips edits that can't be made, and lists them in ``summary.json``; ``stop`` ends the run
             and names them. Both find them by bisection.
     """
@@ -109,6 +111,7 @@ class RunSettings:
     checkpoint_every: int = CHECKPOINT_EVERY
     keep_checkpoints: int = KEEP_CHECKPOINTS
     keep_weights_every: int | None = None
+    repair: RepairSettings | None = None
     on_error: OnError = "stop"
 
     def __post_init__(self) -> None:
@@ -158,6 +161,8 @@ def run_sequential(
     if not resumes and settings.output.exists() and any(settings.output.iterdir()):
         raise ValueError(f"{settings.output} is not empty: give a new directory for the run"
                          + (", this one holds no run to resume" if settings.resume else ", or resume it"))
+    if settings.repair is not None:
+        _check_repairable(hparams, callbacks)
     editable = hparams.editable(model)
     check_parameters(model)
     if EditSession.of(model).num_edits:
@@ -172,6 +177,7 @@ def run_sequential(
                  "protocol": settings.measure.protocols[0], "records": records_fingerprint(records),
                  "checkpoint_every": settings.checkpoint_every,
                  "on_error": settings.on_error,
+                 "repair": None if settings.repair is None else asdict(settings.repair),
                  "callbacks": [dict(found) for one in callbacks if (found := one.resume_settings()) is not None],
                  "measure": settings.measure.to_dict()}
     config = run_config(model, hparams, described)
@@ -192,6 +198,15 @@ def run_sequential(
         return work.complete(config, preparation_seconds)
 
 
+def _check_repairable(hparams: SPHEREHyperParams, callbacks: Sequence[EditCallback]) -> None:
+    """Refuse methods and callbacks that can't tell an edit made anew from a new one (ValueError)."""
+    if hparams.executor != "native":
+        raise ValueError(f"repair is set, but executor {hparams.executor} can't edit a fact again without what it "
+                         "stored of it: set executor to 'native', or repair nothing")
+    if barred := [type(callback).__name__ for callback in callbacks if not callback.allows_repair]:
+        raise ValueError(f"repair is set, but {barred[0]} needs each fact to be edited once: leave one of them out")
+
+
 def _restore_checkpoint(run: RunDirectory, editable: EditableModel, same_versions: bool) -> None:
     """Restore the model of the last checkpoint, and drop records of later batches, which are written again.
 
@@ -202,6 +217,7 @@ def _restore_checkpoint(run: RunDirectory, editable: EditableModel, same_version
     if numbers:
         resume_from(editable, run.checkpoints, num_edits)
     run.keep_until(schema.EDITS, num_edits)
+    run.keep_until(schema.REPAIRS, num_edits)
     run.keep_until(schema.SKIPPED, num_edits - 1)  # facts skipped at num_edits belong to the next batch
     run.keep_whole_lines(schema.METRICS)
     if not same_versions:
@@ -229,6 +245,9 @@ class _Run:
         self._callbacks = [*callbacks, self._tracker, self._log]
         self._notified = 0  # batches of the log that observers were notified of
         self._batch: Sequence[EditRecord] = ()
+        self._repairer = None if settings.repair is None else Repairer(
+            editable, tok, records, hparams, settings.repair, settings.batch_size, settings.measure.protocols[0], run,
+            [self._tracker], lambda done, count: progress("repairing", done, count))
         self._examples = [record.edit_prompt for record in records[: settings.examples]]
         total, size = len(records), settings.batch_size
         self._batches = [(first, min(first + size, total)) for first in range(0, total, size)]
@@ -293,6 +312,8 @@ class _Run:
             self._log.batches = run.records(schema.EDITS, BatchRecord)
             self._notified = len(self._log.batches)
         self._skipped.add(run.records(schema.SKIPPED, Skipped))
+        if self._repairer is not None:
+            self._repairer.resume()
         resumed_at = self._skipped.tried(self._session.num_edits, [end for _, end in self._batches])
         tried = 0
         for first, end in [(0, 0), *self._batches]:  # (0, 0): the unedited model
@@ -303,6 +324,7 @@ class _Run:
                 if self._stopped is not None:
                     tried = self._end_early(first)
                     break
+                self._repair(first, end)
                 self._save(end)
             self._measure(first, end)
             tried = end
@@ -347,6 +369,16 @@ class _Run:
         total = len(self._records)
         if tried == total or (len(set(errors)) == 1 and len(errors) >= tries_needed(total)):
             raise ValueError(f"{errors[0]} (so far none of {tried} facts could be edited, of {total}: the run ends)")
+
+    def _repair(self, first: int, end: int) -> None:
+        """Repair the model after the batch of facts from ``first`` to ``end``, if that is due."""
+        every = None if self._settings.repair is None else self._settings.repair.every
+        if self._repairer is not None and (end == len(self._records) or interval_ended(end, end - first, every)):
+            self._repairer.repair(self._in_model(end))
+
+    def _in_model(self, tried: int) -> list[int]:
+        """Indices of the facts in the model once the first ``tried`` have been tried."""
+        return [index for index in range(tried) if index not in self._skipped]
 
     def _edit_batch(self, indices: Sequence[int], first: int) -> None:
         done = itertools.count(first + 1)
@@ -459,15 +491,20 @@ class _Run:
         metrics = {protocol: {name: None if one is None else one.main_metrics() for name, one in found.items()}
                    for protocol, found in by_protocol.items()}
         first = measure.protocols[0]
+        repairer = self._repairer
+        lost = [] if repairer is None else repairer.failing(self._in_model(tried))
         summary = Summary(
             num_edits, first, len(self._records),
             tuple(SkippedCase(one.case_id, one.error) for one in self._skipped.in_order() if one.index < tried),
+            None if repairer is None else sum(len(one.places) for one in repairer.repairs),
+            tuple(self._records[index].case_id for index in lost),
             self._stopped, metrics[first]["pre"], metrics[first]["post"],
             protocols={protocol: {name: None if one is None else estimates_to_dict(one) for name, one in found.items()}
                        for protocol, found in metrics.items()},
             watched={name: None if one is None else one.watched() for name, one in by_protocol[first].items()},
             preparation_seconds=preparation_seconds,
-            editing_seconds=sum(batch.wall_seconds for batch in self._log.batches),
+            editing_seconds=sum(batch.wall_seconds for batch in self._log.batches)
+            + sum(one.seconds for one in (() if repairer is None else repairer.repairs)),
             evaluation_seconds=sum(one.seconds for one in self._measurer.measurements),
             peak_memory_bytes=peak_memory_bytes(self._editable.model),
             weights_sha256=weights_checksum(self._editable))
