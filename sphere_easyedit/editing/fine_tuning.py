@@ -30,11 +30,12 @@ from ..core.tensors import widened
 from ..hparams import SPHEREHyperParams
 from ..methods.covariance import load_moment, statistics_files, statistics_texts
 from ..methods.statistics_fingerprint import ensure_unchanged
-from ..models.architecture import EditableModel, frozen, logits_at
+from ..models.architecture import EditableModel, frozen
 from ..models.logit_map import find_logit_map
-from ..models.packing import attending_packed, pack_with_prefixes
+from ..models.packing import attending_packed
 from ..models.reduced_precision import computing_in
 from ..models.replay import pad_rows
+from ..models.row_logits import TargetRow, packed_logits, padded_logits
 from .replay_memory import ReplayMemory, StoredFact
 from .requests import TokenizedRequest
 from .session import EditSession
@@ -62,14 +63,6 @@ class FineTuned:
 
     weights: dict[int, Tensor]
     memory: ReplayMemory
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A fact in one of its wordings, in tokens."""
-
-    prompt: tuple[int, ...]
-    target: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -248,13 +241,13 @@ class _Trainer:
             torch.addmm(self._start[layer], self._coordinates[layer], self._whitening[layer], out=weight)
         return losses
 
-    def _parts(self, facts: Sequence[StoredFact], texts: Sequence[int]) -> Iterator[tuple[list[_Row], list[int]]]:
+    def _parts(self, facts: Sequence[StoredFact], texts: Sequence[int]) -> Iterator[tuple[list[TargetRow], list[int]]]:
         """Rows of facts and windows of text that run together, within ``token_budget``; a longer row runs alone."""
         windows, budget = self._prepared.windows, self._hparams.token_budget
-        rows: list[_Row] = []
+        rows: list[TargetRow] = []
         some: list[int] = []
         tokens = 0
-        items: list[_Row | int] = [_Row(self._wording(fact), fact.target) for fact in facts]
+        items: list[TargetRow | int] = [TargetRow(self._wording(fact), fact.target) for fact in facts]
         for item in (*items, *texts):
             size = len(windows[item]) if isinstance(item, int) else len(item.prompt) + len(item.target)
             if tokens and tokens + size > budget:
@@ -267,13 +260,15 @@ class _Trainer:
                 rows.append(item)
         yield rows, some
 
-    def _losses(self, facts: Sequence[_Row], texts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _losses(self, facts: Sequence[TargetRow], texts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The loss of each fact ``(facts,)``, and the sum of the KL divergences on the windows."""
         windows = self._prepared.windows
-        rows = [[*fact.prompt, *fact.target[:-1]] for fact in facts] + [windows[text] for text in texts]
-        scored = [range(len(fact.prompt) - 1, len(fact.prompt) + len(fact.target) - 1) for fact in facts]
-        logits = self._logits(rows, scored + [scored_positions(windows[text]) for text in texts])
-        count = sum(map(len, scored))  # positions of facts, before those of texts
+        rows = [fact.input_ids for fact in facts] + [windows[text] for text in texts]
+        positions = [*(fact.positions for fact in facts), *(scored_positions(windows[text]) for text in texts)]
+        model = self._editable.model
+        logits = (packed_logits(model, rows, positions, [()] * len(rows)) if self._packs
+                  else padded_logits(model, rows, positions))
+        count = sum(len(fact.target) for fact in facts)  # positions of facts, before those of texts
         targets = torch.tensor([token for fact in facts for token in fact.target], dtype=torch.long,
                                device=logits.device)
         tokens = F.cross_entropy(logits[:count], targets, reduction="none")
@@ -294,18 +289,3 @@ class _Trainer:
         plain, *others = fact.prompts
         share, choice = torch.rand(2, generator=self._generator).tolist()
         return others[int(choice * len(others))] if others and share < _CONTEXT_SHARE else plain
-
-    def _logits(self, rows: Sequence[Sequence[int]], scored: Sequence[Sequence[int]]) -> Tensor:
-        """Logits ``(positions, vocabulary)`` in float32 at the scored positions of all rows in turn."""
-        editable, device = self._editable, self._editable.input_device
-        if not self._packs:
-            padded = pad_rows(rows, device)
-            numbers = torch.tensor([row for row, positions in enumerate(scored) for _ in positions])
-            columns = torch.tensor([at for positions in scored for at in positions])
-            return logits_at(editable.model, padded.input_ids, padded.attention_mask, numbers, columns)
-        packed = pack_with_prefixes(rows, [()] * len(rows), device)
-        columns = torch.tensor([start + at for start, positions in zip(packed.starts, scored, strict=True)
-                                for at in positions])
-        tokens = packed.tokens
-        return logits_at(editable.model, tokens.input_ids, tokens.attention_mask, torch.zeros_like(columns), columns,
-                         position_ids=tokens.position_ids, packed_rows=packed.layout)

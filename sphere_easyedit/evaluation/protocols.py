@@ -72,9 +72,10 @@ from typing import Final
 from transformers import PreTrainedTokenizerBase
 
 from ..datasets.loaders import EditRecord, Protocol
+from ..models.row_logits import TargetRow
 from ..models.tokenization import continuation_ids_batch
 from ..runs.schema import MetricName
-from .teacher_forcing import RowScore, TargetRow
+from .teacher_forcing import RowScore
 
 
 @dataclass(frozen=True)

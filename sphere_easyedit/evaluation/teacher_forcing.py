@@ -3,7 +3,7 @@
 Tokens run once where possible. A causal model's prediction at a position does not depend on later tokens, so a row that
 is a prefix of another row is not run separately: all one-token targets of a prompt share a row. Rows with a common
 prefix (targets of one prompt, prompts of one wording) run it once. Rows are packed end to end if the model accepts our
-attention function (see ``editing.packing``), otherwise padded, without prefix sharing. Logits are computed only where a
+attention function (see ``models.packing``), otherwise padded, without prefix sharing. Logits are computed only where a
 target token is predicted.
 """
 
@@ -17,11 +17,11 @@ from itertools import pairwise, takewhile
 import torch
 from torch import Tensor, nn
 
-from ..models.architecture import frozen, input_device, logits_at
+from ..models.architecture import frozen, input_device
 from ..models.batching import group_by_class, length_class, padded_batches
 from ..models.distributed import Replicas, merge_parts, split_contiguous
-from ..models.packing import attending_packed, pack_with_prefixes, packs_exactly
-from ..models.replay import pad_rows
+from ..models.packing import attending_packed, packs_exactly
+from ..models.row_logits import TargetRow, packed_logits, padded_logits
 from ..utils.progress import Progress
 
 # Tokens in a batch. On a CPU, the hidden states of many more do not fit in its caches.
@@ -31,24 +31,6 @@ _GPU_TOKENS = 8192
 TOKENS_PER_LOGITS = 4
 _LOG_PROB_CHUNK = 128  # positions whose logits are copied and normalised at once
 _MIN_SHARED_PREFIX = 2  # tokens: running fewer of them again is cheaper than a separate row
-
-
-@dataclass(frozen=True)
-class TargetRow:
-    """Token ids of a prompt and its target."""
-
-    prompt: list[int]
-    target: list[int]
-
-    @property
-    def input_ids(self) -> list[int]:
-        """The tokens that the model reads: all but the last target token, which is only predicted."""
-        return self.prompt + self.target[:-1]
-
-    @property
-    def positions(self) -> range:
-        """Positions whose logits predict the target's tokens."""
-        return range(len(self.prompt) - 1, len(self.prompt) + len(self.target) - 1)
 
 
 @dataclass(frozen=True)
@@ -268,22 +250,12 @@ def _common_prefix_length(one: _Sequence, other: _Sequence) -> int:
 
 
 def _padded_logits(model: nn.Module, batch: _Batch) -> Tensor:
-    """Logits ``(positions, vocabulary)`` at the positions of all sequences in turn."""
-    padded = pad_rows([one.tokens for one in batch.sequences], input_device(model))
-    rows = torch.tensor([number for number, one in enumerate(batch.sequences) for _ in one.positions])
-    columns = torch.tensor([at for one in batch.sequences for at in one.positions])
-    return logits_at(model, padded.input_ids, padded.attention_mask, rows, columns)
+    return padded_logits(model, [one.tokens for one in batch.sequences], [one.positions for one in batch.sequences])
 
 
 def _packed_logits(model: nn.Module, batch: _Batch) -> Tensor:
-    """The same for packed sequences; must be called within ``attending_packed``."""
-    packed = pack_with_prefixes([one.tokens for one in batch.sequences], batch.prefixes, input_device(model))
-    columns = torch.tensor([start + at - len(prefix) for one, prefix, start
-                            in zip(batch.sequences, batch.prefixes, packed.starts, strict=True)
-                            for at in one.positions])
-    tokens = packed.tokens
-    return logits_at(model, tokens.input_ids, tokens.attention_mask, torch.zeros_like(columns), columns,
-                     position_ids=tokens.position_ids, packed_rows=packed.layout)
+    return packed_logits(model, [one.tokens for one in batch.sequences], [one.positions for one in batch.sequences],
+                         batch.prefixes)
 
 
 def _packing_is_exact(model: nn.Module, sequences: list[_Sequence]) -> bool:

@@ -18,8 +18,9 @@ from helpers.metric_records import AROUND, tokenizer
 from helpers.models import tiny_model
 from sphere_easyedit.evaluation.generation import generate_continuations
 from sphere_easyedit.evaluation.perplexity import perplexity
-from sphere_easyedit.evaluation.teacher_forcing import TargetRow, score_rows
+from sphere_easyedit.evaluation.teacher_forcing import score_rows
 from sphere_easyedit.models.architecture import max_positions
+from sphere_easyedit.models.row_logits import TargetRow
 
 OLD = Version(transformers.__version__) < Version("5")
 IDS = {"vocab_size": 1500, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

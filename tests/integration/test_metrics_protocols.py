@@ -22,7 +22,8 @@ from sphere_easyedit.evaluation.metrics import (
     evaluate_records,
     summarise,
 )
-from sphere_easyedit.evaluation.teacher_forcing import TargetRow, score_rows
+from sphere_easyedit.evaluation.teacher_forcing import score_rows
+from sphere_easyedit.models.row_logits import TargetRow
 
 ALL: tuple[Protocol, ...] = ("paper", "rome", "easyedit")
 

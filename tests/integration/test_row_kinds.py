@@ -22,11 +22,12 @@ from sphere_easyedit.editing.target_values import optimise_target_values
 from sphere_easyedit.evaluation import generation, teacher_forcing
 from sphere_easyedit.evaluation.generation import generate_continuations
 from sphere_easyedit.evaluation.perplexity import perplexity
-from sphere_easyedit.evaluation.teacher_forcing import TargetRow, score_rows
+from sphere_easyedit.evaluation.teacher_forcing import score_rows
 from sphere_easyedit.methods import covariance
 from sphere_easyedit.models.architecture import EditableModel, frozen
 from sphere_easyedit.models.batching import group_by_class, length_class
 from sphere_easyedit.models.module_discovery import module_names
+from sphere_easyedit.models.row_logits import TargetRow
 
 LIMIT = 16
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}

@@ -27,7 +27,8 @@ from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..teacher_forcing import TargetRow, score_rows
+from ...models.row_logits import TargetRow
+from ..teacher_forcing import score_rows
 from .tasks import AbilityTask, Record
 
 # A task, group or tag as the harness loads it: {"tasks": {name: task}, "groups": ..., "group_map": ...}.
