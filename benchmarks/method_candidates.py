@@ -20,7 +20,7 @@ moment of a layer's keys, A earlier keys, K and R the batch's keys and residuals
 Each runs on the first facts of seed 0, which no arm of the study's comparisons edits afterwards::
 
     python benchmarks/method_candidates.py --data ../shared/data --stats-dir stats --output candidates.jsonl \
-        --arm plain --arm change-bracket:0.3 --arm plain:layers=3-12
+        --arm plain --arm plain:weight=10000 --arm plain:layers=3-12 --arm change-bracket:0.3
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _rotation(weight: Tensor, residuals: Tensor, adjusted: Tensor) -> Tensor:
 
 
 def run(arm: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Edit and measure one arm: ``IDEA``, ``IDEA:STRENGTH`` or ``IDEA:layers=FIRST-LAST``."""
+    """Edit and measure one arm: ``IDEA``, ``IDEA:STRENGTH``, ``IDEA:layers=FIRST-LAST`` or ``IDEA:weight=WEIGHT``."""
     idea, _, option = arm.partition(":")
     base = "AlphaEdit" if idea.startswith("alphaedit") else "MEMIT"
     settings: dict[str, Any] = {
@@ -147,6 +147,8 @@ def run(arm: str, given: argparse.Namespace) -> dict[str, Any]:
     if option.startswith("layers="):
         first, last = map(int, option.removeprefix("layers=").split("-"))
         settings["layers"] = list(range(first, last + 1))
+    if option.startswith("weight="):
+        settings["mom2_update_weight"] = float(option.removeprefix("weight="))
     hparams = SPHEREHyperParams.from_dict(settings)
     model, tok = load_model(hparams.model_name, "cpu", "float32")
     editable, session = hparams.editable(model), EditSession.of(model)
