@@ -59,7 +59,7 @@ class Repairer:
 
     Args:
         records: all facts of the run.
-        protocol: a fact fails if its efficacy by this protocol is below 1.
+        protocol: a fact fails if its efficacy by this protocol is below 1; not where that is undefined.
         callbacks: notified of every repaired batch; its ``num_edits`` is the same before and after.
         progress: called with the facts edited again and those that failed.
     """
@@ -79,7 +79,7 @@ class Repairer:
     def failing(self, facts: Sequence[int]) -> list[int]:
         """Those of some facts (indices) that the model does not predict."""
         scores = efficacies(self._editable.model, self._tok, [self._records[fact] for fact in facts], self._protocol)
-        return [fact for fact, score in zip(facts, scores, strict=True) if score is None or score < 1.0]
+        return [fact for fact, score in zip(facts, scores, strict=True) if score is not None and score < 1.0]
 
     def repair(self, facts: Sequence[int]) -> None:
         """Edit those again that fail.
