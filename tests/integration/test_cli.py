@@ -248,7 +248,7 @@ def test_the_command_line_starts_without_torch() -> None:
 
 
 def test_every_option_is_described_once() -> None:
-    """In a sentence, and in the same one wherever commands share the option; in edit under one of six headings."""
+    """In a sentence, and in the same one wherever commands share the option; in edit under one of seven headings."""
     described: dict[str, dict[str, str]] = {}
     for name, command in COMMANDS.items():
         for parameter in command.params:
@@ -256,7 +256,7 @@ def test_every_option_is_described_once() -> None:
                 assert re.fullmatch(r"[A-Za-z].*\.", parameter.help, re.DOTALL), (name, parameter.name)
                 described.setdefault(name, {})[parameter.name] = parameter.help
     assert {parameter.rich_help_panel for parameter in COMMANDS["edit"].params} == {
-        "Data", "Method", "Evaluation", "Checkpoints", "Guard", "Output"}
+        "Data", "Method", "Evaluation", "Checkpoints", "Repair", "Guard", "Output"}
     shared = described["edit"].keys() & described["evaluate"].keys()
     assert len(shared) > 15
     assert all(described["edit"][name] == described["evaluate"][name] for name in shared)
