@@ -1,9 +1,9 @@
 """Repairs a run: facts that the model no longer predicts are found and edited again.
 
-Later edits change what earlier ones wrote, so some facts are lost on the way. A repair runs every so many edits and
-after the last: all facts so far are predicted (one forward pass each), and those that fail are edited anew, in batches
-and for a few rounds. Their earlier keys no longer count in the solve, since new ones take their place. A repair that
-would make the change of the weights too large ends.
+Later edits overwrite part of what earlier ones wrote, so some facts are lost. A repair takes place at a fixed interval
+of edits, and after the last one. It runs the model on all facts so far and edits those that fail again, in batches and
+for a few rounds. Their earlier keys no longer count in the solve, since new ones take their place. A repair ends before
+it would make the change of the weights too large.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..datasets.loaders import EditRecord, Protocol
@@ -117,7 +118,7 @@ class Repairer:
         return True
 
     def _norm(self) -> float:
-        return _total(change_norms(self._editable.weights(), EditSession.of(self._editable.model).original).values())
+        return _change_norm(self._editable.model, self._editable.weights())
 
 
 def key_order(facts: Sequence[int], repairs: Iterable[Repair]) -> list[int]:
@@ -135,8 +136,9 @@ def key_order(facts: Sequence[int], repairs: Iterable[Repair]) -> list[int]:
     return order + list(facts[len(order):])
 
 
-def _total(norms: Iterable[float]) -> float:
-    return math.sqrt(sum(norm * norm for norm in norms))
+def _change_norm(model: nn.Module, weights: Mapping[int, Tensor]) -> float:
+    """Frobenius norm of the change of all edited weights since the unedited ones."""
+    return math.hypot(*change_norms(weights, EditSession.of(model).original).values())
 
 
 class _TooLarge(Exception):
@@ -150,7 +152,7 @@ class _NormLimit(EditCallback):
         self._limit = limit
 
     def on_batch_end(self, event: EditEvent) -> None:
-        norm = _total(change_norms(event.weights, EditSession.of(event.model).original).values())
+        norm = _change_norm(event.model, event.weights)
         if norm > self._limit:
             raise _TooLarge(f"{len(event.case_ids)} more facts edited again would bring the norm of the change to "
                             f"{norm:.4g}, above {self._limit:.4g}")

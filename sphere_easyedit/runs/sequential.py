@@ -372,9 +372,10 @@ class _Run:
 
     def _repair(self, first: int, end: int) -> None:
         """Repair the model after the batch of facts from ``first`` to ``end``, if that is due."""
-        every = None if self._settings.repair is None else self._settings.repair.every
-        due = end == len(self._records) or interval_ended(end, end - first, every)
-        if self._repairer is not None and due and (facts := self._in_model(end)):
+        if self._repairer is None or self._settings.repair is None:
+            return
+        due = end == len(self._records) or interval_ended(end, end - first, self._settings.repair.every)
+        if due and (facts := self._in_model(end)):
             self._repairer.repair(facts)
 
     def _in_model(self, tried: int) -> list[int]:
